@@ -1,0 +1,1 @@
+"""Exporting a trained encoder: the graph, its parity with PyTorch, and the file."""

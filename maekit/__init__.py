@@ -1,0 +1,37 @@
+"""maekit: tar shards -> masked autoencoder -> ONNX encoder -> embeddings."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from maekit.config import PretrainConfig
+    from maekit.embedding.embedder import Embedder
+    from maekit.embedding.run import EmbedConfig, embed
+    from maekit.errors import MaekitError
+    from maekit.exporters.export import export
+    from maekit.training.run import pretrain
+
+# Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers and for `--help`.
+_HOMES = {
+    "EmbedConfig": "maekit.embedding.run",
+    "Embedder": "maekit.embedding.embedder",
+    "MaekitError": "maekit.errors",
+    "PretrainConfig": "maekit.config",
+    "embed": "maekit.embedding.run",
+    "export": "maekit.exporters.export",
+    "pretrain": "maekit.training.run",
+}
+
+__all__ = ["EmbedConfig", "Embedder", "MaekitError", "PretrainConfig", "__version__", "embed", "export", "pretrain"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'maekit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,56 @@
+"""The errors that maekit raises, each with the exit code that the command line gives it.
+
+The library raises and never prints; the command line prints one line and exits.
+"""
+
+
+class MaekitError(Exception):
+    """Something failed while working. The message is one line and names the fix where there is one."""
+
+    exit_code = 1
+
+
+class InputError(MaekitError):
+    """Bad usage or bad input, found before any work started."""
+
+    exit_code = 2
+
+
+class DamagedShard(MaekitError):
+    """A tar shard that cannot be trusted.
+
+    Attributes:
+        path: the shard.
+        offset: byte offset of the header or data where the damage was seen.
+        reason: what is wrong, in words.
+    """
+
+    def __init__(self, path: str, offset: int, reason: str) -> None:
+        super().__init__(f"{path}: damaged at byte {offset}: {reason}")
+        self.path, self.offset, self.reason = path, offset, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
+        return DamagedShard, (self.path, self.offset, self.reason)
+
+
+class ImageError(MaekitError):
+    """Bytes that give no image.
+
+    Attributes:
+        reason: a short code that output files carry, one of `REASONS`.
+    """
+
+    REASONS = ("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode")
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return ImageError, (self.reason, str(self))
+
+
+class Stopped(MaekitError):
+    """The work was stopped by a signal with everything saved; the same command goes on."""
+
+    exit_code = 75

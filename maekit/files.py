@@ -1,0 +1,108 @@
+"""Files that are either whole or absent: atomic writes, digests, and one owner per output directory."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from maekit.errors import InputError, MaekitError
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable; file systems that cannot say so with EINVAL, which is accepted."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of one file durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes]]:
+    """Write a file that appears under its name only when it is whole and durable.
+
+    Args:
+        path: the final name.
+        scratch: a directory on the same file system for the unfinished file; by default it lies beside `path`.
+
+    Raises:
+        MaekitError: the disk is full or the place is not writable; names the path.
+    """
+    # The unfinished name ends in .tmp, so that no glob over *.parquet or *.onnx ever sees it.
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) -> None:
+    """Write `data` under `path`, whole or not at all."""
+    with atomic_file(path, scratch=scratch) as file:
+        file.write(data)
+
+
+def write_failure(path: Path, error: OSError) -> MaekitError:
+    """Return the error for a failed write: the path, and what the system said."""
+    return MaekitError(f"cannot write {path}: {error.strerror or error}; what was written before is intact")
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def sole_owner(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process alone; a second process is refused, a killed one leaves nothing behind.
+
+    The lock is POSIX `lockf`: the kernel frees it when the process dies, and forked workers do not inherit it (they do
+    inherit `flock`, which then outlives a killed parent).
+
+    Raises:
+        InputError: another process holds the directory, or it cannot be written.
+    """
+    path = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
+        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = file.read().strip() or "another process"
+            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another --out") from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
+    finally:
+        file.close()

@@ -1,0 +1,1 @@
+"""The masked autoencoder: masking, targets, positions, encoder, decoder, and the autoencoder that joins them."""

@@ -1,0 +1,221 @@
+"""The strict tar scan: every header is checked, every byte of the file is accounted for, or the shard is damaged.
+
+Formats: V7, USTAR, PAX and GNU long names (POSIX.1-2017, pax "ustar Interchange Format"; GNU tar manual, "Basic Tar
+Format"). What other readers forgive loses samples in silence, so it is refused here with its byte offset: a wrong or
+non-canonical checksum field, sizes that leave the file, no end marker, bytes behind it, links, sparse members.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+BLOCK = 512
+_ZEROS = bytes(BLOCK)
+_REGULAR = b"\0", b"0", b"7"
+_DIRECTORY = b"5"
+_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a fifo",
+    b"S": "a sparse file",
+    b"M": "a part of a multi-volume archive",
+    b"V": "a volume label",
+    b"D": "a GNU dump directory",
+}
+# Extended headers hold a name or a few numbers. A larger one is an attack on memory.
+_MAX_EXTENDED = 1 << 20
+# Six digits, NUL, space is what every current writer makes. Any other filling would leave single-bit flips unseen.
+_CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}\0|[0-7]{6} \0")
+_OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
+_MAGIC = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+}
+
+Read = Callable[[int, int], bytes]
+
+
+class TarDamage(Exception):
+    """The archive breaks a rule at `offset`, for `reason`."""
+
+    def __init__(self, offset: int, reason: str) -> None:
+        super().__init__(f"byte {offset}: {reason}")
+        self.offset, self.reason = offset, reason
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One regular file in the archive.
+
+    Attributes:
+        name: its path, as text.
+        header: byte offset of its (last) header block.
+        offset: byte offset of its data.
+        size: bytes of data.
+    """
+
+    name: str
+    header: int
+    offset: int
+    size: int
+
+
+def scan_members(read: Read, file_size: int) -> Iterator[Member]:
+    """Yield the regular members of an archive in order; directories are passed over.
+
+    Args:
+        read: `read(offset, count)` returns up to `count` bytes from `offset`.
+        file_size: bytes in the file.
+
+    Raises:
+        TarDamage: at the first rule that the archive breaks.
+    """
+    offset = 0
+    extended: dict[str, str] = {}  # what PAX and GNU headers say about the next member
+    while True:
+        block = read(offset, BLOCK)
+        if len(block) < BLOCK:
+            raise TarDamage(offset, _describe_end(block, offset))
+        if block == _ZEROS:
+            if extended:
+                raise TarDamage(offset, "the archive ends after an extended header, before its member")
+            _check_end(read, offset, file_size)
+            return
+        _check_checksum(block, offset)
+        kind = block[156:157]
+        size = _parse_number(block[124:136], offset)
+        data = offset + BLOCK
+        if kind in (_PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK):
+            if size > _MAX_EXTENDED:
+                raise TarDamage(offset, f"an extended header of {size} bytes (at most {_MAX_EXTENDED} are read)")
+            _check_inside(offset, data, size, file_size)
+            _read_extended(kind, read(data, size), offset, extended)
+        else:
+            name = extended.get("path") or _header_name(block, offset)
+            if "size" in extended:
+                size = _parse_decimal(extended["size"], offset)
+            extended = {}
+            if kind == _DIRECTORY or (kind == b"\0" and name.endswith("/")):
+                if size:
+                    raise TarDamage(offset, f"{name!r} is a directory that claims {size} bytes of data")
+            elif kind in _REGULAR:
+                _check_inside(offset, data, size, file_size)
+                yield Member(name, offset, data, size)
+            else:
+                what = _REFUSED.get(kind, f"a member of unknown type {kind!r}")
+                raise TarDamage(offset, f"{name!r} is {what}; only regular files and directories are read")
+        offset = data + -(-size // BLOCK) * BLOCK
+
+
+def _describe_end(block: bytes, offset: int) -> str:
+    if offset == 0 and not block:
+        return "the file is empty"
+    return _compression(block, offset) or "the file is cut off: no end-of-archive marker"
+
+
+def _compression(block: bytes, offset: int) -> str:
+    for magic, name in _MAGIC.items():
+        if offset == 0 and block.startswith(magic):
+            return f"this is {name} data; shards are uncompressed tars"
+    return ""
+
+
+def _check_end(read: Read, offset: int, file_size: int) -> None:
+    """The marker is two blocks of zeros; writers pad further, but with zeros only."""
+    if file_size < offset + 2 * BLOCK:
+        raise TarDamage(offset, "the file is cut off inside the end-of-archive marker")
+    while offset < file_size:
+        rest = read(offset, 1 << 16)
+        if not rest:
+            raise TarDamage(offset, "the file is shorter than its size says")
+        if rest.count(0) != len(rest):
+            first = next(i for i, byte in enumerate(rest) if byte)
+            raise TarDamage(offset + first, "data behind the end-of-archive marker")
+        offset += len(rest)
+
+
+def _check_checksum(block: bytes, offset: int) -> None:
+    field = block[148:156]
+    if _CHECKSUM.fullmatch(field) is None:
+        raise TarDamage(
+            offset, _compression(block, offset) or "no tar header here (its checksum field is not a checksum)"
+        )
+    if sum(block) - sum(field) + 8 * 0x20 != int(field.rstrip(b"\0 "), 8):
+        raise TarDamage(offset, "the header checksum does not match")
+
+
+def _check_inside(offset: int, data: int, size: int, file_size: int) -> None:
+    if data + size > file_size:
+        raise TarDamage(offset, f"the file is cut off: this member ends at byte {data + size} of {file_size}")
+
+
+def _parse_number(field: bytes, offset: int) -> int:
+    """Parse a numeric header field: octal digits, or base-256 behind a set high bit (GNU)."""
+    if field[0] & 0x80:
+        if field[0] != 0x80:
+            raise TarDamage(offset, "a negative or impossibly large size")
+        return int.from_bytes(field[1:], "big")
+    match = _OCTAL.fullmatch(field)
+    if match is None:
+        raise TarDamage(offset, f"the size field {field!r} is not a number")
+    return int(match[1] or b"0", 8)
+
+
+def _parse_decimal(text: str, offset: int) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) <= 19):
+        raise TarDamage(offset, f"the size {text[:40]!r} in the extended header is not a number")
+    return int(text)
+
+
+def _header_name(block: bytes, offset: int) -> str:
+    name = block[:100].split(b"\0", 1)[0]
+    # GNU archives ("ustar  ") keep times where POSIX ones keep the front part of a long path.
+    if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
+        name = prefix + b"/" + name
+    return _decode_name(name, offset)
+
+
+def _decode_name(name: bytes, offset: int) -> str:
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise TarDamage(offset, f"the member name {name[:60]!r} is not UTF-8") from error
+    if not text or "\0" in text:
+        raise TarDamage(offset, f"{name[:60]!r} is no member name")
+    return text
+
+
+def _read_extended(kind: bytes, body: bytes, offset: int, extended: dict[str, str]) -> None:
+    if kind == _GNU_NAME:
+        extended["path"] = _decode_name(body.rstrip(b"\0"), offset)
+        return
+    if kind == _GNU_LINK:
+        return  # belongs to a link, which is refused when it comes
+    for key, value in _pax_records(body, offset):
+        if key.startswith("GNU.sparse."):
+            raise TarDamage(offset, "a sparse file; only regular files and directories are read")
+        if key in ("path", "size"):
+            if kind == _PAX_GLOBAL:
+                raise TarDamage(offset, f"a global header that sets the {key} of every member")
+            extended[key] = _decode_name(value, offset) if key == "path" else value.decode("utf-8", "replace")
+
+
+def _pax_records(body: bytes, offset: int) -> Iterator[tuple[str, bytes]]:
+    """Yield the records `LENGTH KEY=VALUE\\n` of a PAX header; LENGTH counts the whole record."""
+    at = 0
+    while at < len(body):
+        space = body.find(b" ", at, at + 8)
+        digits = body[at:space] if space > 0 else b""
+        end = at + int(digits) if digits.isdigit() else 0
+        equals = body.find(b"=", space + 1, end)
+        if equals < 0 or end > len(body) or body[end - 1 : end] != b"\n":
+            raise TarDamage(offset, "an extended header that does not follow the PAX format")
+        yield body[space + 1 : equals].decode("utf-8", "replace"), body[equals + 1 : end - 1]
+        at = end

@@ -1,0 +1,1 @@
+"""Pre-training: data path, optimiser, checkpoints, metrics, and the loop."""
