@@ -1,0 +1,345 @@
+"""The configuration of pre-training: a dataclass per subject, composed into one, read from and written to TOML.
+
+Defaults are the published recipe (He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", appendix A.1).
+Values come, each over the one before: defaults, `--config FILE.toml`, options, `--set key=value`.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maekit.errors import InputError
+from maekit.images import IMAGENET_MEAN, IMAGENET_STD
+from maekit.shards.order import WINDOW_SHARDS
+
+
+def _free(default: Any) -> Any:
+    """Return a field that may change when a run is resumed: it does not touch what is trained."""
+    return field(default=default, metadata={"free": True})
+
+
+@dataclass
+class ModelConfig:
+    """The encoder (a timm VisionTransformer by its timm name), the decoder, and the task.
+
+    Attributes:
+        name: timm name of the encoder; taken from `init_from` where that names one.
+        image_size: side of the square input, in pixels.
+        patch_size: side of a patch, in pixels; None is the named model's own.
+        width: the encoder's width; None is the named model's own.
+        depth: its number of blocks, likewise.
+        heads: its number of attention heads, likewise.
+        decoder_width: width of the decoder.
+        decoder_depth: its number of blocks.
+        decoder_heads: its number of attention heads.
+        mask_ratio: share of patches removed, in (0, 1).
+        norm_pixel: normalise the target of each patch by its own mean and variance.
+        init_from: `timm:NAME`, a run, or a weights file to start the encoder from.
+    """
+
+    name: str | None = None
+    image_size: int = 224
+    patch_size: int | None = None
+    width: int | None = None
+    depth: int | None = None
+    heads: int | None = None
+    decoder_width: int = 512
+    decoder_depth: int = 8
+    decoder_heads: int = 16
+    mask_ratio: float = 0.75
+    norm_pixel: bool = True
+    init_from: str | None = None
+
+
+@dataclass
+class DataConfig:
+    """How samples become training images.
+
+    Attributes:
+        crop_scale: bounds of a random crop's share of the image area.
+        flip: mirror half of the images.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        window: how many shards are mixed with each other in the order of samples.
+        skip_damaged: leave damaged shards out.
+        max_bad: largest share of samples without a readable image before the run stops.
+        workers: processes that read and decode; None is one per CPU core, at most 16.
+        prefetch: batches that each worker keeps ready.
+    """
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    flip: bool = True
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    window: int = WINDOW_SHARDS
+    skip_damaged: bool = False
+    max_bad: float = _free(0.01)
+    workers: int | None = _free(None)
+    prefetch: int = _free(2)
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then half a cosine to `min_lr`, per step.
+
+    Attributes:
+        lr: base learning rate, per 256 images of batch.
+        min_lr: learning rate at the end, absolute.
+        warmup_epochs: length of the warm-up; never more than a tenth of the run. None is the published 5 %.
+        weight_decay: on every parameter of two or more dimensions.
+        beta1: AdamW's β₁.
+        beta2: AdamW's β₂.
+    """
+
+    lr: float = 1.5e-4
+    min_lr: float = 0.0
+    warmup_epochs: float | None = None
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.95
+
+
+@dataclass
+class RunConfig:
+    """How the run goes about it; all of it may change on resuming.
+
+    Attributes:
+        device: `auto`, `cpu` or `cuda`.
+        precision: `auto` (bf16 where the hardware has it), `fp32` or `bf16`.
+        threads: CPU threads of the model; None is torch's own choice.
+        checkpoint_every: steps from one checkpoint to the next; None is twenty of them, at most 1,000 steps apart.
+        keep_checkpoints: how many of the newest are kept.
+        log_every: steps from one row of metrics to the next; None is a hundred rows, at most 50 steps apart.
+        pictures_every: steps from one picture of reconstructions to the next; None is at every checkpoint, 0 is never.
+    """
+
+    device: str = _free("auto")
+    precision: str = _free("auto")
+    threads: int | None = _free(None)
+    checkpoint_every: int | None = _free(None)
+    keep_checkpoints: int = _free(2)
+    log_every: int | None = _free(None)
+    pictures_every: int | None = _free(None)
+
+
+@dataclass
+class PretrainConfig:
+    """A whole pre-training run.
+
+    Attributes:
+        shards: input specs: directories, tars, globs, brace patterns.
+        out: the run directory.
+        epochs: passes over the data; None where `steps` is given.
+        steps: optimiser steps; None where `epochs` is given.
+        batch_size: images per optimiser step, over all devices.
+        seed: of weights, order, crops, flips and masks.
+    """
+
+    # Where the shards lie may change on resuming; what is in them may not (the run keeps their digest).
+    shards: tuple[str, ...] = _free(())
+    out: str = _free("")
+    epochs: float | None = None
+    steps: int | None = None
+    batch_size: int = 256
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def validate(self) -> None:
+        """Check every value that needs no data and no model.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        if not self.shards:
+            raise InputError("no shards were given")
+        if not self.out:
+            raise InputError("no run directory was given (--out RUN)")
+        if self.epochs is not None and self.steps is not None:
+            raise InputError(f"epochs = {self.epochs:g} and steps = {self.steps} were both given; give one of them")
+        positive = {
+            "epochs": self.epochs,
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "model.image_size": self.model.image_size,
+            "model.patch_size": self.model.patch_size,
+            "model.depth": self.model.depth,
+            "model.width": self.model.width,
+            "model.heads": self.model.heads,
+            "model.decoder_width": self.model.decoder_width,
+            "model.decoder_depth": self.model.decoder_depth,
+            "model.decoder_heads": self.model.decoder_heads,
+            "data.window": self.data.window,
+            "data.prefetch": self.data.prefetch,
+            "optimizer.lr": self.optimizer.lr,
+            "run.threads": self.run.threads,
+            "run.checkpoint_every": self.run.checkpoint_every,
+            "run.keep_checkpoints": self.run.keep_checkpoints,
+            "run.log_every": self.run.log_every,
+        }
+        for key, value in positive.items():
+            if value is not None and not value > 0:
+                raise InputError(f"{key} = {value}: must be greater than 0")
+        for key, value in {
+            "seed": self.seed,
+            "data.workers": self.data.workers,
+            "data.max_bad": self.data.max_bad,
+            "optimizer.min_lr": self.optimizer.min_lr,
+            "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "run.pictures_every": self.run.pictures_every,
+        }.items():
+            if value is not None and not value >= 0:
+                raise InputError(f"{key} = {value}: must not be negative")
+        if not 0 < self.model.mask_ratio < 1:
+            raise InputError(f"model.mask_ratio = {self.model.mask_ratio}: must lie between 0 and 1")
+        low, high = self.data.crop_scale
+        if not 0 < low <= high <= 1:
+            raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
+        if any(not value > 0 for value in self.data.std):
+            raise InputError(f"data.std = {list(self.data.std)}: must be greater than 0")
+        for key, choice, allowed in (
+            ("run.device", self.run.device, ("auto", "cpu", "cuda")),
+            ("run.precision", self.run.precision, ("auto", "fp32", "bf16")),
+        ):
+            if choice not in allowed:
+                raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (dotted key, value, free on resuming) of every value in a config."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, bool(f.metadata.get("free"))
+
+
+def set_value(config: Any, key: str, value: Any) -> None:
+    """Set one value by its dotted key, converted to the field's type.
+
+    Raises:
+        InputError: no such key (names the nearest), or a value of the wrong type.
+    """
+    types_by_key = dict(_types_of(type(config)))
+    if key not in types_by_key:
+        nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or _same_leaf(key, types_by_key)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
+        raise InputError(f"unknown setting {key!r}{hint}")
+    *path, leaf = key.split(".")
+    owner = config
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, leaf, _convert(key, value, types_by_key[key]))
+
+
+def _same_leaf(key: str, known: Iterable[str]) -> list[str]:
+    return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML, or else as plain text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text!r}: must be key=value, as in --set model.mask_ratio=0.6")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), None if value.strip() in ("none", "None", "null") else value.strip()
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the settings of a TOML file by dotted key.
+
+    Raises:
+        InputError: the file cannot be read or is no TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return dict(_flatten(tomllib.load(file)))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid TOML: {error}") from error
+
+
+def load_config(path: Path) -> PretrainConfig:
+    """Return the config that `dump_toml` wrote."""
+    config = PretrainConfig()
+    for key, value in load_toml(path).items():
+        set_value(config, key, value)
+    return config
+
+
+def dump_toml(config: PretrainConfig) -> str:
+    """Return the whole config as TOML; a setting that is None is left out."""
+    lines: dict[str, list[str]] = {"": []}
+    for key, value, _ in fields_of(config):
+        table, _, leaf = key.rpartition(".")
+        if value is not None:
+            lines.setdefault(table, []).append(f"{leaf} = {_toml(value)}")
+    return "\n\n".join("\n".join([f"[{t}]", *rows] if t else rows) for t, rows in lines.items()) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if any(c in repr(value) for c in ".en") else f"{value!r}.0"
+    return json.dumps(value, ensure_ascii=False)  # JSON strings, integers and booleans are TOML as well
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _types_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _types_of(typing.cast(type, kind), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", kind
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    wrong = InputError(f"{key} = {value!r}: must be {_describe(kind)}")
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            return None
+        (kind,) = [k for k in typing.get_args(kind) if k is not types.NoneType]
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):
+            raise wrong
+        return tuple(_convert(key, v, items[0]) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        return f"a list of {'' if items[-1] is Ellipsis else f'{len(items)} '}values, each {_describe(items[0])}"
+    return names.get(kind, str(kind))

@@ -1,0 +1,213 @@
+"""Bytes of an image file -> uint8 RGB, and the preprocessing that training, export and embedding share.
+
+One rule per kind of image, everywhere the same:
+
+    EXIF orientation is applied; ICC profiles are ignored; of an animation, the first frame;
+    grey, palette, CMYK and YCbCr become RGB as Pillow converts them; alpha is laid over white;
+    16-bit grey becomes 8-bit by its high byte; other deep or float images are refused;
+    more than 64 megapixels (by the header) are refused before decoding.
+
+The format is told from the bytes; a file's extension is only a hint.
+"""
+
+import io
+import math
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from maekit.errors import ImageError
+from maekit.random import Purpose, uniforms
+
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
+MAX_PIXELS = 64_000_000
+_HEAD_FOR_MESSAGE = 12
+_ORIENTATION = 0x0112  # the EXIF tag
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """From a decoded image to the model's input; travels in the ONNX file as JSON.
+
+    The image is resized so that it covers `resize` (shorter side first, antialiased bicubic), then cut at the centre
+    to `size`; the model itself scales to [0, 1] and normalises by `mean` and `std`.
+
+    Attributes:
+        size: (height, width) of the model's input, in pixels.
+        resize: (height, width) that the resized image just covers.
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        interpolation: always `bicubic`, antialiased, by Pillow.
+    """
+
+    size: tuple[int, int]
+    resize: tuple[int, int]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    interpolation: str = "bicubic"
+
+    @classmethod
+    def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocess":
+        """Return the usual evaluation preprocessing: a crop of 0.875, and no margin at all below 128 pixels."""
+        ratio = 0.875 if min(size) >= 128 else 1.0
+        return cls(size, (math.floor(size[0] / ratio), math.floor(size[1] / ratio)), mean, std)
+
+    def __call__(self, data: bytes) -> Pixels:
+        """Decode an image file and prepare it for evaluation: bytes -> uint8 `[H, W, 3]`.
+
+        Raises:
+            ImageError: the bytes give no image.
+        """
+        # Twice the size that is needed: there the reduced JPEG scales differ from full decoding by a cosine of 1e-7.
+        return self.prepare(open_rgb(data, at_least=(2 * self.resize[0], 2 * self.resize[1])))
+
+    def prepare(self, image: Image.Image) -> Pixels:
+        """Resize and cut a decoded RGB image: -> uint8 `[H, W, 3]`."""
+        height, width = self.size
+        scale = max(self.resize[0] / image.height, self.resize[1] / image.width)
+        # The side that decides gets its size exactly; the other is cut off to whole pixels, as torchvision does.
+        covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
+        resized = image.resize(covered, Image.Resampling.BICUBIC)
+        left, top = round((covered[0] - width) / 2.0), round((covered[1] - height) / 2.0)
+        return np.asarray(resized.crop((left, top, left + width, top + height)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spec as JSON values."""
+        return {**asdict(self), "antialias": True, "channels": "RGB"}
+
+    @classmethod
+    def from_json(cls, spec: dict[str, Any]) -> "Preprocess":
+        """Return the spec from what `to_json` gave."""
+        size, resize = (int(spec["size"][0]), int(spec["size"][1])), (int(spec["resize"][0]), int(spec["resize"][1]))
+        return cls(size, resize, tuple(spec["mean"]), tuple(spec["std"]), spec["interpolation"])
+
+
+def decode(data: bytes) -> Pixels:
+    """Decode an image file at its full size: bytes -> uint8 `[H, W, 3]`.
+
+    Raises:
+        ImageError: the bytes give no image.
+    """
+    return np.asarray(open_rgb(data))
+
+
+def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.Image:
+    """Decode an image file to a Pillow image of mode RGB, upright.
+
+    Args:
+        data: the file's bytes.
+        at_least: (height, width) in pixels: JPEGs may be decoded at a reduced scale whose sides stay at least so long.
+
+    Raises:
+        ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
+    """
+    if not data:
+        raise ImageError("empty", "zero bytes")
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
+        if at_least is not None and image.format == "JPEG":
+            # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
+            image.draft(None, (max(at_least), max(at_least)))
+        image.load()
+        rgb = _to_rgb(image)
+        # Asked first, because exif_transpose copies images that stand upright already.
+        return ImageOps.exif_transpose(rgb) if image.getexif().get(_ORIENTATION, 1) != 1 else rgb
+    except ImageError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
+    # What Pillow's decoders raise on damaged files is no closed list; each of these was seen.
+    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
+        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+    except (struct.error, OverflowError, MemoryError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        deep = np.asarray(image)
+        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F") or image.mode.startswith(("I;", "F;")):
+        raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode} (32-bit or float) has no 8-bit rule")
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+    return image.convert("RGB")
+
+
+def random_resized_crop(
+    width: int,
+    height: int,
+    draws: NDArray[np.float64],
+    *,
+    scale: tuple[float, float],
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
+
+    Args:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        draws: uniform numbers in [0, 1), float64 `[22]`: ten attempts at area and aspect, and the place.
+        scale: bounds of the crop's share of the image area.
+        ratio: bounds of its width / height, drawn uniformly in the logarithm.
+
+    Returns:
+        (left, top, right, bottom) in pixels.
+    """
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    for attempt in range(10):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
+        aspect = math.exp(log_low + (log_high - log_low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(draws[20] * (width - w + 1)), int(draws[21] * (height - h + 1))
+            return left, top, left + w, top + h
+    # No attempt fits a very long image: the largest centre crop within the bounds of aspect.
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The training augmentation: random resized crop and horizontal flip, keyed by place and not by worker.
+
+    Attributes:
+        size: (height, width) of the crop after resizing, in pixels.
+        scale: bounds of the crop's share of the image area.
+        flip: whether half of the images are mirrored.
+        seed: the run's seed.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
+    seed: int
+
+    def crop(self, image: Image.Image, *, epoch: int, position: int) -> Pixels:
+        """Cut and resize a decoded RGB image: -> uint8 `[H, W, 3]`, not yet mirrored."""
+        draws = uniforms(22, Purpose.CROP, seed=self.seed, epoch=epoch, position=position)
+        box = random_resized_crop(image.width, image.height, draws, scale=self.scale)
+        height, width = self.size
+        return np.asarray(image.crop(box).resize((width, height), Image.Resampling.BICUBIC))
+
+    def flips(self, *, epoch: int, position: int) -> bool:
+        """Whether the image of this place is mirrored; done later, on the device."""
+        return self.flip and bool(uniforms(1, Purpose.FLIP, seed=self.seed, epoch=epoch, position=position)[0] < 0.5)

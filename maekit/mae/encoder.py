@@ -1,0 +1,96 @@
+"""The encoder: a timm VisionTransformer, built by its timm name, so that weights go back and forth unchanged."""
+
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from maekit.config import ModelConfig
+from maekit.errors import InputError
+from maekit.mae.masking import gather_tokens
+from maekit.mae.positions import sincos_positions
+
+DEFAULT_MODEL = "vit_base_patch16_224"
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """Return the keyword arguments with which `timm.create_model(name, ...)` builds this encoder."""
+    chosen = {
+        "patch_size": config.patch_size,
+        "embed_dim": config.width,
+        "depth": config.depth,
+        "num_heads": config.heads,
+    }
+    return {
+        "img_size": config.image_size,
+        "num_classes": 0,
+        **{key: value for key, value in chosen.items() if value is not None},
+    }
+
+
+def build_encoder(config: ModelConfig) -> VisionTransformer:
+    """Build the encoder with frozen sine-cosine positions; other weights are timm's until initialised.
+
+    Raises:
+        InputError: unknown name, impossible sizes, or a model whose tokens a MAE cannot mask.
+    """
+    import timm
+
+    name = config.name or DEFAULT_MODEL
+    if name not in timm.list_models("vit_*"):
+        import difflib
+
+        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3)
+        hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models('vit_*')"
+        raise InputError(f"unknown model {name!r}{hint}")
+    try:
+        encoder = timm.create_model(name, pretrained=False, **timm_arguments(config))
+    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {error}") from error
+    _check_maskable(name, encoder)
+    patch = encoder.patch_embed.patch_size[0]
+    if config.image_size % patch:
+        raise InputError(f"model.image_size = {config.image_size} is not a multiple of the patch size {patch}")
+    if encoder.embed_dim % 4:
+        raise InputError(f"{name}: a width of {encoder.embed_dim} is not a multiple of 4 (sine-cosine positions)")
+    with torch.no_grad():
+        encoder.pos_embed.copy_(sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, class_token=True))
+    encoder.pos_embed.requires_grad_(False)
+    return encoder
+
+
+def _check_maskable(name: str, encoder: torch.nn.Module) -> None:
+    wanted = {
+        "is no plain VisionTransformer": type(encoder) is VisionTransformer,
+        "has no class token": getattr(encoder, "cls_token", None) is not None,
+        "has register tokens": getattr(encoder, "reg_token", None) is None,
+        "adds no absolute positions": getattr(encoder, "pos_embed", None) is not None,
+        "adds positions to patches only": not getattr(encoder, "no_embed_class", False),
+        "normalises before its blocks": isinstance(getattr(encoder, "norm_pre", None), torch.nn.Identity),
+        "has no final LayerNorm": isinstance(getattr(encoder, "norm", None), torch.nn.LayerNorm),
+        "has patches that are not square": len(set(encoder.patch_embed.patch_size)) == 1,
+    }
+    for problem, fine in wanted.items():
+        if not fine:
+            raise InputError(f"{name} {problem}; maekit trains plain ViTs such as {DEFAULT_MODEL}")
+
+
+def encode(encoder: VisionTransformer, images: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
+    """Run the encoder on the kept patches, or on all of them.
+
+    Args:
+        encoder: with a class token and absolute positions.
+        images: normalised, `[B, C, H, W]`.
+        ids_keep: places of the kept patches, int64 `[B, K]`; None keeps all in order, which equals timm's own
+            `forward_features`.
+
+    Returns:
+        the latent after the final LayerNorm, class token first, `[B, 1 + K, D]`.
+    """
+    tokens = encoder.patch_embed(images)  # [B, C, H, W] -> [B, N, D]
+    tokens = tokens + encoder.pos_embed[:, 1:]
+    if ids_keep is not None:
+        tokens = gather_tokens(tokens, ids_keep)  # [B, N, D] -> [B, K, D]
+    class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
+    tokens = torch.cat([class_token, tokens], dim=1)  # -> [B, 1 + K, D]
+    return encoder.norm(encoder.blocks(tokens))

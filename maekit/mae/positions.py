@@ -1,0 +1,34 @@
+"""Fixed two-dimensional sine-cosine positions (Vaswani et al. 2017, section 3.5; in 2-D as Chen et al. 2021, MoCo v3)."""
+
+import torch
+
+
+def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) -> torch.Tensor:
+    """Return the position of every token.
+
+    The first half of the channels encodes the column, the second half the row; each half is sin then cos over
+    frequencies 10000^(-i/(D/4)).
+
+    Args:
+        width: D, a multiple of 4.
+        grid: (rows, columns) of patches.
+        class_token: whether a row of zeros comes first.
+
+    Returns:
+        float32 `[1, (1 +) rows * columns, D]`.
+
+    Raises:
+        ValueError: `width` is not a multiple of 4.
+    """
+    if width % 4:
+        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
+    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    halves = []
+    for places in (columns, rows):
+        angles = places.reshape(-1, 1).double() * frequencies  # [N, 1] * [D/4] -> [N, D/4]
+        halves += [angles.sin(), angles.cos()]
+    positions = torch.cat(halves, dim=1)  # 4 x [N, D/4] -> [N, D]
+    if class_token:
+        positions = torch.cat([positions.new_zeros(1, width), positions])
+    return positions.float().unsqueeze(0)

@@ -1,0 +1,207 @@
+import numpy as np
+import pytest
+import timm
+import torch
+
+from maekit.config import ModelConfig
+from maekit.errors import InputError
+from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
+from maekit.mae.encoder import build_encoder, encode
+from maekit.mae.masking import kept_patches, random_masking
+from maekit.mae.positions import sincos_positions
+from maekit.mae.targets import masked_mse, normalize_patches, patchify, unpatchify
+
+TINY = {"width": 48, "depth": 2, "heads": 3, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
+
+
+def tiny(**changes) -> MaskedAutoencoder:
+    sizes = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, **TINY, **changes}
+    return build_autoencoder(ModelConfig(**sizes), seed=0)
+
+
+def to_transformers(model: MaskedAutoencoder, norm_pixel: bool):
+    """Return transformers' ViTMAE with our weights: the oracle.
+
+    Built from a config it would train with all-zero positions (a bug of that library), so ours are loaded too.
+    """
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    encoder, decoder = model.encoder, model.decoder
+    width = encoder.embed_dim
+    oracle = ViTMAEForPreTraining(
+        ViTMAEConfig(
+            hidden_size=width,
+            num_hidden_layers=len(encoder.blocks),
+            num_attention_heads=encoder.blocks[0].attn.num_heads,
+            intermediate_size=4 * width,
+            image_size=encoder.patch_embed.img_size[0],
+            patch_size=model.patch_size,
+            decoder_hidden_size=decoder.embed.out_features,
+            decoder_num_hidden_layers=len(decoder.blocks),
+            decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
+            decoder_intermediate_size=4 * decoder.embed.out_features,
+            mask_ratio=model.mask_ratio,
+            norm_pix_loss=norm_pixel,
+            layer_norm_eps=1e-6,
+        )
+    )
+    weights = {
+        "vit.embeddings.cls_token": encoder.cls_token,
+        "vit.embeddings.position_embeddings": encoder.pos_embed,
+        "vit.embeddings.patch_embeddings.projection.weight": encoder.patch_embed.proj.weight,
+        "vit.embeddings.patch_embeddings.projection.bias": encoder.patch_embed.proj.bias,
+        "vit.layernorm.weight": encoder.norm.weight,
+        "vit.layernorm.bias": encoder.norm.bias,
+        "decoder.mask_token": decoder.mask_token,
+        "decoder.decoder_pos_embed": decoder.pos_embed,
+        "decoder.decoder_embed.weight": decoder.embed.weight,
+        "decoder.decoder_embed.bias": decoder.embed.bias,
+        "decoder.decoder_norm.weight": decoder.norm.weight,
+        "decoder.decoder_norm.bias": decoder.norm.bias,
+        "decoder.decoder_pred.weight": decoder.pred.weight,
+        "decoder.decoder_pred.bias": decoder.pred.bias,
+    }
+    names = set(oracle.state_dict())
+    for prefix, blocks in (("vit.layers", encoder.blocks), ("decoder.decoder_layers", decoder.blocks)):
+        for i, block in enumerate(blocks):
+            for kind in ("weight", "bias"):
+                for ours, parts in (
+                    (getattr(block.attn.qkv, kind), ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+                    (getattr(block.attn.proj, kind), ("attention.o_proj",)),
+                    (getattr(block.mlp.fc1, kind), ("mlp.fc1",)),
+                    (getattr(block.mlp.fc2, kind), ("mlp.fc2",)),
+                    (getattr(block.norm1, kind), ("layernorm_before",)),
+                    (getattr(block.norm2, kind), ("layernorm_after",)),
+                ):
+                    for part, value in zip(parts, ours.chunk(len(parts)), strict=True):
+                        weights[f"{prefix}.{i}.{part}.{kind}"] = value
+    assert set(weights) == names, (sorted(set(weights) - names)[:4], sorted(names - set(weights))[:14])
+    oracle.load_state_dict({name: value.detach() for name, value in weights.items()})
+    return oracle.eval()
+
+
+@pytest.mark.parametrize("norm_pixel", [False, True])
+@pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
+def test_equals_transformers_vitmae(norm_pixel: bool, ratio: float) -> None:
+    """Loss, latents and predictions equal an independent implementation with the same weights and noise."""
+    model = tiny(norm_pixel=norm_pixel, mask_ratio=ratio, image_size=48)
+    # At initialisation LayerNorms and biases are trivial; disturb them so that each one counts.
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.05)
+    images = torch.randn(3, 3, 48, 48, generator=generator)
+    noise = torch.rand(3, 36, generator=generator)
+    oracle = to_transformers(model, norm_pixel)
+    expected = oracle(images, noise=noise)
+    got = model(images, noise)
+    latent = encode(model.encoder, images, random_masking(noise, ratio).ids_keep)
+    expected_latent = oracle.vit(images, noise=noise).last_hidden_state
+    torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0)
+    torch.testing.assert_close(latent, expected_latent, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.pred, expected.logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.mask, expected.mask)
+
+
+def test_encoding_all_patches_equals_timm() -> None:
+    encoder = tiny().encoder.eval()
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(encode(encoder, images), encoder.forward_features(images), rtol=1e-5, atol=1e-5)
+
+
+def test_positions_by_hand() -> None:
+    """First half column, second half row; sin before cos; zeros for the class token."""
+    positions = sincos_positions(8, (2, 3), class_token=True)[0]
+    assert positions.shape == (7, 8)
+    assert not positions[0].any()
+    row, column = 1, 2
+    expected = []
+    for place in (column, row):
+        expected += [np.sin(place), np.sin(place / 100), np.cos(place), np.cos(place / 100)]
+    np.testing.assert_allclose(positions[1 + row * 3 + column], expected, rtol=1e-6)
+
+
+def test_masking_keeps_the_published_number() -> None:
+    assert kept_patches(196, 0.75) == 49
+    masking = random_masking(torch.rand(5, 196), 0.75)
+    assert masking.ids_keep.shape == (5, 49)
+    assert (masking.mask.sum(1) == 147).all()
+    assert (masking.mask.gather(1, masking.ids_keep) == 0).all()
+
+
+def test_patchify_order_and_inverse() -> None:
+    images = torch.arange(2 * 3 * 8 * 12, dtype=torch.float32).reshape(2, 3, 8, 12)
+    patches = patchify(images, 4)
+    assert patches.shape == (2, 6, 48)
+    # patch (row 1, column 2), pixel (3, 1), channel 2
+    assert patches[1, 1 * 3 + 2, (3 * 4 + 1) * 3 + 2] == images[1, 2, 4 + 3, 8 + 1]
+    torch.testing.assert_close(unpatchify(patches, 4, (2, 3)), images)
+
+
+def test_norm_pixel_by_hand() -> None:
+    patches = torch.randn(2, 3, 48)
+    expected = (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6) ** 0.5
+    torch.testing.assert_close(normalize_patches(patches), expected)
+
+
+def test_loss_ignores_kept_patches() -> None:
+    pred, target = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
+    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
+    loss = masked_mse(pred, target, mask)
+    disturbed = masked_mse(pred + 100 * (1 - mask).unsqueeze(-1), target, mask)
+    torch.testing.assert_close(loss, disturbed)
+
+
+def test_no_gradient_from_a_removed_patch_through_the_encoder() -> None:
+    model = tiny()
+    images = torch.randn(1, 3, 32, 32, requires_grad=True)
+    noise = torch.rand(1, 16)
+    masking = random_masking(noise, 0.75)
+    encode(model.encoder, images, masking.ids_keep).sum().backward()
+    touched = patchify(images.grad, 8).abs().sum(-1) > 0
+    assert torch.equal(touched, masking.mask == 0)
+
+
+def test_initialisation_follows_the_formulas() -> None:
+    """Xavier-uniform over the fused qkv matrix and the flattened patch convolution; zero biases; N(0, .02) tokens."""
+    model = build_autoencoder(ModelConfig(name="vit_small_patch16_224", image_size=32), seed=0)
+    qkv = model.encoder.blocks[0].attn.qkv
+    bound = (6 / (384 + 3 * 384)) ** 0.5
+    assert qkv.weight.abs().max() <= bound
+    assert qkv.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+    bound = (6 / (384 + 768)) ** 0.5
+    projection = model.encoder.patch_embed.proj
+    assert projection.weight.abs().max() <= bound
+    assert projection.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.01)
+    assert not projection.bias.any()
+    assert not qkv.bias.any()
+    assert model.encoder.cls_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert model.decoder.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
+    assert all(module.eps == 1e-6 for module in model.modules() if isinstance(module, torch.nn.LayerNorm))
+    again = build_autoencoder(ModelConfig(name="vit_small_patch16_224", image_size=32), seed=0)
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_positions_are_frozen_and_weights_load_into_timm() -> None:
+    model = tiny()
+    assert not model.encoder.pos_embed.requires_grad
+    assert not model.decoder.pos_embed.requires_grad
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=48, depth=2, num_heads=3, num_classes=0
+    )
+    plain.load_state_dict(model.encoder.state_dict(), strict=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "vit_bas_patch16_224"}, "did you mean vit_base_patch16_224"),
+        ({"name": "vit_tiny_patch16_224", "image_size": 100}, "100"),
+        ({"name": "vit_base_patch16_clip_224"}, "normalises before its blocks"),
+        ({"name": "vit_tiny_patch16_224", "width": 50, "heads": 5}, "multiple of 4"),
+    ],
+)
+def test_impossible_models_are_refused(changes: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        build_encoder(ModelConfig(**changes))
