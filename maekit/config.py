@@ -19,6 +19,8 @@ from maekit.errors import InputError
 from maekit.images import IMAGENET_MEAN, IMAGENET_STD
 from maekit.shards.order import WINDOW_SHARDS
 
+DEFAULT_EPOCHS = 400.0
+
 
 def _free(default: Any) -> Any:
     """Return a field that may change when a run is resumed: it does not touch what is trained."""
@@ -92,7 +94,7 @@ class OptimizerConfig:
     Attributes:
         lr: base learning rate, per 256 images of batch.
         min_lr: learning rate at the end, absolute.
-        warmup_epochs: length of the warm-up; never more than a tenth of the run. None is the published 5 %.
+        warmup_epochs: length of the warm-up; never more than a tenth of the run.
         weight_decay: on every parameter of two or more dimensions.
         beta1: AdamW's β₁.
         beta2: AdamW's β₂.
@@ -100,7 +102,7 @@ class OptimizerConfig:
 
     lr: float = 1.5e-4
     min_lr: float = 0.0
-    warmup_epochs: float | None = None
+    warmup_epochs: float = 40.0
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
@@ -114,7 +116,7 @@ class RunConfig:
         device: `auto`, `cpu` or `cuda`.
         precision: `auto` (bf16 where the hardware has it), `fp32` or `bf16`.
         threads: CPU threads of the model; None is torch's own choice.
-        checkpoint_every: steps from one checkpoint to the next; None is twenty of them, at most 1,000 steps apart.
+        checkpoint_every: steps from one checkpoint to the next; None is ten of them, at most 1,000 steps apart.
         keep_checkpoints: how many of the newest are kept.
         log_every: steps from one row of metrics to the next; None is a hundred rows, at most 50 steps apart.
         pictures_every: steps from one picture of reconstructions to the next; None is at every checkpoint, 0 is never.
@@ -136,8 +138,8 @@ class PretrainConfig:
     Attributes:
         shards: input specs: directories, tars, globs, brace patterns.
         out: the run directory.
-        epochs: passes over the data; None where `steps` is given.
-        steps: optimiser steps; None where `epochs` is given.
+        epochs: passes over the data; 400 where neither is given.
+        steps: optimiser steps, instead of epochs.
         batch_size: images per optimiser step, over all devices.
         seed: of weights, order, crops, flips and masks.
     """

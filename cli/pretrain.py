@@ -1,0 +1,143 @@
+"""`maekit pretrain`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from maekit.config import DEFAULT_EPOCHS, PretrainConfig
+
+_DEFAULT = PretrainConfig()
+_TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Model", "Machine", "Output"
+
+
+def _option(help: str, panel: str, *names: str, default: Any = None) -> Any:
+    """Return an option that is None unless given, so that a config file shines through; the help states the default."""
+    shown = f" [dim]\\[default: {default}][/dim]" if default is not None else ""
+    return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False)
+
+
+def command(
+    shards: Annotated[
+        list[str] | None,
+        typer.Argument(help="Directories, .tar files, globs or brace patterns.", show_default=False),
+    ] = None,
+    out: Annotated[Path | None, _option("The run directory.", _OUTPUT)] = None,
+    model: Annotated[
+        str | None, _option("Encoder, by its timm name.", _MODEL, default="vit_base_patch16_224")
+    ] = None,
+    image_size: Annotated[
+        int | None, _option("Side of the input, in pixels.", _MODEL, default=_DEFAULT.model.image_size)
+    ] = None,
+    patch_size: Annotated[int | None, _option("Side of a patch, in pixels; the model's own by default.", _MODEL)] = None,
+    mask_ratio: Annotated[
+        float | None, _option("Share of patches removed.", _MODEL, default=_DEFAULT.model.mask_ratio)
+    ] = None,
+    init_from: Annotated[
+        str | None,
+        _option("Start the encoder from timm:NAME (published weights), a run, or a weights file.", _MODEL),
+    ] = None,
+    epochs: Annotated[
+        float | None, _option("Passes over the data.", _TRAINING, default=f"{DEFAULT_EPOCHS:g}")
+    ] = None,
+    steps: Annotated[int | None, _option("Optimiser steps, instead of epochs.", _TRAINING)] = None,
+    batch_size: Annotated[
+        int | None, _option("Images per step, over all devices.", _TRAINING, default=_DEFAULT.batch_size)
+    ] = None,
+    lr: Annotated[
+        float | None, _option("Base learning rate, per 256 images.", _TRAINING, default=_DEFAULT.optimizer.lr)
+    ] = None,
+    warmup_epochs: Annotated[
+        float | None,
+        _option(
+            "Length of the warm-up; at most a tenth of the run.", _TRAINING, default=_DEFAULT.optimizer.warmup_epochs
+        ),
+    ] = None,
+    seed: Annotated[
+        int | None, _option("Of weights, order, crops, flips and masks.", _TRAINING, default=_DEFAULT.seed)
+    ] = None,
+    skip_damaged: Annotated[bool, _option("Leave damaged shards out.", _TRAINING, "--skip-damaged")] = False,
+    max_bad: Annotated[
+        float | None,
+        _option("Stop when a larger share of samples holds no image.", _TRAINING, default=_DEFAULT.data.max_bad),
+    ] = None,
+    workers: Annotated[
+        int | None, _option("Processes that read and decode.", _MACHINE, default="by the machine")
+    ] = None,
+    device: Annotated[str | None, _option("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
+    precision: Annotated[
+        str | None, _option("auto (bf16 where the hardware has it), fp32 or bf16.", _MACHINE, default="auto")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None, _option("Steps between checkpoints.", _OUTPUT, default="a tenth of the run, at most 1000")
+    ] = None,
+    log_every: Annotated[
+        int | None, _option("Steps between rows of metrics.", _OUTPUT, default="a hundredth, at most 50")
+    ] = None,
+    config: Annotated[
+        Path | None, _option("Settings from a TOML file, as a run writes it to config.toml.", _OUTPUT)
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        _option("Any setting, as in --set model.decoder_depth=4; may be repeated.", _OUTPUT, "--set"),
+    ] = None,
+    as_json: Annotated[bool, _option("Print one JSON object as the last line.", _OUTPUT, "--json")] = False,
+) -> None:
+    """Pre-train a masked autoencoder on tar shards.
+
+    The same command again goes on after a kill or a stop, exactly; on a finished run it says so. Defaults are the
+    published recipe (He et al. 2021).
+    """
+    import dataclasses
+
+    from maekit.cli.show import make_progress, print_json
+    from maekit.config import load_toml, parse_setting, set_value
+
+    chosen = PretrainConfig()
+    for key, value in (load_toml(config) if config else {}).items():
+        set_value(chosen, key, value)
+    options = {
+        "shards": tuple(shards) if shards else None,
+        "out": str(out) if out else None,
+        "epochs": epochs,
+        "steps": steps,
+        "batch_size": batch_size,
+        "seed": seed,
+        "model.name": model,
+        "model.image_size": image_size,
+        "model.patch_size": patch_size,
+        "model.mask_ratio": mask_ratio,
+        "model.init_from": init_from,
+        "optimizer.lr": lr,
+        "optimizer.warmup_epochs": warmup_epochs,
+        "data.skip_damaged": skip_damaged or None,
+        "data.max_bad": max_bad,
+        "data.workers": workers,
+        "run.device": device,
+        "run.precision": precision,
+        "run.checkpoint_every": checkpoint_every,
+        "run.log_every": log_every,
+    }
+    # A length on the command line replaces the other kind of length in the file.
+    if steps is not None and epochs is None:
+        chosen.epochs = None
+    if epochs is not None and steps is None:
+        chosen.steps = None
+    for key, value in options.items():
+        if value is not None:
+            set_value(chosen, key, value)
+    for text in settings or []:
+        set_value(chosen, *parse_setting(text))
+    chosen.validate()
+
+    from maekit.training.run import pretrain
+
+    result = pretrain(chosen, make_progress())
+    if not result.already_finished:
+        print(
+            f"{result.steps} steps, {result.samples} images, loss {result.loss:.4f}, "
+            f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}: {result.out}/encoder.safetensors"
+        )
+        print(f"next: maekit export {result.out} --out encoder.onnx")
+    if as_json:
+        print_json(dataclasses.asdict(result))

@@ -1,0 +1,135 @@
+"""How the command line shows things: progress on standard error, results on standard output."""
+
+import json
+import sys
+import time
+from typing import Any
+
+_PLAIN_SECONDS = 15.0
+
+
+def print_json(summary: dict[str, Any]) -> None:
+    """Print one object as the last line of standard output."""
+    print(json.dumps(summary), flush=True)
+
+
+def make_progress() -> "Bar | Plain":
+    """Return a live bar on a terminal, plain lines elsewhere."""
+    return Bar() if sys.stderr.isatty() else Plain()
+
+
+class Plain:
+    """A line now and then, for logs."""
+
+    def __init__(self) -> None:
+        self._what, self._total, self._shown, self._row = "", 0, 0.0, ""
+        self._first, self._started = 0, 0.0
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        print(text, file=sys.stderr, flush=True)
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a piece of work."""
+        self._what, self._total, self._row, self._first = what, total, "", done
+        self._started = self._shown = time.monotonic()
+
+    def advance(self, done: int) -> None:
+        """Print a line when the last one is long ago."""
+        now = time.monotonic()
+        if now - self._shown >= _PLAIN_SECONDS:
+            self._shown = now
+            left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+            self.note(f"{self._what} {done}/{self._total}  {duration(left)} left  {self._row}".rstrip())
+
+    def figures(self, row: dict[str, Any]) -> None:
+        """Remember the newest figures for the next line."""
+        self._row = describe(row)
+
+    def stop(self) -> None:
+        """Print the last figures."""
+        if self._row:
+            self.note(f"{self._what}: {self._row}")
+
+
+class Bar:
+    """A live bar with rate, time left and the newest figures."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._bar: Any = None
+        self._task: Any = None
+
+    def note(self, text: str) -> None:
+        """Print one line above the bar."""
+        self._console.print(text, highlight=False, markup=False)
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Show a bar."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[row]}"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task(what, total=total, completed=done, row="")
+        self._bar.start()
+
+    def advance(self, done: int) -> None:
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
+    def figures(self, row: dict[str, Any]) -> None:
+        """Show the newest figures beside the bar."""
+        if self._bar is not None:
+            self._bar.update(self._task, row=describe(row))
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def describe(row: dict[str, Any]) -> str:
+    """Return the figures of a row that people look at, in one short line."""
+    parts = []
+    if "epoch" in row:
+        parts.append(f"epoch {row['epoch']:.2f}")
+    if "loss" in row:
+        parts.append(f"loss {row['loss']:.4f}")
+    if "lr" in row:
+        parts.append(f"lr {row['lr']:.2e}")
+    if "images_per_second" in row:
+        parts.append(f"{row['images_per_second']:.1f} img/s")
+    if "data_wait" in row:
+        parts.append(f"data-wait {row['data_wait']:.0%}" + (", the loader binds" if row["data_wait"] > 0.2 else ""))
+    if "binds" in row:
+        parts.append(f"{row['binds']} binds")
+    if row.get("bad") or row.get("errors"):
+        parts.append(f"{row.get('bad') or row.get('errors')} bad samples")
+    return "  ".join(parts)
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as people say it: 45 s, 12 min, 3 h 50 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def size(count: float) -> str:
+    """Return a number of bytes as people say it."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

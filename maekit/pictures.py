@@ -1,0 +1,34 @@
+"""Pictures for people: rows of images on one sheet. Needs no torch."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from maekit.images import Pixels
+
+_GAP = 4
+_SMALLEST = 96  # pixels; smaller images are enlarged, so that their patches can be told apart
+
+
+def sheet(columns: list[list[Pixels]]) -> bytes:
+    """Draw columns of images beside each other, on white.
+
+    Args:
+        columns: each a list of uint8 `[H, W, 3]`, all of one size and number.
+
+    Returns:
+        a PNG file's bytes.
+    """
+    height, width, _ = columns[0][0].shape
+    factor = max(1, -(-_SMALLEST // min(height, width)))
+    height, width = height * factor, width * factor
+    rows = len(columns[0])
+    canvas = np.full((rows * (height + _GAP) + _GAP, len(columns) * (width + _GAP) + _GAP, 3), 255, np.uint8)
+    for x, column in enumerate(columns):
+        for y, image in enumerate(column):
+            top, left = _GAP + y * (height + _GAP), _GAP + x * (width + _GAP)
+            canvas[top : top + height, left : left + width] = image.repeat(factor, 0).repeat(factor, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(canvas).save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,41 @@
+"""How long work tells of itself. The library calls these; the command line draws them."""
+
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """Something that shows how work goes on."""
+
+    def note(self, text: str) -> None:
+        """Show one line that stays."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Begin a piece of work of `total` units, `done` of them already made."""
+
+    def advance(self, done: int) -> None:
+        """Tell how many units are made."""
+
+    def figures(self, row: dict[str, Any]) -> None:
+        """Show the newest measurements."""
+
+    def stop(self) -> None:
+        """End the piece of work."""
+
+
+class Silent:
+    """Shows nothing."""
+
+    def note(self, text: str) -> None:
+        """Show nothing."""
+
+    def start(self, what: str, total: int, done: int = 0) -> None:
+        """Show nothing."""
+
+    def advance(self, done: int) -> None:
+        """Show nothing."""
+
+    def figures(self, row: dict[str, Any]) -> None:
+        """Show nothing."""
+
+    def stop(self) -> None:
+        """Show nothing."""

@@ -1,0 +1,142 @@
+"""The run directory: its names, its checkpoints, and which of them can be trusted. Needs no torch.
+
+    RUN/config.toml                     the resolved config, written before anything else
+    RUN/metrics.jsonl                   one row per logging step
+    RUN/checkpoints/step-000001000/     model.safetensors optimizer.safetensors state.json, and manifest.json, written last
+    RUN/pictures/step-000001000.png     reconstructions
+    RUN/encoder.safetensors             the final encoder under timm's parameter names
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maekit import files
+from maekit.config import PretrainConfig, load_config
+from maekit.errors import InputError
+
+MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+_STEP = re.compile(r"step-(\d{9})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint directory.
+
+    Attributes:
+        path: the directory.
+        step: optimiser steps done.
+    """
+
+    path: Path
+    step: int
+
+    def problem(self) -> str | None:
+        """Return what is wrong with this checkpoint, or None: every file is there with its recorded digest."""
+        try:
+            manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+            for name in (MODEL, OPTIMIZER, STATE):
+                if files.sha256_file(self.path / name) != manifest[name]:
+                    return f"{name} does not match its digest"
+        except OSError as error:
+            return f"{Path(str(error.filename)).name}: {error.strerror}"
+        except (ValueError, KeyError, TypeError):
+            return f"{MANIFEST} is damaged"
+        return None
+
+    def state(self) -> dict[str, Any]:
+        """Return what `state.json` holds: step, data digest, maekit's version."""
+        state: dict[str, Any] = json.loads((self.path / STATE).read_text(encoding="utf-8"))
+        return state
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the model file, from the manifest: it names the weights."""
+        return str(json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"][MODEL])
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.toml"
+
+    @property
+    def metrics_file(self) -> Path:
+        """One JSON row per logging step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def encoder_file(self) -> Path:
+        """The final encoder."""
+        return self.path / "encoder.safetensors"
+
+    def picture(self, step: int) -> Path:
+        """Return the path of the picture of a step."""
+        return self.path / "pictures" / f"step-{step:09d}.png"
+
+    def checkpoint(self, step: int) -> Checkpoint:
+        """Return the checkpoint of a step, there or not."""
+        return Checkpoint(self.checkpoints / f"step-{step:09d}", step)
+
+    def list_checkpoints(self) -> list[Checkpoint]:
+        """Return all checkpoints, valid or not, newest first."""
+        if not self.checkpoints.is_dir():
+            return []
+        steps = [int(m[1]) for p in self.checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+        return [self.checkpoint(step) for step in sorted(steps, reverse=True)]
+
+    def newest_valid(self, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
+        """Return the newest checkpoint whose files all match their digests; tell `on_damage` of each that does not."""
+        for checkpoint in self.list_checkpoints():
+            problem = checkpoint.problem()
+            if problem is None:
+                return checkpoint
+            on_damage(f"{checkpoint.path} is damaged ({problem}); the one before it is used")
+        return None
+
+    def config(self) -> PretrainConfig:
+        """Return the run's resolved config.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        return load_config(self.config_file)
+
+
+def is_run(path: Path) -> bool:
+    """Whether `path` is a run directory."""
+    return (path / "config.toml").is_file()
+
+
+def find_checkpoint(path: Path, on_damage: Callable[[str], None] = lambda text: None) -> tuple[RunDirectory, Checkpoint]:
+    """Return the run and the checkpoint that a path names: a run (its newest valid one), or one checkpoint directory.
+
+    Raises:
+        InputError: neither of the two, no checkpoint yet, or a damaged one.
+    """
+    if is_run(path):
+        run = RunDirectory(path)
+        newest = run.newest_valid(on_damage)
+        if newest is None:
+            raise InputError(f"{path} is a run without a valid checkpoint; run `maekit pretrain` on it first")
+        return run, newest
+    if (match := _STEP.fullmatch(path.name)) and path.is_dir() and is_run(path.parent.parent):
+        checkpoint = Checkpoint(path, int(match[1]))
+        if problem := checkpoint.problem():
+            raise InputError(f"{path} is damaged: {problem}")
+        return RunDirectory(path.parent.parent), checkpoint
+    what = "is neither a run nor a checkpoint of one" if path.exists() else "does not exist"
+    raise InputError(f"{path} {what}; a run is the --out of `maekit pretrain`")

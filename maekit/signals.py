@@ -1,0 +1,32 @@
+"""Stopping on SIGTERM or Ctrl-C at a place where everything is saved."""
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], str | None]]:
+    """Catch SIGTERM and SIGINT for a while.
+
+    Yields:
+        a function that returns the name of the signal that came, or None. A second signal gets the default treatment,
+        so that a hanging save can still be interrupted.
+    """
+    received: list[str] = []
+    previous = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(signal.Signals(number).name)
+        signal.signal(number, signal.SIG_DFL)
+
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handle)
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

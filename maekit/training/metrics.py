@@ -1,0 +1,40 @@
+"""`metrics.jsonl`: one JSON row per logging step, cut back to the checkpoint when a run resumes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from maekit import files
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    """Append one row.
+
+    Raises:
+        MaekitError: the file cannot be written.
+    """
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        raise files.write_failure(path, error) from error
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return all rows; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the rows behind `step`: the resumed run writes them again."""
+    if path.exists():
+        rows = [row for row in read(path) if row["step"] <= step]
+        files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
