@@ -65,5 +65,3 @@ def main() -> None:
         # The reader of our output went away (`maekit check … | head`); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-
-

@@ -23,13 +23,13 @@ def command(
         typer.Argument(help="Directories, .tar files, globs or brace patterns.", show_default=False),
     ] = None,
     out: Annotated[Path | None, _option("The run directory.", _OUTPUT)] = None,
-    model: Annotated[
-        str | None, _option("Encoder, by its timm name.", _MODEL, default="vit_base_patch16_224")
-    ] = None,
+    model: Annotated[str | None, _option("Encoder, by its timm name.", _MODEL, default="vit_base_patch16_224")] = None,
     image_size: Annotated[
         int | None, _option("Side of the input, in pixels.", _MODEL, default=_DEFAULT.model.image_size)
     ] = None,
-    patch_size: Annotated[int | None, _option("Side of a patch, in pixels; the model's own by default.", _MODEL)] = None,
+    patch_size: Annotated[
+        int | None, _option("Side of a patch, in pixels; the model's own by default.", _MODEL)
+    ] = None,
     mask_ratio: Annotated[
         float | None, _option("Share of patches removed.", _MODEL, default=_DEFAULT.model.mask_ratio)
     ] = None,
@@ -37,9 +37,7 @@ def command(
         str | None,
         _option("Start the encoder from timm:NAME (published weights), a run, or a weights file.", _MODEL),
     ] = None,
-    epochs: Annotated[
-        float | None, _option("Passes over the data.", _TRAINING, default=f"{DEFAULT_EPOCHS:g}")
-    ] = None,
+    epochs: Annotated[float | None, _option("Passes over the data.", _TRAINING, default=f"{DEFAULT_EPOCHS:g}")] = None,
     steps: Annotated[int | None, _option("Optimiser steps, instead of epochs.", _TRAINING)] = None,
     batch_size: Annotated[
         int | None, _option("Images per step, over all devices.", _TRAINING, default=_DEFAULT.batch_size)

@@ -37,6 +37,7 @@ class ExportResult:
         parity: how far it is from PyTorch.
         bytes: size of the file.
         nodes: how many nodes of each operator it has.
+
     """
 
     path: str
@@ -68,6 +69,7 @@ def export(
     Raises:
         InputError: no such run, no images to compare on, or an impossible option.
         MaekitError: the file differs from PyTorch by more than 1e-4 of the largest value; none is left behind.
+
     """
     progress = progress or Silent()
     out = Path(out)

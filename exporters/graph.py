@@ -23,6 +23,7 @@ class EmbeddingModule(nn.Module):
         pool: `avg`, the mean of the patch tokens after the final LayerNorm (the class token left out; timm's own `avg`
             pools before its norm), or `cls`, the class token after it.
         normalize: divide each embedding by its L2 norm.
+
     """
 
     def __init__(self, encoder: VisionTransformer, preprocess: Preprocess, *, pool: str, normalize: bool) -> None:

@@ -30,6 +30,7 @@ class Parity:
         min_cosine: over all images and batch sizes.
         mean_cosine: likewise.
         provider: where the file ran.
+
     """
 
     images: int
@@ -51,20 +52,17 @@ def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int = max
 
     Raises:
         InputError: no shards there, or no readable image in them.
+
     """
     shards = open_shards(find_shards(specs), skip_damaged=True)
-    ends = shards.counts.cumsum()
     reader = MemberReader()
     images: list[Pixels] = []
     problem = ""
     # Three times as many places as images: some may hold none.
     for number in np.linspace(0, shards.samples - 1, 3 * count).astype(int)[_spread(3 * count)]:
-        shard = int(np.searchsorted(ends, number, "right"))
-        index = shards.indexes[shard]
-        member = index.image(int(number - (ends[shard] - shards.counts[shard])))
+        shard, ordinal = shards.locate(int(number))
         try:
-            if member is not None:
-                images.append(preprocess(reader.read(index, member)))
+            images.append(preprocess(reader.read_image(shards.indexes[shard], ordinal)))
         except ImageError as error:
             problem = str(error)
         if len(images) == count:
@@ -90,6 +88,7 @@ def compare(path: Path, images: Pixels, reference: Callable[[Pixels], Embeddings
 
     Raises:
         MaekitError: ONNX Runtime cannot load the file, or it gives values that are not finite.
+
     """
     import onnxruntime
 

@@ -47,6 +47,7 @@ class Preprocess:
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         interpolation: always `bicubic`, antialiased, by Pillow.
+
     """
 
     size: tuple[int, int]
@@ -66,6 +67,7 @@ class Preprocess:
 
         Raises:
             ImageError: the bytes give no image.
+
         """
         # Twice the size that is needed: there the reduced JPEG scales differ from full decoding by a cosine of 1e-7.
         return self.prepare(open_rgb(data, at_least=(2 * self.resize[0], 2 * self.resize[1])))
@@ -96,6 +98,7 @@ def decode(data: bytes) -> Pixels:
 
     Raises:
         ImageError: the bytes give no image.
+
     """
     return np.asarray(open_rgb(data))
 
@@ -109,6 +112,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
 
     Raises:
         ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
+
     """
     if not data:
         raise ImageError("empty", "zero bytes")
@@ -120,7 +124,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
             # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
         image.load()
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
         # Asked first, because exif_transpose copies images that stand upright already.
         return ImageOps.exif_transpose(rgb) if image.getexif().get(_ORIENTATION, 1) != 1 else rgb
     except ImageError:
@@ -136,7 +140,13 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return a decoded image in mode RGB, by the rules above; it is not turned upright.
+
+    Raises:
+        ImageError: a mode without a rule.
+
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
@@ -169,6 +179,7 @@ def random_resized_crop(
 
     Returns:
         (left, top, right, bottom) in pixels.
+
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(10):
@@ -194,6 +205,7 @@ class RandomCrop:
         scale: bounds of the crop's share of the image area.
         flip: whether half of the images are mirrored.
         seed: the run's seed.
+
     """
 
     size: tuple[int, int]

@@ -1,10 +1,10 @@
 """The run directory: its names, its checkpoints, and which of them can be trusted. Needs no torch.
 
-    RUN/config.toml                     the resolved config, written before anything else
-    RUN/metrics.jsonl                   one row per logging step
-    RUN/checkpoints/step-000001000/     model.safetensors optimizer.safetensors state.json, and manifest.json, written last
-    RUN/pictures/step-000001000.png     reconstructions
-    RUN/encoder.safetensors             the final encoder under timm's parameter names
+RUN/config.toml                     the resolved config, written before anything else
+RUN/metrics.jsonl                   one row per logging step
+RUN/checkpoints/step-000001000/     model.safetensors optimizer.safetensors state.json, and manifest.json, written last
+RUN/pictures/step-000001000.png     reconstructions
+RUN/encoder.safetensors             the final encoder under timm's parameter names
 """
 
 import json
@@ -29,6 +29,7 @@ class Checkpoint:
     Attributes:
         path: the directory.
         step: optimiser steps done.
+
     """
 
     path: Path
@@ -112,6 +113,7 @@ class RunDirectory:
 
         Raises:
             InputError: the file is missing or damaged.
+
         """
         return load_config(self.config_file)
 
@@ -121,11 +123,14 @@ def is_run(path: Path) -> bool:
     return (path / "config.toml").is_file()
 
 
-def find_checkpoint(path: Path, on_damage: Callable[[str], None] = lambda text: None) -> tuple[RunDirectory, Checkpoint]:
+def find_checkpoint(
+    path: Path, on_damage: Callable[[str], None] = lambda text: None
+) -> tuple[RunDirectory, Checkpoint]:
     """Return the run and the checkpoint that a path names: a run (its newest valid one), or one checkpoint directory.
 
     Raises:
         InputError: neither of the two, no checkpoint yet, or a damaged one.
+
     """
     if is_run(path):
         run = RunDirectory(path)

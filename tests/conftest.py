@@ -21,7 +21,9 @@ def jpeg(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
     """Return a JPEG of coloured waves; each number another picture."""
     random = np.random.default_rng(number)
     y, x = np.mgrid[: size[1], : size[0]]
-    waves = [np.sin(x * random.uniform(0.05, 0.6) + y * random.uniform(0.05, 0.6) + random.uniform(0, 6)) for _ in "rgb"]
+    waves = [
+        np.sin(x * random.uniform(0.05, 0.6) + y * random.uniform(0.05, 0.6) + random.uniform(0, 6)) for _ in "rgb"
+    ]
     pixels = ((np.stack(waves, -1) + 1) * 127).astype(np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=90)

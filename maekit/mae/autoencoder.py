@@ -21,6 +21,7 @@ class Prediction(NamedTuple):
         loss: scalar, float32.
         pred: `[B, N, p·p·C]`.
         mask: `[B, N]`, 1 = removed.
+
     """
 
     loss: torch.Tensor
@@ -36,6 +37,7 @@ class MaskedAutoencoder(nn.Module):
         decoder: over the same grid of patches.
         mask_ratio: share of patches removed.
         norm_pixel: normalise the target of each patch.
+
     """
 
     def __init__(self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float, norm_pixel: bool) -> None:
@@ -52,6 +54,7 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images: normalised, float32 `[B, C, H, W]`.
             noise: uniform numbers that choose the mask, `[B, N]`.
+
         """
         masking = random_masking(noise, self.mask_ratio)
         latent = encode(self.encoder, images, masking.ids_keep)
@@ -70,6 +73,7 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
 
     Raises:
         InputError: impossible sizes, or a ratio that keeps no patch.
+
     """
     encoder = build_encoder(config)
     if config.decoder_width % 4 or config.decoder_width % config.decoder_heads:

@@ -33,6 +33,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
 
     Raises:
         InputError: unknown name, impossible sizes, or a model whose tokens a MAE cannot mask.
+
     """
     import timm
 
@@ -86,6 +87,7 @@ def encode(encoder: VisionTransformer, images: torch.Tensor, ids_keep: torch.Ten
 
     Returns:
         the latent after the final LayerNorm, class token first, `[B, 1 + K, D]`.
+
     """
     tokens = encoder.patch_embed(images)  # [B, C, H, W] -> [B, N, D]
     tokens = tokens + encoder.pos_embed[:, 1:]

@@ -12,6 +12,7 @@ class Masking(NamedTuple):
         ids_keep: places of the kept patches, int64 `[B, K]`.
         ids_restore: for each patch its place in the shuffled row (kept ones first), int64 `[B, N]`.
         mask: float32 `[B, N]`, 1 = removed.
+
     """
 
     ids_keep: torch.Tensor
@@ -30,6 +31,7 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> Masking:
     Args:
         noise: uniform numbers, `[B, N]`.
         mask_ratio: share of patches removed.
+
     """
     batch, patches = noise.shape
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)

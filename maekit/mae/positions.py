@@ -19,6 +19,7 @@ def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) ->
 
     Raises:
         ValueError: `width` is not a multiple of 4.
+
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")

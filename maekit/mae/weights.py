@@ -30,6 +30,7 @@ class TrainedModel:
         model: on the CPU, in evaluation mode.
         config: of its run.
         checkpoint: where the weights come from.
+
     """
 
     model: MaskedAutoencoder
@@ -42,6 +43,7 @@ def load_trained(path: Path, on_damage: Callable[[str], None] = lambda text: Non
 
     Raises:
         InputError: no run, no valid checkpoint, or weights that do not fit the run's config.
+
     """
     run, checkpoint = runs.find_checkpoint(path, on_damage)
     config = run.config()
@@ -55,6 +57,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: the file cannot be read or is none.
+
     """
     try:
         return safetensors.torch.load_file(path)
@@ -67,6 +70,7 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
 
     Raises:
         InputError: names what is missing, left over, or of another shape.
+
     """
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in weights]
@@ -107,6 +111,7 @@ def initialize_encoder(encoder: VisionTransformer, source: str, config: ModelCon
 
     Raises:
         InputError: not there, or it does not fit.
+
     """
     if source.startswith(TIMM_PREFIX):
         weights = _from_timm(source.removeprefix(TIMM_PREFIX), config)
@@ -164,5 +169,3 @@ def _file_description(path: Path) -> dict[str, Any]:
             return dict(json.loads((file.metadata() or {}).get("maekit", "{}")))
     except (OSError, safetensors.SafetensorError):
         return {}
-
-

@@ -22,6 +22,7 @@ class ShardReport:
         without_image: samples that hold no member with an image extension.
         ignored: members that belong to no sample.
         damage: what is wrong, or None.
+
     """
 
     name: str
@@ -39,6 +40,7 @@ class CheckReport:
     Attributes:
         shards: one report per shard, in order.
         duplicates: keys that stand in more than one shard (which is no damage: a sample is named by shard and ordinal).
+
     """
 
     shards: list[ShardReport] = field(default_factory=list)
@@ -87,6 +89,7 @@ def check_shards(
 
     Raises:
         MaekitError: a shard cannot be read, or an index cannot be written.
+
     """
     report = CheckReport()
     hashes = []

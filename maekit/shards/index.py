@@ -72,6 +72,7 @@ class ShardIndex:
         digest: SHA-256 over keys, extensions and sizes (neither path nor times), hexadecimal.
         ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10,
             and in `ignored_count` how many there are.
+
     """
 
     def __init__(self, path: Path, header: dict[str, object], columns: dict[str, NDArray[np.generic]]) -> None:
@@ -149,6 +150,7 @@ def build_index(path: Path) -> ShardIndex:
     Raises:
         DamagedShard: the archive or its samples break a rule; says where and which.
         MaekitError: the file cannot be read.
+
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -263,6 +265,7 @@ def load_index(path: Path) -> ShardIndex:
 
     Raises:
         DamagedShard, MaekitError: as `build_index`.
+
     """
     try:
         status = path.stat()

@@ -1,6 +1,5 @@
 """`maekit pack`: a folder of images -> tar shards, written by webdataset's writer, the same bytes every time."""
 
-import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ class PackReport:
         samples: images in them.
         bytes: size of the shards.
         classes: class names by label; empty where the folder has no class folders.
+
     """
 
     shards: list[Path]
@@ -57,6 +57,7 @@ def pack(
     Raises:
         InputError: no image, a folder with shards in it, or two images that would get one key.
         MaekitError: a file cannot be read or written.
+
     """
     if samples_per_shard < 1:
         raise InputError(f"--samples-per-shard {samples_per_shard}: a shard holds at least one sample")
@@ -87,7 +88,7 @@ def _tar_writer(file: IO[bytes]) -> Any:
     """Return webdataset's writer: fixed times for equal bytes, PAX for names of any length."""
     import webdataset
 
-    return webdataset.TarWriter(file, encoder=False, mtime=0, format=tarfile.PAX_FORMAT)
+    return webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
 
 
 def _extension(path: Path) -> str:

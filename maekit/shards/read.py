@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import DamagedShard, InputError, MaekitError
+from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
 from maekit.shards.spec import ShardFile
 
@@ -26,6 +26,7 @@ class ShardSet:
         counts: samples in each, int64 `[shards]`.
         samples: samples in all.
         digest: SHA-256 over the names and digests of all shards, hexadecimal: it names the data, wherever it lies.
+
     """
 
     def __init__(self, shards: Sequence[ShardFile], indexes: Sequence[ShardIndex]) -> None:
@@ -37,6 +38,12 @@ class ShardSet:
         for shard, index in zip(shards, indexes, strict=True):
             digest.update(f"{shard.name}\0{index.digest}\n".encode())
         self.digest = digest.hexdigest()
+        self._ends = self.counts.cumsum()
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """Return (shard, ordinal) of a sample by its number in the whole sequence."""
+        shard = int(np.searchsorted(self._ends, number, "right"))
+        return shard, int(number - (self._ends[shard] - self.counts[shard]))
 
 
 def open_shards(
@@ -56,6 +63,7 @@ def open_shards(
 
     Raises:
         InputError: shards are damaged and not skipped, or no sample is left.
+
     """
     good: list[ShardFile] = []
     indexes: list[ShardIndex] = []
@@ -84,6 +92,7 @@ class MemberReader:
 
     Args:
         max_open: how many shards stay open at once.
+
     """
 
     def __init__(self, max_open: int = 64) -> None:
@@ -94,11 +103,13 @@ class MemberReader:
         """Return the bytes of one member.
 
         Raises:
+            ImageError: the member is larger than 256 MiB.
             MaekitError: the shard cannot be read, or is no longer the file that was indexed.
+
         """
         descriptor = self._descriptor(index)
         if member.size > MAX_MEMBER_BYTES:
-            raise MaekitError(f"{index.path}: a member of {member.size} bytes (at most {MAX_MEMBER_BYTES} are read)")
+            raise ImageError("too_large", f"a member of {member.size} bytes (at most {MAX_MEMBER_BYTES} are read)")
         try:
             data = os.pread(descriptor, member.size, member.offset)
             while len(data) < member.size:  # network file systems may return less than was asked for
@@ -109,6 +120,19 @@ class MemberReader:
         except OSError as error:
             raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
         return data
+
+    def read_image(self, index: ShardIndex, ordinal: int) -> bytes:
+        """Return the bytes of a sample's image.
+
+        Raises:
+            ImageError: the sample holds no image, or one of more than 256 MiB.
+            MaekitError: as `read`.
+
+        """
+        member = index.image(ordinal)
+        if member is None:
+            raise ImageError("no_image", "no member with an image extension")
+        return self.read(index, member)
 
     def _descriptor(self, index: ShardIndex) -> int:
         descriptor = self._open.get(index.path)

@@ -20,6 +20,7 @@ class ShardFile:
     Attributes:
         name: the path relative to the common root of the input, with `/`; it names the shard in every output.
         path: where the file is.
+
     """
 
     name: str
@@ -31,6 +32,7 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
     Raises:
         InputError: nothing is there, or a pattern matches nothing; says what was asked and what there is.
+
     """
     if isinstance(specs, (str, os.PathLike)):
         specs = [specs]

@@ -15,11 +15,14 @@ from maekit.mae.weights import load_strictly, read_safetensors
 from maekit.runs import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, RunDirectory
 
 
-def save(run: RunDirectory, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> Checkpoint:
+def save(
+    run: RunDirectory, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> Checkpoint:
     """Write the checkpoint of `state["step"]`; it is there whole or not at all.
 
     Raises:
         MaekitError: the disk is full or the place is not writable; earlier checkpoints are intact.
+
     """
     checkpoint = run.checkpoint(state["step"])
     aside = run.checkpoints / f".{checkpoint.path.name}.{os.getpid()}.tmp"
@@ -61,6 +64,7 @@ def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.
 
     Raises:
         InputError: the files do not fit the model.
+
     """
     load_strictly(model, read_safetensors(checkpoint.path / MODEL), str(checkpoint.path))
     tensors = read_safetensors(checkpoint.path / OPTIMIZER)

@@ -22,7 +22,6 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, RandomCrop, open_rgb
 from maekit.random import Purpose, random_bits, uniforms
-from maekit.shards.index import ShardIndex
 from maekit.shards.order import Order, Slice
 from maekit.shards.read import MemberReader, ShardSet
 
@@ -48,6 +47,7 @@ class Batch:
         noise: float32 `[B, N]`, chooses the masks.
         bad: one line for each sample that was replaced.
         failure: why the worker gave up, in place of a batch.
+
     """
 
     images: torch.Tensor
@@ -72,6 +72,7 @@ class ExactSource(IterableDataset[Slice]):
         last: steps in all.
         rank: of this process.
         world: how many processes divide each batch.
+
     """
 
     def __init__(self, order: Order, *, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1) -> None:
@@ -95,6 +96,7 @@ class CropLoader:
         augmentation: crop and flip.
         patches: N, how many numbers choose a mask.
         seed: the run's seed.
+
     """
 
     def __init__(self, shards: ShardSet, augmentation: RandomCrop, *, patches: int, seed: int) -> None:
@@ -118,7 +120,7 @@ class CropLoader:
         while True:
             index = self._shards.indexes[shard]
             try:
-                image = open_rgb(_read_image(reader, index, ordinal))
+                image = open_rgb(reader.read_image(index, ordinal))
                 pixels = self._augmentation.crop(image, epoch=epoch, position=position)
                 break
             except ImageError as error:
@@ -134,20 +136,9 @@ class CropLoader:
 
     def _substitutes(self, epoch: int, position: int) -> Iterator[tuple[int, int]]:
         """Yield (shard, ordinal) of the samples that stand in for the one at a place."""
-        bits = random_bits(
-            _SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._seed, epoch=epoch, position=position
-        )
-        ends = np.cumsum(self._shards.counts)
-        for number in (bits % np.uint64(self._shards.samples)).astype(np.int64):
-            shard = int(np.searchsorted(ends, number, "right"))
-            yield shard, int(number - (ends[shard] - self._shards.counts[shard]))
-
-
-def _read_image(reader: MemberReader, index: ShardIndex, ordinal: int) -> bytes:
-    member = index.image(ordinal)
-    if member is None:
-        raise ImageError("no_image", "no member with an image extension")
-    return reader.read(index, member)
+        bits = random_bits(_SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._seed, epoch=epoch, position=position)
+        for number in bits % np.uint64(self._shards.samples):
+            yield self._shards.locate(int(number))
 
 
 def collate(lists: Iterator[list[Crop] | MaekitError]) -> Iterator[Batch]:
@@ -165,7 +156,9 @@ def collate(lists: Iterator[list[Crop] | MaekitError]) -> Iterator[Batch]:
         )
 
 
-def make_loader(source: ExactSource, loader: CropLoader, *, workers: int, prefetch: int, pin: bool) -> DataLoader[Batch]:
+def make_loader(
+    source: ExactSource, loader: CropLoader, *, workers: int, prefetch: int, pin: bool
+) -> DataLoader[Batch]:
     """Return the DataLoader that runs stages 1 to 3 in `workers` processes (0: in this one)."""
     return DataLoader(
         webdataset.DataPipeline(source, loader, collate),
@@ -189,6 +182,7 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
 
     Raises:
         MaekitError: a worker gave up or died; says why.
+
     """
     try:
         batch = next(batches)
@@ -208,6 +202,7 @@ class Normalizer:
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         device: of the model.
+
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:

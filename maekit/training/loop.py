@@ -23,6 +23,7 @@ class Cadence:
         log: steps from one row of metrics to the next.
         checkpoint: steps from one checkpoint to the next.
         pictures: steps from one picture to the next; 0 is never.
+
     """
 
     log: int
@@ -41,6 +42,7 @@ class Hooks:
         picture: with the steps done.
         stop_requested: whether to save and stop at this step boundary.
         keys: names of the samples of one step, for the message when its loss is not finite.
+
     """
 
     advance: Callable[[int], None]
@@ -62,6 +64,7 @@ class Tally:
         seconds: seconds in the loop, in this process.
         loss: mean loss of the last row.
         losses: device scalars since the last row, one per step.
+
     """
 
     bad: int = 0
@@ -85,6 +88,7 @@ class Trainer:
         batch_size: images per step.
         epoch_samples: samples per epoch.
         max_bad: largest share of bad samples.
+
     """
 
     model: MaskedAutoencoder
@@ -110,11 +114,14 @@ class Trainer:
         # ----------------------------------------------------------------------------------------------------------
         return loss.detach()
 
-    def run(self, batches: Iterator[Batch], *, first: int, last: int, cadence: Cadence, hooks: Hooks) -> tuple[int, Tally]:
+    def run(
+        self, batches: Iterator[Batch], *, first: int, last: int, cadence: Cadence, hooks: Hooks
+    ) -> tuple[int, Tally]:
         """Train from `first` to `last` steps done; return the steps done and the tally.
 
         Raises:
             MaekitError: a loss that is not finite (no checkpoint holds its weights), too many bad samples, or no data.
+
         """
         tally = Tally()
         started = logged = time.perf_counter()

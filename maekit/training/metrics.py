@@ -12,6 +12,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
     Raises:
         MaekitError: the file cannot be written.
+
     """
     try:
         with open(path, "a", encoding="utf-8") as file:

@@ -17,7 +17,7 @@ import torch
 
 from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of
-from maekit.errors import DamagedShard, InputError, MaekitError, Stopped
+from maekit.errors import DamagedShard, ImageError, InputError, Stopped
 from maekit.images import Preprocess, RandomCrop
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
@@ -53,6 +53,7 @@ class PretrainResult:
         bad: samples replaced in this process's part of the run.
         resumed_from: the step that this process went on from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
+
     """
 
     out: str
@@ -73,6 +74,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
         Stopped: SIGTERM or SIGINT came; everything is saved.
         MaekitError: failed while working.
+
     """
     progress = progress or Silent()
     config = copy.deepcopy(config)
@@ -205,17 +207,13 @@ class _Run:
         prepare = Preprocess.for_size(self.size, self.config.data.mean, self.config.data.std)
         reader = MemberReader()
         images = []
-        ends = self.shards.counts.cumsum()
         for number in range(0, self.shards.samples, -(-self.shards.samples // _PICTURE_IMAGES)):
-            shard = int((ends <= number).sum())
-            index = self.shards.indexes[shard]
-            ordinal = int(number - (ends[shard] - self.shards.counts[shard]))
-            member = index.image(ordinal)
-            if member is not None:
-                try:
-                    images.append(torch.from_numpy(prepare(reader.read(index, member)).copy()))
-                except MaekitError:
-                    continue  # counted where it is trained on; a picture shows what can be shown
+            shard, ordinal = self.shards.locate(number)
+            try:
+                image = prepare(reader.read_image(self.shards.indexes[shard], ordinal))
+                images.append(torch.from_numpy(image.copy()))
+            except ImageError:
+                continue  # counted where it is trained on; a picture shows what can be shown
         reader.close()
         if not images:
             return

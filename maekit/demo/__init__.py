@@ -1,0 +1,1 @@
+"""`maekit demo`: the whole loop on pictures it draws itself."""
