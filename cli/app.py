@@ -46,7 +46,7 @@ def _options(
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
     # Refused images are reported as errors rows, not as warnings of a library.
-    warnings.filterwarnings("ignore", module=r"PIL\..*")
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
         app(standalone_mode=True)
     except MaekitError as error:

@@ -19,8 +19,8 @@ def command(
 ) -> None:
     """Export the encoder of a run to one ONNX file, verified against PyTorch.
 
-    Input `images`, uint8 [batch, height, width, 3]; output `embeddings`, float32 [batch, dim]. The written file is run in
-    ONNX Runtime on real images and compared; when it differs by more than 1e-4 of the largest value, no file is left.
+    Input `images`, uint8 [batch, height, width, 3]; output `embeddings`, float32 [batch, dim]. The written file is run
+    in ONNX Runtime on real images and compared; beyond a difference of 1e-4 of the largest value no file is left.
     """
     import dataclasses
 

@@ -37,7 +37,6 @@ class ExportResult:
         parity: how far it is from PyTorch.
         bytes: size of the file.
         nodes: how many nodes of each operator it has.
-
     """
 
     path: str
@@ -69,7 +68,6 @@ def export(
     Raises:
         InputError: no such run, no images to compare on, or an impossible option.
         MaekitError: the file differs from PyTorch by more than 1e-4 of the largest value; none is left behind.
-
     """
     progress = progress or Silent()
     out = Path(out)
@@ -104,8 +102,8 @@ def export(
         measured = compare(Path(file.name), images, reference)
         if measured.max_relative_difference > FP32_LIMIT:
             raise MaekitError(
-                f"the exported file differs from PyTorch by {measured.max_relative_difference:.1e} of the largest value "
-                f"(at most {FP32_LIMIT:.0e} is accepted); no file is written"
+                f"the exported file differs from PyTorch by {measured.max_relative_difference:.1e} of the largest "
+                f"value (at most {FP32_LIMIT:.0e} is accepted); no file is written"
             )
         _describe(proto, trained, preprocess, pool=pool, normalize=normalize, parity=measured)
         file.seek(0)

@@ -4,6 +4,8 @@ Written so that the exporter emits few and standard nodes, with the batch as the
 per block on 3-D inputs (opset 23), the class token folded into the position sum (no Expand), no Shape.
 """
 
+from typing import Any
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -23,7 +25,6 @@ class EmbeddingModule(nn.Module):
         pool: `avg`, the mean of the patch tokens after the final LayerNorm (the class token left out; timm's own `avg`
             pools before its norm), or `cls`, the class token after it.
         normalize: divide each embedding by its L2 norm.
-
     """
 
     def __init__(self, encoder: VisionTransformer, preprocess: Preprocess, *, pool: str, normalize: bool) -> None:
@@ -32,12 +33,14 @@ class EmbeddingModule(nn.Module):
         self.width: int = encoder.embed_dim
         self.patches: int = encoder.patch_embed.num_patches
         mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocess.mean, preprocess.std))
-        self.register_buffer("scale", (1 / (255 * std)).float())
-        self.register_buffer("shift", (mean / std).float())
+        assert encoder.pos_embed is not None
+        assert encoder.cls_token is not None
         positions = encoder.pos_embed.detach().clone()
         positions[:, :1] += encoder.cls_token.detach()
-        self.register_buffer("positions", positions)
-        self.blocks = nn.ModuleList(encoder.blocks)
+        self.scale = nn.Buffer((1 / (255 * std)).float())
+        self.shift = nn.Buffer((mean / std).float())
+        self.positions = nn.Buffer(positions)
+        self.blocks: Any = nn.ModuleList(encoder.blocks)
         self.norm = encoder.norm
         self.pool, self.normalize = pool, normalize
 
@@ -59,7 +62,7 @@ class EmbeddingModule(nn.Module):
         return x
 
 
-def _attention(attention: nn.Module, x: torch.Tensor) -> torch.Tensor:
+def _attention(attention: Any, x: torch.Tensor) -> torch.Tensor:
     """Run a timm Attention through the standard ONNX operator: `[B, N, D]` -> `[B, N, D]`."""
     if not isinstance(attention.q_norm, nn.Identity) or attention.gate is not None:
         return attention(x)

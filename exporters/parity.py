@@ -30,7 +30,6 @@ class Parity:
         min_cosine: over all images and batch sizes.
         mean_cosine: likewise.
         provider: where the file ran.
-
     """
 
     images: int
@@ -52,7 +51,6 @@ def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int = max
 
     Raises:
         InputError: no shards there, or no readable image in them.
-
     """
     shards = open_shards(find_shards(specs), skip_damaged=True)
     reader = MemberReader()
@@ -88,7 +86,6 @@ def compare(path: Path, images: Pixels, reference: Callable[[Pixels], Embeddings
 
     Raises:
         MaekitError: ONNX Runtime cannot load the file, or it gives values that are not finite.
-
     """
     import onnxruntime
 

@@ -44,7 +44,6 @@ class ModelConfig:
         mask_ratio: share of patches removed, in (0, 1).
         norm_pixel: normalise the target of each patch by its own mean and variance.
         init_from: `timm:NAME`, a run, or a weights file to start the encoder from.
-
     """
 
     name: str | None = None
@@ -75,7 +74,6 @@ class DataConfig:
         max_bad: largest share of samples without a readable image before the run stops.
         workers: processes that read and decode; None is one per CPU core, at most 16.
         prefetch: batches that each worker keeps ready.
-
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -100,7 +98,6 @@ class OptimizerConfig:
         weight_decay: on every parameter of two or more dimensions.
         beta1: AdamW's β₁.
         beta2: AdamW's β₂.
-
     """
 
     lr: float = 1.5e-4
@@ -123,7 +120,6 @@ class RunConfig:
         keep_checkpoints: how many of the newest are kept.
         log_every: steps from one row of metrics to the next; None is a hundred rows, at most 50 steps apart.
         pictures_every: steps from one picture of reconstructions to the next; None is at every checkpoint, 0 is never.
-
     """
 
     device: str = _free("auto")
@@ -146,7 +142,6 @@ class PretrainConfig:
         steps: optimiser steps, instead of epochs.
         batch_size: images per optimiser step, over all devices.
         seed: of weights, order, crops, flips and masks.
-
     """
 
     # Where the shards lie may change on resuming; what is in them may not (the run keeps their digest).
@@ -166,7 +161,6 @@ class PretrainConfig:
 
         Raises:
             InputError: names the first impossible value.
-
         """
         if not self.shards:
             raise InputError("no shards were given")
@@ -238,7 +232,6 @@ def set_value(config: Any, key: str, value: Any) -> None:
 
     Raises:
         InputError: no such key (names the nearest), or a value of the wrong type.
-
     """
     types_by_key = dict(_types_of(type(config)))
     if key not in types_by_key:
@@ -272,7 +265,6 @@ def load_toml(path: Path) -> dict[str, Any]:
 
     Raises:
         InputError: the file cannot be read or is no TOML.
-
     """
     try:
         with open(path, "rb") as file:

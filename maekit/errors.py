@@ -23,7 +23,6 @@ class DamagedShard(MaekitError):
         path: the shard.
         offset: byte offset of the header or data where the damage was seen.
         reason: what is wrong, in words.
-
     """
 
     def __init__(self, path: str, offset: int, reason: str) -> None:
@@ -39,7 +38,6 @@ class ImageError(MaekitError):
 
     Attributes:
         reason: a short code that output files carry, one of `REASONS`.
-
     """
 
     REASONS = ("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode")

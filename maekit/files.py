@@ -41,7 +41,6 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
 
     Raises:
         MaekitError: the disk is full or the place is not writable; names the path.
-
     """
     # The unfinished name ends in .tmp, so that no glob over *.parquet or *.onnx ever sees it.
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
@@ -87,7 +86,6 @@ def sole_owner(directory: Path) -> Iterator[None]:
 
     Raises:
         InputError: another process holds the directory, or it cannot be written.
-
     """
     path = directory / ".lock"
     try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maekit.errors import ImageError
 from maekit.random import Purpose, uniforms
@@ -47,7 +47,6 @@ class Preprocess:
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         interpolation: always `bicubic`, antialiased, by Pillow.
-
     """
 
     size: tuple[int, int]
@@ -67,7 +66,6 @@ class Preprocess:
 
         Raises:
             ImageError: the bytes give no image.
-
         """
         # Twice the size that is needed: there the reduced JPEG scales differ from full decoding by a cosine of 1e-7.
         return self.prepare(open_rgb(data, at_least=(2 * self.resize[0], 2 * self.resize[1])))
@@ -98,7 +96,6 @@ def decode(data: bytes) -> Pixels:
 
     Raises:
         ImageError: the bytes give no image.
-
     """
     return np.asarray(open_rgb(data))
 
@@ -112,7 +109,6 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
 
     Raises:
         ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
-
     """
     if not data:
         raise ImageError("empty", "zero bytes")
@@ -131,7 +127,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
-    except Image.UnidentifiedImageError as error:
+    except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
     # What Pillow's decoders raise on damaged files is no closed list; each of these was seen.
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
@@ -145,7 +141,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Raises:
         ImageError: a mode without a rule.
-
     """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
@@ -179,7 +174,6 @@ def random_resized_crop(
 
     Returns:
         (left, top, right, bottom) in pixels.
-
     """
     log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for attempt in range(10):
@@ -205,7 +199,6 @@ class RandomCrop:
         scale: bounds of the crop's share of the image area.
         flip: whether half of the images are mirrored.
         seed: the run's seed.
-
     """
 
     size: tuple[int, int]

@@ -19,7 +19,6 @@ def sheet(columns: list[list[Pixels]]) -> bytes:
 
     Returns:
         a PNG file's bytes.
-
     """
     height, width, _ = columns[0][0].shape
     factor = max(1, -(-_SMALLEST // min(height, width)))

@@ -29,7 +29,6 @@ class Checkpoint:
     Attributes:
         path: the directory.
         step: optimiser steps done.
-
     """
 
     path: Path
@@ -108,14 +107,30 @@ class RunDirectory:
             on_damage(f"{checkpoint.path} is damaged ({problem}); the one before it is used")
         return None
 
+    def metrics(self) -> list[dict[str, Any]]:
+        """Return the rows of `metrics.jsonl`."""
+        return read_metrics(self.metrics_file)
+
     def config(self) -> PretrainConfig:
         """Return the run's resolved config.
 
         Raises:
             InputError: the file is missing or damaged.
-
         """
         return load_config(self.config_file)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file; a last line that was cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def is_run(path: Path) -> bool:
@@ -130,7 +145,6 @@ def find_checkpoint(
 
     Raises:
         InputError: neither of the two, no checkpoint yet, or a damaged one.
-
     """
     if is_run(path):
         run = RunDirectory(path)

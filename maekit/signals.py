@@ -14,7 +14,6 @@ def stop_on_signal() -> Iterator[Callable[[], str | None]]:
     Yields:
         a function that returns the name of the signal that came, or None. A second signal gets the default treatment,
         so that a hanging save can still be interrupted.
-
     """
     received: list[str] = []
     previous = {}

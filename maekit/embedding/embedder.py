@@ -25,7 +25,6 @@ class Embedder:
 
     Raises:
         InputError: no such file, or the provider asked for does not work.
-
     """
 
     def __init__(self, path: str | os.PathLike[str], *, device: str = "auto") -> None:
@@ -45,7 +44,6 @@ class Embedder:
         Raises:
             ImageError: the bytes of an image give no image.
             InputError: a value that is none of these, or a path that cannot be read.
-
         """
         single = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim == 3

@@ -43,7 +43,6 @@ class ShardResult:
         ordinals: places in the shard of the samples that have a row, in tar order.
         embeddings: float32 `[rows, dim]`.
         errors: the samples that have none, in tar order.
-
     """
 
     number: int
@@ -60,7 +59,6 @@ class Timing:
         waiting: seconds that the session waited for decoded images.
         running: seconds in the session.
         images: images embedded.
-
     """
 
     waiting: float = 0.0
@@ -98,7 +96,6 @@ class EmbeddingPipeline:
         session: the encoder.
         batch_size: images per run of the session.
         workers: decoding threads.
-
     """
 
     def __init__(self, session: EncoderSession, *, batch_size: int, workers: int) -> None:
@@ -110,7 +107,6 @@ class EmbeddingPipeline:
 
         Raises:
             MaekitError: a shard cannot be read any more, or the session failed.
-
         """
         for number, index in enumerate(indexes):
             if not index.samples:

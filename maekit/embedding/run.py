@@ -32,7 +32,6 @@ class EmbedConfig:
         batch_size: images per run of the model; None is 16 on a CPU and 256 on a GPU.
         workers: decoding threads; None is one per CPU core.
         overwrite: delete what another model or other options left in `out`.
-
     """
 
     model: str
@@ -61,7 +60,6 @@ class EmbedResult:
             the slower of decoding and model was at work.
         binds: the slower of the two.
         provider: where the model ran.
-
     """
 
     out: str
@@ -83,7 +81,6 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         InputError: bad usage, no shards, no working provider, or an output of another model.
         Stopped: SIGTERM or SIGINT came; finished shards are committed.
         MaekitError: failed while working.
-
     """
     progress = progress or Silent()
     _check(config)
@@ -191,7 +188,6 @@ def raise_if_damaged(result: EmbedResult) -> None:
 
     Raises:
         MaekitError: names the first of them.
-
     """
     if result.damaged:
         raise MaekitError(f"{len(result.damaged)} shards are damaged and have no embeddings: {result.damaged[0]}")

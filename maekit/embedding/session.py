@@ -35,7 +35,6 @@ class ModelDescription:
         dim: length of an embedding.
         pool: how tokens become an embedding.
         normalize: whether embeddings have unit length.
-
     """
 
     path: Path
@@ -61,7 +60,6 @@ class EncoderSession:
 
     Raises:
         InputError: no such file, not from maekit, or the provider asked for does not work; says how to mend it.
-
     """
 
     def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
@@ -90,7 +88,6 @@ class EncoderSession:
 
         Raises:
             MaekitError: ONNX Runtime failed.
-
         """
         try:
             result: Embeddings = self._session.run(None, {"images": images})[0]

@@ -38,7 +38,6 @@ class OutputOptions:
         dtype: `float32` or `float16`.
         batch_size: images per run; sizes change the last bits of the arithmetic.
         provider: where the model runs, likewise.
-
     """
 
     model: str
@@ -61,7 +60,6 @@ class CommitRecord:
         output: the file's path below the output directory; None where there is no row.
         output_sha256: the file's digest.
         output_bytes: its size.
-
     """
 
     shard: str
@@ -82,7 +80,6 @@ class OutputDirectory:
         path: the directory, new or of an earlier run.
         model: the encoder.
         options: what decides its bytes.
-
     """
 
     def __init__(self, path: Path, model: ModelDescription, options: OutputOptions) -> None:
@@ -94,7 +91,6 @@ class OutputDirectory:
 
         Raises:
             InputError: it belongs to another model or other options, or holds foreign files.
-
         """
         mark = self.bookkeeping / _OUTPUT
         wanted = asdict(self._options)
@@ -117,7 +113,6 @@ class OutputDirectory:
 
         Raises:
             InputError: it is something else.
-
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; --out names a directory")
@@ -127,7 +122,7 @@ class OutputDirectory:
                 raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new --out")
 
     def committed(self, shard: ShardFile, index: ShardIndex) -> CommitRecord | None:
-        """Return the commit record of a shard if it stands for the same input, model and options, and its file is there."""
+        """Return a shard's commit record if input, model and options are still the same and its file is there."""
         raw = _read_json(self._record(shard))
         try:
             record = CommitRecord(**(raw or {}))
@@ -148,7 +143,6 @@ class OutputDirectory:
 
         Raises:
             MaekitError: the disk is full or the place is not writable; names the path.
-
         """
         target = self.path / _output_name(shard)
         self._record(shard).unlink(missing_ok=True)

@@ -48,4 +48,5 @@ def knn_accuracy(
 
 def _unit(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     rows = np.asarray(rows, np.float32)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    unit: NDArray[np.float32] = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return unit

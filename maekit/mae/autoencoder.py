@@ -21,7 +21,6 @@ class Prediction(NamedTuple):
         loss: scalar, float32.
         pred: `[B, N, p·p·C]`.
         mask: `[B, N]`, 1 = removed.
-
     """
 
     loss: torch.Tensor
@@ -37,7 +36,6 @@ class MaskedAutoencoder(nn.Module):
         decoder: over the same grid of patches.
         mask_ratio: share of patches removed.
         norm_pixel: normalise the target of each patch.
-
     """
 
     def __init__(self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float, norm_pixel: bool) -> None:
@@ -54,7 +52,6 @@ class MaskedAutoencoder(nn.Module):
         Args:
             images: normalised, float32 `[B, C, H, W]`.
             noise: uniform numbers that choose the mask, `[B, N]`.
-
         """
         masking = random_masking(noise, self.mask_ratio)
         latent = encode(self.encoder, images, masking.ids_keep)
@@ -73,7 +70,6 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
 
     Raises:
         InputError: impossible sizes, or a ratio that keeps no patch.
-
     """
     encoder = build_encoder(config)
     if config.decoder_width % 4 or config.decoder_width % config.decoder_heads:
@@ -99,7 +95,7 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
 
 
 def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
-    """Initialise in place as published: xavier-uniform matrices (the fused qkv as one), zero biases, N(0, .02) tokens."""
+    """Initialise as published: xavier-uniform matrices (the fused qkv as one), zero biases, N(0, .02) tokens."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -114,5 +110,6 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
         # As the matrix that it is: fan-in p·p·C, fan-out D.
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
         nn.init.zeros_(projection.bias)
+        assert model.encoder.cls_token is not None
         nn.init.normal_(model.encoder.cls_token, std=0.02, generator=generator)
         nn.init.normal_(model.decoder.mask_token, std=0.02, generator=generator)

@@ -18,7 +18,6 @@ class Decoder(nn.Module):
         heads: attention heads.
         grid: (rows, columns) of patches.
         outputs: values predicted per patch.
-
     """
 
     def __init__(
@@ -42,7 +41,6 @@ class Decoder(nn.Module):
 
         Returns:
             `[B, N, outputs]`, in the order of the image.
-
         """
         x = self.embed(latent)  # [B, 1 + K, D] -> [B, 1 + K, width]
         removed = ids_restore.shape[1] + 1 - x.shape[1]

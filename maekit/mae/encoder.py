@@ -33,7 +33,6 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
 
     Raises:
         InputError: unknown name, impossible sizes, or a model whose tokens a MAE cannot mask.
-
     """
     import timm
 
@@ -45,7 +44,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models('vit_*')"
         raise InputError(f"unknown model {name!r}{hint}")
     try:
-        encoder = timm.create_model(name, pretrained=False, **timm_arguments(config))
+        encoder: Any = timm.create_model(name, pretrained=False, **timm_arguments(config))
     except (AssertionError, TypeError, ValueError, RuntimeError) as error:
         raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {error}") from error
     _check_maskable(name, encoder)
@@ -60,7 +59,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     return encoder
 
 
-def _check_maskable(name: str, encoder: torch.nn.Module) -> None:
+def _check_maskable(name: str, encoder: Any) -> None:
     wanted = {
         "is no plain VisionTransformer": type(encoder) is VisionTransformer,
         "has no class token": getattr(encoder, "cls_token", None) is not None,
@@ -87,8 +86,9 @@ def encode(encoder: VisionTransformer, images: torch.Tensor, ids_keep: torch.Ten
 
     Returns:
         the latent after the final LayerNorm, class token first, `[B, 1 + K, D]`.
-
     """
+    assert encoder.cls_token is not None
+    assert encoder.pos_embed is not None
     tokens = encoder.patch_embed(images)  # [B, C, H, W] -> [B, N, D]
     tokens = tokens + encoder.pos_embed[:, 1:]
     if ids_keep is not None:

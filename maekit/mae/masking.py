@@ -12,7 +12,6 @@ class Masking(NamedTuple):
         ids_keep: places of the kept patches, int64 `[B, K]`.
         ids_restore: for each patch its place in the shuffled row (kept ones first), int64 `[B, N]`.
         mask: float32 `[B, N]`, 1 = removed.
-
     """
 
     ids_keep: torch.Tensor
@@ -31,12 +30,10 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> Masking:
     Args:
         noise: uniform numbers, `[B, N]`.
         mask_ratio: share of patches removed.
-
     """
-    batch, patches = noise.shape
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
     ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
-    kept = kept_patches(patches, mask_ratio)
+    kept = kept_patches(noise.shape[1], mask_ratio)
     mask = (ids_restore >= kept).to(torch.float32)
     return Masking(ids_shuffle[:, :kept], ids_restore, mask)
 

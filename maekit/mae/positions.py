@@ -1,4 +1,4 @@
-"""Fixed two-dimensional sine-cosine positions (Vaswani et al. 2017, section 3.5; in 2-D as Chen et al. 2021, MoCo v3)."""
+"""Fixed 2-D sine-cosine positions (Vaswani et al. 2017, section 3.5; 2-D as in MoCo v3, Chen et al. 2021)."""
 
 import torch
 
@@ -19,7 +19,6 @@ def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) ->
 
     Raises:
         ValueError: `width` is not a multiple of 4.
-
     """
     if width % 4:
         raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")

@@ -15,7 +15,6 @@ class Reconstruction(NamedTuple):
     Attributes:
         masked: removed patches are 0, which is the mean colour.
         full: removed patches as predicted, kept ones as they are.
-
     """
 
     masked: torch.Tensor
@@ -32,7 +31,6 @@ def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Ten
         model: the autoencoder.
         images: normalised, float32 `[B, C, H, W]`.
         noise: `[B, N]`, chooses the mask.
-
     """
     _, pred, mask = model(images, noise)
     patches = patchify(images, model.patch_size)

@@ -42,7 +42,6 @@ def masked_mse(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> 
         pred: `[B, N, P]`.
         target: `[B, N, P]`.
         mask: `[B, N]`, 1 = removed.
-
     """
     per_patch = (pred - target).square().mean(dim=-1)  # [B, N, P] -> [B, N]
     return (per_patch * mask).sum() / mask.sum()

@@ -30,7 +30,6 @@ class TrainedModel:
         model: on the CPU, in evaluation mode.
         config: of its run.
         checkpoint: where the weights come from.
-
     """
 
     model: MaskedAutoencoder
@@ -43,7 +42,6 @@ def load_trained(path: Path, on_damage: Callable[[str], None] = lambda text: Non
 
     Raises:
         InputError: no run, no valid checkpoint, or weights that do not fit the run's config.
-
     """
     run, checkpoint = runs.find_checkpoint(path, on_damage)
     config = run.config()
@@ -57,7 +55,6 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
 
     Raises:
         InputError: the file cannot be read or is none.
-
     """
     try:
         return safetensors.torch.load_file(path)
@@ -70,7 +67,6 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
 
     Raises:
         InputError: names what is missing, left over, or of another shape.
-
     """
     wanted = module.state_dict()
     problems = [f"missing {name}" for name in wanted if name not in weights]
@@ -111,7 +107,6 @@ def initialize_encoder(encoder: VisionTransformer, source: str, config: ModelCon
 
     Raises:
         InputError: not there, or it does not fit.
-
     """
     if source.startswith(TIMM_PREFIX):
         weights = _from_timm(source.removeprefix(TIMM_PREFIX), config)

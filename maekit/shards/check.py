@@ -22,7 +22,6 @@ class ShardReport:
         without_image: samples that hold no member with an image extension.
         ignored: members that belong to no sample.
         damage: what is wrong, or None.
-
     """
 
     name: str
@@ -40,7 +39,6 @@ class CheckReport:
     Attributes:
         shards: one report per shard, in order.
         duplicates: keys that stand in more than one shard (which is no damage: a sample is named by shard and ordinal).
-
     """
 
     shards: list[ShardReport] = field(default_factory=list)
@@ -89,7 +87,6 @@ def check_shards(
 
     Raises:
         MaekitError: a shard cannot be read, or an index cannot be written.
-
     """
     report = CheckReport()
     hashes = []
@@ -117,5 +114,6 @@ def check_shards(
 
 def _key_hashes(index: ShardIndex) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
     """Return a 64-bit hash of each key, uint64 `[samples]`: 8 bytes a key, whatever its length."""
-    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in index.keys())
+    keys = map(index.key, range(index.samples))
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)

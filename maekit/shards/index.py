@@ -15,6 +15,7 @@ File format, little-endian, memory-mapped, columns aligned to 8 bytes:
               member_offset [M] member_size [M] member_extension [M]
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,9 +42,9 @@ IMAGE_EXTENSIONS = frozenset(
 
 # The key is the name up to the first dot of its last path part; the rest is the extension.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
-# WebDataset's own metadata members, such as __meta__.json.
+# What WebDataset sets aside as its own metadata: members such as __meta__ and __meta__/x.json.
 _METADATA = re.compile(r"__[^/]*__($|/)")
-_COLUMNS = {
+_COLUMNS: dict[str, np.dtype[Any]] = {
     "sample_start": np.dtype("<i8"),
     "key_start": np.dtype("<i8"),
     "keys": np.dtype("u1"),
@@ -72,17 +74,16 @@ class ShardIndex:
         digest: SHA-256 over keys, extensions and sizes (neither path nor times), hexadecimal.
         ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10,
             and in `ignored_count` how many there are.
-
     """
 
-    def __init__(self, path: Path, header: dict[str, object], columns: dict[str, NDArray[np.generic]]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
         self.path = path
-        self.size = int(header["size"])  # type: ignore[call-overload]
-        self.mtime_ns = int(header["mtime_ns"])  # type: ignore[call-overload]
+        self.size = int(header["size"])
+        self.mtime_ns = int(header["mtime_ns"])
         self.digest = str(header["digest"])
-        self.ignored: list[str] = list(header["ignored"])  # type: ignore[call-overload]
-        self.ignored_count = int(header["ignored_count"])  # type: ignore[call-overload]
-        self._extensions: list[str] = list(header["extensions"])  # type: ignore[call-overload]
+        self.ignored: list[str] = list(header["ignored"])
+        self.ignored_count = int(header["ignored_count"])
+        self._extensions: list[str] = list(header["extensions"])
         self._columns = columns
         self._sample_start = columns["sample_start"]
         self._key_start = columns["key_start"]
@@ -121,7 +122,7 @@ class ShardIndex:
 
     def matches(self, status: os.stat_result) -> bool:
         """Whether the shard still has the size and modification time that were scanned."""
-        return status.st_size == self.size and status.st_mtime_ns == self.mtime_ns
+        return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""
@@ -150,7 +151,6 @@ def build_index(path: Path) -> ShardIndex:
     Raises:
         DamagedShard: the archive or its samples break a rule; says where and which.
         MaekitError: the file cannot be read.
-
     """
     try:
         with open(path, "rb", buffering=0) as file:
@@ -205,7 +205,7 @@ def _collect(path: Path, status: os.stat_result, members: Iterator[Member]) -> S
         digest.update(b"m%d:%b:%d" % (len(extension.encode()), extension.encode(), member.size))
     if len(extensions) > 1 << 16:
         raise TarDamage(0, f"{len(extensions)} different extensions in one shard (at most {1 << 16})")
-    header: dict[str, object] = {
+    header: dict[str, Any] = {
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "digest": digest.hexdigest(),
@@ -248,11 +248,11 @@ def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
     if len(raw) < prefix or raw[: len(MAGIC)].tobytes() != MAGIC:
         return None
     length, crc = struct.unpack("<II", raw[len(MAGIC) : prefix].tobytes())
-    if zlib.crc32(raw[prefix:]) != crc:
+    if zlib.crc32(raw[prefix:].data) != crc:
         return None
     header = json.loads(raw[prefix : prefix + length].tobytes())
     body = raw[prefix + length :]
-    columns: dict[str, NDArray[np.generic]] = {}
+    columns: dict[str, NDArray[Any]] = {}
     for name, (dtype, start, count) in header["columns"].items():
         columns[name] = body[start : start + count * np.dtype(dtype).itemsize].view(dtype)
     return ShardIndex(path, header, columns)
@@ -265,7 +265,6 @@ def load_index(path: Path) -> ShardIndex:
 
     Raises:
         DamagedShard, MaekitError: as `build_index`.
-
     """
     try:
         status = path.stat()
@@ -277,10 +276,9 @@ def load_index(path: Path) -> ShardIndex:
         if index is not None and index.matches(status):
             return index
     index = build_index(path)
-    try:
+    # A cache that cannot be written costs the next start a scan, nothing else.
+    with contextlib.suppress(MaekitError):
         files.write_atomically(cached, index.to_bytes())
-    except MaekitError:
-        pass  # a cache that cannot be written costs the next start a scan, nothing else
     return index
 
 

@@ -25,7 +25,6 @@ class Slice:
         positions: the place within the epoch, int64 `[n]`; with `epochs` it keys all random numbers of the sample.
         shards: index of the shard, int64 `[n]`.
         ordinals: the sample within the shard, int64 `[n]`.
-
     """
 
     epochs: NDArray[np.int64]
@@ -42,7 +41,6 @@ class Order:
         seed: the run's seed.
         digest: the digest of the shard set, hexadecimal.
         window: how many shards are mixed with each other.
-
     """
 
     def __init__(self, counts: NDArray[np.int64], *, seed: int, digest: str, window: int = WINDOW_SHARDS) -> None:

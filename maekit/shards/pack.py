@@ -26,7 +26,6 @@ class PackReport:
         samples: images in them.
         bytes: size of the shards.
         classes: class names by label; empty where the folder has no class folders.
-
     """
 
     shards: list[Path]
@@ -57,7 +56,6 @@ def pack(
     Raises:
         InputError: no image, a folder with shards in it, or two images that would get one key.
         MaekitError: a file cannot be read or written.
-
     """
     if samples_per_shard < 1:
         raise InputError(f"--samples-per-shard {samples_per_shard}: a shard holds at least one sample")

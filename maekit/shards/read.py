@@ -26,7 +26,6 @@ class ShardSet:
         counts: samples in each, int64 `[shards]`.
         samples: samples in all.
         digest: SHA-256 over the names and digests of all shards, hexadecimal: it names the data, wherever it lies.
-
     """
 
     def __init__(self, shards: Sequence[ShardFile], indexes: Sequence[ShardIndex]) -> None:
@@ -63,7 +62,6 @@ def open_shards(
 
     Raises:
         InputError: shards are damaged and not skipped, or no sample is left.
-
     """
     good: list[ShardFile] = []
     indexes: list[ShardIndex] = []
@@ -92,7 +90,6 @@ class MemberReader:
 
     Args:
         max_open: how many shards stay open at once.
-
     """
 
     def __init__(self, max_open: int = 64) -> None:
@@ -105,7 +102,6 @@ class MemberReader:
         Raises:
             ImageError: the member is larger than 256 MiB.
             MaekitError: the shard cannot be read, or is no longer the file that was indexed.
-
         """
         descriptor = self._descriptor(index)
         if member.size > MAX_MEMBER_BYTES:
@@ -127,7 +123,6 @@ class MemberReader:
         Raises:
             ImageError: the sample holds no image, or one of more than 256 MiB.
             MaekitError: as `read`.
-
         """
         member = index.image(ordinal)
         if member is None:

@@ -20,7 +20,6 @@ class ShardFile:
     Attributes:
         name: the path relative to the common root of the input, with `/`; it names the shard in every output.
         path: where the file is.
-
     """
 
     name: str
@@ -32,7 +31,6 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
 
     Raises:
         InputError: nothing is there, or a pattern matches nothing; says what was asked and what there is.
-
     """
     if isinstance(specs, (str, os.PathLike)):
         specs = [specs]
@@ -71,7 +69,7 @@ def _braces(spec: str) -> list[str]:
 
     try:
         return list(braceexpand.braceexpand(spec)) if "{" in spec else [spec]
-    except braceexpand.UnbalancedBracesError as error:
+    except ValueError as error:
         raise InputError(f"{spec}: the braces of this pattern do not match up") from error
 
 

@@ -59,7 +59,6 @@ class Member:
         header: byte offset of its (last) header block.
         offset: byte offset of its data.
         size: bytes of data.
-
     """
 
     name: str
@@ -77,7 +76,6 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
 
     Raises:
         TarDamage: at the first rule that the archive breaks.
-
     """
     offset = 0
     extended: dict[str, str] = {}  # what PAX and GNU headers say about the next member

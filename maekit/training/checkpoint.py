@@ -22,7 +22,6 @@ def save(
 
     Raises:
         MaekitError: the disk is full or the place is not writable; earlier checkpoints are intact.
-
     """
     checkpoint = run.checkpoint(state["step"])
     aside = run.checkpoints / f".{checkpoint.path.name}.{os.getpid()}.tmp"
@@ -64,7 +63,6 @@ def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.
 
     Raises:
         InputError: the files do not fit the model.
-
     """
     load_strictly(model, read_safetensors(checkpoint.path / MODEL), str(checkpoint.path))
     tensors = read_safetensors(checkpoint.path / OPTIMIZER)

@@ -5,7 +5,7 @@
     3  collate       one batch of tensors
     4  to_device     upload uint8, normalise, mirror
 
-1 to 3 are a `webdataset.DataPipeline` and run in the DataLoader's workers. The DataLoader takes batches from its workers
+1 to 3 are a `webdataset.DataPipeline` and run in the DataLoader's workers, which hand over their batches
 in turn, so the row of batches is the same for any number of workers, and starts anywhere.
 """
 
@@ -47,7 +47,6 @@ class Batch:
         noise: float32 `[B, N]`, chooses the masks.
         bad: one line for each sample that was replaced.
         failure: why the worker gave up, in place of a batch.
-
     """
 
     images: torch.Tensor
@@ -58,8 +57,8 @@ class Batch:
 
     def pin_memory(self) -> "Batch":
         """Copy into page-locked memory, so that the upload runs beside the computation (the DataLoader calls this)."""
-        pinned = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
-        return Batch(*pinned, self.bad, self.failure)
+        images, flips, noise = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
+        return Batch(images, flips, noise, self.bad, self.failure)
 
 
 class ExactSource(IterableDataset[Slice]):
@@ -72,7 +71,6 @@ class ExactSource(IterableDataset[Slice]):
         last: steps in all.
         rank: of this process.
         world: how many processes divide each batch.
-
     """
 
     def __init__(self, order: Order, *, batch_size: int, first: int, last: int, rank: int = 0, world: int = 1) -> None:
@@ -96,13 +94,13 @@ class CropLoader:
         augmentation: crop and flip.
         patches: N, how many numbers choose a mask.
         seed: the run's seed.
-
     """
 
     def __init__(self, shards: ShardSet, augmentation: RandomCrop, *, patches: int, seed: int) -> None:
         self._shards, self._augmentation, self._patches, self._seed = shards, augmentation, patches, seed
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[list[Crop] | MaekitError]:
+        """Yield the crops of each slice; an error that ends the work is the last value."""
         reader = MemberReader()
         try:
             for places in slices:
@@ -182,12 +180,9 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
 
     Raises:
         MaekitError: a worker gave up or died; says why.
-
     """
     try:
         batch = next(batches)
-    except RuntimeError as error:  # what the DataLoader raises for a worker that was killed
-        raise MaekitError(f"reading the data failed: {str(error).splitlines()[0]}; run the command again") from error
     except StopIteration:
         raise MaekitError("the data ended before the run did; please report this as a bug") from None
     if batch.failure is not None:
@@ -202,7 +197,6 @@ class Normalizer:
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         device: of the model.
-
     """
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:

@@ -23,7 +23,6 @@ class Cadence:
         log: steps from one row of metrics to the next.
         checkpoint: steps from one checkpoint to the next.
         pictures: steps from one picture to the next; 0 is never.
-
     """
 
     log: int
@@ -42,7 +41,6 @@ class Hooks:
         picture: with the steps done.
         stop_requested: whether to save and stop at this step boundary.
         keys: names of the samples of one step, for the message when its loss is not finite.
-
     """
 
     advance: Callable[[int], None]
@@ -64,7 +62,6 @@ class Tally:
         seconds: seconds in the loop, in this process.
         loss: mean loss of the last row.
         losses: device scalars since the last row, one per step.
-
     """
 
     bad: int = 0
@@ -88,7 +85,6 @@ class Trainer:
         batch_size: images per step.
         epoch_samples: samples per epoch.
         max_bad: largest share of bad samples.
-
     """
 
     model: MaskedAutoencoder
@@ -121,7 +117,6 @@ class Trainer:
 
         Raises:
             MaekitError: a loss that is not finite (no checkpoint holds its weights), too many bad samples, or no data.
-
         """
         tally = Tally()
         started = logged = time.perf_counter()
@@ -191,7 +186,7 @@ class Trainer:
             names = keys(broken[0])
             shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
             raise MaekitError(
-                f"the loss is not finite from step {broken[0]} on (seen at step {done}; samples: {shown}); no checkpoint "
-                "holds its weights. A lower --lr, a longer warm-up or --precision fp32 are the usual remedies"
+                f"the loss is not finite from step {broken[0]} on (seen at step {done}; samples: {shown}); no "
+                "checkpoint holds its weights. A lower --lr, a longer warm-up or --precision fp32 usually help"
             )
         return math.fsum(losses) / len(losses)

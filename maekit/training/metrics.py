@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maekit import files
+from maekit import files, runs
 
 
 def append(path: Path, row: dict[str, Any]) -> None:
@@ -12,7 +12,6 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
     Raises:
         MaekitError: the file cannot be written.
-
     """
     try:
         with open(path, "a", encoding="utf-8") as file:
@@ -21,21 +20,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
         raise files.write_failure(path, error) from error
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """Return all rows; a last line that was cut off by a kill is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
 def cut_back(path: Path, step: int) -> None:
     """Drop the rows behind `step`: the resumed run writes them again."""
     if path.exists():
-        rows = [row for row in read(path) if row["step"] <= step]
+        rows = [row for row in runs.read_metrics(path) if row["step"] <= step]
         files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -19,7 +19,6 @@ class Schedule:
         floor: the learning rate that the cosine ends in.
         warmup_steps: steps of linear warm-up from 0.
         steps: steps in all.
-
     """
 
     peak: float

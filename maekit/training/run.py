@@ -1,7 +1,7 @@
 """`maekit pretrain`: from a config to a run directory, and on from where it was killed.
 
-The order of things: check the config -> own the directory -> index the shards -> compare with what is there -> write the
-config -> build -> start from weights or resume -> loop -> write the encoder.
+The order of things: check the config -> own the directory -> index the shards -> compare with what is there ->
+write the config -> build -> start from weights or resume -> loop -> write the encoder.
 """
 
 import copy
@@ -17,7 +17,7 @@ import torch
 
 from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of
-from maekit.errors import DamagedShard, ImageError, InputError, Stopped
+from maekit.errors import DamagedShard, ImageError, InputError, MaekitError, Stopped
 from maekit.images import Preprocess, RandomCrop
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
@@ -53,7 +53,6 @@ class PretrainResult:
         bad: samples replaced in this process's part of the run.
         resumed_from: the step that this process went on from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
-
     """
 
     out: str
@@ -74,7 +73,6 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
         Stopped: SIGTERM or SIGINT came; everything is saved.
         MaekitError: failed while working.
-
     """
     progress = progress or Silent()
     config = copy.deepcopy(config)
@@ -122,7 +120,7 @@ class _Run:
         if runs.is_run(self.run.path):
             self._refuse_other_training(newest)
         if newest is not None and newest.step == self.steps and self.run.encoder_file.exists():
-            rows = metrics.read(self.run.metrics_file)
+            rows = self.run.metrics()
             last = rows[-1] if rows else {}
             self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
             return self._result(self.steps, Tally(loss=last.get("loss", math.nan)), self.steps, already_finished=True)
@@ -185,6 +183,11 @@ class _Run:
                 )
                 batches = iter(loader)
                 return trainer.run(batches, first=first, last=self.steps, cadence=cadence, hooks=hooks)
+        except RuntimeError as error:
+            # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
+            if "DataLoader worker" not in str(error):
+                raise
+            raise MaekitError(f"reading the data failed: {str(error).splitlines()[0]} Run the command again") from error
         finally:
             self.progress.stop()
 
@@ -258,8 +261,8 @@ class _Run:
                 )
         if newest is not None and newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
-                f"{self.run.path} was trained on other data (its digest differs: shards were added, removed, renamed or "
-                "changed); go on with the old data or choose another --out"
+                f"{self.run.path} was trained on other data (its digest differs: shards were added, removed, renamed "
+                "or changed); go on with the old data or choose another --out"
             )
 
     def _result(self, done: int, tally: Tally, first: int, *, already_finished: bool = False) -> PretrainResult:

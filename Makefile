@@ -1,0 +1,47 @@
+# `make test` and `make demo` do all their own set-up in .venv; they need Python >= 3.11 and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: setup format lint types test test-wheel check demo clean
+
+setup: $(VENV)/.ready
+
+# Everything at the versions of constraints.txt; changed dependencies install anew.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("maekit needs Python >= 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The folders cli/ and exporters/ install as maekit.cli and maekit.exporters; mypy sees them so only in one tree.
+types: setup
+	rm -rf build/types && mkdir -p build/types
+	cp -r maekit build/types/maekit && cp -r cli build/types/maekit/cli && cp -r exporters build/types/maekit/exporters
+	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+
+test: lint types
+	$(BIN)/python -m pytest
+	$(MAKE) test-wheel
+
+# The built wheel, from outside the root, so that a sub-package missing from it cannot hide behind the source tree.
+test-wheel: setup
+	rm -rf build/wheel build/lib && mkdir -p build/wheel/site build/wheel/run
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
+	cp -r tests build/wheel/run/tests && cp pyproject.toml build/wheel/run/
+	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest -m "not slow"
+
+demo: setup
+	$(BIN)/maekit demo
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,48 @@
+"""`maekit inspect`."""
+
+from typing import Annotated, Any
+
+import typer
+
+
+def command(
+    thing: Annotated[str, typer.Argument(help="A run, a checkpoint, an .onnx file, or shards.", show_default=False)],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Say what a run, a checkpoint, an ONNX file or a set of shards is."""
+    from maekit.cli.show import print_json
+    from maekit.inspection import inspect
+
+    description = inspect(thing)
+    if as_json:
+        print_json(description)
+    else:
+        _print(description)
+
+
+def _print(description: dict[str, Any], indent: int = 0) -> None:
+    """Print nested values, one a line; short tables of numbers on one line."""
+    width = max((len(key) for key in description), default=0)
+    for key, value in description.items():
+        label = " " * indent + f"{key:<{width}}  "
+        if isinstance(value, dict) and value and not _is_short(value):
+            print(" " * indent + key)
+            _print(value, indent + 2)
+        else:
+            print(f"{label}{_plain(value)}".rstrip())
+
+
+def _is_short(value: dict[str, Any]) -> bool:
+    return all(isinstance(v, int) and not isinstance(v, bool) for v in value.values())
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(v)}" for key, v in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(_plain(v) for v in value)
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "–" if value is None else str(value)

@@ -1,0 +1,187 @@
+"""The whole loop in a few minutes on a CPU: draw pictures -> pack -> check -> pretrain -> export -> embed -> compare."""
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from maekit.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig
+from maekit.demo.pictures import CLASSES, write_pictures
+from maekit.errors import InputError, MaekitError
+from maekit.evaluation.knn import knn_accuracy
+from maekit.images import decode
+from maekit.progress import Progress, Silent
+from maekit.shards.check import check_shards
+from maekit.shards.pack import pack
+from maekit.shards.read import MemberReader, ShardSet, open_shards
+from maekit.shards.spec import find_shards
+
+TRAIN_PICTURES, TEST_PICTURES = 2000, 500
+_MARK = ".maekit-demo"
+
+Rows = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What the demo made and found; `--json` prints it.
+
+    Attributes:
+        out: the folder with everything in it.
+        knn_pixels: share of test pictures whose class the neighbours tell, by raw pixels.
+        knn_untrained: likewise by the encoder as initialised.
+        knn_trained: likewise by the trained encoder.
+        chance: what guessing gives.
+        loss_first: mean loss of the first logged steps.
+        loss_last: mean loss of the last logged steps.
+        parity: largest difference of the exported file from PyTorch, relative to the largest value.
+        seconds: how long it all took.
+    """
+
+    out: str
+    knn_pixels: float
+    knn_untrained: float
+    knn_trained: float
+    chance: float
+    loss_first: float
+    loss_last: float
+    parity: float
+    seconds: float
+
+
+def demo_config(out: Path) -> PretrainConfig:
+    """Return the demo's training: a tiny ViT on pictures of 64 pixels."""
+    return PretrainConfig(
+        shards=(str(out / "shards" / "train"),),
+        out=str(out / "run"),
+        steps=STEPS,
+        batch_size=64,
+        model=ModelConfig(
+            name="vit_tiny_patch16_224",
+            image_size=64,
+            patch_size=8,
+            width=128,
+            depth=4,
+            heads=4,
+            decoder_width=64,
+            decoder_depth=2,
+            decoder_heads=4,
+        ),
+        data=DataConfig(crop_scale=(0.5, 1.0)),
+        optimizer=OptimizerConfig(lr=4e-3),
+        run=RunConfig(device="cpu", precision="fp32", log_every=20),
+    )
+
+
+STEPS = 400
+
+
+def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
+    """Run the demo in `out`; what an earlier demo left there is replaced.
+
+    Raises:
+        InputError: `out` holds something that no demo made.
+    """
+    from maekit.embedding.run import EmbedConfig, embed
+    from maekit.exporters.export import export
+    from maekit.runs import RunDirectory
+    from maekit.training.run import pretrain
+
+    progress = progress or Silent()
+    started = time.monotonic()
+    _make_room(out)
+    shards = {}
+    for split, count, seed in (("train", TRAIN_PICTURES, 1), ("test", TEST_PICTURES, 2)):
+        progress.note(f"drawing {count} pictures of {len(CLASSES)} classes: {out}/pictures/{split}")
+        write_pictures(out / "pictures" / split, count, seed=seed)
+        packed = pack(out / "pictures" / split, out / "shards" / split, samples_per_shard=500)
+        progress.note(f"packed into {len(packed.shards)} shards: {out}/shards/{split}")
+        found = find_shards(str(out / "shards" / split))
+        report = check_shards(found)
+        if report.damaged or report.samples != count:
+            raise MaekitError(f"{out}/shards/{split}: {report.summary()} where {count} sound samples should be")
+        progress.note(f"checked: {report.samples} samples, 0 damaged")
+        shards[split] = open_shards(found)
+
+    config = demo_config(out)
+    config.run.checkpoint_every = STEPS
+    # One step at a learning rate of 0 (the first of the warm-up) is a run whose encoder is as initialised.
+    untrained = demo_config(out)
+    untrained.out, untrained.steps, untrained.run.pictures_every = str(out / "run-untrained"), 1, 0
+    untrained.optimizer.lr = 1e-30
+    pretrain(untrained)
+    trained = pretrain(config, progress)
+
+    accuracy = {"raw pixels": _accuracy(shards, _pixels)}
+    parity = 0.0
+    for name, run in (("untrained encoder", untrained.out), ("trained encoder", trained.out)):
+        kind = Path(run).name.replace("run", "encoder")
+        exported = export(run, out / f"{kind}.onnx")
+        parity = exported.parity.max_relative_difference
+        folder = out / kind.replace("encoder", "embeddings")
+        for split in shards:
+            embed(EmbedConfig(exported.path, (str(out / "shards" / split),), str(folder / split), device="cpu"))
+        accuracy[name] = _accuracy(shards, _embeddings(folder))
+        progress.note(f"exported {exported.path} (parity {parity:.1e}) and embedded {folder}")
+    rows = RunDirectory(Path(config.out)).metrics()
+    return DemoResult(
+        out=str(out),
+        knn_pixels=accuracy["raw pixels"],
+        knn_untrained=accuracy["untrained encoder"],
+        knn_trained=accuracy["trained encoder"],
+        chance=1 / len(CLASSES),
+        loss_first=rows[0]["loss"],
+        loss_last=rows[-1]["loss"],
+        parity=parity,
+        seconds=round(time.monotonic() - started, 1),
+    )
+
+
+def _make_room(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / _MARK).is_file():
+            raise InputError(f"{out} holds files that no demo made; choose another --out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / _MARK).touch()
+
+
+def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Rows]) -> float:
+    train, test = (rows_of(split, shards[split]) for split in ("train", "test"))
+    return knn_accuracy(train, _labels(shards["train"]), test, _labels(shards["test"]))
+
+
+def _labels(shards: ShardSet) -> NDArray[np.int64]:
+    reader = MemberReader()
+    labels = []
+    for index in shards.indexes:
+        for ordinal in range(index.samples):
+            (member,) = [m for m in index.members(ordinal) if m.extension == "cls"]
+            labels.append(int(reader.read(index, member)))
+    reader.close()
+    return np.array(labels)
+
+
+def _pixels(split: str, shards: ShardSet) -> Rows:
+    reader = MemberReader()
+    rows = [
+        decode(reader.read_image(index, ordinal)).astype(np.float32).ravel() / 127.5 - 1
+        for index in shards.indexes
+        for ordinal in range(index.samples)
+    ]
+    reader.close()
+    return np.stack(rows)
+
+
+def _embeddings(folder: Path) -> Callable[[str, ShardSet], Rows]:
+    def rows_of(split: str, shards: ShardSet) -> Rows:
+        tables = [pq.read_table(folder / split / f"{shard.path.stem}.parquet") for shard in shards.shards]
+        parts = [table["embedding"].combine_chunks().flatten().to_numpy() for table in tables]
+        return np.concatenate([part.reshape(table.num_rows, -1) for part, table in zip(parts, tables, strict=True)])
+
+    return rows_of

@@ -1,0 +1,77 @@
+"""`maekit inspect`: what a run, a checkpoint, an ONNX file or a set of shards is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from maekit import runs
+from maekit.config import fields_of
+from maekit.errors import InputError
+from maekit.runs import RunDirectory
+from maekit.shards.check import CheckReport, check_shards
+from maekit.shards.spec import find_shards
+
+
+def inspect(thing: str) -> dict[str, Any]:
+    """Describe what a path names, as JSON values; the key `kind` says what it is.
+
+    Raises:
+        InputError: there is no such thing, or it cannot be read.
+    """
+    path = Path(thing)
+    if path.suffix == ".onnx":
+        return _inspect_onnx(path)
+    if runs.is_run(path):
+        return _inspect_run(RunDirectory(path))
+    if (path / runs.MANIFEST).is_file():
+        run, checkpoint = runs.find_checkpoint(path)
+        return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
+    report: CheckReport = check_shards(find_shards(thing))
+    return {"kind": "shards", "path": thing, **report.summary()}
+
+
+def _inspect_onnx(path: Path) -> dict[str, Any]:
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's decode error has no public name
+        raise InputError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+    counts: dict[str, int] = {}
+    for node in proto.graph.node:
+        counts[node.op_type] = counts.get(node.op_type, 0) + 1
+    own = {entry.key: entry.value for entry in proto.metadata_props}.get("maekit")
+    return {
+        "kind": "onnx",
+        "path": str(path),
+        "bytes": path.stat().st_size,
+        "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
+        "inputs": {value.name: _tensor_type(value) for value in proto.graph.input},
+        "outputs": {value.name: _tensor_type(value) for value in proto.graph.output},
+        "nodes": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        "maekit": json.loads(own) if own else None,
+    }
+
+
+def _tensor_type(value: Any) -> str:
+    import onnx
+
+    tensor = value.type.tensor_type
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    shape = [d.dim_param or str(d.dim_value) for d in tensor.shape.dim]
+    return f"{name} [{', '.join(shape)}]"
+
+
+def _inspect_run(run: RunDirectory) -> dict[str, Any]:
+    checkpoints = [{"step": checkpoint.step, "problem": checkpoint.problem()} for checkpoint in run.list_checkpoints()]
+    rows = run.metrics()
+    return {
+        "kind": "run",
+        "path": str(run.path),
+        "finished": run.encoder_file.is_file(),
+        "config": {key: value for key, value, _ in fields_of(run.config()) if value is not None},
+        "checkpoints": checkpoints,
+        "last": rows[-1] if rows else None,
+    }

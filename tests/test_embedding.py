@@ -1,0 +1,407 @@
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import jpeg, write_shard
+from PIL import Image
+from test_training import tiny_config
+
+import maekit
+from maekit.embedding.run import EmbedConfig, embed
+from maekit.errors import ImageError, InputError, MaekitError
+from maekit.exporters.export import export
+from maekit.images import IMAGENET_MEAN, IMAGENET_STD
+from maekit.inspection import inspect
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with shards, a run of a tiny model on them, and its export."""
+    folder = tmp_path_factory.mktemp("trained")
+    for shard, count in enumerate((9, 1, 20)):
+        samples = {f"s{shard}k{i}": {"jpg": jpeg(100 * shard + i), "cls": b"1"} for i in range(count)}
+        write_shard(folder / "shards" / f"{shard}.tar", samples)
+    maekit.pretrain(tiny_config(folder / "shards", folder / "run"))
+    export(folder / "run", folder / "encoder.onnx")
+    return folder
+
+
+def rows(out: Path) -> dict[str, list]:
+    tables = [pq.read_table(path) for path in sorted(out.rglob("*.parquet"))]
+    return {name: [v for t in tables for v in t[name].to_pylist()] for name in ("key", "shard", "index", "embedding")}
+
+
+def timm_embeddings(folder: Path, data: list[bytes], pool: str = "avg") -> np.ndarray:
+    """Return embeddings by timm's own model, forward pass and transform: the oracle."""
+    import io
+
+    import timm
+    from safetensors.torch import load_file
+    from timm.data import create_transform
+
+    encoder = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
+    ).eval()
+    encoder.load_state_dict(load_file(folder / "run" / "encoder.safetensors"), strict=True)
+    # Below 128 pixels there is no margin around the crop.
+    transform = create_transform(
+        (3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD
+    )
+    images = torch.stack([transform(Image.open(io.BytesIO(d)).convert("RGB")) for d in data])
+    with torch.no_grad():
+        tokens = encoder.forward_features(images)
+    pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
+    return torch.nn.functional.normalize(pooled, dim=-1).numpy()
+
+
+def test_the_graph_is_lean_and_describes_itself(trained: Path) -> None:
+    description = inspect(str(trained / "encoder.onnx"))
+    nodes = description["nodes"]
+    assert nodes["Attention"] == 2
+    assert not {"Shape", "Expand", "Softmax"} & set(nodes)
+    assert description["inputs"] == {"images": "uint8 [batch, 32, 32, 3]"}
+    assert description["outputs"] == {"embeddings": "float [batch, 32]"}
+    assert description["opset"]["ai.onnx"] == 23
+    own = description["maekit"]
+    assert own["preprocess"]["size"] == [32, 32]
+    assert own["preprocess"]["interpolation"] == "bicubic"
+    assert (own["pool"], own["dim"], own["normalize"], own["precision"]) == ("avg", 32, True, "fp32")
+    assert own["parity"]["max_relative_difference"] <= 1e-4
+    assert own["parity"]["batch_sizes"] == [1, 3, 16]
+    onnx.checker.check_model(onnx.load(trained / "encoder.onnx"), full_check=True)
+
+
+def test_no_machine_path_in_the_file(trained: Path) -> None:
+    data = (trained / "encoder.onnx").read_bytes()
+    assert b"site-packages" not in data
+    assert str(Path(maekit.__file__).parent).encode() not in data
+
+
+def test_the_same_run_exports_the_same_bytes(trained: Path, tmp_path: Path) -> None:
+    export(trained / "run", tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == (trained / "encoder.onnx").read_bytes()
+
+
+@pytest.mark.parametrize(("pool", "normalize"), [("avg", True), ("cls", True), ("avg", False), ("cls", False)])
+def test_export_equals_timm(trained: Path, tmp_path: Path, pool: str, normalize: bool) -> None:
+    export(trained / "run", tmp_path / "e.onnx", pool=pool, normalize=normalize)
+    data = [jpeg(i) for i in range(20)]
+    got = maekit.Embedder(tmp_path / "e.onnx", device="cpu")(data)
+    norms = np.linalg.norm(got, axis=1)
+    assert np.allclose(norms, 1, atol=1e-5) == normalize
+    np.testing.assert_allclose(got / norms[:, None], timm_embeddings(trained, data, pool), atol=2e-5)
+
+
+def test_runs_with_numpy_and_onnxruntime_alone(trained: Path) -> None:
+    session = onnxruntime.InferenceSession(trained / "encoder.onnx", providers=["CPUExecutionProvider"])
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    together = session.run(None, {"images": images})[0]
+    alone = np.concatenate([session.run(None, {"images": images[i : i + 1]})[0] for i in range(5)])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+
+
+def test_a_file_that_differs_from_pytorch_is_not_kept(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    import maekit.exporters.export as module
+
+    original = module._to_onnx
+
+    def disturbed(*args):
+        proto = original(*args)
+        tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.01, tensor.name))
+        return proto
+
+    monkeypatch.setattr(module, "_to_onnx", disturbed)
+    with pytest.raises(MaekitError, match="differs from PyTorch"):
+        export(trained / "run", tmp_path / "e.onnx")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_refuses(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="neither a run nor a checkpoint"):
+        export(trained / "shards", tmp_path / "e.onnx")
+    with pytest.raises(InputError, match="does not exist"):
+        export(trained / "nothing", tmp_path / "e.onnx")
+    with pytest.raises(InputError, match=r"ends in \.onnx"):
+        export(trained / "run", tmp_path / "e.bin")
+    with pytest.raises(InputError, match="--pool max"):
+        export(trained / "run", tmp_path / "e.onnx", pool="max")
+    with pytest.raises(InputError, match="no such file"):
+        export(trained / "run", tmp_path / "e.onnx", parity=[str(tmp_path / "none")])
+
+
+def test_export_of_one_checkpoint(trained: Path, tmp_path: Path) -> None:
+    older = trained / "run" / "checkpoints" / "step-000000006"
+    export(older, tmp_path / "e.onnx")
+    assert inspect(str(tmp_path / "e.onnx"))["maekit"]["checkpoint"]["step"] == 6
+
+
+def embed_config(trained: Path, out: Path, **changes) -> EmbedConfig:
+    settings = {"shards": (str(trained / "shards"),), "device": "cpu", "batch_size": 8, **changes}
+    return EmbedConfig(model=str(trained / "encoder.onnx"), out=str(out), **settings)
+
+
+def test_rows_are_keys_in_tar_order(trained: Path, tmp_path: Path) -> None:
+    result = embed(embed_config(trained, tmp_path / "out"))
+    assert (result.rows, result.errors, result.shards, result.skipped) == (30, 0, 3, 0)
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.parquet")) == ["0.parquet", "1.parquet", "2.parquet"]
+    got = rows(tmp_path / "out")
+    assert got["key"] == [key for s, n in enumerate((9, 1, 20)) for key in [f"s{s}k{i}" for i in range(n)]]
+    assert got["shard"] == ["0.tar"] * 9 + ["1.tar"] + ["2.tar"] * 20
+    assert got["index"] == [*range(9), 0, *range(20)]
+    expected = timm_embeddings(trained, [jpeg(100 * s + i) for s, n in enumerate((9, 1, 20)) for i in range(n)])
+    np.testing.assert_allclose(np.array(got["embedding"]), expected, atol=2e-5)
+    schema = pq.read_schema(tmp_path / "out" / "0.parquet")
+    assert str(schema.field("embedding").type) == "fixed_size_list<element: float not null>[32]" or "[32]" in str(
+        schema.field("embedding").type
+    )
+    footer = json.loads(schema.metadata[b"maekit"])
+    record = json.loads((tmp_path / "out" / "_maekit" / "0.tar.json").read_text())
+    assert footer["model_sha256"] == record["options"]["model"]
+
+
+def test_python_embedder_gives_the_same_to_the_bit(trained: Path, tmp_path: Path) -> None:
+    """Bytes, paths, Pillow images and arrays; one or many; all equal to what `maekit embed` stored."""
+    embed(embed_config(trained, tmp_path / "out", batch_size=16))
+    stored = np.array(pq.read_table(tmp_path / "out" / "0.parquet")["embedding"].to_pylist(), np.float32)
+    data = [jpeg(i) for i in range(9)]
+    embedder = maekit.Embedder(trained / "encoder.onnx", device="cpu")
+    np.testing.assert_array_equal(embedder(data), stored)
+    (tmp_path / "a.jpg").write_bytes(data[0])
+    image = Image.open(tmp_path / "a.jpg")
+    one = embedder(data[0])
+    assert one.shape == (1, 32)
+    for same in (tmp_path / "a.jpg", str(tmp_path / "a.jpg"), image, np.asarray(image), [data[0]]):
+        np.testing.assert_array_equal(embedder(same), one)
+    assert embedder([]).shape == (0, 32)
+    with pytest.raises(InputError, match="float64"):
+        embedder(np.zeros((3, 3, 3)))
+    with pytest.raises(ImageError):
+        embedder(b"no image")
+
+
+def test_the_output_does_not_depend_on_workers_or_history(trained: Path, tmp_path: Path) -> None:
+    embed(embed_config(trained, tmp_path / "a", workers=1))
+    embed(embed_config(trained, tmp_path / "b", workers=5, shards=(str(trained / "shards" / "{0,2}.tar"),)))
+    embed(embed_config(trained, tmp_path / "b", workers=2))
+    for path in (tmp_path / "a").glob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+
+
+def test_a_rerun_does_only_what_is_left(trained: Path, tmp_path: Path) -> None:
+    config = embed_config(trained, tmp_path / "out")
+    embed(config)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.parquet")}
+    again = embed(config)
+    assert (again.rows, again.shards, again.skipped) == (30, 0, 3)
+    # A file without its record, and a record without its file, are both done again.
+    (tmp_path / "out" / "_maekit" / "0.tar.json").unlink()
+    (tmp_path / "out" / "2.parquet").unlink()
+    third = embed(config)
+    assert (third.rows, third.shards, third.skipped) == (30, 2, 1)
+    assert (tmp_path / "out" / "1.parquet").stat().st_mtime_ns == before[tmp_path / "out" / "1.parquet"]
+
+
+def test_a_changed_shard_is_embedded_again(trained: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    write_shard(shards / "a.tar", {"x": {"jpg": jpeg(1)}})
+    config = embed_config(trained, tmp_path / "out", shards=(str(shards),))
+    embed(config)
+    write_shard(shards / "a.tar", {"x": {"jpg": jpeg(1)}, "y": {"jpg": jpeg(2)}})
+    write_shard(shards / "b.tar", {"z": {"jpg": jpeg(3)}})
+    result = embed(config)
+    assert (result.rows, result.shards) == (3, 2)
+    assert rows(tmp_path / "out")["key"] == ["x", "y", "z"]
+
+
+def test_every_key_without_a_row_has_a_reason(trained: Path, tmp_path: Path) -> None:
+    samples = {
+        "good1": {"jpg": jpeg(1)},
+        "html": {"jpg": b"<html>"},
+        "zero": {"jpg": b""},
+        "text": {"txt": b"no image here"},
+        "cut": {"jpg": jpeg(2)[:300]},
+        "good2": {"png": jpeg(3)},  # the extension is only a hint
+    }
+    write_shard(tmp_path / "shards" / "mixed.tar", samples)
+    write_shard(tmp_path / "shards" / "none.tar", {"a": {"jpg": b"x"}, "b": {"txt": b""}})
+    result = embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "shards"),)))
+    assert (result.rows, result.errors) == (2, 6)
+    assert rows(tmp_path / "out")["key"] == ["good1", "good2"]
+    assert not (tmp_path / "out" / "none.parquet").exists()
+    errors = [
+        json.loads(line)
+        for line in (tmp_path / "out" / "_maekit" / "errors" / "mixed.tar.jsonl").read_text().splitlines()
+    ]
+    assert [(e["index"], e["key"], e["reason"]) for e in errors] == [
+        (1, "html", "not_an_image"),
+        (2, "zero", "empty"),
+        (3, "text", "no_image"),
+        (4, "cut", "undecodable"),
+    ]
+    assert embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "shards"),))).skipped == 2
+
+
+def test_a_damaged_shard_does_not_stop_the_others(trained: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "shards" / "a.tar", {"x": {"jpg": jpeg(1)}})
+    write_shard(tmp_path / "shards" / "b.tar", {"y": {"jpg": jpeg(2)}})
+    cut = tmp_path / "shards" / "a.tar"
+    cut.write_bytes(cut.read_bytes()[:900])
+    result = embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "shards"),)))
+    assert (result.rows, result.shards) == (1, 1)
+    assert "a.tar" in result.damaged[0]
+
+
+def test_float16(trained: Path, tmp_path: Path) -> None:
+    embed(embed_config(trained, tmp_path / "full"))
+    embed(embed_config(trained, tmp_path / "half", dtype="float16"))
+    full, half = (pq.read_table(tmp_path / name / "2.parquet")["embedding"] for name in ("full", "half"))
+    np.testing.assert_array_equal(
+        np.array(full.to_pylist(), np.float32).astype(np.float16), np.array(half.to_pylist(), np.float16)
+    )
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float16"}, {"batch_size": 4}])
+def test_an_output_belongs_to_one_model_and_set_of_options(trained: Path, tmp_path: Path, change: dict) -> None:
+    embed(embed_config(trained, tmp_path / "out"))
+    (tmp_path / "out" / "mine.txt").write_text("kept")
+    other = embed_config(trained, tmp_path / "out", **change)
+    with pytest.raises(InputError, match=f"{next(iter(change))} = .*--overwrite"):
+        embed(other)
+    other.overwrite = True
+    assert embed(other).shards == 3
+    assert (tmp_path / "out" / "mine.txt").read_text() == "kept"
+
+
+def test_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
+    embed(embed_config(trained, tmp_path / "out"))
+    export(trained / "run", tmp_path / "cls.onnx", pool="cls")
+    other = embed_config(trained, tmp_path / "out")
+    other.model = str(tmp_path / "cls.onnx")
+    with pytest.raises(InputError, match="model = "):
+        embed(other)
+
+
+def test_embed_refuses(trained: Path, tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.txt").write_text("")
+    with pytest.raises(InputError, match="thesis"):
+        embed(embed_config(trained, foreign))
+    with pytest.raises(InputError, match="--dtype"):
+        embed(embed_config(trained, tmp_path / "out", dtype="int8"))
+    with pytest.raises(InputError, match="--batch-size 0"):
+        embed(embed_config(trained, tmp_path / "out", batch_size=0))
+    with pytest.raises(InputError, match="sync"):
+        embed(embed_config(trained, "s3://bucket/out"))
+    config = embed_config(trained, tmp_path / "out")
+    config.model = str(tmp_path / "missing.onnx")
+    with pytest.raises(InputError, match="no such file"):
+        embed(config)
+    (tmp_path / "broken.onnx").write_bytes(b"nothing")
+    config.model = str(tmp_path / "broken.onnx")
+    with pytest.raises(InputError, match="cannot load"):
+        embed(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cuda_asked_for_and_not_there_is_refused_with_the_fix(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    import maekit.embedding.session as module
+
+    class NoDevice:
+        def cuInit(self, flags):
+            return 100
+
+    for sabotage, said in (
+        (lambda m: m.setattr(module.ort, "get_available_providers", lambda: [module.CPU]), r"maekit\[cuda\]"),
+        (lambda m: m.setattr(module.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name))), "driver"),
+        (lambda m: m.setattr(module.ctypes, "CDLL", lambda name: NoDevice()), "nvidia-smi"),
+    ):
+        with monkeypatch.context() as patch:
+            sabotage(patch)
+            with pytest.raises(InputError, match=said):
+                embed(embed_config(trained, tmp_path / "out", device="cuda"))
+            session = module.EncoderSession(trained / "encoder.onnx", device="auto")
+            assert session.provider == module.CPU
+            assert "auto" in session.reason
+
+
+def test_cuda_that_silently_became_cpu_is_caught(trained: Path, monkeypatch) -> None:
+    """The driver is fine, the provider's libraries are not: ONNX Runtime gives a CPU session without a word."""
+    import maekit.embedding.session as module
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or torch.cuda.is_available():
+        pytest.skip("needs an onnxruntime-gpu whose CUDA provider cannot work")
+    monkeypatch.setattr(module, "_cuda_problem", lambda: None)
+    with pytest.raises(InputError, match="CUDA provider does not load"):
+        module.EncoderSession(trained / "encoder.onnx", device="cuda")
+
+
+EMBED = """
+import sys
+from maekit.embedding.run import EmbedConfig, embed
+from maekit.errors import Stopped
+import maekit.embedding.session as session, time
+call = session.EncoderSession.__call__
+session.EncoderSession.__call__ = lambda self, images: (time.sleep(0.03), call(self, images))[1]
+try:
+    embed(EmbedConfig({model!r}, ({shards!r},), {out!r}, device="cpu", batch_size=4))
+except Stopped:
+    sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_at_any_moment_the_rerun_ends_byte_identical(trained: Path, tmp_path: Path, number) -> None:
+    shards = tmp_path / "shards"
+    for shard in range(12):
+        write_shard(shards / f"{shard:02d}.tar", {f"{shard}-{i}": {"jpg": jpeg(i + shard)} for i in range(7)})
+    config = embed_config(trained, tmp_path / "whole", shards=(str(shards),), batch_size=4)
+    embed(config)
+    out = tmp_path / "stopped"
+    script = EMBED.format(model=config.model, shards=str(shards), out=str(out))
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("*.parquet"))) < 3:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(number)
+    assert process.wait(30) == (75 if number == signal.SIGTERM else -9)
+    config.out = str(out)
+    result = embed(config)
+    assert result.skipped >= 2
+    assert result.rows == 84
+    assert not list(out.rglob("*.tmp"))
+    for path in (tmp_path / "whole").glob("*.parquet"):
+        assert path.read_bytes() == (out / path.name).read_bytes()
+
+
+def test_embedding_without_torch(trained: Path, tmp_path: Path) -> None:
+    """A fresh interpreter in which torch and its friends cannot be imported writes the same bytes."""
+    embed(embed_config(trained, tmp_path / "with"))
+    script = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "torchvision", "timm", "webdataset", "safetensors", "onnx"):
+            raise ImportError(f"{{name}} must not be imported for embedding")
+sys.meta_path.insert(0, Blocker())
+import maekit
+maekit.embed(maekit.EmbedConfig({str(trained / "encoder.onnx")!r}, ({str(trained / "shards")!r},),
+             {str(tmp_path / "without")!r}, device="cpu", batch_size=8))
+maekit.Embedder({str(trained / "encoder.onnx")!r}, device="cpu")
+assert "torch" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
+    for path in (tmp_path / "with").glob("*.parquet"):
+        assert path.read_bytes() == (tmp_path / "without" / path.name).read_bytes()

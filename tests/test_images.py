@@ -1,0 +1,193 @@
+import io
+import math
+
+import numpy as np
+import pytest
+from conftest import jpeg
+from PIL import Image
+
+from maekit.errors import ImageError
+from maekit.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, RandomCrop, decode, open_rgb, random_resized_crop
+from maekit.random import Purpose, permutation, uniforms
+
+RNG = np.random.default_rng(0)
+PINNED = [0.6183657700572531, 0.7459779950048457]
+RGB = RNG.integers(0, 256, (20, 30, 3), np.uint8)
+
+
+def encode(image: Image.Image, image_format: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def test_lossless_rgb() -> None:
+    for image_format in ("PNG", "BMP", "TIFF", "PPM"):
+        np.testing.assert_array_equal(decode(encode(Image.fromarray(RGB), image_format)), RGB)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(RGB), "WEBP", lossless=True)), RGB)
+
+
+def test_grey_palette_and_sixteen_bits() -> None:
+    grey = RGB[..., 0]
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(grey), "PNG")), np.stack([grey] * 3, -1))
+    palette = Image.fromarray(RGB).quantize(16)
+    np.testing.assert_array_equal(decode(encode(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    deep = RNG.integers(0, 65536, (20, 30), np.uint16)
+    expected = np.stack([(deep >> 8).astype(np.uint8)] * 3, -1)
+    for image_format in ("PNG", "TIFF"):
+        np.testing.assert_array_equal(decode(encode(Image.fromarray(deep), image_format)), expected)
+
+
+def test_alpha_lies_over_white() -> None:
+    alpha = RNG.integers(0, 256, (20, 30), np.uint8)
+    weight = alpha[..., None] / 255
+    expected = RGB * weight + 255 * (1 - weight)
+    got = decode(encode(Image.fromarray(np.dstack([RGB, alpha])), "PNG"))
+    assert np.abs(got - expected).max() <= 1
+    grey = decode(encode(Image.fromarray(np.dstack([RGB[..., 0], alpha]), "LA"), "PNG"))
+    assert np.abs(grey - expected[..., :1]).max() <= 1
+
+
+def test_first_frame_of_an_animation() -> None:
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    data = encode(first, "GIF", save_all=True, append_images=[second])
+    np.testing.assert_array_equal(decode(data)[0, 0], [255, 0, 0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    """Against the definition in EXIF 2.32, tag 0x0112: where row 0 and column 0 of the file lie in the scene."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = {
+        1: RGB,
+        2: RGB[:, ::-1],
+        3: RGB[::-1, ::-1],
+        4: RGB[::-1],
+        5: RGB.transpose(1, 0, 2),
+        6: RGB.transpose(1, 0, 2)[:, ::-1],
+        7: RGB.transpose(1, 0, 2)[::-1, ::-1],
+        8: RGB.transpose(1, 0, 2)[::-1],
+    }[orientation]
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(RGB), "PNG", exif=exif)), upright)
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "empty"),
+        (b"<html><body>404</body></html>", "not_an_image"),
+        (jpeg(0)[:200], "undecodable"),
+        (encode(Image.fromarray(RGB), "PNG")[:-400], "undecodable"),
+        (encode(Image.fromarray(RNG.random((4, 4), np.float32)), "TIFF"), "unsupported_mode"),
+        (encode(Image.new("1", (9000, 8000)), "PNG"), "too_large"),
+        (encode(Image.new("1", (30000, 30000)), "PNG"), "too_large"),
+    ],
+)
+def test_what_gives_no_image_has_a_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        open_rgb(data)
+    assert caught.value.reason == reason
+    assert reason in ImageError.REASONS
+
+
+def test_fuzzed_images_are_decoded_or_refused() -> None:
+    """Random damage never raises anything but ImageError."""
+    rng = np.random.default_rng(1)
+    sources = [
+        jpeg(0),
+        *(encode(Image.fromarray(RGB), f) for f in ("PNG", "WEBP", "GIF", "TIFF", "BMP")),
+        encode(Image.fromarray(RGB), "JPEG", progressive=True),
+    ]
+    refused = 0
+    for number in range(700):
+        data = bytearray(sources[number % len(sources)])
+        for _ in range(rng.integers(1, 12)):
+            data[rng.integers(len(data))] = rng.integers(256)
+        try:
+            assert decode(bytes(data)).dtype == np.uint8
+        except ImageError:
+            refused += 1
+    assert 0 < refused < 700
+
+
+@pytest.mark.parametrize("size", [(640, 480), (333, 500), (200, 200), (1000, 90), (224, 224), (30, 40)])
+def test_evaluation_transform_equals_torchvision(size: tuple[int, int]) -> None:
+    from torchvision import transforms
+
+    image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), np.uint8))
+    for side in (224, 64):
+        preprocess = Preprocess.for_size((side, side), IMAGENET_MEAN, IMAGENET_STD)
+        resize = math.floor(side / 0.875) if side >= 128 else side
+        assert preprocess.resize == (resize, resize)
+        oracle = transforms.Compose(
+            [transforms.Resize(resize, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(side)]
+        )
+        np.testing.assert_array_equal(preprocess.prepare(image), np.asarray(oracle(image)))
+
+
+def test_reduced_decoding_is_all_but_equal() -> None:
+    y, x = np.mgrid[:2000, :3000] / 100
+    waves = np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1)
+    data = encode(Image.fromarray((waves * 127 + 128).astype(np.uint8)), "JPEG", quality=95)
+    preprocess = Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)
+    full = preprocess.prepare(open_rgb(data)).astype(float)
+    assert open_rgb(data, at_least=(512, 512)).size == (750, 500) or open_rgb(data, at_least=(512, 512)).width < 3000
+    reduced = preprocess(data).astype(float)
+    assert np.abs(full - reduced).mean() < 0.5
+
+
+def test_preprocess_survives_json() -> None:
+    import json
+
+    preprocess = Preprocess.for_size((160, 224), IMAGENET_MEAN, IMAGENET_STD)
+    assert Preprocess.from_json(json.loads(json.dumps(preprocess.to_json()))) == preprocess
+
+
+def test_random_crops_follow_the_published_bounds() -> None:
+    """Area within scale, aspect within 3/4 and 4/3, uniform area, inside the image."""
+    areas = []
+    for position in range(2000):
+        draws = uniforms(22, Purpose.CROP, seed=0, position=position)
+        left, top, right, bottom = random_resized_crop(640, 480, draws, scale=(0.2, 1.0))
+        assert 0 <= left < right <= 640
+        assert 0 <= top < bottom <= 480
+        width, height = right - left, bottom - top
+        assert 0.74 < width / height < 1.35
+        areas.append(width * height / (640 * 480))
+    assert min(areas) > 0.19
+    # Crops that do not fit are drawn again, which takes from the largest areas: the mean lies below 0.6.
+    assert 0.5 < np.mean(areas) < 0.6
+
+
+def test_random_crop_of_a_very_long_image() -> None:
+    draws = uniforms(22, Purpose.CROP, seed=0)
+    left, top, right, bottom = random_resized_crop(2000, 10, draws, scale=(0.9, 1.0))
+    assert (top, bottom) == (0, 10)
+    assert right - left == round(10 * 4 / 3)
+
+
+def test_augmentation_is_a_function_of_the_place() -> None:
+    image = Image.fromarray(RNG.integers(0, 256, (60, 80, 3), np.uint8))
+    augment = RandomCrop((32, 32), (0.2, 1.0), True, seed=3)
+    a, b = (augment.crop(image, epoch=1, position=7) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(a, augment.crop(image, epoch=1, position=8))
+    assert not np.array_equal(a, augment.crop(image, epoch=2, position=7))
+    flips = [augment.flips(epoch=0, position=p) for p in range(1000)]
+    assert 430 < sum(flips) < 570
+
+
+def test_random_streams() -> None:
+    """Pinned: a change of these numbers would change every resumed run."""
+    assert uniforms(2, Purpose.CROP, seed=1, epoch=2, position=3).tolist() == pytest.approx(PINNED)
+    assert sorted(permutation(100, Purpose.SAMPLE_ORDER, seed=0)) == list(range(100))
+    streams = {
+        tuple(uniforms(1, purpose, seed=s, salt=t, epoch=e, position=p))
+        for purpose in Purpose
+        for s in range(2)
+        for t in range(2)
+        for e in range(2)
+        for p in range(2)
+    }
+    assert len(streams) == len(Purpose) * 16

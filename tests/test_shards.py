@@ -1,0 +1,378 @@
+import io
+import json
+import os
+import random
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from conftest import jpeg, write_shard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from maekit.errors import DamagedShard, InputError, MaekitError
+from maekit.shards.check import check_shards
+from maekit.shards.index import build_index, load_index, parse_index
+from maekit.shards.order import Order
+from maekit.shards.pack import pack
+from maekit.shards.read import MemberReader, open_shards
+from maekit.shards.spec import find_shards
+
+FORMATS = {"ustar": tarfile.USTAR_FORMAT, "pax": tarfile.PAX_FORMAT, "gnu": tarfile.GNU_FORMAT}
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], tar_format: int, directories: bool = False) -> Path:
+    with tarfile.open(path, "w", format=tar_format) as tar:
+        if directories:
+            info = tarfile.TarInfo("folder")
+            info.type = tarfile.DIRTYPE
+            tar.addfile(info)
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def read_all(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Read a shard through the index and the positional reader."""
+    index, reader = build_index(path), MemberReader()
+    samples = [
+        (index.key(i), {m.extension: reader.read(index, m) for m in index.members(i)}) for i in range(index.samples)
+    ]
+    reader.close()
+    return samples
+
+
+def read_webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
+    """Read a shard as webdataset does: the oracle."""
+    dataset = webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    return [(s["__key__"], {k: v for k, v in s.items() if not k.startswith("__")}) for s in dataset]
+
+
+names = st.text(st.characters(codec="utf-8", exclude_characters="/.\0\n\r", exclude_categories=["Cs"]), min_size=1)
+stems = st.tuples(st.lists(names.filter(lambda n: len(n) < 60), max_size=4), names).map(
+    lambda t: "/".join([*t[0], t[1]])
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    keys=st.lists(stems.filter(lambda s: not s.startswith("__")), min_size=1, max_size=6, unique=True),
+    extensions=st.lists(st.sampled_from(["jpg", "PNG", "json", "cls", "seg.png", "txt"]), min_size=1, unique=True),
+    tar_format=st.sampled_from(["pax", "gnu"]),
+    data=st.data(),
+)
+def test_reads_what_webdataset_reads(tmp_path_factory, keys, extensions, tar_format, data) -> None:
+    """On valid tars, long and unicode names included: the same keys, the same members, the same bytes."""
+    members = [(f"{key}.{ext}", data.draw(st.binary(max_size=1500))) for key in keys for ext in extensions]
+    path = tmp_path_factory.mktemp("wds") / "x.tar"
+    write_tar(path, members, FORMATS[tar_format], directories=data.draw(st.booleans()))
+    assert read_all(path) == read_webdataset(path)
+
+
+@pytest.mark.parametrize("tar_format", FORMATS)
+def test_formats_against_webdataset(tmp_path: Path, tar_format: str) -> None:
+    long = "a" * 60 + "/" + "b" * 90  # needs USTAR's prefix field
+    members = [
+        ("plain.jpg", b"x" * 512),
+        ("plain.json", b"{}"),
+        (f"{long}.jpg", b"y" * 513),
+        ("grün/bär.jpg", b""),
+        ("noextension", b"n"),
+        (".hidden.jpg", b"h"),
+        ("__meta__/x.json", b"m"),
+    ]
+    path = write_tar(tmp_path / "x.tar", members, FORMATS[tar_format], directories=True)
+    assert read_all(path) == read_webdataset(path)
+    assert [key for key, _ in read_all(path)] == ["plain", long, "grün/bär"]
+    assert build_index(path).ignored_count == 3
+
+
+def test_webdataset_writer_is_read(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "x.tar")) as writer:
+        for i in range(5):
+            writer.write({"__key__": f"k{i}", "jpg": b"j" * i, "cls": i, "json": {"n": i}})
+    assert read_all(tmp_path / "x.tar") == read_webdataset(tmp_path / "x.tar")
+
+
+def small_shard(tmp_path: Path) -> Path:
+    return write_shard(tmp_path / "s.tar", {f"k{i}": {"jpg": os.urandom(700 + i), "cls": b"1"} for i in range(4)})
+
+
+def test_no_truncation_is_accepted(tmp_path: Path) -> None:
+    """A shard cut at any of 200 random places is damaged, never shorter."""
+    whole = small_shard(tmp_path).read_bytes()
+    # Behind the two zero blocks that end the archive, writers pad to 10,240 bytes; a cut there loses nothing.
+    end = len(whole) - (len(whole) - len(whole.rstrip(b"\0")) - 1024) // 512 * 512
+    rng = random.Random(0)
+    for _ in range(200):
+        cut = rng.randrange(end - 511)
+        path = tmp_path / "cut.tar"
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DamagedShard):
+            build_index(path)
+
+
+def test_no_header_bit_flip_is_accepted(tmp_path: Path) -> None:
+    path = small_shard(tmp_path)
+    whole = path.read_bytes()
+    headers = [m.offset - 512 for i in range(4) for m in build_index(path).members(i)]
+    rng = random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.choice(headers) + rng.randrange(512)] ^= 1 << rng.randrange(8)
+        flipped = tmp_path / "flipped.tar"
+        flipped.write_bytes(damaged)
+        with pytest.raises(DamagedShard):
+            build_index(flipped)
+
+
+def test_damage_is_named_with_its_offset(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "s.tar", {"a": {"jpg": b"x" * 600}, "b": {"jpg": b"y" * 600}})
+    second = 512 + 1024
+    whole = path.read_bytes()
+
+    def damage(data: bytes) -> DamagedShard:
+        path.write_bytes(data)
+        with pytest.raises(DamagedShard) as caught:
+            build_index(path)
+        return caught.value
+
+    assert damage(whole[: second + 700]).offset == second
+    assert "cut off" in damage(whole[: second + 700]).reason
+    assert "empty" in damage(b"").reason
+    assert "end-of-archive" in damage(whole[: 2 * second]).reason
+    assert damage(whole + b"x").offset == len(whole)
+    assert "gzip" in damage(__import__("gzip").compress(whole)).reason
+    assert "no tar header" in damage(b"<html>" + bytes(2000)).reason
+
+
+@pytest.mark.parametrize(
+    ("members", "said"),
+    [
+        ([("a.jpg", b"1"), ("b.jpg", b"2"), ("a.json", b"3")], "comes again"),
+        ([("a.jpg", b"1"), ("a.JPG", b"2")], "comes twice"),
+    ],
+)
+def test_samples_that_webdataset_would_tear_apart(tmp_path: Path, members, said: str) -> None:
+    path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
+    with pytest.raises(DamagedShard, match=said):
+        build_index(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        (tarfile.SYMTYPE, "symbolic link"),
+        (tarfile.LNKTYPE, "hard link"),
+        (tarfile.FIFOTYPE, "fifo"),
+        (tarfile.CHRTYPE, "character device"),
+    ],
+)
+def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes, said: str) -> None:
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        info = tarfile.TarInfo("a.jpg")
+        info.type, info.linkname = kind, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(DamagedShard, match=said):
+        build_index(path)
+
+
+def test_index_file_round_trip_and_damage(tmp_path: Path) -> None:
+    path = small_shard(tmp_path)
+    index = build_index(path)
+    raw = np.frombuffer(index.to_bytes(), np.uint8)
+    again = parse_index(path, raw)
+    assert again is not None
+    assert [again.members(i) for i in range(4)] == [index.members(i) for i in range(4)]
+    assert list(again.keys()) == ["k0", "k1", "k2", "k3"]
+    assert (again.digest, again.size) == (index.digest, index.size)
+    for at in range(0, len(raw), 7):
+        damaged = raw.copy()
+        damaged[at] ^= 4
+        assert parse_index(path, damaged) is None
+
+
+def test_cached_index_follows_the_shard(tmp_path: Path, monkeypatch) -> None:
+    """The cache is used while the shard stands as it was, and not afterwards."""
+    import maekit.shards.index as module
+
+    path = small_shard(tmp_path)
+    load_index(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "build_index", lambda p: pytest.fail("scanned again"))
+        assert load_index(path).samples == 4
+    write_shard(path, {"new": {"jpg": b"1"}})
+    assert list(load_index(path).keys()) == ["new"]
+
+
+def test_a_shard_that_changes_under_the_reader_is_refused(tmp_path: Path) -> None:
+    path = small_shard(tmp_path)
+    index = build_index(path)
+    path.write_bytes(path.read_bytes() + bytes(512))
+    with pytest.raises(MaekitError, match="changed since"):
+        MemberReader().read(index, index.members(0)[0])
+
+
+def test_image_is_the_first_member_with_an_image_extension(tmp_path: Path) -> None:
+    samples = {"a": {"json": b"", "seg.png": b"s", "jpg": b"i"}, "b": {"cls": b"", "left.png": b"l"}, "c": {"txt": b""}}
+    index = build_index(write_shard(tmp_path / "x.tar", samples))
+    assert index.image(0).extension == "jpg"
+    assert index.image(1).extension == "left.png"
+    assert index.image(2) is None
+
+
+def test_find_shards(tmp_path: Path, make_shards, monkeypatch) -> None:
+    directory = make_shards(1, 1, 1)
+    write_shard(directory / "sub" / "000.tar", {"x": {"jpg": b""}})
+    monkeypatch.chdir(tmp_path)
+
+    def found(*specs: str) -> list[str]:
+        return [shard.name for shard in find_shards(specs)]
+
+    assert found("shards") == ["000.tar", "001.tar", "002.tar", "sub/000.tar"]
+    assert found("shards/001.tar") == ["001.tar"]
+    assert found("shards/*.tar") == ["000.tar", "001.tar", "002.tar"]
+    assert found("shards/{000..001}.tar") == ["000.tar", "001.tar"]
+    assert found("shards/000.tar", "shards/002.tar", "shards/sub/000.tar") == ["000.tar", "002.tar", "sub/000.tar"]
+    assert found("shards/{000,sub/000}.tar") == ["000.tar", "sub/000.tar"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        ("nothing", "no such file"),
+        ("empty", "no .tar file"),
+        ("empty/*.tar", "no file matches"),
+        ("empty/{0..1}.tar", "no such file"),
+        ("empty/{0..1.tar", "braces"),
+        ("pipe:cat x", "remote"),
+        ("s3://bucket/x.tar", "remote"),
+    ],
+)
+def test_specs_that_name_nothing(tmp_path: Path, monkeypatch, spec: str, said: str) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=said):
+        find_shards(spec)
+
+
+COUNTS = np.array([5, 0, 17, 3, 40, 1, 9, 28, 2], np.int64)
+
+
+@pytest.mark.parametrize("window", [1, 3, 16])
+def test_each_epoch_is_a_permutation(window: int) -> None:
+    order = Order(COUNTS, seed=1, digest="ab" * 32, window=window)
+    n = int(COUNTS.sum())
+    everything = {(s, o) for s, count in enumerate(COUNTS) for o in range(count)}
+    epochs = [order.slice(e * n, (e + 1) * n) for e in range(3)]
+    for epoch in epochs:
+        assert set(zip(epoch.shards.tolist(), epoch.ordinals.tolist(), strict=True)) == everything
+    assert not np.array_equal(epochs[0].shards, epochs[1].shards)
+
+
+@settings(max_examples=100, deadline=None)
+@given(start=st.integers(0, 400), length=st.integers(1, 250), window=st.integers(1, 12), seed=st.integers(0, 3))
+def test_order_reads_the_same_from_anywhere(start: int, length: int, window: int, seed: int) -> None:
+    """A slice equals the same places of the whole row, across windows and epochs, whatever was read before."""
+    whole = Order(COUNTS, seed=seed, digest="0" * 64, window=window).slice(0, 700)
+    part = Order(COUNTS, seed=seed, digest="0" * 64, window=window).slice(start, start + length)
+    for ours, theirs in zip(
+        (part.epochs, part.positions, part.shards, part.ordinals),
+        (whole.epochs, whole.positions, whole.shards, whole.ordinals),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs[start : start + length])
+
+
+def test_order_depends_on_seed_and_data() -> None:
+    def places(**changes) -> list[int]:
+        return Order(COUNTS, **{"seed": 0, "digest": "0" * 64, **changes}).slice(0, 105).ordinals.tolist()
+
+    assert places() == places()
+    assert places() != places(seed=1)
+    assert places() != places(digest="1" * 64)
+
+
+def test_order_stays_within_windows() -> None:
+    """At most `window` shards are open at a time: reads stay mostly sequential."""
+    counts = np.full(40, 25, np.int64)
+    shards = Order(counts, seed=0, digest="0" * 64, window=8).slice(0, 1000).shards
+    for window in range(5):
+        assert len(set(shards[window * 200 : (window + 1) * 200].tolist())) == 8
+
+
+def test_check_counts_and_reports(make_shards) -> None:
+    directory = make_shards(3, 2)
+    write_shard(directory / "extra.tar", {"000000": {"jpg": jpeg(0)}, "text": {"txt": b""}})
+    whole = (directory / "000.tar").read_bytes()
+    (directory / "cut.tar").write_bytes(whole[:2000])
+    report = check_shards(find_shards(str(directory)))
+    summary = report.summary()
+    assert {k: summary[k] for k in ("samples", "shards", "damaged", "duplicates", "without_image")} == {
+        "samples": 7,
+        "shards": 4,
+        "damaged": 1,
+        "duplicates": 1,
+        "without_image": 1,
+    }
+    assert [d["shard"] for d in summary["damage"]] == ["cut.tar"]
+    json.dumps(summary)
+
+
+def test_open_shards_refuses_or_skips_damage(make_shards) -> None:
+    directory = make_shards(3, 2)
+    (directory / "bad.tar").write_bytes(b"nothing")
+    found = find_shards(str(directory))
+    with pytest.raises(InputError, match=r"1 of 3 shards damaged.*bad\.tar.*--skip-damaged"):
+        open_shards(found)
+    opened = open_shards(found, skip_damaged=True)
+    assert opened.samples == 5
+    assert [opened.locate(n) for n in range(5)] == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1)]
+
+
+def test_digest_names_the_data_wherever_it_lies(make_shards) -> None:
+    def digest(directory: Path) -> str:
+        return open_shards(find_shards(str(directory))).digest
+
+    assert digest(make_shards(3, 2, name="a")) == digest(make_shards(3, 2, name="b"))
+    assert digest(make_shards(3, 2, name="a")) != digest(make_shards(2, 3, name="c"))
+
+
+def test_pack_round_trip(tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    for number in range(7):
+        folder = images / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.v1.jpg").write_bytes(jpeg(number))
+    (images / "cat" / "notes.txt").write_text("no image")
+    report = pack(images, tmp_path / "out", samples_per_shard=3)
+    assert (report.samples, len(report.shards), report.classes) == (7, 3, ["cat", "dog"])
+    assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
+    samples = [sample for shard in report.shards for sample in read_all(shard)]
+    expected = sorted((f"{'cat' if n % 2 else 'dog'}/{n}_v1", n) for n in range(7))
+    assert [key for key, _ in samples] == [key for key, _ in expected]
+    for (_, members), (key, number) in zip(samples, expected, strict=True):
+        assert members == {"jpg": jpeg(number), "cls": b"0" if key.startswith("cat") else b"1"}
+    again = pack(images, tmp_path / "again", samples_per_shard=3)
+    assert [s.read_bytes() for s in report.shards] == [s.read_bytes() for s in again.shards]
+
+
+def test_pack_refuses(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such folder"):
+        pack(tmp_path / "missing", tmp_path / "out")
+    (tmp_path / "images").mkdir()
+    with pytest.raises(InputError, match="no image file"):
+        pack(tmp_path / "images", tmp_path / "out")
+    for name in ("a.b.jpg", "a_b.png"):
+        (tmp_path / "images" / name).write_bytes(jpeg(0))
+    with pytest.raises(InputError, match="both get the key"):
+        pack(tmp_path / "images", tmp_path / "out")
+    (tmp_path / "images" / "a_b.png").unlink()
+    pack(tmp_path / "images", tmp_path / "out")
+    with pytest.raises(InputError, match="already holds"):
+        pack(tmp_path / "images", tmp_path / "out")
