@@ -1,8 +1,7 @@
-"""Pictures with visible structure: a textured shape on a striped ground, ten classes.
+"""Pictures with visible structure: a textured shape on a cloudy ground, ten classes.
 
-A class is the ground: five directions of stripes, wide or narrow. The stripes bend, and their phase, colours and contrast
-vary, as do shape, place, size and texture of what lies on them; none of that says anything about the class, so that raw
-pixels help little.
+A class is the texture of the shape: five patterns, coarse or fine. Shape, place, size, angle, colours and phases vary and
+say nothing about it, so that raw pixels help little.
 """
 
 import math
@@ -15,10 +14,9 @@ from PIL import Image
 from maekit.images import Pixels
 
 SHAPES = ("disc", "ring", "square", "triangle", "cross")
-TEXTURES = ("checks", "dots", "speckle")
-WIDTHS = {"wide": 4.5, "narrow": 8.0}  # stripes across the picture
-DIRECTIONS = (0, 36, 72, 108, 144)  # degrees
-CLASSES = tuple(f"{width}-{direction:03d}" for width in WIDTHS for direction in DIRECTIONS)
+PATTERNS = ("stripes", "checks", "dots", "waves", "rings")
+SCALES = {"coarse": 4.0, "fine": 8.0}  # periods across the picture
+CLASSES = tuple(f"{scale}-{pattern}" for pattern in PATTERNS for scale in SCALES)
 
 _Field = NDArray[np.float64]
 
@@ -35,16 +33,16 @@ def write_pictures(folder: Path, count: int, *, seed: int, size: int = 64) -> No
 
 def draw(name: str, random: np.random.Generator, size: int) -> Pixels:
     """Draw one picture of a class: uint8 `[size, size, 3]`."""
-    width, _, direction = name.partition("-")
+    scale, _, pattern = name.partition("-")
     y, x = np.mgrid[:size, :size] / size - 0.5
-    ground = _coloured(_stripes(x, y, WIDTHS[width], math.radians(int(direction)), random), random)
-    radius = random.uniform(0.2, 0.3)
+    ground = _coloured(_clouds(x, y, random), random)
+    radius = random.uniform(0.34, 0.46)
     reach = 0.5 - radius
     left, top = random.uniform(-reach, reach, 2).tolist()
     u, v = _turn((x - left) / radius, (y - top) / radius, random.uniform(0, 2 * math.pi))
     shape = SHAPES[int(random.integers(len(SHAPES)))]
     inside = 1 / (1 + np.exp(_distance(shape, u, v) * radius * size * 2))[..., None]  # one pixel of soft edge
-    figure = _coloured(_texture(TEXTURES[int(random.integers(len(TEXTURES)))], x, y, random), random)
+    figure = _coloured(_pattern(pattern, x, y, SCALES[scale], random), random)
     pixels: _Field = ground * (1 - inside) + figure * inside + random.normal(0, 0.02, (size, size, 3))
     return np.asarray((pixels.clip(0, 1) * 255).astype(np.uint8))
 
@@ -69,34 +67,38 @@ def _distance(shape: str, u: _Field, v: _Field) -> _Field:
     return np.asarray(arms)
 
 
-def _stripes(x: _Field, y: _Field, count: float, angle: float, random: np.random.Generator) -> _Field:
-    """Return bent stripes, amounts in [0, 1]."""
-    u, v = _turn(x, y, angle + random.normal(0, math.radians(5)))
-    for _ in range(2):
-        bend, phase = random.uniform(1, 2), random.uniform(0, 2 * math.pi)
-        u = u + 0.05 * np.sin(2 * math.pi * bend * v + phase)
-    return _soft(np.sin(2 * math.pi * count * random.uniform(0.9, 1.1) * u + random.uniform(0, 2 * math.pi)))
+def _clouds(x: _Field, y: _Field, random: np.random.Generator) -> _Field:
+    """Return smooth amounts in [0, 1]."""
+    wave = np.zeros_like(x)
+    for _ in range(3):
+        u, _v = _turn(x, y, random.uniform(0, 2 * math.pi))
+        wave += np.sin(2 * math.pi * random.uniform(0.5, 1.5) * u + random.uniform(0, 2 * math.pi))
+    return np.asarray(1 / (1 + np.exp(-wave)))
 
 
-def _texture(texture: str, x: _Field, y: _Field, random: np.random.Generator) -> _Field:
+def _pattern(pattern: str, x: _Field, y: _Field, periods: float, random: np.random.Generator) -> _Field:
     """Return amounts in [0, 1]."""
-    if texture == "speckle":
-        noise = random.normal(size=x.shape)
-        return _soft(sum(np.roll(noise, (i, j), (0, 1)) for i in (-1, 0, 1) for j in (-1, 0, 1)))
     u, v = _turn(x, y, random.uniform(0, math.pi))
-    first, second = (np.sin(2 * math.pi * 6 * w + random.uniform(0, 2 * math.pi)) for w in (u, v))
-    return _soft(first * second if texture == "checks" else first + second - 0.7)
+    k = 2 * math.pi * periods * random.uniform(0.9, 1.1)
+    a, b = random.uniform(0, 2 * math.pi, 2).tolist()
+    if pattern == "stripes":
+        return _soft(np.sin(k * u + a))
+    if pattern == "checks":
+        return _soft(2 * np.sin(k * u + a) * np.sin(k * v + b))
+    if pattern == "dots":
+        return _soft(np.sin(k * u + a) + np.sin(k * v + b) - 0.7)
+    if pattern == "waves":
+        return _soft(np.sin(k * u + 2 * np.sin(k / 2 * v + b) + a))
+    return _soft(np.sin(k * np.hypot(u - 0.3 * math.cos(a), v - 0.3 * math.sin(a)) + b))
 
 
-def _soft(wave: _Field | int) -> _Field:
+def _soft(wave: _Field) -> _Field:
     """Return a wave around 0 as amounts in [0, 1] with soft edges."""
-    return np.asarray(1 / (1 + np.exp(-4 * np.asarray(wave))))
+    return np.asarray(1 / (1 + np.exp(-4 * wave)))
 
 
 def _coloured(amount: _Field, random: np.random.Generator) -> _Field:
-    """Return amounts in [0, 1] as colours between a dark and a light one of any tint: `[H, W]` -> `[H, W, 3]`."""
-    dark, light = (
-        random.uniform(0, 0.4) + random.uniform(0, 0.15, 3),
-        random.uniform(0.6, 0.85) + random.uniform(0, 0.15, 3),
-    )
-    return np.asarray(dark * (1 - amount[..., None]) + light * amount[..., None])
+    """Return amounts in [0, 1] as colours between two that stand apart: `[H, W]` -> `[H, W, 3]`."""
+    ends = [random.uniform(0, 0.45, 3), random.uniform(0.55, 1, 3)]
+    first, second = ends if random.random() < 0.5 else ends[::-1]
+    return np.asarray(first * (1 - amount[..., None]) + second * amount[..., None])
