@@ -87,6 +87,7 @@ def command(
     published recipe (He et al. 2021).
     """
     import dataclasses
+    import math
 
     from maekit.cli.show import make_progress, print_json
     from maekit.config import load_toml, parse_setting, set_value
@@ -133,7 +134,7 @@ def command(
     result = pretrain(chosen, make_progress())
     if not result.already_finished:
         print(
-            f"{result.steps} steps, {result.samples} images, loss {result.loss:.4f}, "
+            f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, "
             f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}: {result.out}/encoder.safetensors"
         )
         print(f"next: maekit export {result.out} --out encoder.onnx")

@@ -1,7 +1,7 @@
 """Pictures with visible structure: a textured shape on a cloudy ground, ten classes.
 
-A class is the texture of the shape: five patterns, coarse or fine. Shape, place, size, angle, colours and phases vary and
-say nothing about it, so that raw pixels help little.
+A class is the texture of the shape: five patterns, coarse or fine. Shape, place, size, angle, colours and phases vary
+and say nothing about it, so that raw pixels help little.
 """
 
 import math
@@ -36,7 +36,7 @@ def draw(name: str, random: np.random.Generator, size: int) -> Pixels:
     scale, _, pattern = name.partition("-")
     y, x = np.mgrid[:size, :size] / size - 0.5
     ground = _coloured(_clouds(x, y, random), random)
-    radius = random.uniform(0.34, 0.46)
+    radius = random.uniform(0.38, 0.48)
     reach = 0.5 - radius
     left, top = random.uniform(-reach, reach, 2).tolist()
     u, v = _turn((x - left) / radius, (y - top) / radius, random.uniform(0, 2 * math.pi))

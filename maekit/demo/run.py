@@ -1,4 +1,4 @@
-"""The whole loop in a few minutes on a CPU: draw pictures -> pack -> check -> pretrain -> export -> embed -> compare."""
+"""The whole loop in a few minutes on a CPU: draw -> pack -> check -> pretrain -> export -> embed -> compare."""
 
 import shutil
 import time

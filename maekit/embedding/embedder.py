@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import Embeddings, EncoderSession
@@ -63,7 +63,7 @@ class Embedder:
             except OSError as error:
                 raise InputError(f"cannot read {item}: {error.strerror or error}") from error
         if isinstance(item, Image.Image):
-            return preprocess.prepare(to_rgb(item))
+            return preprocess.prepare(to_rgb(ImageOps.exif_transpose(item)))
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3:
             return preprocess.prepare(Image.fromarray(item))
         what = f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__

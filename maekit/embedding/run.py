@@ -121,7 +121,9 @@ def _run(
     rows = errors = skipped = 0
     damaged: list[str] = []
     todo: list[tuple[ShardFile, ShardIndex]] = []
-    for shard in shards:
+    progress.start("index shards", len(shards))
+    for number, shard in enumerate(shards):
+        progress.advance(number)
         try:
             index = load_index(shard.path)
         except DamagedShard as damage:
@@ -133,6 +135,7 @@ def _run(
             skipped, rows, errors = skipped + 1, rows + record.rows, errors + record.errors
         elif index.samples:
             todo.append((shard, index))
+    progress.stop()
     if skipped:
         progress.note(f"{skipped} of {len(shards)} shards are committed already")
     total = sum(index.samples for _, index in todo)

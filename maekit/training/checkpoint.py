@@ -48,6 +48,13 @@ def save(
     return checkpoint
 
 
+def discard_after(run: RunDirectory, step: int) -> None:
+    """Delete the checkpoints behind the one that is resumed: they are damaged, or it would not be the newest."""
+    for checkpoint in run.list_checkpoints():
+        if checkpoint.step > step:
+            shutil.rmtree(checkpoint.path)
+
+
 def prune(run: RunDirectory, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed runs left unfinished."""
     for checkpoint in run.list_checkpoints()[keep:]:

@@ -60,7 +60,6 @@ class Tally:
         seen: samples trained on in this process.
         wait: seconds that the loop waited for data, in this process.
         seconds: seconds in the loop, in this process.
-        loss: mean loss of the last row.
         losses: device scalars since the last row, one per step.
     """
 
@@ -68,7 +67,6 @@ class Tally:
     seen: int = 0
     wait: float = 0.0
     seconds: float = 0.0
-    loss: float = math.nan
     losses: list[torch.Tensor] = field(default_factory=list)
 
 
@@ -136,14 +134,14 @@ class Trainer:
             saving = stopping or done == last or done % cadence.checkpoint == 0
             if saving or done % cadence.log == 0:
                 grad_norm = self._grad_norm()
-                tally.loss = self._fetch_losses(tally, done, grad_norm, hooks.keys)
+                loss = self._fetch_losses(tally, done, grad_norm, hooks.keys)
                 now = time.perf_counter()
                 hooks.log(
                     {
                         "step": done,
                         "epoch": round(done * self.batch_size / self.epoch_samples, 4),
                         "samples": done * self.batch_size,
-                        "loss": tally.loss,
+                        "loss": loss,
                         "lr": self.schedule.at(done - 1),
                         "grad_norm": grad_norm,
                         "images_per_second": round((done - logged_step) * self.batch_size / (now - logged), 2),

@@ -47,7 +47,7 @@ class PretrainResult:
         out: the run directory.
         steps: optimiser steps done.
         samples: images trained on, repeats counted.
-        loss: mean loss over the last logged steps.
+        loss: mean loss over the last logged steps; None where no row of metrics is left.
         images_per_second: over this process's part of the run.
         data_wait: share of this process's time spent waiting for data.
         bad: samples replaced in this process's part of the run.
@@ -58,7 +58,7 @@ class PretrainResult:
     out: str
     steps: int
     samples: int
-    loss: float
+    loss: float | None
     images_per_second: float
     data_wait: float
     bad: int
@@ -88,10 +88,11 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     model = build_autoencoder(config.model, seed=config.seed)
-    if config.model.init_from and not run.list_checkpoints():
+    newest = run.newest_valid(progress.note)
+    if config.model.init_from and newest is None:
         initialize_encoder(model.encoder, config.model.init_from, config.model)
     with files.sole_owner(run.path):
-        return _Run(config, run, shards, model.to(device), device, precision, progress).go()
+        return _Run(config, run, shards, model.to(device), device, precision, progress).go(newest)
 
 
 class _Run:
@@ -115,15 +116,12 @@ class _Run:
         self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
         self.size = (config.model.image_size, config.model.image_size)
 
-    def go(self) -> PretrainResult:
-        newest = self.run.newest_valid(self.progress.note)
+    def go(self, newest: runs.Checkpoint | None) -> PretrainResult:
         if runs.is_run(self.run.path):
             self._refuse_other_training(newest)
         if newest is not None and newest.step == self.steps and self.run.encoder_file.exists():
-            rows = self.run.metrics()
-            last = rows[-1] if rows else {}
             self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
-            return self._result(self.steps, Tally(loss=last.get("loss", math.nan)), self.steps, already_finished=True)
+            return self._result(self.steps, Tally(), self.steps, already_finished=True)
         files.write_atomically(self.run.config_file, dump_toml(self.config).encode())
         first = 0
         if newest is not None:
@@ -131,6 +129,7 @@ class _Run:
             self.progress.note(f"resuming {self.run.path} after step {first} of {self.steps}")
         metrics.cut_back(self.run.metrics_file, first)
         self.run.checkpoints.mkdir(exist_ok=True)
+        checkpoint.discard_after(self.run, first)
         checkpoint.prune(self.run, self.config.run.keep_checkpoints)
         done, tally = self._train(first)
         if done < self.steps:
@@ -266,11 +265,12 @@ class _Run:
             )
 
     def _result(self, done: int, tally: Tally, first: int, *, already_finished: bool = False) -> PretrainResult:
+        rows = self.run.metrics()
         return PretrainResult(
             out=str(self.run.path),
             steps=done,
             samples=done * self.config.batch_size,
-            loss=tally.loss,
+            loss=rows[-1]["loss"] if rows else None,
             images_per_second=round(tally.seen / tally.seconds, 2) if tally.seconds else 0.0,
             data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
             bad=tally.bad,
