@@ -7,7 +7,6 @@ Decoding and session share the cores of a CPU, so the limit there is 1 / (1/deco
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ from pathlib import Path
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.run import EmbedConfig, embed
 from maekit.embedding.session import EncoderSession
+from maekit.machine import cores as available_cores
 from maekit.shards.read import MemberReader, open_shards
 from maekit.shards.spec import find_shards
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    cores = len(os.sched_getaffinity(0))
+    cores = available_cores()
     session = EncoderSession(options.model, device="cpu")
     shards = open_shards(find_shards(options.shards))
     rates: dict[str, list[float]] = {"decode": [], "session": [], "end_to_end": []}

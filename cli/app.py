@@ -1,6 +1,5 @@
 """The `maekit` command: what every subcommand shares. Loads nothing heavy; the subcommands do that in their bodies."""
 
-import os
 import sys
 import warnings
 from typing import Annotated
@@ -52,16 +51,9 @@ def main() -> None:
     except MaekitError as error:
         print(f"maekit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("maekit: interrupted", file=sys.stderr)
-        sys.exit(130)
     except ModuleNotFoundError as error:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors"}
         if error.name is None or error.name.split(".")[0] not in extra:
             raise
         print(f"maekit: this command needs {error.name}: pip install 'maekit[train]'", file=sys.stderr)
         sys.exit(2)
-    except BrokenPipeError:
-        # The reader of our output went away (`maekit check … | head`); Python would complain again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)

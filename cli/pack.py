@@ -36,6 +36,9 @@ def command(
         progress.stop()
     classes = f", {len(report.classes)} classes" if report.classes else ""
     print(f"{report.samples} images in {len(report.shards)} shards, {size(float(report.bytes))}{classes}: {out}")
+    if report.passed_over:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.passed_over.items()))
+        print(f"passed over, no images: {kinds}")
     if as_json:
         print_json(
             {
@@ -43,5 +46,6 @@ def command(
                 "shards": len(report.shards),
                 "bytes": report.bytes,
                 "classes": report.classes,
+                "passed_over": report.passed_over,
             }
         )

@@ -25,6 +25,7 @@ from maekit.progress import Progress, Silent
 
 METADATA_KEY = "maekit"
 OPSET = 23
+_MAX_BYTES = 2_000_000_000  # protobuf's limit is 2 GiB, graph and metadata included
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,9 @@ def export(
             raise
         raise InputError(f"{error}; name shards with images to compare on: --parity SHARDS") from error
     encoder = trained.model.encoder
+    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
+    if weights > _MAX_BYTES:
+        raise InputError(f"{run}: {weights / 1e9:.1f} GB of weights do not fit into one ONNX file (at most 2 GB)")
     progress.note(f"exporting the encoder of {trained.checkpoint.path} (step {trained.checkpoint.step})")
     proto = _to_onnx(EmbeddingModule(encoder, preprocess, pool=pool, normalize=normalize).eval(), images)
 
@@ -96,11 +100,11 @@ def export(
 
     measured: Parity | None = None
     with files.atomic_file(out) as file:
-        # What is compared is the file as written, before it gets its name.
+        # Compared as a file, before it gets its name; the figures then go into its metadata, the graph stays.
         file.write(proto.SerializeToString())
         file.flush()
         measured = compare(Path(file.name), images, reference)
-        if measured.max_relative_difference > FP32_LIMIT:
+        if not measured.max_relative_difference <= FP32_LIMIT:  # a NaN does not pass either
             raise MaekitError(
                 f"the exported file differs from PyTorch by {measured.max_relative_difference:.1e} of the largest "
                 f"value (at most {FP32_LIMIT:.0e} is accepted); no file is written"

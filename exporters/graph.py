@@ -64,7 +64,7 @@ class EmbeddingModule(nn.Module):
 
 def _attention(attention: Any, x: torch.Tensor) -> torch.Tensor:
     """Run a timm Attention through the standard ONNX operator: `[B, N, D]` -> `[B, N, D]`."""
-    if not isinstance(attention.q_norm, nn.Identity) or attention.gate is not None:
+    if not isinstance(attention.q_norm, nn.Identity) or getattr(attention, "gate", None) is not None:
         return attention(x)
     heads = attention.num_heads
     q, k, v = attention.qkv(x).chunk(3, dim=-1)

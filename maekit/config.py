@@ -7,6 +7,7 @@ Values come, each over the one before: defaults, `--config FILE.toml`, options, 
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -204,6 +205,13 @@ class PretrainConfig:
                 raise InputError(f"{key} = {value}: must not be negative")
         if not 0 < self.model.mask_ratio < 1:
             raise InputError(f"model.mask_ratio = {self.model.mask_ratio}: must lie between 0 and 1")
+        for key, value in {"optimizer.beta1": self.optimizer.beta1, "optimizer.beta2": self.optimizer.beta2}.items():
+            if not 0 <= value < 1:
+                raise InputError(f"{key} = {value}: must lie in [0, 1)")
+        if self.epochs is not None and not math.isfinite(self.epochs):
+            raise InputError(f"epochs = {self.epochs}: must be finite")
+        if self.seed >= 1 << 63:
+            raise InputError(f"seed = {self.seed}: must be below 2^63")
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")

@@ -66,6 +66,49 @@ def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) ->
         file.write(data)
 
 
+def walk_files(directory: Path) -> Iterator[Path]:
+    """Yield every file below a directory in sorted order, through symbolic links; hidden names are passed over.
+
+    Raises:
+        InputError: a folder that cannot be read, or a link that leads nowhere: what cannot be seen must not be left out
+            in silence.
+    """
+    seen: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    found: list[Path] = []
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(folder, name)
+            if name.startswith("."):
+                continue
+            if not path.exists():
+                raise InputError(f"{path} is a link that leads nowhere; mend or remove it")
+            if path.is_file():
+                found.append(path)
+    yield from sorted(found)
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a path that cannot be written down as text.
+
+    Raises:
+        InputError: the name is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename it") from error
+
+
 def write_failure(path: Path, error: OSError) -> MaekitError:
     """Return the error for a failed write: the path, and what the system said."""
     return MaekitError(f"cannot write {path}: {error.strerror or error}; what was written before is intact")
@@ -98,6 +141,8 @@ def sole_owner(directory: Path) -> Iterator[None]:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
             owner = file.read().strip() or "another process"
             raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another --out") from error
         file.truncate(0)

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from maekit.errors import ImageError
 from maekit.random import Purpose, uniforms
@@ -27,6 +27,15 @@ FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
 _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -71,11 +80,18 @@ class Preprocess:
         return self.prepare(open_rgb(data, at_least=(2 * self.resize[0], 2 * self.resize[1])))
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Resize and cut a decoded RGB image: -> uint8 `[H, W, 3]`."""
+        """Resize and cut a decoded RGB image: -> uint8 `[H, W, 3]`.
+
+        Raises:
+            ImageError: an image so long that resizing it would fill the memory.
+        """
         height, width = self.size
         scale = max(self.resize[0] / image.height, self.resize[1] / image.width)
         # The side that decides gets its size exactly; the other is cut off to whole pixels, as torchvision does.
+        # An image of one row of pixels would become as long as it is thin.
         covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
+        if covered[0] * covered[1] > MAX_PIXELS:
+            raise ImageError("too_large", f"{image.width} x {image.height} pixels: too long for {width} x {height}")
         resized = image.resize(covered, Image.Resampling.BICUBIC)
         left, top = round((covered[0] - width) / 2.0), round((covered[1] - height) / 2.0)
         return np.asarray(resized.crop((left, top, left + width, top + height)))
@@ -120,9 +136,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
             # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
         image.load()
-        rgb = to_rgb(image)
-        # Asked first, because exif_transpose copies images that stand upright already.
-        return ImageOps.exif_transpose(rgb) if image.getexif().get(_ORIENTATION, 1) != 1 else rgb
+        return upright_rgb(image)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -136,12 +150,19 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded image in mode RGB, by the rules above; it is not turned upright.
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return a decoded image in mode RGB and upright, by the rules above.
 
     Raises:
         ImageError: a mode without a rule.
     """
+    # Asked of the image as it was opened: conversions lose the EXIF data.
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    rgb = _to_rgb(image)
+    return rgb if turn is None else rgb.transpose(turn)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):

@@ -51,8 +51,15 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         "inputs": {value.name: _tensor_type(value) for value in proto.graph.input},
         "outputs": {value.name: _tensor_type(value) for value in proto.graph.output},
         "nodes": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-        "maekit": json.loads(own) if own else None,
+        "maekit": _parsed(own) if own else None,
     }
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return f"damaged: {text[:60]!r}"
 
 
 def _tensor_type(value: Any) -> str:

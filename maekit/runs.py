@@ -16,7 +16,7 @@ from typing import Any
 
 from maekit import files
 from maekit.config import PretrainConfig, load_config
-from maekit.errors import InputError
+from maekit.errors import InputError, MaekitError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 _STEP = re.compile(r"step-(\d{9})")
@@ -35,14 +35,21 @@ class Checkpoint:
     step: int
 
     def problem(self) -> str | None:
-        """Return what is wrong with this checkpoint, or None: every file is there with its recorded digest."""
+        """Return what is wrong with this checkpoint, or None: every file is there with its recorded digest.
+
+        Raises:
+            MaekitError: a file is there and cannot be read.
+        """
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
             for name in (MODEL, OPTIMIZER, STATE):
                 if files.sha256_file(self.path / name) != manifest[name]:
                     return f"{name} does not match its digest"
+        except FileNotFoundError as error:
+            return f"{Path(str(error.filename)).name} is missing"
         except OSError as error:
-            return f"{Path(str(error.filename)).name}: {error.strerror}"
+            # A file that cannot be read now may be sound: nothing may be concluded, least of all that it can go.
+            raise MaekitError(f"cannot read {error.filename}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError):
             return f"{MANIFEST} is damaged"
         return None
@@ -104,7 +111,7 @@ class RunDirectory:
             problem = checkpoint.problem()
             if problem is None:
                 return checkpoint
-            on_damage(f"{checkpoint.path} is damaged ({problem}); the one before it is used")
+            on_damage(f"{checkpoint.path} is damaged ({problem}); looking for the one before it")
         return None
 
     def metrics(self) -> list[dict[str, Any]]:

@@ -261,6 +261,28 @@ def test_a_damaged_shard_does_not_stop_the_others(trained: Path, tmp_path: Path)
     assert "a.tar" in result.damaged[0]
 
 
+def test_a_shard_that_changes_meanwhile_does_not_stop_the_others(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    import maekit.embedding.run as module
+
+    for name in "abc":
+        write_shard(tmp_path / "shards" / f"{name}.tar", {f"{name}{i}": {"jpg": jpeg(i)} for i in range(20)})
+    original = module.load_index
+
+    def index_then_change(path: Path):
+        index = original(path)
+        if path.name == "b.tar":
+            path.write_bytes(path.read_bytes() + bytes(512))
+        return index
+
+    config = embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "shards"),))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_index", index_then_change)
+        result = embed(config)
+    assert (result.rows, len(result.damaged)) == (40, 1)
+    assert "changed since" in json.loads((tmp_path / "out" / "_maekit" / "b.tar.json").read_text())["damaged"]
+    assert embed(config).rows == 60
+
+
 def test_float16(trained: Path, tmp_path: Path) -> None:
     embed(embed_config(trained, tmp_path / "full"))
     embed(embed_config(trained, tmp_path / "half", dtype="float16"))
@@ -381,7 +403,7 @@ def test_stopped_at_any_moment_the_rerun_ends_byte_identical(trained: Path, tmp_
     result = embed(config)
     assert result.skipped >= 2
     assert result.rows == 84
-    assert not list(out.rglob("*.tmp"))
+    assert not [p for p in out.rglob("*.tmp") if p.is_file()]
     for path in (tmp_path / "whole").glob("*.parquet"):
         assert path.read_bytes() == (out / path.name).read_bytes()
 

@@ -57,6 +57,7 @@ def test_first_frame_of_an_animation() -> None:
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     """Against the definition in EXIF 2.32, tag 0x0112: where row 0 and column 0 of the file lie in the scene."""
+    opaque = np.dstack([RGB, np.full(RGB.shape[:2], 255, np.uint8)])
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = {
@@ -70,6 +71,9 @@ def test_exif_orientation_is_applied(orientation: int) -> None:
         8: RGB.transpose(1, 0, 2)[::-1],
     }[orientation]
     np.testing.assert_array_equal(decode(encode(Image.fromarray(RGB), "PNG", exif=exif)), upright)
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(opaque), "PNG", exif=exif)), upright)
+    deep = RGB[..., 0].astype(np.uint16) << 8
+    np.testing.assert_array_equal(decode(encode(Image.fromarray(deep), "PNG", exif=exif))[..., 0], upright[..., 0])
 
 
 @pytest.mark.parametrize(
@@ -89,6 +93,13 @@ def test_what_gives_no_image_has_a_reason(data: bytes, reason: str) -> None:
         open_rgb(data)
     assert caught.value.reason == reason
     assert reason in ImageError.REASONS
+
+
+def test_an_image_of_one_row_does_not_fill_the_memory() -> None:
+    data = encode(Image.new("RGB", (60000, 1)), "PNG")
+    with pytest.raises(ImageError) as caught:
+        Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)(data)
+    assert caught.value.reason == "too_large"
 
 
 def test_fuzzed_images_are_decoded_or_refused() -> None:

@@ -198,6 +198,7 @@ def test_positions_are_frozen_and_weights_load_into_timm() -> None:
     [
         ({"name": "vit_bas_patch16_224"}, "did you mean vit_base_patch16_224"),
         ({"name": "vit_tiny_patch16_224", "image_size": 100}, "100"),
+        ({"name": "vit_small_patch16_18x2_224"}, "other blocks"),
         ({"name": "vit_base_patch16_clip_224"}, "normalises before its blocks"),
         ({"name": "vit_tiny_patch16_224", "width": 50, "heads": 5}, "multiple of 4"),
     ],

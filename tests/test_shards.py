@@ -242,6 +242,42 @@ def test_find_shards(tmp_path: Path, make_shards, monkeypatch) -> None:
     assert found("shards/{000,sub/000}.tar") == ["000.tar", "sub/000.tar"]
 
 
+def test_a_glob_keeps_its_names_when_more_files_match(tmp_path: Path, make_shards) -> None:
+    make_shards(1, name="all/a")
+    pattern = str(tmp_path / "all" / "*" / "*.tar")
+    assert [s.name for s in find_shards(pattern)] == ["a/000.tar"]
+    make_shards(1, name="all/b")
+    assert [s.name for s in find_shards(pattern)] == ["a/000.tar", "b/000.tar"]
+
+
+def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path, make_shards) -> None:
+    make_shards(1, name="elsewhere")
+    make_shards(1, name="shards/.trash")
+    (tmp_path / "shards" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "shards" / "loop").symlink_to(tmp_path / "shards")
+    assert [s.name for s in find_shards(str(tmp_path / "shards"))] == ["linked/000.tar"]
+    (tmp_path / "shards" / "gone.tar").symlink_to(tmp_path / "nowhere.tar")
+    with pytest.raises(InputError, match="leads nowhere"):
+        find_shards(str(tmp_path / "shards"))
+
+
+def test_a_shard_that_cannot_be_read_is_reported_with_the_others(make_shards, monkeypatch) -> None:
+    import maekit.shards.check as module
+
+    directory = make_shards(2, 3)
+    original = module.build_index
+
+    def fail_on_first(path: Path):
+        if path.name == "000.tar":
+            raise MaekitError(f"cannot read {path}: Input/output error")
+        return original(path)
+
+    monkeypatch.setattr(module, "build_index", fail_on_first)
+    report = check_shards(find_shards(str(directory)))
+    assert report.samples == 3
+    assert "Input/output error" in report.damaged[0].damage.reason
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -350,8 +386,11 @@ def test_pack_round_trip(tmp_path: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.v1.jpg").write_bytes(jpeg(number))
     (images / "cat" / "notes.txt").write_text("no image")
+    (images / "cat" / "README").write_text("no image")
     report = pack(images, tmp_path / "out", samples_per_shard=3)
     assert (report.samples, len(report.shards), report.classes) == (7, 3, ["cat", "dog"])
+    assert report.passed_over == {".txt": 1, "no extension": 1}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out"]
     assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
     samples = [sample for shard in report.shards for sample in read_all(shard)]
     expected = sorted((f"{'cat' if n % 2 else 'dog'}/{n}_v1", n) for n in range(7))
@@ -376,3 +415,22 @@ def test_pack_refuses(tmp_path: Path) -> None:
     pack(tmp_path / "images", tmp_path / "out")
     with pytest.raises(InputError, match="already holds"):
         pack(tmp_path / "images", tmp_path / "out")
+    (tmp_path / "images" / "__x__").mkdir()
+    (tmp_path / "images" / "__x__" / "y.jpg").write_bytes(jpeg(0))
+    with pytest.raises(InputError, match="aside as its own"):
+        pack(tmp_path / "images", tmp_path / "out2")
+
+
+def test_an_interrupted_pack_leaves_no_shards(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for number in range(5):
+        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number))
+
+    def interrupt(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(tmp_path / "images", tmp_path / "out", samples_per_shard=2, on_sample=interrupt)
+    assert not (tmp_path / "out").exists()
+    assert pack(tmp_path / "images", tmp_path / "out", samples_per_shard=2).samples == 5

@@ -19,6 +19,7 @@ from maekit.errors import InputError, MaekitError, Stopped
 from maekit.images import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.weights import load_trained
+from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.shards.order import Order
 from maekit.shards.read import open_shards
@@ -201,7 +202,8 @@ except Stopped:
 
 def start(shards: Path, out: Path, cwd: Path) -> subprocess.Popen[bytes]:
     script = SCRIPT.format(tests=str(Path(__file__).parent), shards=str(shards), out=str(out))
-    return subprocess.Popen([sys.executable, "-c", script], cwd=cwd, stdout=subprocess.DEVNULL)
+    command = [sys.executable, "-c", script]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.DEVNULL, start_new_session=True)
 
 
 def wait_for_checkpoint(out: Path, step: int, process: subprocess.Popen[bytes]) -> None:
@@ -230,11 +232,12 @@ def test_killed_and_resumed_is_bit_equal(make_shards, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_exits_75(make_shards, tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_to_the_whole_group_saves_and_exits_75(make_shards, tmp_path: Path, number: signal.Signals) -> None:
+    """As a terminal sends Ctrl-C and schedulers send SIGTERM: to the workers as well."""
     shards = make_shards(9, 14, 5)
     process = start(shards, tmp_path / "run", tmp_path)
     wait_for_checkpoint(tmp_path / "run", 4, process)
-    process.send_signal(number)
+    os.killpg(process.pid, number)
     assert process.wait(60) == 75
     run = RunDirectory(tmp_path / "run")
     newest = run.newest_valid()
@@ -253,7 +256,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(make_shards
     newest.write_bytes(data)
     notes: list[str] = []
 
-    class Notes(maekit.progress.Silent):  # type: ignore[name-defined]
+    class Notes(Silent):
         def note(self, text: str) -> None:
             notes.append(text)
 
@@ -261,6 +264,31 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(make_shards
     assert result.resumed_from == 6
     assert any("step-000000008 is damaged" in note for note in notes)
     assert_equal_weights(tmp_path / "run", tmp_path / "whole")
+
+
+def test_without_any_valid_checkpoint_nothing_is_deleted(make_shards, tmp_path: Path) -> None:
+    config = tiny_config(make_shards(7, 6), tmp_path / "run")
+    maekit.pretrain(config)
+    for saved in RunDirectory(tmp_path / "run").list_checkpoints():
+        (saved.path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="none of 2 checkpoints"):
+        maekit.pretrain(config)
+    assert len(RunDirectory(tmp_path / "run").list_checkpoints()) == 2
+
+
+def test_a_killed_worker_is_an_error_in_one_line(make_shards, tmp_path: Path) -> None:
+    config = tiny_config(make_shards(9, 14, 5), tmp_path / "run", steps=4000, run__checkpoint_every=4000)
+
+    class KillWorker(Silent):
+        def advance(self, done: int) -> None:
+            if done == 3:
+                import multiprocessing
+
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(MaekitError, match="reading the data failed"):
+        maekit.pretrain(config, KillWorker())
 
 
 def test_optimizer_state_survives(make_shards, tmp_path: Path) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.errors import InputError
-from maekit.images import Pixels, to_rgb
+from maekit.images import Pixels, upright_rgb
 
 _BATCH = 16
 
@@ -49,8 +49,10 @@ class Embedder:
             isinstance(images, np.ndarray) and images.ndim == 3
         )
         items: Sequence[Any] = [images] if single else _listed(images)
-        prepared = [self._prepare(item) for item in items]
-        parts = [embed_padded(self._session, prepared[i : i + _BATCH], _BATCH) for i in range(0, len(items), _BATCH)]
+        parts = [
+            embed_padded(self._session, [self._prepare(item) for item in items[i : i + _BATCH]], _BATCH)
+            for i in range(0, len(items), _BATCH)
+        ]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
     def _prepare(self, item: Any) -> Pixels:
@@ -63,7 +65,7 @@ class Embedder:
             except OSError as error:
                 raise InputError(f"cannot read {item}: {error.strerror or error}") from error
         if isinstance(item, Image.Image):
-            return preprocess.prepare(to_rgb(ImageOps.exif_transpose(item)))
+            return preprocess.prepare(upright_rgb(item))
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3:
             return preprocess.prepare(Image.fromarray(item))
         what = f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from maekit.embedding.session import Embeddings, EncoderSession
-from maekit.errors import ImageError
+from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, Preprocess
 from maekit.shards.index import ShardIndex
 from maekit.shards.read import MemberReader
@@ -43,12 +43,14 @@ class ShardResult:
         ordinals: places in the shard of the samples that have a row, in tar order.
         embeddings: float32 `[rows, dim]`.
         errors: the samples that have none, in tar order.
+        failure: why the shard could not be read to its end; then there are no rows and no errors.
     """
 
     number: int
     ordinals: list[int]
     embeddings: Embeddings
     errors: list[ErrorRow]
+    failure: str | None = None
 
 
 @dataclass
@@ -77,6 +79,7 @@ class _Decoded:
     ordinal: int
     pixels: Pixels | None
     error: ErrorRow | None
+    failure: str | None = None
 
 
 @dataclass
@@ -87,6 +90,7 @@ class _Open:
     errors: list[ErrorRow] = field(default_factory=list)
     parts: list[Embeddings] = field(default_factory=list)
     waiting: list[Pixels] = field(default_factory=list)
+    failure: str | None = None
 
 
 class EmbeddingPipeline:
@@ -106,7 +110,7 @@ class EmbeddingPipeline:
         """Yield the result of each shard in order, and None after each batch, so that the caller can stop there.
 
         Raises:
-            MaekitError: a shard cannot be read any more, or the session failed.
+            MaekitError: the session failed.
         """
         for number, index in enumerate(indexes):
             if not index.samples:
@@ -116,7 +120,9 @@ class EmbeddingPipeline:
         with ThreadPoolExecutor(self._workers, "decode") as pool:
             try:
                 for decoded in self._decode_ahead(pool, decoder, indexes):
-                    if decoded.error is not None:
+                    if decoded.failure is not None:
+                        current.failure = decoded.failure
+                    elif decoded.error is not None:
                         current.errors.append(decoded.error)
                     elif decoded.pixels is not None:
                         current.ordinals.append(decoded.ordinal)
@@ -126,7 +132,10 @@ class EmbeddingPipeline:
                         current.parts.append(self._embed(current.waiting))
                         current.waiting = []
                         yield None
-                    if last:
+                    if last and current.failure is not None:
+                        yield ShardResult(decoded.shard, [], np.empty((0, 0), np.float32), [], current.failure)
+                        current = _Open()
+                    elif last:
                         dim = self._session.description.dim
                         rows = np.concatenate(current.parts) if current.parts else np.empty((0, dim), np.float32)
                         yield ShardResult(decoded.shard, current.ordinals, rows, current.errors)
@@ -199,6 +208,8 @@ class _Decoder:
             return _Decoded(shard, ordinal, self._preprocess(data), None)
         except ImageError as error:
             return _Decoded(shard, ordinal, None, ErrorRow(ordinal, index.key(ordinal), error.reason, str(error)))
+        except MaekitError as error:
+            return _Decoded(shard, ordinal, None, None, str(error))
 
     def close(self) -> None:
         for reader in self._readers:

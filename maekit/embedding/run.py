@@ -1,6 +1,5 @@
 """`maekit embed`: from shards to embeddings, one committed file per shard."""
 
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,8 +7,9 @@ from pathlib import Path
 from maekit import files
 from maekit.embedding.pipeline import EmbeddingPipeline
 from maekit.embedding.session import CPU, EncoderSession
-from maekit.embedding.writer import DTYPES, OutputDirectory, OutputOptions
-from maekit.errors import DamagedShard, InputError, MaekitError, Stopped
+from maekit.embedding.writer import DTYPES, OutputDirectory, OutputOptions, check_output_names
+from maekit.errors import InputError, MaekitError, Stopped
+from maekit.machine import cores
 from maekit.progress import Progress, Silent
 from maekit.shards.index import ShardIndex, load_index
 from maekit.shards.spec import ShardFile, find_shards
@@ -85,6 +85,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     progress = progress or Silent()
     _check(config)
     shards = find_shards(config.shards)
+    check_output_names(shards)
     session = EncoderSession(Path(config.model), device=config.device)
     progress.note(f"provider: {session.provider} ({session.reason})")
     batch_size = config.batch_size or (_CPU_BATCH if session.provider == CPU else _GPU_BATCH)
@@ -93,7 +94,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     output.refuse_foreign()
     with files.sole_owner(output.bookkeeping):
         output.claim(overwrite=config.overwrite)
-        workers = config.workers or len(os.sched_getaffinity(0))
+        workers = config.workers or cores()
         pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=workers)
         return _run(config, shards, pipeline, output, session.provider, progress)
 
@@ -104,6 +105,7 @@ def _check(config: EmbedConfig) -> None:
     for option, value in (("--batch-size", config.batch_size), ("--workers", config.workers)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
+    files.require_utf8(Path(config.out))
     if "://" in config.out:
         raise InputError(
             f"--out {config.out}: write to a local or mounted directory, then copy it (aws s3 sync, gsutil)"
@@ -121,14 +123,19 @@ def _run(
     rows = errors = skipped = 0
     damaged: list[str] = []
     todo: list[tuple[ShardFile, ShardIndex]] = []
+
+    def leave_out(shard: ShardFile, reason: str) -> None:
+        damaged.append(reason)
+        output.write_damage(shard, reason)
+        progress.note(f"left out: {reason}")
+
     progress.start("index shards", len(shards))
     for number, shard in enumerate(shards):
         progress.advance(number)
         try:
             index = load_index(shard.path)
-        except DamagedShard as damage:
-            damaged.append(str(damage))
-            progress.note(f"left out: {damage}")
+        except MaekitError as error:
+            leave_out(shard, str(error))
             continue
         record = output.committed(shard, index)
         if record is not None:
@@ -136,6 +143,8 @@ def _run(
         elif index.samples:
             todo.append((shard, index))
     progress.stop()
+    for orphan in output.orphans(shards):
+        progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays in {config.out}")
     if skipped:
         progress.note(f"{skipped} of {len(shards)} shards are committed already")
     total = sum(index.samples for _, index in todo)
@@ -146,7 +155,9 @@ def _run(
     try:
         with stop_on_signal() as stopped_by:
             for result in pipeline.run([index for _, index in todo]):
-                if result is not None:
+                if result is not None and result.failure is not None:
+                    leave_out(todo[result.number][0], result.failure)
+                elif result is not None:
                     record = output.write(*todo[result.number], result)
                     rows, errors = rows + record.rows, errors + record.errors
                     done += record.rows + record.errors
@@ -169,7 +180,7 @@ def _run(
     elapsed = time.perf_counter() - started
     timing = pipeline.timing
     if provider == CPU:
-        share = (time.process_time() - started_cpu) / (elapsed * len(os.sched_getaffinity(0)))
+        share = (time.process_time() - started_cpu) / (elapsed * cores())
     else:
         share = max(timing.running, timing.waiting) / elapsed
     return EmbedResult(

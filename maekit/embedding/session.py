@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 from maekit import files
 from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels, Preprocess
+from maekit.machine import cores
 
 METADATA_KEY = "maekit"
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -98,7 +98,7 @@ class EncoderSession:
 
 def _open(path: Path, provider: str, threads: int | None) -> Any:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or cores()
     # Threads that spin while they wait would take the cores from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")

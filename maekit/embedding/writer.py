@@ -1,14 +1,15 @@
 """What embedding writes: one parquet file per shard, its errors, and the commit record that makes both count.
 
 OUT/a/000.parquet                   rows of shard a/000.tar, in tar order
-OUT/_maekit/output.json             which model and options this directory belongs to
+OUT/_maekit/.output.json            which model and options this directory belongs to
 OUT/_maekit/a/000.tar.json          commit record of a shard, written last
 OUT/_maekit/errors/a/000.tar.jsonl  every key that has no row, with the reason
-OUT/_maekit/tmp/                    unfinished files
+OUT/_maekit/.tmp/                   unfinished files (a shard lies in no hidden folder)
 """
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from maekit.shards.spec import TAR, ShardFile
 
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 BOOKKEEPING = "_maekit"
-_OUTPUT = "output.json"
+_OUTPUT = ".output.json"
+_SCRATCH = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class OutputDirectory:
                 )
             if overwrite:
                 self._clear()
-        shutil.rmtree(self.bookkeeping / "tmp", ignore_errors=True)
+        shutil.rmtree(self._scratch, ignore_errors=True)
         files.write_atomically(mark, json.dumps(wanted, indent=1).encode(), scratch=self._scratch)
 
     def refuse_foreign(self) -> None:
@@ -145,7 +147,6 @@ class OutputDirectory:
             MaekitError: the disk is full or the place is not writable; names the path.
         """
         target = self.path / _output_name(shard)
-        self._record(shard).unlink(missing_ok=True)
         errors_file = self.bookkeeping / "errors" / f"{shard.name}.jsonl"
         if result.ordinals:
             with files.atomic_file(target, scratch=self._scratch) as file:
@@ -182,6 +183,21 @@ class OutputDirectory:
             self._record(shard), json.dumps(asdict(record), indent=1).encode(), scratch=self._scratch
         )
         return record
+
+    def write_damage(self, shard: ShardFile, reason: str) -> None:
+        """Record that a shard could not be embedded; it is judged again by the next run.
+
+        Raises:
+            MaekitError: the record cannot be written.
+        """
+        text = json.dumps({"shard": shard.name, "damaged": reason}, indent=1)
+        files.write_atomically(self._record(shard), text.encode(), scratch=self._scratch)
+
+    def orphans(self, shards: Sequence[ShardFile]) -> list[str]:
+        """Return the names of committed shards that the input does not hold."""
+        names = {shard.name for shard in shards}
+        records = (path.relative_to(self.bookkeeping).as_posix() for path in self.bookkeeping.rglob("*.json"))
+        return sorted(r.removesuffix(".json") for r in records if r != _OUTPUT and r.removesuffix(".json") not in names)
 
     def _table(self, shard: ShardFile, index: ShardIndex, result: ShardResult) -> pa.Table:
         values = result.embeddings.astype(self._options.dtype, copy=False)
@@ -226,10 +242,25 @@ class OutputDirectory:
 
     @property
     def _scratch(self) -> Path:
-        return self.bookkeeping / "tmp"
+        return self.bookkeeping / _SCRATCH
 
     def _record(self, shard: ShardFile) -> Path:
         return self.bookkeeping / f"{shard.name}.json"
+
+
+def check_output_names(shards: Sequence[ShardFile]) -> None:
+    """Refuse two shards that would write one file, such as `x` and `x.tar`.
+
+    Raises:
+        InputError: names both.
+    """
+    owners: dict[str, ShardFile] = {}
+    for shard in shards:
+        owner = owners.setdefault(_output_name(shard), shard)
+        if owner is not shard:
+            raise InputError(
+                f"{owner.path} and {shard.path} would both write {_output_name(shard)}; rename one of them"
+            )
 
 
 def _output_name(shard: ShardFile) -> str:

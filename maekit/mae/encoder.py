@@ -3,7 +3,8 @@
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, VisionTransformer
 
 from maekit.config import ModelConfig
 from maekit.errors import InputError
@@ -68,7 +69,9 @@ def _check_maskable(name: str, encoder: Any) -> None:
         "adds positions to patches only": not getattr(encoder, "no_embed_class", False),
         "normalises before its blocks": isinstance(getattr(encoder, "norm_pre", None), torch.nn.Identity),
         "has no final LayerNorm": isinstance(getattr(encoder, "norm", None), torch.nn.LayerNorm),
-        "has patches that are not square": len(set(encoder.patch_embed.patch_size)) == 1,
+        "has other blocks than plain attention and MLP": all(type(block) is Block for block in encoder.blocks),
+        "embeds its patches by more than one projection": type(encoder.patch_embed) is PatchEmbed,
+        "has patches that are not square": len(set(getattr(encoder.patch_embed, "patch_size", (1, 2)))) == 1,
     }
     for problem, fine in wanted.items():
         if not fine:

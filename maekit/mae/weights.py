@@ -18,6 +18,7 @@ from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import DEFAULT_MODEL, timm_arguments
 
 TIMM_PREFIX = "timm:"
+_TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
 # timm's classifier; an encoder has none.
 _HEAD = ("head.", "fc_norm.")
 
@@ -82,18 +83,29 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
     module.load_state_dict(dict(weights))
 
 
-def resolve_model_name(config: ModelConfig) -> str:
-    """Return the encoder's timm name: given, or that of the weights it starts from, or the default."""
-    if config.name:
-        return config.name
-    if config.init_from is None:
-        return DEFAULT_MODEL
-    if config.init_from.startswith(TIMM_PREFIX):
-        return config.init_from.removeprefix(TIMM_PREFIX).split(".")[0]
-    path = Path(config.init_from)
-    if runs.is_run(path):
-        return runs.RunDirectory(path).config().model.name or DEFAULT_MODEL
-    return str(_file_description(path).get("model") or DEFAULT_MODEL)
+def resolve_model(config: ModelConfig) -> None:
+    """Fill in what `init_from` says of the encoder and the config leaves open: name, patch size, width, depth, heads.
+
+    A run and maekit's own files say all of it, `timm:NAME` the name; without either the name is the default.
+    """
+    source = config.init_from
+    if source is not None:
+        path = Path(source)
+        if source.startswith(TIMM_PREFIX):
+            config.name = config.name or source.removeprefix(TIMM_PREFIX).split(".")[0]
+        elif path.is_dir():
+            donor = runs.find_checkpoint(path)[0].config().model
+            for name in ("name", "patch_size", "width", "depth", "heads"):
+                if getattr(config, name) is None:
+                    setattr(config, name, getattr(donor, name))
+        else:
+            description = _file_description(path)
+            arguments = description.get("timm_arguments", {})
+            config.name = config.name or description.get("model")
+            for name, argument in _TIMM_NAMES.items():
+                if getattr(config, name) is None:
+                    setattr(config, name, arguments.get(argument))
+    config.name = config.name or DEFAULT_MODEL
 
 
 def initialize_encoder(encoder: VisionTransformer, source: str, config: ModelConfig) -> None:

@@ -1,12 +1,13 @@
 """`maekit check`: the strict scan of a whole set of shards, and what it found."""
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from maekit.errors import DamagedShard
+from maekit.errors import DamagedShard, MaekitError
 from maekit.shards.index import ShardIndex, build_index, write_index
 from maekit.shards.spec import ShardFile
 
@@ -21,7 +22,7 @@ class ShardReport:
         bytes: its size.
         without_image: samples that hold no member with an image extension.
         ignored: members that belong to no sample.
-        damage: what is wrong, or None.
+        damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
     """
 
     name: str
@@ -86,17 +87,18 @@ def check_shards(
         on_shard: called after each shard.
 
     Raises:
-        MaekitError: a shard cannot be read, or an index cannot be written.
+        MaekitError: an index cannot be written.
     """
     report = CheckReport()
     hashes = []
     for shard in shards:
-        status = shard.path.stat()
-        found = ShardReport(shard.name, bytes=status.st_size)
+        found = ShardReport(shard.name)
         try:
             index = build_index(shard.path)
         except DamagedShard as damage:
             found.damage = damage
+        except MaekitError as error:  # a shard that cannot be read is as good as damaged, and the others still count
+            found.damage = DamagedShard(str(shard.path), 0, str(error))
         else:
             found.samples = index.samples
             found.without_image = sum(index.image(ordinal) is None for ordinal in range(index.samples))
@@ -104,6 +106,8 @@ def check_shards(
             hashes.append(_key_hashes(index))
             if write_indexes:
                 write_index(index)
+        with contextlib.suppress(OSError):
+            found.bytes = shard.path.stat().st_size
         report.shards.append(found)
         on_shard(found)
     if hashes:

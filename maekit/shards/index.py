@@ -43,7 +43,7 @@ IMAGE_EXTENSIONS = frozenset(
 # The key is the name up to the first dot of its last path part; the rest is the extension.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
 # What WebDataset sets aside as its own metadata: members such as __meta__ and __meta__/x.json.
-_METADATA = re.compile(r"__[^/]*__($|/)")
+METADATA = re.compile(r"__[^/]*__($|/)")
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "sample_start": np.dtype("<i8"),
     "key_start": np.dtype("<i8"),
@@ -180,7 +180,7 @@ def _collect(path: Path, status: os.stat_result, members: Iterator[Member]) -> S
     digest = hashlib.sha256()
     for member in members:
         match = _NAME.fullmatch(member.name)
-        if match is None or _METADATA.match(member.name):
+        if match is None or METADATA.match(member.name):
             ignored_count += 1
             if len(ignored) < 10:
                 ignored.append(member.name)

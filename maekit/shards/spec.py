@@ -2,10 +2,12 @@
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from maekit import files
 from maekit.errors import InputError
 
 TAR = ".tar"
@@ -42,6 +44,8 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         paths.update(dict.fromkeys(found))
     if not paths:
         raise InputError("no shards were given: name a directory of .tar files, a .tar, a glob or a brace pattern")
+    for found_path in paths:
+        files.require_utf8(found_path)
     root = Path(os.path.commonpath([str(root) for root in roots]))
     return sorted((ShardFile(path.relative_to(root).as_posix(), path) for path in paths), key=lambda shard: shard.name)
 
@@ -52,7 +56,7 @@ def _expand(spec: str) -> tuple[Path, list[Path]]:
         raise InputError(f"{spec}: remote shards are not read yet; copy them to a local or mounted directory first")
     path = Path(os.path.abspath(spec))
     if path.is_dir():
-        found = sorted(p for p in path.rglob("*") if _is_shard(p.name) and p.is_file())
+        found = [p for p in files.walk_files(path) if _is_shard(p.name)]
         if not found:
             raise InputError(f"{spec}: no .tar file in this directory ({_contents(path)})")
         return path, found
@@ -60,7 +64,9 @@ def _expand(spec: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if any(c in spec for c in "*?[{"):
         found = [Path(os.path.abspath(p)) for pattern in _braces(spec) for p in _matches(pattern, spec)]
-        return Path(os.path.commonpath([str(p.parent) for p in found])), found
+        # The folder before the first wildcard, so that names do not change when more files come to match.
+        fixed = os.path.abspath(os.path.dirname(re.split(r"[*?\[{]", spec, maxsplit=1)[0]) or ".")
+        return Path(fixed), found
     raise InputError(f"{spec}: no such file or directory ({_nearest_parent(path)})")
 
 

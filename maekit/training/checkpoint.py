@@ -37,8 +37,6 @@ def save(
             files.fsync_file(aside / name)
             digests[name] = files.sha256_file(aside / name)
         files.write_atomically(aside / MANIFEST, json.dumps({"sha256": digests}, indent=1).encode())
-        if checkpoint.path.exists():  # only a damaged one can be in the way: a valid one would have been resumed
-            shutil.rmtree(checkpoint.path)
         aside.rename(checkpoint.path)
         files.fsync_directory(run.checkpoints)
     except (OSError, safetensors.SafetensorError) as error:
@@ -52,17 +50,26 @@ def discard_after(run: RunDirectory, step: int) -> None:
     """Delete the checkpoints behind the one that is resumed: they are damaged, or it would not be the newest."""
     for checkpoint in run.list_checkpoints():
         if checkpoint.step > step:
-            shutil.rmtree(checkpoint.path)
+            _delete(checkpoint)
 
 
 def prune(run: RunDirectory, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints, and what killed runs left unfinished."""
     for checkpoint in run.list_checkpoints()[keep:]:
-        # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
-        doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.old.tmp")
-        checkpoint.path.rename(doomed)
+        _delete(checkpoint)
     for leftover in run.checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _delete(checkpoint: Checkpoint) -> None:
+    # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
+    doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.old.tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    try:
+        checkpoint.path.rename(doomed)
+    except OSError as error:
+        raise files.write_failure(checkpoint.path, error) from error
+    shutil.rmtree(doomed, ignore_errors=True)
 
 
 def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -79,7 +86,6 @@ def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.
         by_name.setdefault(name, {})[kind] = tensor
     for group in optimizer.param_groups:
         for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            # `step` stays where it was saved from; the moments belong beside their parameter.
             optimizer.state[parameter] = {
                 kind: tensor.to(parameter.device) for kind, tensor in by_name.get(name, {}).items()
             }

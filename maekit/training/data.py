@@ -9,7 +9,9 @@
 in turn, so the row of batches is the same for any number of workers, and starts anywhere.
 """
 
+import ctypes
 import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -26,6 +28,7 @@ from maekit.shards.order import Order, Slice
 from maekit.shards.read import MemberReader, ShardSet
 
 _SUBSTITUTE_ATTEMPTS = 64
+_PR_SET_PDEATHSIG = 1
 
 
 class Crop(NamedTuple):
@@ -164,15 +167,19 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_start_worker,
         # The shards' indexes are memory-mapped; forked workers share them.
         multiprocessing_context="fork" if workers else None,
     )
 
 
-def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C goes to the whole process group; the main process alone decides when to stop, after saving.
+def _start_worker(worker: int) -> None:
+    # Ctrl-C goes to the whole process group, and schedulers send SIGTERM to it; the main process alone decides when to
+    # stop, after saving. A worker ends when it is told to, or with its parent.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def next_batch(batches: Iterator[Batch]) -> Batch:

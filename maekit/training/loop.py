@@ -37,7 +37,7 @@ class Hooks:
     Attributes:
         advance: after every step, with the steps done; must not wait for the device.
         log: with a row of metrics.
-        checkpoint: with the steps done; everything up to here is finite.
+        checkpoint: with the steps done and the bad samples so far; everything up to here is finite.
         picture: with the steps done.
         stop_requested: whether to save and stop at this step boundary.
         keys: names of the samples of one step, for the message when its loss is not finite.
@@ -45,7 +45,7 @@ class Hooks:
 
     advance: Callable[[int], None]
     log: Callable[[dict[str, Any]], None]
-    checkpoint: Callable[[int], None]
+    checkpoint: Callable[[int, int], None]
     picture: Callable[[int], None]
     stop_requested: Callable[[], bool]
     keys: Callable[[int], list[str]]
@@ -56,8 +56,8 @@ class Tally:
     """What is counted over the run, and what has gathered since the last row of metrics.
 
     Attributes:
-        bad: samples that had to be replaced.
-        seen: samples trained on in this process.
+        bad: samples that had to be replaced, over the whole run.
+        seen: samples trained on, over the whole run.
         wait: seconds that the loop waited for data, in this process.
         seconds: seconds in the loop, in this process.
         losses: device scalars since the last row, one per step.
@@ -109,14 +109,14 @@ class Trainer:
         return loss.detach()
 
     def run(
-        self, batches: Iterator[Batch], *, first: int, last: int, cadence: Cadence, hooks: Hooks
+        self, batches: Iterator[Batch], *, first: int, last: int, bad: int, cadence: Cadence, hooks: Hooks
     ) -> tuple[int, Tally]:
-        """Train from `first` to `last` steps done; return the steps done and the tally.
+        """Train from `first` to `last` steps done, `bad` samples replaced so far; return the steps done and the tally.
 
         Raises:
             MaekitError: a loss that is not finite (no checkpoint holds its weights), too many bad samples, or no data.
         """
-        tally = Tally()
+        tally = Tally(bad=bad, seen=first * self.batch_size)
         started = logged = time.perf_counter()
         logged_wait = 0.0
         logged_step = done = first
@@ -151,7 +151,7 @@ class Trainer:
                 )
                 logged, logged_step, logged_wait = now, done, tally.wait
             if saving:
-                hooks.checkpoint(done)
+                hooks.checkpoint(done, tally.bad)
             if cadence.pictures and (done % cadence.pictures == 0 or done == last):
                 hooks.picture(done)
             if stopping:
@@ -161,8 +161,8 @@ class Trainer:
 
     def _count_bad(self, batch: Batch, tally: Tally) -> None:
         tally.bad += len(batch.bad)
-        # A few bad samples in the first batches say nothing about the share of them.
-        if tally.bad > max(self.max_bad * tally.seen, self.max_bad * 1000, 1):
+        # A bad sample in the first batches says nothing about the share of them.
+        if tally.bad > self.max_bad * max(tally.seen, 1000):
             raise MaekitError(
                 f"{tally.bad} of {tally.seen} samples hold no readable image, more than data.max_bad = "
                 f"{self.max_bad:g}; the last one: {batch.bad[-1] if batch.bad else ''}"

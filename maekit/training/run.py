@@ -1,7 +1,7 @@
 """`maekit pretrain`: from a config to a run directory, and on from where it was killed.
 
-The order of things: check the config -> own the directory -> index the shards -> compare with what is there ->
-write the config -> build -> start from weights or resume -> loop -> write the encoder.
+The order of things: check the config -> index the shards -> build the model -> own the directory -> find what to
+resume, or start from weights -> compare with what is there -> write the config -> loop -> write the encoder.
 """
 
 import copy
@@ -19,10 +19,11 @@ from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of
 from maekit.errors import DamagedShard, ImageError, InputError, MaekitError, Stopped
 from maekit.images import Preprocess, RandomCrop
+from maekit.machine import cores
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.reconstruction import reconstruct, to_pixels
-from maekit.mae.weights import encoder_bytes, initialize_encoder, resolve_model_name
+from maekit.mae.weights import encoder_bytes, initialize_encoder, resolve_model
 from maekit.pictures import sheet
 from maekit.progress import Progress, Silent
 from maekit.random import Purpose, uniforms
@@ -50,7 +51,7 @@ class PretrainResult:
         loss: mean loss over the last logged steps; None where no row of metrics is left.
         images_per_second: over this process's part of the run.
         data_wait: share of this process's time spent waiting for data.
-        bad: samples replaced in this process's part of the run.
+        bad: samples replaced, over the whole run.
         resumed_from: the step that this process went on from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
     """
@@ -80,18 +81,28 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     if config.epochs is None and config.steps is None:
         config.epochs = DEFAULT_EPOCHS
     config.validate()
-    config.model.name = resolve_model_name(config.model)
     run = RunDirectory(Path(config.out))
+    files.require_utf8(run.path)
+    if runs.is_run(run.path) and run.config().model.init_from == config.model.init_from:
+        # The weights that a run started from may be gone by now.
+        for name in ("name", "patch_size", "width", "depth", "heads"):
+            if getattr(config.model, name) is None:
+                setattr(config.model, name, getattr(run.config().model, name))
+    else:
+        resolve_model(config.model)
     _refuse_foreign_directory(run)
     shards = _index(config, progress)
     device, precision = _choose_device(config, progress)
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     model = build_autoencoder(config.model, seed=config.seed)
-    newest = run.newest_valid(progress.note)
-    if config.model.init_from and newest is None:
-        initialize_encoder(model.encoder, config.model.init_from, config.model)
     with files.sole_owner(run.path):
+        # Asked inside the lock: a former process may just have saved its last checkpoint.
+        newest = run.newest_valid(progress.note)
+        if newest is None and (lost := run.list_checkpoints()):
+            raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
+        if config.model.init_from and newest is None:
+            initialize_encoder(model.encoder, config.model.init_from, config.model)
         return _Run(config, run, shards, model.to(device), device, precision, progress).go(newest)
 
 
@@ -123,15 +134,16 @@ class _Run:
             self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
             return self._result(self.steps, Tally(), self.steps, already_finished=True)
         files.write_atomically(self.run.config_file, dump_toml(self.config).encode())
-        first = 0
+        first = bad = 0
         if newest is not None:
-            first = checkpoint.load(newest, self.model, self.optimizer)["step"]
+            state = checkpoint.load(newest, self.model, self.optimizer)
+            first, bad = state["step"], state["bad"]
             self.progress.note(f"resuming {self.run.path} after step {first} of {self.steps}")
         metrics.cut_back(self.run.metrics_file, first)
         self.run.checkpoints.mkdir(exist_ok=True)
         checkpoint.discard_after(self.run, first)
         checkpoint.prune(self.run, self.config.run.keep_checkpoints)
-        done, tally = self._train(first)
+        done, tally = self._train(first, bad)
         if done < self.steps:
             raise Stopped(
                 f"stopped by a signal after step {done} of {self.steps}, everything is saved; "
@@ -140,7 +152,7 @@ class _Run:
         self._write_encoder()
         return self._result(done, tally, first)
 
-    def _train(self, first: int) -> tuple[int, Tally]:
+    def _train(self, first: int, bad: int) -> tuple[int, Tally]:
         config = self.config
         every = config.run.checkpoint_every or min(1000, -(-self.steps // 10))
         pictures = every if config.run.pictures_every is None else config.run.pictures_every
@@ -181,7 +193,7 @@ class _Run:
                     keys=self._keys_of_step,
                 )
                 batches = iter(loader)
-                return trainer.run(batches, first=first, last=self.steps, cadence=cadence, hooks=hooks)
+                return trainer.run(batches, first=first, last=self.steps, bad=bad, cadence=cadence, hooks=hooks)
         except RuntimeError as error:
             # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
             if "DataLoader worker" not in str(error):
@@ -199,8 +211,8 @@ class _Run:
         metrics.append(self.run.metrics_file, row)
         self.progress.figures(row)
 
-    def _save(self, done: int) -> None:
-        state = {"step": done, "data_digest": self.shards.digest, "samples_per_epoch": self.shards.samples}
+    def _save(self, done: int, bad: int) -> None:
+        state = {"step": done, "bad": bad, "data_digest": self.shards.digest, "samples_per_epoch": self.shards.samples}
         checkpoint.save(self.run, self.model, self.optimizer, state)
         checkpoint.prune(self.run, self.config.run.keep_checkpoints)
 
@@ -271,7 +283,9 @@ class _Run:
             steps=done,
             samples=done * self.config.batch_size,
             loss=rows[-1]["loss"] if rows else None,
-            images_per_second=round(tally.seen / tally.seconds, 2) if tally.seconds else 0.0,
+            images_per_second=round((done - first) * self.config.batch_size / tally.seconds, 2)
+            if tally.seconds
+            else 0.0,
             data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
             bad=tally.bad,
             resumed_from=first,
@@ -336,9 +350,9 @@ def _cpu_has_bf16() -> bool:
 def _workers(config: PretrainConfig, device: torch.device) -> int:
     if config.data.workers is not None:
         return config.data.workers
-    cores = len(os.sched_getaffinity(0))
+    from_machine = cores()
     # On a CPU the model itself needs the cores; one worker keeps ahead of it.
-    return min(16, cores) if device.type == "cuda" else 1
+    return min(16, from_machine) if device.type == "cuda" else 1
 
 
 def _refuse_many_processes() -> None:
