@@ -22,7 +22,7 @@ from maekit.shards.read import MemberReader, ShardSet, open_shards
 from maekit.shards.spec import find_shards
 
 TRAIN_PICTURES, TEST_PICTURES = 2000, 500
-STEPS = 600
+STEPS = 800
 _MARK = ".maekit-demo"
 
 Rows = NDArray[np.float32]
