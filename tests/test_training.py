@@ -406,6 +406,20 @@ def test_init_from_run_and_file(make_shards, tmp_path: Path) -> None:
         assert not torch.equal(got["decoder.embed.weight"], donor["decoder.embed.weight"])
 
 
+def test_init_from_brings_its_sizes(make_shards, tmp_path: Path) -> None:
+    """Neither name nor sizes are given again, and resuming works when the source is gone."""
+    shards = make_shards(7, 6)
+    maekit.pretrain(tiny_config(shards, tmp_path / "donor", steps=1))
+    for number, source in enumerate(("donor", "donor/checkpoints/step-000000001", "donor/encoder.safetensors")):
+        config = tiny_config(shards, tmp_path / f"run{number}", model__init_from=str(tmp_path / source), steps=1)
+        for name in ("name", "patch_size", "width", "depth", "heads"):
+            setattr(config.model, name, None)
+        maekit.pretrain(config)
+        assert RunDirectory(tmp_path / f"run{number}").config().model.width == 32
+    shutil.rmtree(tmp_path / "donor")
+    assert maekit.pretrain(config).already_finished
+
+
 def test_init_from_what_does_not_fit(make_shards, tmp_path: Path) -> None:
     shards = make_shards(7, 6)
     maekit.pretrain(tiny_config(shards, tmp_path / "donor", steps=1))

@@ -61,11 +61,13 @@ class Timing:
         waiting: seconds that the session waited for decoded images.
         running: seconds in the session.
         images: images embedded.
+        samples: samples seen, those without an image included.
     """
 
     waiting: float = 0.0
     running: float = 0.0
     images: int = 0
+    samples: int = 0
 
     @property
     def binds(self) -> str:
@@ -120,6 +122,7 @@ class EmbeddingPipeline:
         with ThreadPoolExecutor(self._workers, "decode") as pool:
             try:
                 for decoded in self._decode_ahead(pool, decoder, indexes):
+                    self.timing.samples += 1
                     if decoded.failure is not None:
                         current.failure = decoded.failure
                     elif decoded.error is not None:

@@ -1,13 +1,13 @@
 """`maekit embed`: from shards to embeddings, one committed file per shard."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from maekit import files
 from maekit.embedding.pipeline import EmbeddingPipeline
 from maekit.embedding.session import CPU, EncoderSession
-from maekit.embedding.writer import DTYPES, OutputDirectory, OutputOptions, check_output_names
+from maekit.embedding.writer import DTYPES, CommitRecord, OutputDirectory, OutputOptions, check_output_names
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.machine import cores
 from maekit.progress import Progress, Silent
@@ -94,9 +94,29 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     output.refuse_foreign()
     with files.sole_owner(output.bookkeeping):
         output.claim(overwrite=config.overwrite)
-        workers = config.workers or cores()
-        pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=workers)
-        return _run(config, shards, pipeline, output, session.provider, progress)
+        pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=config.workers or cores())
+        job = _Job(output, progress)
+        todo = job.plan(shards)
+        started, started_cpu = time.perf_counter(), time.process_time()
+        job.embed(todo, pipeline)
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
+    timing = pipeline.timing
+    if session.provider == CPU:
+        share = cpu_seconds / (seconds * cores())
+    else:
+        share = max(timing.running, timing.waiting) / seconds
+    return EmbedResult(
+        out=config.out,
+        rows=job.rows,
+        errors=job.errors,
+        shards=len(todo),
+        skipped=job.skipped,
+        damaged=job.damaged,
+        images_per_second=round(timing.images / seconds, 2) if timing.images else 0.0,
+        limit_share=round(share, 4) if timing.images else 0.0,
+        binds=timing.binds,
+        provider=session.provider,
+    )
 
 
 def _check(config: EmbedConfig) -> None:
@@ -112,89 +132,85 @@ def _check(config: EmbedConfig) -> None:
         )
 
 
-def _run(
-    config: EmbedConfig,
-    shards: list[ShardFile],
-    pipeline: EmbeddingPipeline,
-    output: OutputDirectory,
-    provider: str,
-    progress: Progress,
-) -> EmbedResult:
-    rows = errors = skipped = 0
-    damaged: list[str] = []
-    todo: list[tuple[ShardFile, ShardIndex]] = []
+@dataclass
+class _Job:
+    """The work on one output directory, and its account.
 
-    def leave_out(shard: ShardFile, reason: str) -> None:
-        damaged.append(reason)
-        output.write_damage(shard, reason)
-        progress.note(f"left out: {reason}")
+    Attributes:
+        output: where rows and records go.
+        progress: where to show how it goes on.
+        rows: keys with an embedding, earlier ones included.
+        errors: keys without, likewise.
+        skipped: shards committed earlier.
+        damaged: one line for each shard left out.
+    """
 
-    progress.start("index shards", len(shards))
-    for number, shard in enumerate(shards):
-        progress.advance(number)
+    output: OutputDirectory
+    progress: Progress
+    rows: int = 0
+    errors: int = 0
+    skipped: int = 0
+    damaged: list[str] = field(default_factory=list)
+
+    def plan(self, shards: list[ShardFile]) -> list[tuple[ShardFile, ShardIndex]]:
+        """Index all shards; return those that are not committed yet."""
+        todo = []
+        self.progress.start("index shards", len(shards))
         try:
-            index = load_index(shard.path)
-        except MaekitError as error:
-            leave_out(shard, str(error))
-            continue
-        record = output.committed(shard, index)
-        if record is not None:
-            skipped, rows, errors = skipped + 1, rows + record.rows, errors + record.errors
-        elif index.samples:
-            todo.append((shard, index))
-    progress.stop()
-    for orphan in output.orphans(shards):
-        progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays in {config.out}")
-    if skipped:
-        progress.note(f"{skipped} of {len(shards)} shards are committed already")
-    total = sum(index.samples for _, index in todo)
-    started, started_cpu = time.perf_counter(), time.process_time()
-    done_before = 0
-    done = 0
-    progress.start("embed", total)
-    try:
-        with stop_on_signal() as stopped_by:
-            for result in pipeline.run([index for _, index in todo]):
-                if result is not None and result.failure is not None:
-                    leave_out(todo[result.number][0], result.failure)
-                elif result is not None:
-                    record = output.write(*todo[result.number], result)
-                    rows, errors = rows + record.rows, errors + record.errors
-                    done += record.rows + record.errors
-                    done_before = pipeline.timing.images
-                progress.advance(done + pipeline.timing.images - done_before)
-                elapsed = time.perf_counter() - started
-                progress.figures(
-                    {
-                        "images_per_second": pipeline.timing.images / elapsed,
-                        "binds": pipeline.timing.binds,
-                        "errors": errors,
-                    }
-                )
-                if signal_name := stopped_by():
-                    raise Stopped(
-                        f"stopped by {signal_name}; finished shards are committed, run the same command again to go on"
-                    )
-    finally:
-        progress.stop()
-    elapsed = time.perf_counter() - started
-    timing = pipeline.timing
-    if provider == CPU:
-        share = (time.process_time() - started_cpu) / (elapsed * cores())
-    else:
-        share = max(timing.running, timing.waiting) / elapsed
-    return EmbedResult(
-        out=config.out,
-        rows=rows,
-        errors=errors,
-        shards=len(todo),
-        skipped=skipped,
-        damaged=damaged,
-        images_per_second=round(timing.images / elapsed, 2) if timing.images else 0.0,
-        limit_share=round(share, 4) if timing.images else 0.0,
-        binds=timing.binds,
-        provider=provider,
-    )
+            for number, shard in enumerate(shards, 1):
+                try:
+                    index = load_index(shard.path)
+                except MaekitError as error:
+                    self._leave_out(shard, str(error))
+                    continue
+                record = self.output.committed(shard, index)
+                if record is not None:
+                    self.skipped += 1
+                    self._count(record)
+                elif index.samples:
+                    todo.append((shard, index))
+                self.progress.advance(number)
+        finally:
+            self.progress.stop()
+        for orphan in self.output.orphans(shards):
+            self.progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays where it is")
+        if self.skipped:
+            self.progress.note(f"{self.skipped} of {len(shards)} shards are committed already")
+        return todo
+
+    def embed(self, todo: list[tuple[ShardFile, ShardIndex]], pipeline: EmbeddingPipeline) -> None:
+        """Embed and commit shard by shard.
+
+        Raises:
+            Stopped: SIGTERM or SIGINT came.
+            MaekitError: the model failed, or the output cannot be written.
+        """
+        self.progress.start("embed", sum(index.samples for _, index in todo))
+        started = time.perf_counter()
+        timing = pipeline.timing
+        try:
+            with stop_on_signal() as stopped_by:
+                for result in pipeline.run([index for _, index in todo]):
+                    if result is not None and result.failure is not None:
+                        self._leave_out(todo[result.number][0], result.failure)
+                    elif result is not None:
+                        self._count(self.output.write(*todo[result.number], result))
+                    rate = timing.images / (time.perf_counter() - started)
+                    self.progress.advance(timing.samples)
+                    self.progress.figures({"images_per_second": rate, "binds": timing.binds, "errors": self.errors})
+                    if signal_name := stopped_by():
+                        raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
+        finally:
+            self.progress.stop()
+
+    def _count(self, record: CommitRecord) -> None:
+        self.rows += record.rows
+        self.errors += record.errors
+
+    def _leave_out(self, shard: ShardFile, reason: str) -> None:
+        self.damaged.append(reason)
+        self.output.write_damage(shard, reason)
+        self.progress.note(f"left out: {reason}")
 
 
 def raise_if_damaged(result: EmbedResult) -> None:

@@ -95,17 +95,22 @@ def resolve_model(config: ModelConfig) -> None:
             config.name = config.name or source.removeprefix(TIMM_PREFIX).split(".")[0]
         elif path.is_dir():
             donor = runs.find_checkpoint(path)[0].config().model
-            for name in ("name", "patch_size", "width", "depth", "heads"):
-                if getattr(config, name) is None:
-                    setattr(config, name, getattr(donor, name))
+            fill_in(config, vars(donor))
         else:
             description = _file_description(path)
             arguments = description.get("timm_arguments", {})
-            config.name = config.name or description.get("model")
-            for name, argument in _TIMM_NAMES.items():
-                if getattr(config, name) is None:
-                    setattr(config, name, arguments.get(argument))
+            sizes = {name: arguments.get(argument) for name, argument in _TIMM_NAMES.items()}
+            fill_in(config, {"name": description.get("model"), **sizes})
     config.name = config.name or DEFAULT_MODEL
+
+
+def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
+    """Take the sizes that `config` leaves open from a donor of the same name."""
+    if config.name not in (None, donor["name"]):
+        return  # another model was asked for; whether the weights fit it shows when they are loaded
+    for name in ("name", *_TIMM_NAMES):
+        if getattr(config, name) is None:
+            setattr(config, name, donor[name])
 
 
 def initialize_encoder(encoder: VisionTransformer, source: str, config: ModelConfig) -> None:

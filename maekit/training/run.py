@@ -23,7 +23,7 @@ from maekit.machine import cores
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.reconstruction import reconstruct, to_pixels
-from maekit.mae.weights import encoder_bytes, initialize_encoder, resolve_model
+from maekit.mae.weights import encoder_bytes, fill_in, initialize_encoder, resolve_model
 from maekit.pictures import sheet
 from maekit.progress import Progress, Silent
 from maekit.random import Purpose, uniforms
@@ -83,11 +83,9 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     config.validate()
     run = RunDirectory(Path(config.out))
     files.require_utf8(run.path)
-    if runs.is_run(run.path) and run.config().model.init_from == config.model.init_from:
-        # The weights that a run started from may be gone by now.
-        for name in ("name", "patch_size", "width", "depth", "heads"):
-            if getattr(config.model, name) is None:
-                setattr(config.model, name, getattr(run.config().model, name))
+    if runs.is_run(run.path) and (started := run.config().model).init_from == config.model.init_from:
+        # What an earlier start resolved; the weights that it began with may be gone by now.
+        fill_in(config.model, vars(started))
     else:
         resolve_model(config.model)
     _refuse_foreign_directory(run)
