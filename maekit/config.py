@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from maekit.errors import InputError
-from maekit.images import IMAGENET_MEAN, IMAGENET_STD
-from maekit.shards.order import WINDOW_SHARDS
 
+# Imports nothing but the standard library: `maekit --help` shows these defaults and must not wait for NumPy.
 DEFAULT_EPOCHS = 400.0
+WINDOW_SHARDS = 16
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def _free(default: Any) -> Any:

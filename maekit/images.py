@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import ImageError
 from maekit.random import Purpose, uniforms
 
@@ -36,9 +37,6 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Pixels = NDArray[np.uint8]
 

@@ -16,10 +16,10 @@ from PIL import Image
 from test_training import tiny_config
 
 import maekit
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.embedding.run import EmbedConfig, embed
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.exporters.export import export
-from maekit.images import IMAGENET_MEAN, IMAGENET_STD
 from maekit.inspection import inspect
 
 

@@ -6,8 +6,9 @@ import pytest
 from conftest import jpeg
 from PIL import Image
 
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import ImageError
-from maekit.images import IMAGENET_MEAN, IMAGENET_STD, Preprocess, RandomCrop, decode, open_rgb, random_resized_crop
+from maekit.images import Preprocess, RandomCrop, decode, open_rgb, random_resized_crop
 from maekit.random import Purpose, permutation, uniforms
 
 RNG = np.random.default_rng(0)

@@ -14,9 +14,9 @@ import torch
 from conftest import jpeg, write_shard
 
 import maekit
-from maekit.config import ModelConfig, OptimizerConfig, PretrainConfig, set_value
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig, PretrainConfig, set_value
 from maekit.errors import InputError, MaekitError, Stopped
-from maekit.images import IMAGENET_MEAN, IMAGENET_STD, RandomCrop
+from maekit.images import RandomCrop
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.weights import load_trained
 from maekit.progress import Silent

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from maekit.config import WINDOW_SHARDS
 from maekit.random import Purpose, permutation
-
-WINDOW_SHARDS = 16
 
 
 @dataclass(frozen=True, slots=True)
