@@ -52,9 +52,12 @@ def command(
         overwrite=overwrite,
     )
     result = embed(config, make_progress())
+    speed = (
+        f"; {result.images_per_second:.1f} img/s on {result.provider}, {result.binds} binds" if result.shards else ""
+    )
     print(
-        f"{result.rows} rows, {result.errors} errors; {result.shards} shards embedded, {result.skipped} already there; "
-        f"{result.images_per_second:.1f} img/s on {result.provider}, {result.binds} binds: {result.out}"
+        f"{result.rows} rows, {result.errors} errors; {result.shards} shards embedded, {result.skipped} already there"
+        f"{speed}: {result.out}"
     )
     if as_json:
         print_json(dataclasses.asdict(result))

@@ -17,10 +17,10 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Export the encoder of a run to one ONNX file, verified against PyTorch.
+    r"""Export the encoder of a run to one ONNX file, verified against PyTorch.
 
-    Input `images`, uint8 [batch, height, width, 3]; output `embeddings`, float32 [batch, dim]. The written file is run
-    in ONNX Runtime on real images and compared; beyond a difference of 1e-4 of the largest value no file is left.
+    Input `images`, uint8 \[batch, height, width, 3]; output `embeddings`, float32 \[batch, dim]. The written file is
+    run in ONNX Runtime on real images and compared; beyond a difference of 1e-4 of the largest value no file is left.
     """
     import dataclasses
 

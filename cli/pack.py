@@ -14,8 +14,9 @@ def command(
 ) -> None:
     """Pack a folder of images into tar shards.
 
-    Image bytes go in unchanged, in sorted order, the same bytes every time. Where all images lie in class folders, the
-    class goes in as a .cls member and the names into classes.txt.
+    Image bytes go in unchanged, in sorted order, the same bytes every time. The key is the path without its extension,
+    dots in the name turned into underscores. Where all images lie in class folders, the class goes in as a .cls member
+    and the names into classes.txt.
     """
     from maekit.cli.show import make_progress, print_json, size
     from maekit.shards.pack import pack

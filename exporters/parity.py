@@ -89,6 +89,7 @@ def compare(path: Path, images: Pixels, reference: Callable[[Pixels], Embeddings
     """
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
     try:
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own exception types have no common base

@@ -74,7 +74,7 @@ class DataConfig:
         std: per channel, of values in [0, 1].
         window: how many shards are mixed with each other in the order of samples.
         skip_damaged: leave damaged shards out.
-        max_bad: largest share of samples without a readable image before the run stops.
+        max_bad: largest share of samples without a readable image, of at least an epoch or 1,000, before the run stops.
         workers: processes that read and decode; None is one per CPU core, at most 16.
         prefetch: batches that each worker keeps ready.
     """

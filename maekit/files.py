@@ -131,6 +131,7 @@ def sole_owner(directory: Path) -> Iterator[None]:
         InputError: another process holds the directory, or it cannot be written.
     """
     path = directory / ".lock"
+    is_new = not directory.exists()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
@@ -150,4 +151,8 @@ def sole_owner(directory: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
+        if is_new and [child.name for child in directory.iterdir()] == [path.name]:
+            # Refused before anything was written: no trace of it stays.
+            path.unlink()
+            directory.rmdir()
         file.close()

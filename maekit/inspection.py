@@ -9,7 +9,7 @@ from maekit.config import fields_of
 from maekit.errors import InputError
 from maekit.runs import RunDirectory
 from maekit.shards.check import CheckReport, check_shards
-from maekit.shards.spec import find_shards
+from maekit.shards.spec import TAR, find_shards
 
 
 def inspect(thing: str) -> dict[str, Any]:
@@ -26,6 +26,8 @@ def inspect(thing: str) -> dict[str, Any]:
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
+    if path.is_file() and not path.name.endswith(TAR):
+        raise InputError(f"{thing} is none of the things maekit knows: a run, a checkpoint, an .onnx file, or shards")
     report: CheckReport = check_shards(find_shards(thing))
     return {"kind": "shards", "path": thing, **report.summary()}
 
@@ -39,6 +41,8 @@ def _inspect_onnx(path: Path) -> dict[str, Any]:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's decode error has no public name
         raise InputError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+    if not proto.graph.node:
+        raise InputError(f"{path} is no ONNX file: it holds no graph")
     counts: dict[str, int] = {}
     for node in proto.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1

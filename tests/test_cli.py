@@ -110,6 +110,9 @@ def test_write_index(make_shards, tmp_path: Path) -> None:
         (("export", "shards", "--out", "e.onnx"), "neither a run"),
         (("inspect", "nothing.onnx"), "cannot read"),
         (("inspect", "shards/000.onnx"), "no ONNX file"),
+        (("inspect", "shards/empty.onnx"), "no ONNX file"),
+        (("inspect", "shards/readme.txt"), "none of the things"),
+        (("embed", "shards", "shards", "--out", "e"), "is a directory"),
         (("embed", "nothing.onnx", "shards", "--out", "e"), "no such file"),
         (("pack", "nothing", "out"), "no such folder"),
         (("demo", "--out", "shards"), "no demo made"),
@@ -120,6 +123,8 @@ def test_bad_usage_exits_2_with_one_line(make_shards, tmp_path, monkeypatch, cap
 
     shards = make_shards(2)
     (shards / "000.onnx").write_bytes(b"not an onnx file")
+    (shards / "empty.onnx").touch()
+    (shards / "readme.txt").touch()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["maekit", *arguments])
     with pytest.raises(SystemExit) as caught:
@@ -159,7 +164,10 @@ def test_pack_of_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["pack", "check", "pretrain", "export", "embed", "inspect", "demo"])
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
-    assert "Usage" in run(tmp_path, command, "--help").stdout
+    shown = run(tmp_path, command, "--help").stdout
+    assert "Usage" in shown
+    if command == "export":
+        assert "[batch, height, width, 3]" in " ".join(shown.split())  # brackets are markup unless escaped
 
 
 def test_help_loads_nothing_heavy(tmp_path: Path) -> None:

@@ -364,6 +364,13 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
         maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=50))
 
 
+def test_max_bad_is_a_share_of_small_sets_too(tmp_path: Path) -> None:
+    shards = bad_shards(tmp_path / "shards", 39, 1)
+    with pytest.raises(MaekitError, match="1 of"):
+        maekit.pretrain(tiny_config(shards, tmp_path / "strict", steps=7))
+    assert maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=7, data__max_bad=0.05)).bad == 1
+
+
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
     with pytest.raises(MaekitError, match="in a row hold no readable image"):
         maekit.pretrain(tiny_config(bad_shards(tmp_path / "shards", 0, 5), tmp_path / "run"))
@@ -429,6 +436,7 @@ def test_init_from_what_does_not_fit(make_shards, tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path / "run", model__init_from="nowhere")
     with pytest.raises(InputError, match="no such run or file"):
         maekit.pretrain(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_pickle_runs_no_code(make_shards, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -22,6 +22,9 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _QUIET, _USUAL = 4, 2  # ONNX Runtime's log severities: fatal only; warnings
 
 Embeddings = NDArray[np.float32]
+
+# Nothing about other people's images or machines is sent anywhere.
+ort.disable_telemetry_events()
 
 
 @dataclass(frozen=True)
@@ -65,21 +68,24 @@ class EncoderSession:
     def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
         if device not in ("auto", "cpu", "cuda"):
             raise InputError(f"--device {device}: must be auto, cpu or cuda")
+        if path.is_dir():
+            raise InputError(f"{path} is a directory; ENCODER.ONNX is the file that `maekit export` wrote")
         if not path.is_file():
-            raise InputError(f"{path}: no such file; `maekit export RUN --out {path}` writes it")
-        problem = _cuda_problem() if device != "cpu" else None
-        if device == "cuda" and problem:
-            raise InputError(f"--device cuda: {problem}")
-        if device == "cpu" or problem:
-            self._session = _open(path, CPU, threads)
-            self.reason = "asked for" if device == "cpu" else f"chosen by auto: {problem}"
-        else:
-            self._session, problem = _open_cuda(path, threads)
+            raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
+        session = None
+        problem = None
+        if device != "cpu":
+            problem = _cuda_problem()
+            if problem is None:
+                session, problem = _open_cuda(path, threads)
             if problem and device == "cuda":
-                raise InputError(f"--device cuda: {problem}")
-            if problem:
-                self._session = _open(path, CPU, threads)
-            self.reason = f"chosen by auto: {problem}" if problem else "a CUDA device works here"
+                raise InputError(f"--device cuda: {problem.what}; {problem.fix}")
+        if session is None or problem:
+            self._session = _open(path, CPU, threads)
+            self.reason = f"chosen by auto: {problem.what}" if problem else "asked for"
+        else:
+            self._session = session
+            self.reason = "a CUDA device works here"
         self.provider: str = self._session.get_providers()[0]
         self.description = _describe(path, self._session)
 
@@ -94,6 +100,11 @@ class EncoderSession:
         except Exception as error:  # onnxruntime's own exception types have no common base
             raise MaekitError(f"{self.description.path} failed on {self.provider}: {_first_line(error)}") from error
         return result
+
+
+class _Problem(NamedTuple):
+    what: str
+    fix: str
 
 
 def _open(path: Path, provider: str, threads: int | None) -> Any:
@@ -113,35 +124,36 @@ def _open(path: Path, provider: str, threads: int | None) -> Any:
         raise InputError(f"{path}: ONNX Runtime cannot load this file: {_first_line(error)}") from error
 
 
-def _open_cuda(path: Path, threads: int | None) -> tuple[Any, str | None]:
+def _open_cuda(path: Path, threads: int | None) -> tuple[Any, _Problem | None]:
     """Return a session, and why it does not run on CUDA; ONNX Runtime itself falls back to the CPU in silence."""
     ort.preload_dlls()
     with _quiet():
         session = _open(path, CUDA, threads)
     if session.get_providers()[0] != CUDA:
-        return session, f"the CUDA provider does not load ({_missing_library()}); pip install 'maekit[cuda]'"
+        return session, _Problem(
+            f"the CUDA provider does not load ({_missing_library()})", "pip install 'maekit[cuda]'"
+        )
     on_cuda = sum(
         len(part.get_nodes()) for part in session.get_provider_graph_assignment_info() if part.ep_name == CUDA
     )
     if not on_cuda:
-        return session, "the CUDA provider loads but takes no node of this model"
+        return session, _Problem("the CUDA provider loads but takes no node of this model", "use --device cpu")
     return session, None
 
 
-def _cuda_problem() -> str | None:
+def _cuda_problem() -> _Problem | None:
     """Return why CUDA cannot work here, as far as that shows without loading the provider; None if nothing shows."""
     if CUDA not in ort.get_available_providers():
-        return (
-            "this onnxruntime is a build without CUDA; "
-            "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'maekit[cuda]'"
-        )
+        fix = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'maekit[cuda]'"
+        return _Problem("this onnxruntime is a build without CUDA", fix)
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return "there is no NVIDIA driver here (libcuda.so.1 is missing); install the driver, or use --device cpu"
+        return _Problem("no NVIDIA driver here (libcuda.so.1 is missing)", "install the driver, or use --device cpu")
     count = ctypes.c_int(0)
     if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        return "the NVIDIA driver sees no device (check nvidia-smi and CUDA_VISIBLE_DEVICES), or use --device cpu"
+        fix = "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+        return _Problem("the NVIDIA driver sees no device", fix)
     return None
 
 

@@ -82,7 +82,8 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
     while True:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
-            raise TarDamage(offset, _describe_end(block, offset))
+            # Where only the padding of the last member is gone, its next header would lie behind the end.
+            raise TarDamage(min(offset, file_size), _describe_end(block, offset))
         if block == _ZEROS:
             if extended:
                 raise TarDamage(offset, "the archive ends after an extended header, before its member")

@@ -9,6 +9,7 @@
 in turn, so the row of batches is the same for any number of workers, and starts anywhere.
 """
 
+import contextlib
 import ctypes
 import signal
 import sys
@@ -182,6 +183,17 @@ def _start_worker(worker: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def stop_workers(batches: Iterator[Batch]) -> None:
+    """End the workers behind an iterator of a DataLoader now, and not when it happens to be collected.
+
+    Until then a worker that was killed makes torch raise in the middle of whatever the main process does next.
+    """
+    shutdown = getattr(batches, "_shutdown_workers", None)  # absent where there are no workers
+    if shutdown is not None:
+        with contextlib.suppress(RuntimeError):
+            shutdown()
+
+
 def next_batch(batches: Iterator[Batch]) -> Batch:
     """Return the next batch.
 
@@ -192,6 +204,11 @@ def next_batch(batches: Iterator[Batch]) -> Batch:
         batch = next(batches)
     except StopIteration:
         raise MaekitError("the data ended before the run did; please report this as a bug") from None
+    except (OSError, EOFError) as error:
+        # Files are read in the workers, which pass their errors on as values; this is the way to them that broke.
+        raise MaekitError(
+            f"reading the data failed: a worker process is gone ({error}); run the command again"
+        ) from error
     if batch.failure is not None:
         raise MaekitError(batch.failure)
     return batch

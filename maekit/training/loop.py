@@ -41,6 +41,7 @@ class Hooks:
         picture: with the steps done.
         stop_requested: whether to save and stop at this step boundary.
         keys: names of the samples of one step, for the message when its loss is not finite.
+        bad: with a line for each sample of a batch that was replaced.
     """
 
     advance: Callable[[int], None]
@@ -49,6 +50,7 @@ class Hooks:
     picture: Callable[[int], None]
     stop_requested: Callable[[], bool]
     keys: Callable[[int], list[str]]
+    bad: Callable[[list[str]], None]
 
 
 @dataclass
@@ -127,7 +129,7 @@ class Trainer:
             tally.losses.append(self.step(batch, done))
             done += 1
             tally.seen += self.batch_size
-            self._count_bad(batch, tally)
+            self._count_bad(batch, tally, hooks)
             hooks.advance(done)
 
             stopping = hooks.stop_requested()
@@ -159,10 +161,11 @@ class Trainer:
         tally.seconds = time.perf_counter() - started
         return done, tally
 
-    def _count_bad(self, batch: Batch, tally: Tally) -> None:
+    def _count_bad(self, batch: Batch, tally: Tally, hooks: Hooks) -> None:
         tally.bad += len(batch.bad)
-        # A bad sample in the first batches says nothing about the share of them.
-        if tally.bad > self.max_bad * max(tally.seen, 1000):
+        hooks.bad(batch.bad)
+        # The share is taken of an epoch (or 1,000 samples) at least: one bad sample in the first batch says nothing.
+        if tally.bad > self.max_bad * max(tally.seen, min(self.epoch_samples, 1000)):
             raise MaekitError(
                 f"{tally.bad} of {tally.seen} samples hold no readable image, more than data.max_bad = "
                 f"{self.max_bad:g}; the last one: {batch.bad[-1] if batch.bad else ''}"

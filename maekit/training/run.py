@@ -33,11 +33,12 @@ from maekit.shards.read import MemberReader, ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.signals import stop_on_signal
 from maekit.training import checkpoint, metrics
-from maekit.training.data import CropLoader, ExactSource, Normalizer, make_loader
+from maekit.training.data import CropLoader, ExactSource, Normalizer, make_loader, stop_workers
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import make_optimizer, make_schedule
 
 _PICTURE_IMAGES = 8
+_BAD_SHOWN = 10  # bad samples named; after that they are counted only
 
 
 @dataclass(frozen=True)
@@ -124,6 +125,7 @@ class _Run:
         self.optimizer = make_optimizer(model, config.optimizer)
         self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
         self.size = (config.model.image_size, config.model.image_size)
+        self.bad_shown = 0
 
     def go(self, newest: runs.Checkpoint | None) -> PretrainResult:
         if runs.is_run(self.run.path):
@@ -180,6 +182,7 @@ class _Run:
             pin=self.device.type == "cuda",
         )
         self.progress.start("pretrain", self.steps, first)
+        batches = iter(loader)
         try:
             with stop_on_signal() as stopped_by:
                 hooks = Hooks(
@@ -189,8 +192,8 @@ class _Run:
                     picture=self._draw,
                     stop_requested=lambda: stopped_by() is not None,
                     keys=self._keys_of_step,
+                    bad=self._tell_bad,
                 )
-                batches = iter(loader)
                 return trainer.run(batches, first=first, last=self.steps, bad=bad, cadence=cadence, hooks=hooks)
         except RuntimeError as error:
             # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
@@ -198,6 +201,7 @@ class _Run:
                 raise
             raise MaekitError(f"reading the data failed: {str(error).splitlines()[0]} Run the command again") from error
         finally:
+            stop_workers(batches)
             self.progress.stop()
 
     def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
@@ -241,6 +245,11 @@ class _Run:
         files.write_atomically(
             self.run.picture(done), sheet([to_pixels(x, mean, std) for x in (shown.masked, shown.full, originals)])
         )
+
+    def _tell_bad(self, bad: list[str]) -> None:
+        for line in bad[: max(0, _BAD_SHOWN - self.bad_shown)]:
+            self.progress.note(f"replaced by another sample: {line}")
+        self.bad_shown += len(bad)
 
     def _keys_of_step(self, step: int) -> list[str]:
         places = self.order.slice((step - 1) * self.config.batch_size, step * self.config.batch_size)
