@@ -367,8 +367,9 @@ def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
 def test_max_bad_is_a_share_of_small_sets_too(tmp_path: Path) -> None:
     shards = bad_shards(tmp_path / "shards", 39, 1)
     with pytest.raises(MaekitError, match="1 of"):
-        maekit.pretrain(tiny_config(shards, tmp_path / "strict", steps=7))
-    assert maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=7, data__max_bad=0.05)).bad == 1
+        maekit.pretrain(tiny_config(shards, tmp_path / "strict", steps=10, batch_size=4))
+    config = tiny_config(shards, tmp_path / "run", steps=10, batch_size=4, data__max_bad=0.05)
+    assert maekit.pretrain(config).bad == 1  # one epoch, one bad sample
 
 
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
