@@ -17,7 +17,7 @@ from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.run import EmbedConfig, embed
 from maekit.embedding.session import EncoderSession
 from maekit.machine import cores as available_cores
-from maekit.shards.read import MemberReader, open_shards
+from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 
 
@@ -57,13 +57,13 @@ def main() -> None:
 
 
 def _decode_all(session: EncoderSession, shards, cores: int):
-    reader = MemberReader()  # positional reads need no lock
+    reader = shards.reader()  # positional reads need no lock
     places = [shards.locate(number) for number in range(shards.samples)]
     prepare = session.description.preprocess
     before = time.perf_counter()
     with ThreadPoolExecutor(cores) as pool:
         images = list(
-            pool.map(lambda place: prepare(reader.read_image(shards.indexes[place[0]], place[1])), places, chunksize=8)
+            pool.map(lambda place: prepare(reader.read_image(shards.index(place[0]), place[1])), places, chunksize=8)
         )
     seconds = time.perf_counter() - before
     reader.close()

@@ -1,60 +1,158 @@
 """`maekit check`."""
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+if TYPE_CHECKING:
+    from maekit.check import CheckReport, ImageReport
+
+_ROWS = 20  # a longer table is cut to what needs looking at
 
 
 def command(
     shards: Annotated[
-        list[str], typer.Argument(help="Directories, .tar files, globs or brace patterns.", show_default=False)
+        list[str], typer.Argument(help="Directories, .tar files, globs, brace patterns or URLs.", show_default=False)
     ],
     write_index: Annotated[
         bool, typer.Option("--write-index", help="Write NAME.tar.index beside each sound shard.")
     ] = False,
+    crc: Annotated[
+        bool, typer.Option("--crc", help="Put the CRC-32 of every member into it: reads every byte.")
+    ] = False,
+    images: Annotated[
+        bool, typer.Option("--images", help="Decode every image: formats, modes, sizes, failures by reason.")
+    ] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Mean and standard deviation of each channel, over all images.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. [dim]\\[default: one per core][/dim]", show_default=False)
+    ] = None,
+    cache_gb: Annotated[float, typer.Option(help="Gigabytes of disk for shards fetched from remote.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Scan shards strictly: samples, bytes, damage, duplicate keys.
 
-    Every tar header is checked and every byte accounted for. Exits 1 when any shard is damaged, with one line for each
-    that says where and why.
+    Every tar header is checked and every byte accounted for. Where an index with CRC-32s lies beside a shard, every
+    member is compared with it. Exits 1 when any shard is damaged, or with --images any image, with one line for each
+    damaged shard that says where and why.
     """
     import sys
 
-    from maekit.cli.show import make_progress, print_json, size
-    from maekit.shards.check import ShardReport, check_shards
+    from maekit.check import check_shards
+    from maekit.cli.show import make_progress, print_json
+    from maekit.errors import InputError
+    from maekit.shards.remote import RemoteCache
     from maekit.shards.spec import find_shards
 
-    found = find_shards(shards)
-    progress = make_progress()
-    done = 0
-
-    def on_shard(report: ShardReport) -> None:
-        nonlocal done
-        done += 1
-        progress.advance(done)
-
-    progress.start("check", len(found))
-    try:
-        report = check_shards(found, write_indexes=write_index, on_shard=on_shard)
-    finally:
-        progress.stop()
-    summary = report.summary()
+    if crc and not write_index:
+        raise InputError("--crc puts CRC-32s into the index that --write-index writes; give both")
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: must be at least 1")
+    if not cache_gb > 0:
+        raise InputError(f"--cache-gb {cache_gb:g}: must be greater than 0")
+    report = check_shards(
+        find_shards(shards),
+        write_indexes=write_index,
+        crc=crc,
+        images=images or stats,
+        workers=workers,
+        remote=RemoteCache(int(cache_gb * 1e9)),
+        progress=make_progress(),
+    )
     for shard in report.damaged:
         assert shard.damage is not None
         print(f"damaged  {shard.name}  at byte {shard.damage.offset}: {shard.damage.reason}", file=sys.stderr)
+    _print_shards(report)
+    if report.images is not None and images:
+        _print_images(report.images)
+    if report.images is not None and stats and report.images.decoded:
+        _print_stats(report.images)
+    if as_json:
+        summary = report.summary()
+        if not stats:
+            summary.pop("stats", None)
+        if not images:
+            summary.pop("images", None)
+        print_json(summary)
+    if report.damaged or (images and report.images is not None and report.images.failed):
+        raise typer.Exit(1)
+
+
+def _print_shards(report: "CheckReport") -> None:
+    from maekit.cli.show import print_table, size
+
+    def remark(shard: object) -> str:
+        parts = []
+        for attribute, text in (
+            ("damage", "damaged"),
+            ("without_image", "{} without image"),
+            ("ignored", "{} members ignored"),
+            ("stale_index", "stale index"),
+            ("verified", "CRC-32s verified"),
+        ):
+            if value := getattr(shard, attribute):
+                parts.append(text.format(value))
+        return ", ".join(parts)
+
+    shown = report.shards
+    if len(shown) > _ROWS:
+        shown = [shard for shard in shown if shard.damage or shard.without_image or shard.ignored or shard.stale_index]
+    rows = [
+        (shard.name, str(shard.samples), size(float(shard.bytes)), _counts(shard.extensions), remark(shard))
+        for shard in shown[:_ROWS]
+    ]
+    if rows:
+        print_table(("shard", "samples", "size", "members", ""), rows, right=(1, 2))
+    if len(shown) > _ROWS:
+        print(f"… and {len(shown) - _ROWS} more shards with remarks")
     print(
-        f"{report.samples} samples in {len(report.shards)} shards, {size(float(sum(s.bytes for s in report.shards)))}; "
+        f"{report.samples} samples in {len(report.shards)} shards, {size(float(report.bytes))}; "
         f"{len(report.damaged)} damaged"
     )
+    summary = report.summary()
     for key, what in (
         ("duplicates", "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)"),
         ("without_image", "samples hold no image"),
         ("ignored", "members belong to no sample (no extension, hidden, or metadata)"),
+        ("stale_indexes", "indexes beside shards belong to other files and are not used (--write-index renews them)"),
     ):
         if summary[key]:
             print(f"{summary[key]} {what}")
-    if as_json:
-        print_json(summary)
-    if report.damaged:
-        raise typer.Exit(1)
+
+
+def _print_images(images: "ImageReport") -> None:
+    from maekit.cli.show import print_table
+
+    summary = images.summary()
+
+    def spread(value: object) -> str:
+        return "{min} to {max}, median {median}".format(**value) if isinstance(value, dict) else ""
+
+    rows = [
+        ("decoded", str(images.decoded)),
+        ("formats", _counts(images.formats)),
+        ("modes", _counts(images.modes)),
+        ("width", spread(summary["width"])),
+        ("height", spread(summary["height"])),
+        ("failed", f"{images.failed}  {_counts(images.failures)}".rstrip()),
+    ]
+    print_table(("images", ""), rows)
+    for failure in images.examples[:_ROWS]:
+        print(f"  {failure.shard}  {failure.key}  {failure.reason}: {failure.detail}")
+    if images.failed > _ROWS:
+        print(f"  … and {images.failed - _ROWS} more (--json lists 1,000)")
+
+
+def _print_stats(images: "ImageReport") -> None:
+    mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (images.mean, images.std))
+    print(f"mean {mean}   std {std}   (red, green, blue, of values in [0, 1]; every image weighs the same)")
+    print(f"for training: --set 'data.mean=[{mean}]' --set 'data.std=[{std}]'")
+
+
+def _counts(counts: dict[str, int]) -> str:
+    """Return counts in one line, the largest first."""
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    more = f", {len(ordered) - 6} more" if len(ordered) > 6 else ""
+    return ", ".join(f"{key} {count}" for key, count in ordered[:6]) + more

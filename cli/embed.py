@@ -11,7 +11,7 @@ def command(
         Path, typer.Argument(metavar="ENCODER.ONNX", help="What `maekit export` wrote.", show_default=False)
     ],
     shards: Annotated[
-        list[str], typer.Argument(help="Directories, .tar files, globs or brace patterns.", show_default=False)
+        list[str], typer.Argument(help="Directories, .tar files, globs, brace patterns or URLs.", show_default=False)
     ],
     out: Annotated[str, typer.Option(help="The output directory.", show_default=False)],
     device: Annotated[
@@ -28,6 +28,7 @@ def command(
         int | None, typer.Option(help="Decoding threads. [dim]\\[default: one per core][/dim]", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in --out and make it anew.")] = False,
+    cache_gb: Annotated[float, typer.Option(help="Gigabytes of disk for shards fetched from remote.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Embed every image of every shard into one parquet file per shard.
@@ -50,6 +51,7 @@ def command(
         batch_size=batch_size,
         workers=workers,
         overwrite=overwrite,
+        cache_gb=cache_gb,
     )
     result = embed(config, make_progress())
     speed = (

@@ -20,7 +20,7 @@ def _option(help: str, panel: str, *names: str, default: Any = None) -> Any:
 def command(
     shards: Annotated[
         list[str] | None,
-        typer.Argument(help="Directories, .tar files, globs or brace patterns.", show_default=False),
+        typer.Argument(help="Directories, .tar files, globs, brace patterns or URLs.", show_default=False),
     ] = None,
     out: Annotated[Path | None, _option("The run directory.", _OUTPUT)] = None,
     model: Annotated[str | None, _option("Encoder, by its timm name.", _MODEL, default="vit_base_patch16_224")] = None,
@@ -61,6 +61,10 @@ def command(
     ] = None,
     workers: Annotated[
         int | None, _option("Processes that read and decode.", _MACHINE, default="by the machine")
+    ] = None,
+    cache_gb: Annotated[
+        float | None,
+        _option("Gigabytes of disk for shards fetched from remote.", _MACHINE, default=f"{_DEFAULT.data.cache_gb:g}"),
     ] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     precision: Annotated[
@@ -112,6 +116,7 @@ def command(
         "data.skip_damaged": skip_damaged or None,
         "data.max_bad": max_bad,
         "data.workers": workers,
+        "data.cache_gb": cache_gb,
         "run.device": device,
         "run.precision": precision,
         "run.checkpoint_every": checkpoint_every,

@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _PLAIN_SECONDS = 15.0
@@ -24,14 +25,16 @@ class Plain:
     def __init__(self) -> None:
         self._what, self._total, self._shown, self._row = "", 0, 0.0, ""
         self._first, self._started = 0, 0.0
+        self._count: Callable[[int], str] = str
 
     def note(self, text: str) -> None:
         """Print one line."""
         print(text, file=sys.stderr, flush=True)
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
+    def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Begin a piece of work."""
         self._what, self._total, self._row, self._first = what, total, "", done
+        self._count = size if unit == "bytes" else str
         self._started = self._shown = time.monotonic()
 
     def advance(self, done: int) -> None:
@@ -40,7 +43,8 @@ class Plain:
         if now - self._shown >= _PLAIN_SECONDS:
             self._shown = now
             left = (now - self._started) / max(1, done - self._first) * (self._total - done)
-            self.note(f"{self._what} {done}/{self._total}  {duration(left)} left  {self._row}".rstrip())
+            of = f"{self._count(done)}/{self._count(self._total)}"
+            self.note(f"{self._what} {of}  {duration(left)} left  {self._row}".rstrip())
 
     def figures(self, row: dict[str, Any]) -> None:
         """Remember the newest figures for the next line."""
@@ -66,14 +70,21 @@ class Bar:
         """Print one line above the bar."""
         self._console.print(text, highlight=False, markup=False)
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
+    def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Show a bar."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+        )
 
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            DownloadColumn() if unit == "bytes" else MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[row]}"),
             console=self._console,
@@ -133,3 +144,17 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError
+
+
+def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+    """Print aligned columns on standard output, each as wide as its widest cell; `right` are set to the right."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    # Into a file or pipe, lines keep their length: scripts and logs do not want them folded at 80.
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)

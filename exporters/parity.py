@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.images import Pixels, Preprocess
-from maekit.shards.read import MemberReader, open_shards
+from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 
 BATCH_SIZES = (1, 3, 16)
@@ -53,14 +53,14 @@ def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int = max
         InputError: no shards there, or no readable image in them.
     """
     shards = open_shards(find_shards(specs), skip_damaged=True)
-    reader = MemberReader()
+    reader = shards.reader()
     images: list[Pixels] = []
     problem = ""
     # Three times as many places as images: some may hold none.
     for number in np.linspace(0, shards.samples - 1, 3 * count).astype(int)[_spread(3 * count)]:
         shard, ordinal = shards.locate(int(number))
         try:
-            images.append(preprocess(reader.read_image(shards.indexes[shard], ordinal)))
+            images.append(preprocess(reader.read_image(shards.index(shard), ordinal)))
         except ImageError as error:
             problem = str(error)
         if len(images) == count:

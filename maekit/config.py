@@ -77,6 +77,7 @@ class DataConfig:
         max_bad: largest share of samples without a readable image, of at least an epoch or 1,000, before the run stops.
         workers: processes that read and decode; None is one per CPU core, at most 16.
         prefetch: batches that each worker keeps ready.
+        cache_gb: gigabytes of disk for shards fetched from remote.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -88,6 +89,7 @@ class DataConfig:
     max_bad: float = _free(0.01)
     workers: int | None = _free(None)
     prefetch: int = _free(2)
+    cache_gb: float = _free(50.0)
 
 
 @dataclass
@@ -185,6 +187,7 @@ class PretrainConfig:
             "model.decoder_heads": self.model.decoder_heads,
             "data.window": self.data.window,
             "data.prefetch": self.data.prefetch,
+            "data.cache_gb": self.data.cache_gb,
             "optimizer.lr": self.optimizer.lr,
             "run.threads": self.run.threads,
             "run.checkpoint_every": self.run.checkpoint_every,

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import os
 import socket
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -66,6 +67,13 @@ def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) ->
         file.write(data)
 
 
+def cache_directory() -> Path:
+    """Return where maekit caches what it can make again: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache."""
+    if own := os.environ.get("MAEKIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit"
+
+
 def walk_files(directory: Path) -> Iterator[Path]:
     """Yield every file below a directory in sorted order, through symbolic links; hidden names are passed over.
 
@@ -78,7 +86,7 @@ def walk_files(directory: Path) -> Iterator[Path]:
     def fail(error: OSError) -> None:
         raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
 
-    found: list[Path] = []
+    found: list[str] = []
     for folder, folders, names in os.walk(directory, followlinks=True, onerror=fail):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up
@@ -87,14 +95,19 @@ def walk_files(directory: Path) -> Iterator[Path]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
-            path = Path(folder, name)
             if name.startswith("."):
                 continue
-            if not path.exists():
-                raise InputError(f"{path} is a link that leads nowhere; mend or remove it")
-            if path.is_file():
+            path = os.path.join(folder, name)
+            try:
+                kind = os.stat(path).st_mode
+            except FileNotFoundError as error:
+                raise InputError(f"{path} is a link that leads nowhere; mend or remove it") from error
+            except OSError as error:
+                fail(error)
+            if stat.S_ISREG(kind):
                 found.append(path)
-    yield from sorted(found)
+    # By parts, as paths compare: a/x stands before a.b/x.
+    yield from map(Path, sorted(found, key=lambda path: path.split(os.sep)))
 
 
 def require_utf8(path: Path) -> None:

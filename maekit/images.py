@@ -10,9 +10,11 @@ One rule per kind of image, everywhere the same:
 The format is told from the bytes; a file's extension is only a hint.
 """
 
+import contextlib
 import io
 import math
 import struct
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,6 +28,8 @@ from maekit.random import Purpose, uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
+_START_OF_SCAN = b"\xff\xda"  # cannot stand within the coded data
+_MAX_SCANNED = 32 * MAX_PIXELS
 _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
@@ -124,17 +128,59 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
     Raises:
         ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
     """
+    with _refusals(data):
+        return upright_rgb(_load(data, at_least))
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A decoded image and what its file was.
+
+    Attributes:
+        format: of the file, as Pillow names it.
+        mode: of its pixels, as Pillow names it.
+        rgb: the image by the rules above.
+    """
+
+    format: str
+    mode: str
+    rgb: Image.Image
+
+
+def examine(data: bytes) -> Examined:
+    """Decode an image file at its full size, and tell what it was.
+
+    Raises:
+        ImageError: the bytes give no image.
+    """
+    with _refusals(data):
+        image = _load(data, None)
+        return Examined(str(image.format), image.mode, upright_rgb(image))
+
+
+def _load(data: bytes, at_least: tuple[int, int] | None) -> Image.Image:
     if not data:
         raise ImageError("empty", "zero bytes")
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
-        if at_least is not None and image.format == "JPEG":
+    image = Image.open(io.BytesIO(data), formats=FORMATS)
+    if image.width * image.height > MAX_PIXELS:
+        raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
+    if image.format == "JPEG":
+        # Each scan of a progressive JPEG goes over all pixels: a small file of thousands would take hours.
+        scans = data.count(_START_OF_SCAN)
+        if scans * image.width * image.height > _MAX_SCANNED:
+            raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
+        if at_least is not None:
             # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
-        image.load()
-        return upright_rgb(image)
+    image.load()
+    return image
+
+
+@contextlib.contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Turn whatever decoding raises into an ImageError."""
+    try:
+        yield
     except ImageError:
         raise
     except Image.DecompressionBombError as error:

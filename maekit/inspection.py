@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from maekit import runs
+from maekit.check import CheckReport, check_shards
 from maekit.config import fields_of
 from maekit.errors import InputError
 from maekit.runs import RunDirectory
-from maekit.shards.check import CheckReport, check_shards
 from maekit.shards.spec import TAR, find_shards
 
 

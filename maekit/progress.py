@@ -9,8 +9,8 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Show one line that stays."""
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
-        """Begin a piece of work of `total` units, `done` of them already made."""
+    def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
+        """Begin a piece of work of `total` units (or `bytes`), `done` of them already made."""
 
     def advance(self, done: int) -> None:
         """Tell how many units are made."""
@@ -28,7 +28,7 @@ class Silent:
     def note(self, text: str) -> None:
         """Show nothing."""
 
-    def start(self, what: str, total: int, done: int = 0) -> None:
+    def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Show nothing."""
 
     def advance(self, done: int) -> None:

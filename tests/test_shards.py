@@ -12,8 +12,8 @@ from conftest import jpeg, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from maekit.check import check_shards
 from maekit.errors import DamagedShard, InputError, MaekitError
-from maekit.shards.check import check_shards
 from maekit.shards.index import build_index, load_index, parse_index
 from maekit.shards.order import Order
 from maekit.shards.pack import pack
@@ -262,15 +262,15 @@ def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path, make_shar
 
 
 def test_a_shard_that_cannot_be_read_is_reported_with_the_others(make_shards, monkeypatch) -> None:
-    import maekit.shards.check as module
+    import maekit.check as module
 
     directory = make_shards(2, 3)
     original = module.build_index
 
-    def fail_on_first(path: Path):
+    def fail_on_first(path: Path, **options):
         if path.name == "000.tar":
             raise MaekitError(f"cannot read {path}: Input/output error")
-        return original(path)
+        return original(path, **options)
 
     monkeypatch.setattr(module, "build_index", fail_on_first)
     report = check_shards(find_shards(str(directory)))
@@ -286,8 +286,9 @@ def test_a_shard_that_cannot_be_read_is_reported_with_the_others(make_shards, mo
         ("empty/*.tar", "no file matches"),
         ("empty/{0..1}.tar", "no such file"),
         ("empty/{0..1.tar", "braces"),
-        ("pipe:cat x", "remote"),
-        ("s3://bucket/x.tar", "remote"),
+        ("pipe:cat x", "neither commands"),
+        ("zip://x.tar::s3://bucket/x.zip", "nor chained"),
+        ("nonsense://bucket/", "knows no protocol"),
     ],
 )
 def test_specs_that_name_nothing(tmp_path: Path, monkeypatch, spec: str, said: str) -> None:

@@ -119,7 +119,7 @@ def test_batches_do_not_depend_on_ranks_and_workers(make_shards, world: int, wor
         ranks = []
         for rank in range(world):
             source = ExactSource(order, batch_size=8, first=first, last=6, rank=rank, world=world)
-            crops = CropLoader(shards, RandomCrop((32, 32), (0.2, 1.0), True, 1), patches=16, seed=1)
+            crops = CropLoader(shards, order, RandomCrop((32, 32), (0.2, 1.0), True, 1), patches=16, seed=1)
             ranks.append(list(make_loader(source, crops, workers=workers, prefetch=1, pin=False)))
         return [
             [torch.cat([getattr(batch, name) for batch in step]) for name in ("images", "flips", "noise")]

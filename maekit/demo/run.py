@@ -10,15 +10,15 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from maekit.check import check_shards
 from maekit.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig
 from maekit.demo.pictures import CLASSES, write_pictures
 from maekit.errors import InputError, MaekitError
 from maekit.evaluation.knn import knn_accuracy
 from maekit.images import decode
 from maekit.progress import Progress, Silent
-from maekit.shards.check import check_shards
 from maekit.shards.pack import pack
-from maekit.shards.read import MemberReader, ShardSet, open_shards
+from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 
 TRAIN_PICTURES, TEST_PICTURES = 2000, 500
@@ -162,9 +162,9 @@ def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Ro
 
 
 def _labels(shards: ShardSet) -> NDArray[np.int64]:
-    reader = MemberReader()
+    reader = shards.reader()
     labels = []
-    for index in shards.indexes:
+    for index in map(shards.index, range(len(shards.shards))):
         for ordinal in range(index.samples):
             (member,) = [m for m in index.members(ordinal) if m.extension == "cls"]
             labels.append(int(reader.read(index, member)))
@@ -173,10 +173,10 @@ def _labels(shards: ShardSet) -> NDArray[np.int64]:
 
 
 def _pixels(split: str, shards: ShardSet) -> Rows:
-    reader = MemberReader()
+    reader = shards.reader()
     rows = [
         decode(reader.read_image(index, ordinal)).astype(np.float32).ravel() / 127.5 - 1
-        for index in shards.indexes
+        for index in map(shards.index, range(len(shards.shards)))
         for ordinal in range(index.samples)
     ]
     reader.close()

@@ -9,7 +9,7 @@ bounded number ahead, across the borders of shards
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -20,6 +20,7 @@ from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, Preprocess
 from maekit.shards.index import ShardIndex
 from maekit.shards.read import MemberReader
+from maekit.shards.remote import RemoteCache
 
 _CHUNK = 8
 
@@ -39,7 +40,7 @@ class ShardResult:
     """Everything about one shard.
 
     Attributes:
-        number: place in the list of shards that was handed in.
+        number: place in the row of shards that was handed in.
         ordinals: places in the shard of the samples that have a row, in tar order.
         embeddings: float32 `[rows, dim]`.
         errors: the samples that have none, in tar order.
@@ -62,12 +63,14 @@ class Timing:
         running: seconds in the session.
         images: images embedded.
         samples: samples seen, those without an image included.
+        bytes: of shards, as far as they have been worked through.
     """
 
     waiting: float = 0.0
     running: float = 0.0
     images: int = 0
     samples: int = 0
+    bytes: float = 0.0
 
     @property
     def binds(self) -> str:
@@ -78,6 +81,7 @@ class Timing:
 @dataclass
 class _Decoded:
     shard: int
+    index: ShardIndex
     ordinal: int
     pixels: Pixels | None
     error: ErrorRow | None
@@ -102,27 +106,31 @@ class EmbeddingPipeline:
         session: the encoder.
         batch_size: images per run of the session.
         workers: decoding threads.
+        remote: where remote shards come from.
     """
 
-    def __init__(self, session: EncoderSession, *, batch_size: int, workers: int) -> None:
-        self._session, self._batch_size, self._workers = session, batch_size, workers
+    def __init__(
+        self, session: EncoderSession, *, batch_size: int, workers: int, remote: RemoteCache | None = None
+    ) -> None:
+        self._session, self._batch_size, self._workers, self._remote = session, batch_size, workers, remote
         self.timing = Timing()
 
-    def run(self, indexes: Sequence[ShardIndex]) -> Iterator[ShardResult | None]:
+    def run(self, indexes: Iterable[ShardIndex]) -> Iterator[ShardResult | None]:
         """Yield the result of each shard in order, and None after each batch, so that the caller can stop there.
+
+        Args:
+            indexes: the shards, none without a sample; asked for as decoding comes to them.
 
         Raises:
             MaekitError: the session failed.
         """
-        for number, index in enumerate(indexes):
-            if not index.samples:
-                raise ValueError(f"shard {number} ({index.path}) holds no sample")
-        decoder = _Decoder(self._session.description.preprocess, indexes)
+        decoder = _Decoder(self._session.description.preprocess, self._remote)
         current = _Open()
         with ThreadPoolExecutor(self._workers, "decode") as pool:
             try:
                 for decoded in self._decode_ahead(pool, decoder, indexes):
                     self.timing.samples += 1
+                    self.timing.bytes += decoded.index.size / decoded.index.samples
                     if decoded.failure is not None:
                         current.failure = decoded.failure
                     elif decoded.error is not None:
@@ -130,7 +138,7 @@ class EmbeddingPipeline:
                     elif decoded.pixels is not None:
                         current.ordinals.append(decoded.ordinal)
                         current.waiting.append(decoded.pixels)
-                    last = decoded.ordinal == indexes[decoded.shard].samples - 1
+                    last = decoded.ordinal == decoded.index.samples - 1
                     if current.waiting and (last or len(current.waiting) == self._batch_size):
                         current.parts.append(self._embed(current.waiting))
                         current.waiting = []
@@ -148,18 +156,18 @@ class EmbeddingPipeline:
                 decoder.close()
 
     def _decode_ahead(
-        self, pool: ThreadPoolExecutor, decoder: "_Decoder", indexes: Sequence[ShardIndex]
+        self, pool: ThreadPoolExecutor, decoder: "_Decoder", indexes: Iterable[ShardIndex]
     ) -> Iterator[_Decoded]:
         """Yield decoded samples in order, keeping at most two batches and one chunk per worker in flight."""
         ahead = 2 * -(-self._batch_size // _CHUNK) + self._workers
         flying: deque[Future[list[_Decoded]]] = deque()
         chunks = (
-            (shard, range(start, min(start + _CHUNK, index.samples)))
+            (shard, index, range(start, min(start + _CHUNK, index.samples)))
             for shard, index in enumerate(indexes)
             for start in range(0, index.samples, _CHUNK)
         )
-        for shard, ordinals in chunks:
-            flying.append(pool.submit(decoder, shard, ordinals))
+        for shard, index, ordinals in chunks:
+            flying.append(pool.submit(decoder, shard, index, ordinals))
             if len(flying) > ahead:
                 yield from self._wait(flying.popleft())
         while flying:
@@ -193,26 +201,26 @@ def embed_padded(session: EncoderSession, images: Sequence[Pixels], batch_size: 
 class _Decoder:
     """Reads and decodes chunks; called from many threads, each with files of its own."""
 
-    def __init__(self, preprocess: Preprocess, indexes: Sequence[ShardIndex]) -> None:
-        self._preprocess, self._indexes = preprocess, indexes
+    def __init__(self, preprocess: Preprocess, remote: RemoteCache | None) -> None:
+        self._preprocess, self._remote = preprocess, remote
         self._own = threading.local()
         self._readers: list[MemberReader] = []
 
-    def __call__(self, shard: int, ordinals: range) -> list[_Decoded]:
+    def __call__(self, shard: int, index: ShardIndex, ordinals: range) -> list[_Decoded]:
         if not hasattr(self._own, "reader"):
-            self._own.reader = MemberReader(max_open=4)
+            self._own.reader = MemberReader(max_open=4, remote=self._remote)
             self._readers.append(self._own.reader)
-        index = self._indexes[shard]
         return [self._decode(self._own.reader, shard, index, ordinal) for ordinal in ordinals]
 
     def _decode(self, reader: MemberReader, shard: int, index: ShardIndex, ordinal: int) -> _Decoded:
         try:
             data = reader.read_image(index, ordinal)
-            return _Decoded(shard, ordinal, self._preprocess(data), None)
+            return _Decoded(shard, index, ordinal, self._preprocess(data), None)
         except ImageError as error:
-            return _Decoded(shard, ordinal, None, ErrorRow(ordinal, index.key(ordinal), error.reason, str(error)))
+            row = ErrorRow(ordinal, index.key(ordinal), error.reason, str(error))
+            return _Decoded(shard, index, ordinal, None, row)
         except MaekitError as error:
-            return _Decoded(shard, ordinal, None, None, str(error))
+            return _Decoded(shard, index, ordinal, None, None, str(error))
 
     def close(self) -> None:
         for reader in self._readers:

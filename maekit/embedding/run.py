@@ -1,22 +1,26 @@
 """`maekit embed`: from shards to embeddings, one committed file per shard."""
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maekit import files
-from maekit.embedding.pipeline import EmbeddingPipeline
+from maekit.embedding.pipeline import EmbeddingPipeline, ShardResult
 from maekit.embedding.session import CPU, EncoderSession
 from maekit.embedding.writer import DTYPES, CommitRecord, OutputDirectory, OutputOptions, check_output_names
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.machine import cores
+from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
 from maekit.shards.index import ShardIndex, load_index
+from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile, find_shards
 from maekit.signals import stop_on_signal
 
 # On a CPU larger batches only fall out of the caches; a GPU wants to be filled.
 _CPU_BATCH, _GPU_BATCH = 16, 256
+_AHEAD = 4  # shards fetched and indexed before their turn
 
 
 @dataclass
@@ -32,6 +36,7 @@ class EmbedConfig:
         batch_size: images per run of the model; None is 16 on a CPU and 256 on a GPU.
         workers: decoding threads; None is one per CPU core.
         overwrite: delete what another model or other options left in `out`.
+        cache_gb: gigabytes of disk for shards fetched from remote.
     """
 
     model: str
@@ -42,6 +47,7 @@ class EmbedConfig:
     batch_size: int | None = None
     workers: int | None = None
     overwrite: bool = False
+    cache_gb: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,9 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     output.refuse_foreign()
     with files.sole_owner(output.bookkeeping):
         output.claim(overwrite=config.overwrite)
-        pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=config.workers or cores())
-        job = _Job(output, progress)
+        remote = RemoteCache(int(config.cache_gb * 1e9))
+        pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=config.workers or cores(), remote=remote)
+        job = _Job(output, progress, remote)
         todo = job.plan(shards)
         started, started_cpu = time.perf_counter(), time.process_time()
         job.embed(todo, pipeline)
@@ -109,7 +116,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         out=config.out,
         rows=job.rows,
         errors=job.errors,
-        shards=len(todo),
+        shards=job.shards,
         skipped=job.skipped,
         damaged=job.damaged,
         images_per_second=round(timing.images / seconds, 2) if timing.images else 0.0,
@@ -125,11 +132,22 @@ def _check(config: EmbedConfig) -> None:
     for option, value in (("--batch-size", config.batch_size), ("--workers", config.workers)):
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
+    if not config.cache_gb > 0:
+        raise InputError(f"--cache-gb {config.cache_gb:g}: must be greater than 0")
     files.require_utf8(Path(config.out))
     if "://" in config.out:
         raise InputError(
             f"--out {config.out}: write to a local or mounted directory, then copy it (aws s3 sync, gsutil)"
         )
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    """A shard whose turn has come: on this machine, sound, and with the mark of its version."""
+
+    shard: ShardFile
+    index: ShardIndex
+    version: str | None
 
 
 @dataclass
@@ -139,69 +157,106 @@ class _Job:
     Attributes:
         output: where rows and records go.
         progress: where to show how it goes on.
+        remote: where remote shards come from.
         rows: keys with an embedding, earlier ones included.
         errors: keys without, likewise.
+        shards: committed now.
         skipped: shards committed earlier.
         damaged: one line for each shard left out.
+        sizes: bytes of each shard, as far as they are known.
     """
 
     output: OutputDirectory
     progress: Progress
+    remote: RemoteCache
     rows: int = 0
     errors: int = 0
+    shards: int = 0
     skipped: int = 0
     damaged: list[str] = field(default_factory=list)
+    sizes: dict[ShardFile, int] = field(default_factory=dict)
 
-    def plan(self, shards: list[ShardFile]) -> list[tuple[ShardFile, ShardIndex]]:
-        """Index all shards; return those that are not committed yet."""
+    def plan(self, shards: list[ShardFile]) -> list[ShardFile]:
+        """Return the shards that are not known to be committed: those that are new, or look changed."""
         todo = []
-        self.progress.start("index shards", len(shards))
-        try:
-            for number, shard in enumerate(shards, 1):
-                try:
-                    index = load_index(shard.path)
-                except MaekitError as error:
-                    self._leave_out(shard, str(error))
-                    continue
-                record = self.output.committed(shard, index)
-                if record is not None:
-                    self.skipped += 1
-                    self._count(record)
-                elif index.samples:
-                    todo.append((shard, index))
-                self.progress.advance(number)
-        finally:
-            self.progress.stop()
+        versions = map_in_threads(self._version, shards, threads=_AHEAD)
+        for shard, version in zip(shards, versions, strict=True):
+            record = self.output.committed_as(shard, version)
+            if record is None:
+                todo.append(shard)
+            else:
+                self.skipped += 1
+                self._count(record)
         for orphan in self.output.orphans(shards):
             self.progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays where it is")
         if self.skipped:
             self.progress.note(f"{self.skipped} of {len(shards)} shards are committed already")
         return todo
 
-    def embed(self, todo: list[tuple[ShardFile, ShardIndex]], pipeline: EmbeddingPipeline) -> None:
-        """Embed and commit shard by shard.
+    def embed(self, todo: list[ShardFile], pipeline: EmbeddingPipeline) -> None:
+        """Embed and commit shard by shard; each is fetched and judged when its turn comes.
 
         Raises:
             Stopped: SIGTERM or SIGINT came.
             MaekitError: the model failed, or the output cannot be written.
         """
-        self.progress.start("embed", sum(index.samples for _, index in todo))
+        arrived: list[_Arrival] = []
+        self.progress.start("embed", sum(self.sizes.get(shard, 0) for shard in todo), unit="bytes")
         started = time.perf_counter()
         timing = pipeline.timing
         try:
             with stop_on_signal() as stopped_by:
-                for result in pipeline.run([index for _, index in todo]):
-                    if result is not None and result.failure is not None:
-                        self._leave_out(todo[result.number][0], result.failure)
-                    elif result is not None:
-                        self._count(self.output.write(*todo[result.number], result))
+                for result in pipeline.run(self._arrivals(todo, arrived)):
+                    if result is not None:
+                        self._settle(arrived[result.number], result)
                     rate = timing.images / (time.perf_counter() - started)
-                    self.progress.advance(timing.samples)
+                    self.progress.advance(int(timing.bytes))
                     self.progress.figures({"images_per_second": rate, "binds": timing.binds, "errors": self.errors})
                     if signal_name := stopped_by():
                         raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
         finally:
             self.progress.stop()
+
+    def _arrivals(self, todo: list[ShardFile], arrived: "list[_Arrival]") -> Iterator[ShardIndex]:
+        """Yield the index of each shard that is sound and not committed after all; `arrived` says which it was."""
+        for shard, arrival in zip(todo, map_in_threads(self._arrive, todo, threads=_AHEAD), strict=True):
+            if isinstance(arrival, MaekitError):
+                self._leave_out(shard, str(arrival))
+                continue
+            record = self.output.committed(shard, arrival.index)
+            if record is not None:
+                self.skipped += 1
+                self._count(record)
+            elif arrival.index.samples:
+                arrived.append(arrival)
+                yield arrival.index
+
+    def _arrive(self, shard: ShardFile) -> "_Arrival | MaekitError":
+        try:
+            version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
+            return _Arrival(shard, load_index(shard.path), version)
+        except MaekitError as error:
+            return error
+
+    def _version(self, shard: ShardFile) -> str | None:
+        """Return a mark that changes with the shard, without reading it; None where there is none."""
+        try:
+            if shard.url is not None:
+                there = self.remote.describe(shard)
+                self.sizes[shard] = there.size or 0
+                return there.version
+            status = shard.path.stat()
+            self.sizes[shard] = status.st_size
+            return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
+        except (MaekitError, OSError):
+            return None  # told when its turn comes
+
+    def _settle(self, arrival: "_Arrival", result: ShardResult) -> None:
+        if result.failure is not None:
+            self._leave_out(arrival.shard, result.failure)
+        else:
+            self.shards += 1
+            self._count(self.output.write(arrival.shard, arrival.index, result, arrival.version))
 
     def _count(self, record: CommitRecord) -> None:
         self.rows += record.rows

@@ -56,6 +56,7 @@ class CommitRecord:
         shard: its name.
         input_digest: digest of its index.
         input_bytes: its size.
+        input_version: a mark that changes with the shard (size and time, or what a server gives), None where unknown.
         options: how it was embedded.
         rows: keys with an embedding.
         errors: keys without; rows + errors = keys.
@@ -67,6 +68,7 @@ class CommitRecord:
     shard: str
     input_digest: str
     input_bytes: int
+    input_version: str | None
     options: dict[str, Any]
     rows: int
     errors: int
@@ -125,12 +127,20 @@ class OutputDirectory:
 
     def committed(self, shard: ShardFile, index: ShardIndex) -> CommitRecord | None:
         """Return a shard's commit record if input, model and options are still the same and its file is there."""
-        raw = _read_json(self._record(shard))
-        try:
-            record = CommitRecord(**(raw or {}))
-        except TypeError:
+        record = self._valid_record(shard)
+        if record is None or (record.input_digest, record.input_bytes) != (index.digest, index.size):
             return None
-        if (record.input_digest, record.input_bytes) != (index.digest, index.size):
+        return record
+
+    def committed_as(self, shard: ShardFile, version: str | None) -> CommitRecord | None:
+        """Return a shard's commit record if it is of this very version of the shard; needs no index."""
+        record = self._valid_record(shard)
+        return record if record is not None and version is not None and record.input_version == version else None
+
+    def _valid_record(self, shard: ShardFile) -> CommitRecord | None:
+        try:
+            record = CommitRecord(**(_read_json(self._record(shard)) or {}))
+        except TypeError:
             return None
         if record.options != asdict(self._options):
             return None
@@ -140,7 +150,9 @@ class OutputDirectory:
                 return None
         return record
 
-    def write(self, shard: ShardFile, index: ShardIndex, result: ShardResult) -> CommitRecord:
+    def write(
+        self, shard: ShardFile, index: ShardIndex, result: ShardResult, version: str | None = None
+    ) -> CommitRecord:
         """Write rows, then errors, then the record; a kill in between leaves the shard to be done again.
 
         Raises:
@@ -172,6 +184,7 @@ class OutputDirectory:
             shard=shard.name,
             input_digest=index.digest,
             input_bytes=index.size,
+            input_version=version,
             options=asdict(self._options),
             rows=len(result.ordinals),
             errors=len(result.errors),

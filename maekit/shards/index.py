@@ -3,24 +3,22 @@
 Building it is the strict scan of `tar.py` plus the rules of the WebDataset form: a sample is the run of members that
 share a key (the name up to the first dot of its last path part), a key comes in one run, and no member twice.
 
-File format, little-endian, memory-mapped, columns aligned to 8 bytes:
+With `crc=True` it also reads every member and keeps its CRC-32, so that damage inside members is seen as well: by
+`maekit check`, and whenever a member is read.
 
-    8 bytes   magic "MAEKIDX1"
-    uint32    length of the JSON header      uint32   CRC-32 of the JSON header and all columns
-    JSON      shard size and mtime, digest, counts, extensions, ignored members, and for each column its dtype,
-              offset (from the first column) and length
-    columns   sample_start [S+1]  first member of each sample
-              key_start    [S+1]  first byte of each key in `keys`
-              keys         bytes, UTF-8
-              member_offset [M] member_size [M] member_extension [M]
+The file (magic "MAEKIDX2", form in columns.py): the header holds the shard's size and mtime, the digest, the probe,
+extensions and ignored members; the columns are
+
+    sample_start [S+1]  first member of each sample
+    key_start    [S+1]  first byte of each key in `keys`
+    keys         bytes, UTF-8
+    member_offset [M] member_size [M] member_extension [M], and member_crc [M] where it was made with CRCs
 """
 
 import contextlib
 import hashlib
-import json
 import os
 import re
-import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,9 +30,10 @@ from numpy.typing import NDArray
 
 from maekit import files
 from maekit.errors import DamagedShard, MaekitError
+from maekit.shards import columns as columns_file
 from maekit.shards.tar import BLOCK, Member, TarDamage, scan_members
 
-MAGIC = b"MAEKIDX1"
+MAGIC = b"MAEKIDX2"
 INDEX_SUFFIX = ".index"
 IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "avif", "ppm", "pgm", "pbm", "pnm")
@@ -51,16 +50,28 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_offset": np.dtype("<i8"),
     "member_size": np.dtype("<i8"),
     "member_extension": np.dtype("<u2"),
+    "member_crc": np.dtype("<u4"),
 }
+_OPTIONAL = frozenset(("member_crc",))
+_PROBES = 8  # headers looked at again when an index comes from elsewhere
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemberSpan:
-    """Where one member of a sample lies: extension (lower case), byte offset of its data, bytes of data."""
+    """Where one member of a sample lies.
+
+    Attributes:
+        extension: in lower case.
+        offset: byte offset of its data.
+        size: bytes of data.
+        crc: CRC-32 of its data, or None where the index was made without.
+    """
 
     extension: str
     offset: int
     size: int
+    crc: int | None = None
 
 
 class ShardIndex:
@@ -72,15 +83,17 @@ class ShardIndex:
         size: bytes of the shard when it was scanned.
         mtime_ns: its modification time then, in nanoseconds.
         digest: SHA-256 over keys, extensions and sizes (neither path nor times), hexadecimal.
+        probe: CRC-32 over a few of its headers, by which another copy of the shard is known.
         ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10,
             and in `ignored_count` how many there are.
     """
 
-    def __init__(self, path: Path, header: dict[str, Any], columns: dict[str, NDArray[Any]]) -> None:
+    def __init__(self, path: Path, header: dict[str, Any], columns: columns_file.Columns) -> None:
         self.path = path
         self.size = int(header["size"])
         self.mtime_ns = int(header["mtime_ns"])
         self.digest = str(header["digest"])
+        self.probe = int(header["probe"])
         self.ignored: list[str] = list(header["ignored"])
         self.ignored_count = int(header["ignored_count"])
         self._extensions: list[str] = list(header["extensions"])
@@ -88,7 +101,13 @@ class ShardIndex:
         self._sample_start = columns["sample_start"]
         self._key_start = columns["key_start"]
         self._keys = columns["keys"]
+        self._crc = columns.get("member_crc")
         self.samples = len(self._sample_start) - 1
+
+    @property
+    def has_crc(self) -> bool:
+        """Whether it knows the CRC-32 of each member."""
+        return self._crc is not None
 
     def key(self, ordinal: int) -> str:
         """Return the key of one sample."""
@@ -101,10 +120,17 @@ class ShardIndex:
 
     def members(self, ordinal: int) -> list[MemberSpan]:
         """Return the members of one sample in tar order."""
-        span = range(int(self._sample_start[ordinal]), int(self._sample_start[ordinal + 1]))
-        offsets, sizes = self._columns["member_offset"], self._columns["member_size"]
-        extensions = self._columns["member_extension"]
-        return [MemberSpan(self._extensions[int(extensions[m])], int(offsets[m]), int(sizes[m])) for m in span]
+        return [self._member(m) for m in range(int(self._sample_start[ordinal]), int(self._sample_start[ordinal + 1]))]
+
+    def _member(self, number: int) -> MemberSpan:
+        extension = self._extensions[int(self._columns["member_extension"][number])]
+        offset, size = int(self._columns["member_offset"][number]), int(self._columns["member_size"][number])
+        return MemberSpan(extension, offset, size, None if self._crc is None else int(self._crc[number]))
+
+    def extensions(self) -> dict[str, int]:
+        """Return how many members have each extension."""
+        counts = np.bincount(self._columns["member_extension"], minlength=len(self._extensions))
+        return dict(zip(self._extensions, counts.tolist(), strict=True))
 
     def image(self, ordinal: int) -> MemberSpan | None:
         """Return the image of one sample: the first member with an image extension.
@@ -124,29 +150,64 @@ class ShardIndex:
         """Whether the shard still has the size and modification time that were scanned."""
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
+    def adopt(self, descriptor: int) -> bool:
+        """Take an open file for the shard if its size and the headers probed are the same, whatever its time.
+
+        This is how an index made elsewhere is known to belong to a copy of its shard.
+        """
+        status = os.fstat(descriptor)
+        if self.matches(status):
+            return True
+        offsets = self._columns["member_offset"]
+        if status.st_size != self.size or _probe(descriptor, offsets, self.size) != self.probe:
+            return False
+        self.mtime_ns = status.st_mtime_ns
+        return True
+
+    def difference(self, other: "ShardIndex") -> DamagedShard | None:
+        """Return how a fresh scan of the shard, `other`, differs from this index; None where it does not.
+
+        Members are compared by CRC-32 where both indexes have it.
+        """
+        if (other.size, other.digest) != (self.size, self.digest):
+            return DamagedShard(str(other.path), 0, "its members are not those of the index beside it")
+        if self._crc is None or other._crc is None or not (differing := np.flatnonzero(self._crc != other._crc)).size:
+            return None
+        number = int(differing[0])
+        sample = int(np.searchsorted(self._sample_start, number, "right")) - 1
+        member = other._member(number)
+        name = f"{self.key(sample)}.{member.extension}"
+        more = f" (the first of {differing.size} members)" if differing.size > 1 else ""
+        return DamagedShard(str(other.path), member.offset, f"the bytes of {name!r} are not those of its CRC-32{more}")
+
+    def count_without_image(self) -> int:
+        """Return how many samples hold no member with an image extension."""
+        if not self.samples:
+            return 0
+        is_image = np.array([extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in self._extensions])
+        has_image = np.logical_or.reduceat(is_image[self._columns["member_extension"]], self._sample_start[:-1])
+        return int(self.samples - has_image.sum())
+
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""
-        table, body = {}, b""
-        for name, dtype in _COLUMNS.items():
-            raw = np.ascontiguousarray(self._columns[name], dtype).tobytes()
-            table[name] = [dtype.str, len(body), len(raw) // dtype.itemsize]
-            body += raw + bytes(-len(raw) % 8)
         header = {
             "size": self.size,
             "mtime_ns": self.mtime_ns,
             "digest": self.digest,
+            "probe": self.probe,
             "ignored": self.ignored,
             "ignored_count": self.ignored_count,
             "extensions": self._extensions,
-            "columns": table,
         }
-        head = json.dumps(header, ensure_ascii=False).encode()
-        head += b" " * (-len(head) % 8)
-        return MAGIC + struct.pack("<II", len(head), zlib.crc32(body, zlib.crc32(head))) + head + body
+        return columns_file.to_bytes(MAGIC, header, self._columns)
 
 
-def build_index(path: Path) -> ShardIndex:
+def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
     """Scan a shard strictly and return its index.
+
+    Args:
+        path: the shard.
+        crc: also read every member and keep its CRC-32.
 
     Raises:
         DamagedShard: the archive or its samples break a rule; says where and which.
@@ -154,17 +215,36 @@ def build_index(path: Path) -> ShardIndex:
     """
     try:
         with open(path, "rb", buffering=0) as file:
-            status = os.fstat(file.fileno())
             reader = _HeaderReader(file.fileno())
-            return _collect(path, status, scan_members(reader.read, status.st_size))
+            status = os.fstat(file.fileno())
+            return _collect(path, file.fileno(), scan_members(reader.read, status.st_size), crc)
     except TarDamage as damage:
         raise DamagedShard(str(path), damage.offset, damage.reason) from damage
     except OSError as error:
         raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def _collect(path: Path, status: os.stat_result, members: Iterator[Member]) -> ShardIndex:
+def crc32_of(descriptor: int, offset: int, size: int) -> int:
+    """Return the CRC-32 of `size` bytes from `offset`; a file that ends before gives that of what there is."""
+    crc, end = 0, offset + size
+    while offset < end and (data := os.pread(descriptor, min(_CHUNK, end - offset), offset)):
+        crc = zlib.crc32(data, crc)
+        offset += len(data)
+    return crc
+
+
+def _probe(descriptor: int, offsets: NDArray[Any], size: int) -> int:
+    """Return the CRC-32 of the size and of the header blocks of a few members, the first and the last among them."""
+    crc = zlib.crc32(str(size).encode())
+    for number in np.unique(np.linspace(0, len(offsets) - 1, min(_PROBES, len(offsets))).astype(np.int64)):
+        # A member's own header is the block before its data, whatever extended headers stand before it.
+        crc = zlib.crc32(os.pread(descriptor, BLOCK, int(offsets[number]) - BLOCK), crc)
+    return crc
+
+
+def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) -> ShardIndex:
     """Group members into samples."""
+    status = os.fstat(descriptor)
     seen: set[str] = set()
     current: str | None = None
     in_sample: set[str] = set()
@@ -177,6 +257,7 @@ def _collect(path: Path, status: os.stat_result, members: Iterator[Member]) -> S
     offsets: list[int] = []
     sizes: list[int] = []
     kinds: list[int] = []
+    crcs: list[int] = []
     digest = hashlib.sha256()
     for member in members:
         match = _NAME.fullmatch(member.name)
@@ -202,24 +283,29 @@ def _collect(path: Path, status: os.stat_result, members: Iterator[Member]) -> S
         offsets.append(member.offset)
         sizes.append(member.size)
         kinds.append(extensions.setdefault(extension, len(extensions)))
+        if crc:
+            crcs.append(crc32_of(descriptor, member.offset, member.size))
         digest.update(b"m%d:%b:%d" % (len(extension.encode()), extension.encode(), member.size))
     if len(extensions) > 1 << 16:
         raise TarDamage(0, f"{len(extensions)} different extensions in one shard (at most {1 << 16})")
-    header: dict[str, Any] = {
-        "size": status.st_size,
-        "mtime_ns": status.st_mtime_ns,
-        "digest": digest.hexdigest(),
-        "ignored": ignored,
-        "ignored_count": ignored_count,
-        "extensions": list(extensions),
-    }
-    columns = {
+    columns: columns_file.Columns = {
         "sample_start": np.array([*sample_start, len(offsets)], "<i8"),
         "key_start": np.array(key_start, "<i8"),
         "keys": np.frombuffer(b"".join(keys), "u1"),
         "member_offset": np.array(offsets, "<i8"),
         "member_size": np.array(sizes, "<i8"),
         "member_extension": np.array(kinds, "<u2"),
+    }
+    if crc:
+        columns["member_crc"] = np.array(crcs, "<u4")
+    header: dict[str, Any] = {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "digest": digest.hexdigest(),
+        "probe": _probe(descriptor, columns["member_offset"], status.st_size),
+        "ignored": ignored,
+        "ignored_count": ignored_count,
+        "extensions": list(extensions),
     }
     return ShardIndex(path, header, columns)
 
@@ -244,66 +330,85 @@ class _HeaderReader:
 
 def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
     """Return the index of the shard at `path` from the bytes of an index file, or None if they are damaged."""
-    prefix = len(MAGIC) + 8
-    if len(raw) < prefix or raw[: len(MAGIC)].tobytes() != MAGIC:
+    parsed = columns_file.from_bytes(MAGIC, _COLUMNS, raw)
+    if parsed is None or not set(_COLUMNS) - _OPTIONAL <= set(parsed[1]) or not _are_consistent(parsed[1]):
         return None
-    length, crc = struct.unpack("<II", raw[len(MAGIC) : prefix].tobytes())
-    if zlib.crc32(raw[prefix:].data) != crc:
+    try:
+        index = ShardIndex(path, *parsed)
+        ends = index._columns["member_offset"] + index._columns["member_size"]
+        return index if len(ends) == 0 or int(ends.max()) <= index.size else None
+    except (KeyError, TypeError, ValueError):
         return None
-    header = json.loads(raw[prefix : prefix + length].tobytes())
-    body = raw[prefix + length :]
-    columns: dict[str, NDArray[Any]] = {}
-    for name, (dtype, start, count) in header["columns"].items():
-        columns[name] = body[start : start + count * np.dtype(dtype).itemsize].view(dtype)
-    return ShardIndex(path, header, columns)
 
 
-def load_index(path: Path) -> ShardIndex:
-    """Return the index of a shard: the file beside it, else the cached one, else a strict scan that is then cached.
+def _are_consistent(columns: columns_file.Columns) -> bool:
+    """Whether the columns fit each other: an index from elsewhere may hold anything."""
+    members = len(columns["member_offset"])
+    starts, keys = columns["sample_start"], columns["key_start"]
+    return (
+        all(len(column) == members for name, column in columns.items() if name.startswith("member_"))
+        and 0 < len(starts) == len(keys)
+        and (int(starts[0]), int(starts[-1])) == (0, members)
+        and (int(keys[0]), int(keys[-1])) == (0, len(columns["keys"]))
+        and bool((np.diff(starts) > 0).all() and (np.diff(keys) > 0).all())
+        and bool((columns["member_offset"] >= BLOCK).all() and (columns["member_size"] >= 0).all())
+    )
 
-    An index counts only for the size and modification time of the shard that it was made from.
 
-    Raises:
-        DamagedShard, MaekitError: as `build_index`.
-    """
+def index_path(path: Path) -> Path:
+    """Return where the index of a shard lies beside it: `NAME.tar.index`."""
+    return path.with_name(path.name + INDEX_SUFFIX)
+
+
+def read_index(path: Path, file: Path) -> ShardIndex | None:
+    """Return the index of the shard at `path` from an index file, or None if that is absent or damaged."""
     try:
-        status = path.stat()
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
-    cached = _cache_path(path)
-    for candidate in (path.with_name(path.name + INDEX_SUFFIX), cached):
-        index = _open_index(path, candidate)
-        if index is not None and index.matches(status):
-            return index
-    index = build_index(path)
-    # A cache that cannot be written costs the next start a scan, nothing else.
-    with contextlib.suppress(MaekitError):
-        files.write_atomically(cached, index.to_bytes())
-    return index
-
-
-def write_index(index: ShardIndex) -> Path:
-    """Write an index beside its shard as `NAME.tar.index`; return that path."""
-    target = index.path.with_name(index.path.name + INDEX_SUFFIX)
-    files.write_atomically(target, index.to_bytes())
-    return target
-
-
-def _open_index(path: Path, candidate: Path) -> ShardIndex | None:
-    try:
-        raw = np.memmap(candidate, np.uint8, "r")
+        raw = np.memmap(file, np.uint8, "r")
     except (OSError, ValueError):  # absent, or empty (which cannot be mapped)
         return None
     return parse_index(path, raw)
 
 
+def load_index(path: Path) -> ShardIndex:
+    """Return the index of a shard: the file beside it, else the cached one, else a strict scan that is then cached.
+
+    The cached one counts only for the size and modification time that were scanned. The one beside the shard may have
+    come with it from elsewhere: it counts for the same size and the same headers where it is probed.
+
+    Raises:
+        DamagedShard, MaekitError: as `build_index`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
+    try:
+        index = read_index(path, index_path(path))
+        if index is not None and index.adopt(descriptor):
+            return index
+        index = read_index(path, _cache_path(path))
+        if index is not None and index.matches(os.fstat(descriptor)):
+            return index
+    finally:
+        os.close(descriptor)
+    index = build_index(path)
+    cache_index(index)
+    return index
+
+
+def cache_index(index: ShardIndex) -> None:
+    """Keep an index for `load_index`; a cache that cannot be written costs the next start a scan, nothing else."""
+    with contextlib.suppress(MaekitError):
+        files.write_atomically(_cache_path(index.path), index.to_bytes())
+
+
+def write_index(index: ShardIndex) -> Path:
+    """Write an index beside its shard as `NAME.tar.index`; return that path."""
+    target = index_path(index.path)
+    files.write_atomically(target, index.to_bytes())
+    return target
+
+
 def _cache_path(path: Path) -> Path:
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
-    return cache_directory() / "index" / name[:2] / f"{name}{INDEX_SUFFIX}"
-
-
-def cache_directory() -> Path:
-    """Return where maekit caches what it can make again: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache."""
-    if own := os.environ.get("MAEKIT_CACHE"):
-        return Path(own)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit"
+    return files.cache_directory() / "index" / name[:2] / f"{name}{INDEX_SUFFIX}"

@@ -5,7 +5,9 @@ within a few files at a time. A global batch is a slice of the endless row of ep
 Memory: the shard list, and one permutation for each window in use (two while a batch crosses from one to the next).
 """
 
+import itertools
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,6 +61,23 @@ class Order:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return Slice(*columns)
 
+    def window_number(self, place: int) -> int:
+        """Return the number of the window that a place of the endless row lies in; window 0 opens epoch 0."""
+        epoch, position = divmod(place, self.samples)
+        starts = self._epoch(epoch)[1]
+        return epoch * (len(starts) - 1) + int(np.searchsorted(starts, position, "right")) - 1
+
+    def windows(self, place: int) -> Iterator[list[int]]:
+        """Yield the shards of the window that a place lies in, of the next one, and so on without end."""
+        per_epoch = -(-len(self._counts) // self._window)
+        for number in itertools.count(self.window_number(place)):
+            epoch, window = divmod(number, per_epoch)
+            shard_order = self._shard_order(epoch)
+            yield shard_order[window * self._window : (window + 1) * self._window].tolist()
+
+    def _shard_order(self, epoch: int) -> NDArray[np.int64]:
+        return permutation(len(self._counts), Purpose.SHARD_ORDER, seed=self._seed, salt=self._salt, epoch=epoch)
+
     def _within_epoch(self, epoch: int, start: int, stop: int) -> tuple[NDArray[np.int64], ...]:
         shard_order, window_starts = self._epoch(epoch)
         shards, ordinals = [], []
@@ -82,9 +101,7 @@ class Order:
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Return the shards in their order, and where each window starts (with the end of the last one)."""
         if epoch not in self._epochs:
-            shard_order = permutation(
-                len(self._counts), Purpose.SHARD_ORDER, seed=self._seed, salt=self._salt, epoch=epoch
-            )
+            shard_order = self._shard_order(epoch)
             ends = np.cumsum(self._counts[shard_order])
             window_starts = np.concatenate([[0], ends[self._window - 1 :: self._window], ends[-1:]])
             self._epochs[epoch] = shard_order, window_starts

@@ -2,6 +2,8 @@
 
 import hashlib
 import os
+import threading
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,79 +12,180 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.machine import cores
+from maekit.parallel import Workers
+from maekit.shards import catalogue
+from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
+from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile
 
 # A member larger than this is no image that anybody trains on; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20
+# Below this, scanning is done before other processes have started.
+_WORTH_PROCESSES = 16 << 20
+# Far below the 65,530 maps that Linux grants a process, far above any window of shards.
+_OPEN_INDEXES = 1024
 
 
 class ShardSet:
     """Many shards as one sequence of samples.
 
+    The index of a shard is opened when it is first needed, and a bounded number of them stays open.
+
     Attributes:
         shards: the shards, sorted by name.
-        indexes: the index of each.
         counts: samples in each, int64 `[shards]`.
         samples: samples in all.
         digest: SHA-256 over the names and digests of all shards, hexadecimal: it names the data, wherever it lies.
+        remote: the cache that remote shards are fetched into; None where all are local.
     """
 
-    def __init__(self, shards: Sequence[ShardFile], indexes: Sequence[ShardIndex]) -> None:
+    def __init__(
+        self, shards: Sequence[ShardFile], rows: Sequence[CatalogueRow], remote: RemoteCache | None = None
+    ) -> None:
         self.shards = tuple(shards)
-        self.indexes = tuple(indexes)
-        self.counts: NDArray[np.int64] = np.array([index.samples for index in indexes], np.int64)
+        self.remote = remote
+        self._rows = tuple(rows)
+        self.counts: NDArray[np.int64] = np.array([row.samples for row in rows], np.int64)
         self.samples = int(self.counts.sum())
         digest = hashlib.sha256()
-        for shard, index in zip(shards, indexes, strict=True):
-            digest.update(f"{shard.name}\0{index.digest}\n".encode())
+        for shard, row in zip(shards, rows, strict=True):
+            digest.update(f"{shard.name}\0{row.digest}\n".encode())
         self.digest = digest.hexdigest()
         self._ends = self.counts.cumsum()
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._lock = threading.Lock()
 
     def locate(self, number: int) -> tuple[int, int]:
         """Return (shard, ordinal) of a sample by its number in the whole sequence."""
         shard = int(np.searchsorted(self._ends, number, "right"))
         return shard, int(number - (self._ends[shard] - self.counts[shard]))
 
+    def index(self, shard: int) -> ShardIndex:
+        """Return the index of a shard by its number.
+
+        Raises:
+            MaekitError: the shard is no longer what it was when the set was opened.
+        """
+        with self._lock:
+            index = self._indexes.get(shard)
+            if index is None:
+                index = self._indexes[shard] = self._open_index(shard)
+                if len(self._indexes) > _OPEN_INDEXES:
+                    self._indexes.popitem(last=False)
+            else:
+                self._indexes.move_to_end(shard)
+            return index
+
+    def _open_index(self, shard: int) -> ShardIndex:
+        file = self.shards[shard]
+        index = self.remote.published_index(file) if file.url and self.remote else load_index(file.path)
+        if index is None or index.digest != self._rows[shard].digest:
+            raise MaekitError(f"{file.url or file.path}: changed since it was indexed; run the command again")
+        return index
+
+    def fetch(self, shard: int) -> bool:
+        """Have a shard on this machine; return False where another process is downloading it.
+
+        Raises:
+            MaekitError: it cannot be downloaded.
+        """
+        file = self.shards[shard]
+        if file.url is None or self.remote is None:
+            return True
+        return self.remote.fetch_as_indexed(file, self.index(shard), wait=False)
+
+    def bytes_of(self, shard: int) -> int:
+        """Return the size of a shard in bytes."""
+        return self._rows[shard].size
+
+    def reader(self) -> "MemberReader":
+        """Return a reader for these shards, one per thread or process."""
+        return MemberReader(remote=self.remote)
+
 
 def open_shards(
     shards: Sequence[ShardFile],
     *,
     skip_damaged: bool = False,
+    remote: RemoteCache | None = None,
+    workers: int | None = None,
     on_shard: Callable[[ShardFile], None] = lambda shard: None,
     on_damage: Callable[[DamagedShard], None] = lambda damage: None,
 ) -> ShardSet:
-    """Index all shards, from the cache where it is current.
+    """Index all shards: what is cached and current is taken, the rest is scanned in parallel.
 
     Args:
         shards: the shard files, as `find_shards` returns them.
         skip_damaged: leave damaged shards out (each is still passed to `on_damage`).
+        remote: the cache for remote shards, which need published indexes.
+        workers: processes that scan; None is one per CPU core.
         on_shard: called after each shard, for progress.
         on_damage: called for each damaged shard.
 
     Raises:
-        InputError: shards are damaged and not skipped, or no sample is left.
+        InputError: shards are damaged and not skipped, cannot be read, or hold no sample.
     """
+    local = [shard for shard in shards if shard.url is None]
+    found: dict[ShardFile, CatalogueRow | MaekitError] = {}
+    recalled = catalogue.recall([shard.path for shard in local])
+    unknown: list[ShardFile] = []
+    for shard, row in zip(local, recalled, strict=True):
+        if row is None:
+            unknown.append(shard)
+        else:
+            found[shard] = row
+            on_shard(shard)
+    with Workers(worth_processes([shard.path for shard in unknown], workers or cores())) as pool:
+        for shard, scanned in zip(unknown, pool.map(_row, unknown), strict=True):
+            found[shard] = scanned
+            on_shard(shard)
+    distant = [shard for shard in shards if shard.url is not None]
+    remote = (remote or RemoteCache()) if distant else None
+    if remote is not None:
+        for shard, published in remote.published_rows(distant):
+            found[shard] = published
+            on_shard(shard)
     good: list[ShardFile] = []
-    indexes: list[ShardIndex] = []
+    rows: list[CatalogueRow] = []
     damaged: list[DamagedShard] = []
     for shard in shards:
-        try:
-            indexes.append(load_index(shard.path))
+        result = found[shard]
+        if isinstance(result, CatalogueRow):
             good.append(shard)
-        except DamagedShard as damage:
-            damaged.append(damage)
-            on_damage(damage)
-        except MaekitError as error:
-            raise InputError(str(error)) from error
-        on_shard(shard)
+            rows.append(result)
+        elif isinstance(result, DamagedShard):
+            damaged.append(result)
+            on_damage(result)
+        else:
+            raise InputError(str(result)) from result
+    if unknown and len(good) == len(shards) == len(local):
+        catalogue.remember([shard.path for shard in local], rows)
     if damaged and not skip_damaged:
         named = "; ".join(str(d) for d in damaged[:3]) + ("; …" if len(damaged) > 3 else "")
         raise InputError(f"{len(damaged)} of {len(shards)} shards damaged: {named} (--skip-damaged leaves them out)")
-    shard_set = ShardSet(good, indexes)
+    shard_set = ShardSet(good, rows, remote)
     if not shard_set.samples:
         raise InputError(f"the {len(shards)} shards hold no sample at all")
     return shard_set
+
+
+def _row(shard: ShardFile) -> CatalogueRow | MaekitError:
+    try:
+        return CatalogueRow.of(load_index(shard.path))
+    except MaekitError as error:
+        return error
+
+
+def worth_processes(paths: Sequence[Path], workers: int) -> int:
+    """Return how many of `workers` processes are worth starting to read these files: at least 1."""
+    total = 0
+    for path in paths:
+        total += path.stat().st_size if path.exists() else 0
+        if total > _WORTH_PROCESSES:
+            return max(1, min(workers, len(paths)))
+    return 1
 
 
 class MemberReader:
@@ -90,17 +193,18 @@ class MemberReader:
 
     Args:
         max_open: how many shards stay open at once.
+        remote: where remote shards come from.
     """
 
-    def __init__(self, max_open: int = 64) -> None:
+    def __init__(self, max_open: int = 64, remote: RemoteCache | None = None) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._max_open = max_open
+        self._max_open, self._remote = max_open, remote
 
     def read(self, index: ShardIndex, member: MemberSpan) -> bytes:
         """Return the bytes of one member.
 
         Raises:
-            ImageError: the member is larger than 256 MiB.
+            ImageError: the member is larger than 256 MiB, or its bytes are not those of the CRC-32 in the index.
             MaekitError: the shard cannot be read, or is no longer the file that was indexed.
         """
         descriptor = self._descriptor(index)
@@ -115,13 +219,15 @@ class MemberReader:
                 data += more
         except OSError as error:
             raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
+        if member.crc is not None and zlib.crc32(data) != member.crc:
+            raise ImageError("checksum", "the bytes are not those of the CRC-32 in the index")
         return data
 
     def read_image(self, index: ShardIndex, ordinal: int) -> bytes:
         """Return the bytes of a sample's image.
 
         Raises:
-            ImageError: the sample holds no image, or one of more than 256 MiB.
+            ImageError: the sample holds no image, one of more than 256 MiB, or other bytes than the index says.
             MaekitError: as `read`.
         """
         member = index.image(ordinal)
@@ -134,13 +240,16 @@ class MemberReader:
         if descriptor is not None:
             self._open.move_to_end(index.path)
             return descriptor
-        try:
-            descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
-        if not index.matches(os.fstat(descriptor)):
-            os.close(descriptor)
-            raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")
+        if self._remote is not None and self._remote.owns(index.path):
+            descriptor = self._remote.open(index)
+        else:
+            try:
+                descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
+            if not index.matches(os.fstat(descriptor)):
+                os.close(descriptor)
+                raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")
         self._open[index.path] = descriptor
         if len(self._open) > self._max_open:
             os.close(self._open.popitem(last=False)[1])

@@ -1,11 +1,13 @@
-"""Input specs -> shard files: a directory, a tar, a glob, or a brace pattern, in any number."""
+"""Input specs -> shard files: a directory, a tar, a glob, a brace pattern, or a URL, in any number."""
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from maekit import files
 from maekit.errors import InputError
@@ -17,15 +19,17 @@ COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.l
 
 @dataclass(frozen=True, slots=True)
 class ShardFile:
-    """One shard on disk.
+    """One shard.
 
     Attributes:
         name: the path relative to the common root of the input, with `/`; it names the shard in every output.
-        path: where the file is.
+        path: where the file is; of a remote shard, where the cache keeps it.
+        url: of a remote shard.
     """
 
     name: str
     path: Path
+    url: str | None = None
 
 
 def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[ShardFile]:
@@ -36,24 +40,103 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     """
     if isinstance(specs, (str, os.PathLike)):
         specs = [specs]
-    paths: dict[Path, None] = {}
+    paths: dict[Path, str | None] = {}  # by the place that gives the name, with the URL of a remote shard
     roots: list[Path] = []
     for spec in specs:
-        root, found = _expand(os.fspath(spec))
+        text = os.fspath(spec).removeprefix("file://")
+        if "://" in text or text.startswith("pipe:"):
+            root, urls = _expand_remote(text)
+            paths.update(urls)
+        else:
+            root, found = _expand(text)
+            paths.update(dict.fromkeys(found))
         roots.append(root)
-        paths.update(dict.fromkeys(found))
     if not paths:
-        raise InputError("no shards were given: name a directory of .tar files, a .tar, a glob or a brace pattern")
+        raise InputError("no shards were given: name a directory of .tar files, a .tar, a glob, a brace pattern, a URL")
     for found_path in paths:
         files.require_utf8(found_path)
-    root = Path(os.path.commonpath([str(root) for root in roots]))
-    return sorted((ShardFile(path.relative_to(root).as_posix(), path) for path in paths), key=lambda shard: shard.name)
+    common = os.path.commonpath([str(root) for root in roots])
+    shards = [
+        ShardFile(os.path.relpath(path, common).replace(os.sep, "/"), path if url is None else _cache_path(url), url)
+        for path, url in paths.items()
+    ]
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def connect(url: str) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a URL and the path on it.
+
+    Raises:
+        InputError: nothing here speaks its protocol; says what to install.
+    """
+    import fsspec
+
+    protocol = url.partition("://")[0]
+    try:
+        if protocol in ("http", "https"):
+            import aiohttp
+
+            # A server that stays silent must not hold a run for ever; a slow one may.
+            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
+        else:
+            filesystem, path = fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise InputError(f"{url}: {error}") from error
+    except ValueError as error:
+        raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
+    return filesystem, path
+
+
+def _expand_remote(spec: str) -> tuple[Path, dict[Path, str]]:
+    """Return the root of a remote spec, and its URLs by the place that names them."""
+    if spec.startswith("pipe:") or "::" in spec:
+        raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
+    urls: list[str] = []
+    for pattern in _braces(spec):
+        urls += [pattern] if _is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
+    fixed = re.split(r"[*\[{]", spec, maxsplit=1)[0].partition("?")[0]
+    is_directory = not _is_shard(_file_name(spec)) and not any(c in spec for c in "*[{")
+    root = _place(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
+    return root, {_place(url): url for url in urls}
+
+
+def _listed(pattern: str) -> list[str]:
+    """Return the URLs of the shards below a remote directory, or matching a remote pattern."""
+    filesystem, path = connect(pattern)
+    try:
+        if _has_wildcard(pattern):
+            found = filesystem.glob(path)
+        else:
+            found = [name for name in filesystem.find(path) if _is_shard(_file_name(name))]
+    except Exception as error:  # each protocol raises its own kinds
+        raise InputError(f"{pattern}: cannot be listed: {error or type(error).__name__}") from error
+    if not found:
+        what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
+        raise InputError(f"{pattern}: {what}")
+    return [filesystem.unstrip_protocol(name) for name in sorted(found)]
+
+
+def _has_wildcard(url: str) -> bool:
+    return "*" in url or "[" in url  # a question mark begins the query of a URL
+
+
+def _file_name(url: str) -> str:
+    return url.partition("?")[0].rpartition("/")[2]
+
+
+def _place(url: str) -> Path:
+    """Return the URL as an absolute path, so that local and remote shards are named by one rule."""
+    return Path("/", *PurePosixPath(url.partition("?")[0]).parts)
+
+
+def _cache_path(url: str) -> Path:
+    name = hashlib.sha256(url.encode()).hexdigest()
+    return files.cache_directory() / "shards" / name[:2] / f"{name}{TAR}"
 
 
 def _expand(spec: str) -> tuple[Path, list[Path]]:
     """Return the root and the files of one spec, as absolute paths."""
-    if "://" in spec or spec.startswith("pipe:"):
-        raise InputError(f"{spec}: remote shards are not read yet; copy them to a local or mounted directory first")
     path = Path(os.path.abspath(spec))
     if path.is_dir():
         found = [p for p in files.walk_files(path) if _is_shard(p.name)]

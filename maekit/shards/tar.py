@@ -2,7 +2,8 @@
 
 Formats: V7, USTAR, PAX and GNU long names (POSIX.1-2017, pax "ustar Interchange Format"; GNU tar manual, "Basic Tar
 Format"). What other readers forgive loses samples in silence, so it is refused here with its byte offset: a wrong or
-non-canonical checksum field, sizes that leave the file, no end marker, bytes behind it, links, sparse members.
+non-canonical checksum field, sizes that leave the file, no end marker, bytes behind it, links, sparse members, names
+that lead out of the archive.
 """
 
 import re
@@ -140,6 +141,8 @@ def _check_end(read: Read, offset: int, file_size: int) -> None:
             first = next(i for i, byte in enumerate(rest) if byte)
             raise TarDamage(offset + first, "data behind the end-of-archive marker")
         offset += len(rest)
+    if file_size % BLOCK:
+        raise TarDamage(file_size, f"the file is cut off: {file_size} bytes are no whole number of {BLOCK}-byte blocks")
 
 
 def _check_checksum(block: bytes, offset: int) -> None:
@@ -190,6 +193,9 @@ def _decode_name(name: bytes, offset: int) -> str:
         raise TarDamage(offset, f"the member name {name[:60]!r} is not UTF-8") from error
     if not text or "\0" in text:
         raise TarDamage(offset, f"{name[:60]!r} is no member name")
+    if text.startswith("/") or ".." in text.split("/"):
+        # Nothing is ever unpacked here, but keys travel on to people who may join them to a path.
+        raise TarDamage(offset, f"the member name {text[:60]!r} leads out of the archive")
     return text
 
 

@@ -10,9 +10,8 @@ in turn, so the row of batches is the same for any number of workers, and starts
 """
 
 import contextlib
-import ctypes
-import signal
-import sys
+import functools
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -24,12 +23,13 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, RandomCrop, open_rgb
+from maekit.parallel import follow_parent
 from maekit.random import Purpose, random_bits, uniforms
 from maekit.shards.order import Order, Slice
 from maekit.shards.read import MemberReader, ShardSet
+from maekit.shards.remote import FetchAhead
 
 _SUBSTITUTE_ATTEMPTS = 64
-_PR_SET_PDEATHSIG = 1
 
 
 class Crop(NamedTuple):
@@ -95,19 +95,21 @@ class CropLoader:
 
     Args:
         shards: the data.
+        order: of its samples; says which remote shards are needed next.
         augmentation: crop and flip.
         patches: N, how many numbers choose a mask.
         seed: the run's seed.
     """
 
-    def __init__(self, shards: ShardSet, augmentation: RandomCrop, *, patches: int, seed: int) -> None:
-        self._shards, self._augmentation, self._patches, self._seed = shards, augmentation, patches, seed
+    def __init__(self, shards: ShardSet, order: Order, augmentation: RandomCrop, *, patches: int, seed: int) -> None:
+        self._shards, self._order, self._augmentation = shards, order, augmentation
+        self._patches, self._seed = patches, seed
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[list[Crop] | MaekitError]:
         """Yield the crops of each slice; an error that ends the work is the last value."""
-        reader = MemberReader()
+        reader = self._shards.reader()
         try:
-            for places in slices:
+            for places in self._fetching_ahead(slices) if self._shards.remote else slices:
                 columns = (places.epochs, places.positions, places.shards, places.ordinals)
                 yield [self._load(reader, *place) for place in zip(*(c.tolist() for c in columns), strict=True)]
         except MaekitError as error:
@@ -116,11 +118,29 @@ class CropLoader:
         finally:
             reader.close()
 
+    def _fetching_ahead(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+        """Pass slices on while the remote shards of their window and of the next one are downloaded."""
+        fetcher: FetchAhead | None = None
+        window = 0
+        try:
+            for places in slices:
+                first, last = (int(places.epochs[i]) * self._order.samples + int(places.positions[i]) for i in (0, -1))
+                if fetcher is None:
+                    window = self._order.window_number(first)
+                    fetcher = FetchAhead(self._shards.fetch, self._order.windows(first))
+                for _ in range(self._order.window_number(last) - window):
+                    fetcher.go_on()
+                window = self._order.window_number(last)
+                yield places
+        finally:
+            if fetcher is not None:
+                fetcher.stop()
+
     def _load(self, reader: MemberReader, epoch: int, position: int, shard: int, ordinal: int) -> Crop:
         bad = None
         substitutes = iter(self._substitutes(epoch, position))
         while True:
-            index = self._shards.indexes[shard]
+            index = self._shards.index(shard)
             try:
                 image = open_rgb(reader.read_image(index, ordinal))
                 pixels = self._augmentation.crop(image, epoch=epoch, position=position)
@@ -168,19 +188,14 @@ def make_loader(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin,
-        worker_init_fn=_start_worker,
-        # The shards' indexes are memory-mapped; forked workers share them.
+        worker_init_fn=functools.partial(_start_worker, os.getpid()),
+        # Forked workers share what is known of the shards.
         multiprocessing_context="fork" if workers else None,
     )
 
 
-def _start_worker(worker: int) -> None:
-    # Ctrl-C goes to the whole process group, and schedulers send SIGTERM to it; the main process alone decides when to
-    # stop, after saving. A worker ends when it is told to, or with its parent.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+def _start_worker(parent: int, worker: int) -> None:
+    follow_parent(parent)
 
 
 def stop_workers(batches: Iterator[Batch]) -> None:

@@ -29,7 +29,8 @@ from maekit.progress import Progress, Silent
 from maekit.random import Purpose, uniforms
 from maekit.runs import RunDirectory
 from maekit.shards.order import Order
-from maekit.shards.read import MemberReader, ShardSet, open_shards
+from maekit.shards.read import ShardSet, open_shards
+from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.signals import stop_on_signal
 from maekit.training import checkpoint, metrics
@@ -173,6 +174,7 @@ class _Run:
             ExactSource(self.order, batch_size=config.batch_size, first=first, last=self.steps),
             CropLoader(
                 self.shards,
+                self.order,
                 RandomCrop(self.size, config.data.crop_scale, config.data.flip, config.seed),
                 patches=self.model.patches,
                 seed=config.seed,
@@ -221,12 +223,14 @@ class _Run:
     def _draw(self, done: int) -> None:
         """Draw the same few images, under the same masks, every time: masked | reconstruction | original."""
         prepare = Preprocess.for_size(self.size, self.config.data.mean, self.config.data.std)
-        reader = MemberReader()
+        reader = self.shards.reader()
         images = []
-        for number in range(0, self.shards.samples, -(-self.shards.samples // _PICTURE_IMAGES)):
+        # Of a remote set, the first shard: eight shards are not downloaded for one picture.
+        samples = int(self.shards.counts[self.shards.counts > 0][0]) if self.shards.remote else self.shards.samples
+        for number in range(0, samples, -(-samples // _PICTURE_IMAGES)):
             shard, ordinal = self.shards.locate(number)
             try:
-                image = prepare(reader.read_image(self.shards.indexes[shard], ordinal))
+                image = prepare(reader.read_image(self.shards.index(shard), ordinal))
                 images.append(torch.from_numpy(image.copy()))
             except ImageError:
                 continue  # counted where it is trained on; a picture shows what can be shown
@@ -254,7 +258,7 @@ class _Run:
     def _keys_of_step(self, step: int) -> list[str]:
         places = self.order.slice((step - 1) * self.config.batch_size, step * self.config.batch_size)
         return [
-            f"{self.shards.shards[s].name} {self.shards.indexes[s].key(o)}"
+            f"{self.shards.shards[s].name} {self.shards.index(s).key(o)}"
             for s, o in zip(places.shards.tolist(), places.ordinals.tolist(), strict=True)
         ]
 
@@ -323,11 +327,31 @@ def _index(config: PretrainConfig, progress: Progress) -> ShardSet:
 
     progress.start("index shards", len(found))
     try:
-        shards = open_shards(found, skip_damaged=config.data.skip_damaged, on_shard=on_shard, on_damage=on_damage)
+        shards = open_shards(
+            found,
+            skip_damaged=config.data.skip_damaged,
+            remote=RemoteCache(int(config.data.cache_gb * 1e9)),
+            on_shard=on_shard,
+            on_damage=on_damage,
+        )
     finally:
         progress.stop()
     progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
+    _refuse_small_cache(config, shards)
     return shards
+
+
+def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
+    """See that a window of remote shards and the next one fit into the cache; else each read would be a download."""
+    if shards.remote is None:
+        return
+    sizes = sorted((shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url), reverse=True)
+    needed = sum(sizes[: 2 * config.data.window])
+    if needed > shards.remote.limit:
+        raise InputError(
+            f"two windows of {config.data.window} remote shards may take {needed / 1e9:.1f} GB, and the cache has "
+            f"{shards.remote.limit / 1e9:.1f} GB: give a larger --cache-gb, or a smaller --set data.window"
+        )
 
 
 def _choose_device(config: PretrainConfig, progress: Progress) -> tuple[torch.device, str]:

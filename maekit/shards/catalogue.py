@@ -1,0 +1,88 @@
+"""What is known of a whole set of shards without opening the index of each: one file in the cache.
+
+A set of 10⁵ shards starts from it in seconds. The file is named by the list of paths, so its rows need no names; a row
+counts only for the size and modification time that its shard had.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maekit import files
+from maekit.errors import MaekitError
+from maekit.shards import columns as columns_file
+from maekit.shards.index import ShardIndex
+
+MAGIC = b"MAEKCAT1"
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "size": np.dtype("<i8"),
+    "mtime_ns": np.dtype("<i8"),
+    "samples": np.dtype("<i8"),
+    "digest": np.dtype("u1"),
+}
+_DIGEST_BYTES = 32
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogueRow:
+    """What the index of one shard says in short: bytes, modification time, samples, and its digest (hexadecimal)."""
+
+    size: int
+    mtime_ns: int
+    samples: int
+    digest: str
+
+    @classmethod
+    def of(cls, index: ShardIndex) -> "CatalogueRow":
+        """Return the row of an index."""
+        return cls(index.size, index.mtime_ns, index.samples, index.digest)
+
+
+def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
+    """Return what is known of each shard and still true."""
+    try:
+        raw = np.fromfile(_file(paths), np.uint8)
+    except OSError:
+        return [None] * len(paths)
+    parsed = columns_file.from_bytes(MAGIC, _COLUMNS, raw)
+    if parsed is None or set(parsed[1]) != set(_COLUMNS):
+        return [None] * len(paths)
+    columns = parsed[1]
+    digests = columns["digest"].tobytes().hex()
+    rows: list[CatalogueRow | None] = []
+    numbers = zip(*(columns[name].tolist() for name in ("size", "mtime_ns", "samples")), strict=True)
+    for place, (path, (size, mtime_ns, samples)) in enumerate(zip(paths, numbers, strict=False)):
+        try:
+            status = os.stat(path)
+        except OSError:
+            rows.append(None)
+            continue
+        if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
+            rows.append(None)
+            continue
+        at = place * 2 * _DIGEST_BYTES
+        rows.append(CatalogueRow(size, mtime_ns, samples, digests[at : at + 2 * _DIGEST_BYTES]))
+    return rows + [None] * (len(paths) - len(rows))
+
+
+def remember(paths: Sequence[Path], rows: Sequence[CatalogueRow]) -> None:
+    """Keep what is known for the next start; a cache that cannot be written costs that start some time."""
+    columns = {
+        "size": np.array([row.size for row in rows], "<i8"),
+        "mtime_ns": np.array([row.mtime_ns for row in rows], "<i8"),
+        "samples": np.array([row.samples for row in rows], "<i8"),
+        "digest": np.frombuffer(bytes.fromhex("".join(row.digest for row in rows)), "u1"),
+    }
+    with contextlib.suppress(MaekitError):
+        files.write_atomically(_file(paths), columns_file.to_bytes(MAGIC, {}, columns))
+
+
+def _file(paths: Sequence[Path]) -> Path:
+    name = hashlib.sha256(b"\0".join(map(os.fsencode, paths))).hexdigest()
+    return files.cache_directory() / "sets" / f"{name}.catalogue"

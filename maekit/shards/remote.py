@@ -1,0 +1,442 @@
+"""Remote shards: downloaded whole through fsspec into a bounded cache, verified, and then treated as local.
+
+    CACHE/shards/ab/abcd….tar         a shard, whole
+    CACHE/shards/ab/abcd….tar.index   its published index, where it has one
+    CACHE/shards/ab/abcd….json        its URL, size and version there
+    CACHE/shards/ab/abcd….part        a download that is under way or was interrupted, and goes on
+
+A download asks for pieces and goes on behind the last whole one, in this process or the next. Many processes share the
+cache: a shard is downloaded by one of them under a lock. The least recently used shards give way; a file that is open
+somewhere can still be read there.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maekit import files
+from maekit.errors import DamagedShard, InputError, MaekitError
+from maekit.parallel import map_in_threads
+from maekit.shards.catalogue import CatalogueRow
+from maekit.shards.index import INDEX_SUFFIX, ShardIndex, build_index, index_path, parse_index
+from maekit.shards.spec import ShardFile, connect
+
+DEFAULT_LIMIT = 50_000_000_000
+# A piece is halved when it fails and doubled when it comes, so that a connection that drops often still gets on.
+_FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 8 << 20, 64 << 10, 64 << 20
+_ATTEMPTS = 8  # in a row, without one byte of progress
+_LONGEST_PAUSE = 10.0
+_INDEX_THREADS = 16
+_LARGEST_INDEX = 1 << 30
+# Answers that another attempt does not change.
+_FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
+# Which places threads of this process hold; the locks of `lockf` know processes only.
+_BUSY: dict[str, threading.Lock] = {}
+os.register_at_fork(after_in_child=_BUSY.clear)
+# A download older than this was given up, and may be evicted.
+_PART_SECONDS = 86_400
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What the far side says of a shard: bytes (None: it does not say) and a mark that changes with its content."""
+
+    url: str
+    size: int | None
+    version: str
+
+
+class RemoteCache:
+    """Where remote shards are kept on this machine.
+
+    Args:
+        limit: bytes that the cache may hold.
+    """
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self.limit = limit
+        self._known: dict[Path, ShardFile] = {}
+
+    def owns(self, path: Path) -> bool:
+        """Whether this path is a remote shard's place in the cache."""
+        return path in self._known
+
+    def fetch(self, shard: ShardFile) -> str:
+        """Have a shard in the cache, whole and as it is there now; return the mark of its version.
+
+        Raises:
+            MaekitError: it cannot be downloaded.
+        """
+        self._known[shard.path] = shard
+        assert shard.url is not None
+        there = _describe(shard.url)
+        with self._owner(shard.path):
+            if not self._is_current(shard, there):
+                self._download(shard, there)
+            _touch(shard.path)
+        return there.version
+
+    def describe(self, shard: ShardFile) -> RemoteFile:
+        """Return what the far side says of a shard now.
+
+        Raises:
+            MaekitError: it is not there, or does not answer.
+        """
+        assert shard.url is not None
+        return _describe(shard.url)
+
+    def open(self, index: ShardIndex) -> int:
+        """Return a descriptor of a shard that fits its index, downloading it where need be.
+
+        Raises:
+            MaekitError: it cannot be downloaded, or what is there is not what was indexed.
+        """
+        shard = self._known[index.path]
+        for attempt in range(3):  # between fetching and opening, another process may need the room
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
+                if index.adopt(descriptor):
+                    _touch(index.path)
+                    return descriptor
+                os.close(descriptor)
+            if attempt < 2:
+                self.fetch_as_indexed(shard, index)
+        raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger --cache-gb")
+
+    def fetch_as_indexed(self, shard: ShardFile, index: ShardIndex, *, wait: bool = True) -> bool:
+        """Have the shard that an index describes in the cache; return False where another process is at it.
+
+        Args:
+            shard: the shard.
+            index: what it must be: size, headers, and the CRC-32 of all members where the index has them.
+            wait: for another process that is downloading it.
+
+        Raises:
+            MaekitError: it cannot be downloaded, or is another one.
+        """
+        self._known[shard.path] = shard
+        assert shard.url is not None
+        with self._owner(shard.path, wait=wait) as is_mine:
+            if not is_mine:
+                return False
+            for is_fresh in (False, True):
+                if is_fresh:
+                    self._download(shard, _describe(shard.url))
+                elif not shard.path.exists():
+                    continue
+                if _fits(shard, index, thoroughly=is_fresh):
+                    _touch(shard.path)
+                    return True
+            shard.path.unlink(missing_ok=True)
+        raise MaekitError(f"{shard.url}: not what its published index describes; publish shards and indexes together")
+
+    def published_index(self, shard: ShardFile) -> ShardIndex | None:
+        """Return the index that lies beside a remote shard, downloaded where it is not cached; None if there is none.
+
+        Raises:
+            MaekitError: it cannot be downloaded.
+        """
+        self._known[shard.path] = shard
+        try:
+            return _parse(shard, index_path(shard.path).read_bytes())
+        except OSError:
+            return self._download_index(shard)
+
+    def published_rows(self, shards: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, CatalogueRow | MaekitError]]:
+        """Yield each shard with what its published index, as it is there now, says in short; or with what is wrong."""
+
+        def row(shard: ShardFile) -> CatalogueRow | MaekitError:
+            self._known[shard.path] = shard
+            try:
+                index = self._download_index(shard)
+            except MaekitError as error:
+                return error
+            if index is None:
+                return InputError(
+                    f"{shard.url} has no published index, which pre-training on remote shards needs: "
+                    "`maekit check --write-index --crc` makes NAME.tar.index beside local shards; upload both"
+                )
+            return CatalogueRow.of(index)
+
+        yield from zip(shards, map_in_threads(row, shards, threads=_INDEX_THREADS), strict=True)
+
+    def _download_index(self, shard: ShardFile) -> ShardIndex | None:
+        assert shard.url is not None
+        address, question, query = shard.url.partition("?")
+        try:
+            there = _describe(address + INDEX_SUFFIX + question + query)
+        except FileNotFoundError:
+            return None
+        if (there.size or 0) > _LARGEST_INDEX:
+            raise MaekitError(f"{there.url}: an index of {there.size} bytes (at most {_LARGEST_INDEX} are read)")
+        data = b"".join(_pieces(there, 0))
+        index = _parse(shard, data)
+        if index is None:
+            raise MaekitError(f"{there.url}: damaged, or made by another version of maekit")
+        files.write_atomically(index_path(shard.path), data)
+        return index
+
+    def _is_current(self, shard: ShardFile, there: RemoteFile) -> bool:
+        try:
+            kept = json.loads(_meta(shard.path).read_text())
+        except (OSError, ValueError):
+            return False
+        return kept == asdict(there) and shard.path.exists()
+
+    def _download(self, shard: ShardFile, there: RemoteFile) -> None:
+        """Download a shard, going on behind what an earlier attempt left; the caller owns its place."""
+        part = shard.path.with_suffix(".part")
+        meta = _meta(shard.path)
+        try:
+            part.parent.mkdir(parents=True, exist_ok=True)
+            shard.path.unlink(missing_ok=True)
+            if not self._is_part_of(meta, there):
+                part.unlink(missing_ok=True)
+                files.write_atomically(meta, json.dumps(asdict(there)).encode())
+            done = part.stat().st_size if part.exists() else 0
+            if there.size is not None:
+                self._make_room(there.size, keep=part, url=there.url)
+            with open(part, "ab") as file:
+                for piece in _pieces(there, done):
+                    file.write(piece)
+                    done += len(piece)
+                file.flush()
+                os.fsync(file.fileno())
+            if _describe(there.url) != there:
+                part.unlink()
+                raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
+            os.replace(part, shard.path)
+        except MaekitError:
+            raise
+        except OSError as error:
+            raise files.write_failure(part, error) from error
+
+    def _is_part_of(self, meta: Path, there: RemoteFile) -> bool:
+        # A far side that tells no size can give no piece: such a download starts anew.
+        try:
+            return there.size is not None and json.loads(meta.read_text()) == asdict(there)
+        except (OSError, ValueError):
+            return False
+
+    def _make_room(self, needed: int, *, keep: Path, url: str) -> None:
+        """Evict the least recently used shards until `needed` bytes fit."""
+        if needed > self.limit:
+            raise MaekitError(
+                f"{url}: {needed} bytes do not fit into a cache of {self.limit} bytes; give a larger --cache-gb"
+            )
+        with self._owner(_directory() / "room"):
+            held = []
+            for path in _directory().glob("*/*"):
+                with contextlib.suppress(OSError):
+                    status = path.stat()
+                    if path.suffix == ".tar":
+                        held.append((status.st_atime_ns, status.st_size, path))
+                    elif path.suffix == ".part" and path != keep:
+                        is_stale = time.time() - status.st_mtime > _PART_SECONDS
+                        # One under way gets all the room it will need, and cannot be taken away.
+                        held.append((0 if is_stale else 1 << 63, max(status.st_size, _size_of(path)), path))
+            total = sum(size for _, size, _ in held)
+            for used, size, path in sorted(held):
+                if total + needed <= self.limit:
+                    return
+                if used < 1 << 63:
+                    path.unlink(missing_ok=True)
+                    total -= size
+
+    @contextlib.contextmanager
+    def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
+        """Hold the place of one shard against other threads and processes; False where it is held and `wait` is not."""
+        # Locks of `lockf` belong to the process: among its threads a mutex decides, one descriptor is open at a time.
+        mutex = _BUSY.setdefault(str(path), threading.Lock())
+        if not mutex.acquire(blocking=wait):
+            yield False
+            return
+        try:
+            lock = path.with_suffix(".lock")
+            try:
+                lock.parent.mkdir(parents=True, exist_ok=True)
+                file = open(lock, "w")  # noqa: SIM115 (closed below, after the lock)
+            except OSError as error:
+                raise files.write_failure(lock, error) from error
+            with file:
+                try:
+                    fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno not in (errno.EAGAIN, errno.EACCES):
+                        raise files.write_failure(lock, error) from error
+                    yield False
+                    return
+                yield True
+        finally:
+            mutex.release()
+
+
+def _directory() -> Path:
+    return files.cache_directory() / "shards"
+
+
+def _fits(shard: ShardFile, index: ShardIndex, *, thoroughly: bool) -> bool:
+    """Whether a cached shard is the one that was indexed; thoroughly once, when it comes, by scanning all of it."""
+    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if not index.adopt(descriptor):
+            return False
+    finally:
+        os.close(descriptor)
+    try:
+        return not thoroughly or index.difference(build_index(shard.path, crc=index.has_crc)) is None
+    except DamagedShard:
+        return False
+
+
+def _meta(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _size_of(part: Path) -> int:
+    """Return the size that a download will have."""
+    try:
+        return int(json.loads(_meta(part).read_text())["size"] or 0)
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _touch(path: Path) -> None:
+    """Mark a cached shard as used now; its modification time stays."""
+    with contextlib.suppress(OSError):
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+
+
+def _parse(shard: ShardFile, data: bytes) -> ShardIndex | None:
+    return parse_index(shard.path, np.frombuffer(data, np.uint8))
+
+
+def _describe(url: str) -> RemoteFile:
+    """Ask the far side for size and version.
+
+    Raises:
+        FileNotFoundError: it is not there (also a MaekitError).
+        MaekitError: no answer.
+    """
+    filesystem, path = connect(url)
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path))
+    size = info.get("size")
+    marks = ("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "Last-Modified", "LastModified", "mtime")
+    version = " ".join(f"{key}={info[key]}" for key in marks if info.get(key) is not None)
+    return RemoteFile(url, None if size is None else int(size), f"{version} size={size}")
+
+
+def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
+    """Yield the bytes of a remote file from `done` on.
+
+    Raises:
+        MaekitError: the far side gives up, or gives other than was asked for.
+    """
+    filesystem, path = connect(there.url)
+    if there.size is None:
+        yield _insist(there.url, lambda: filesystem.cat_file(path))
+        return
+    length = _FIRST_PIECE
+    failures = 0
+    while done < there.size:
+        end = min(done + length, there.size)
+        try:
+            data = _insist(there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), 1)
+            if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
+                data = data[done:]
+            elif len(data) != end - done:
+                raise MaekitError(f"{there.url}: {len(data)} bytes came where {end - done} were asked for")
+        except FileNotFoundError:
+            raise
+        except MaekitError:
+            failures += 1
+            if failures >= _ATTEMPTS:
+                raise
+            length = max(_SMALLEST_PIECE, length // 2)
+            time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**failures))
+            continue
+        failures = 0
+        length = min(_LARGEST_PIECE, 2 * length)
+        done += len(data)
+        yield data
+
+
+class _Absent(MaekitError, FileNotFoundError):
+    """A remote file that is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _insist(url: str, ask: Any, attempts: int = _ATTEMPTS) -> Any:
+    """Call `ask`, again where the network failed.
+
+    Raises:
+        FileNotFoundError: there is no such file (also a MaekitError).
+        MaekitError: the far side refuses, or does not answer.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return ask()
+        except FileNotFoundError as error:
+            raise _Absent(f"{url}: no such file there") from error
+        except Exception as error:  # each protocol raises its own kinds, which are not to be imported here
+            status = getattr(error, "status", None)
+            if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
+                what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
+                raise MaekitError(f"{url}: {what or type(error).__name__}") from error
+            time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
+    raise AssertionError
+
+
+class FetchAhead:
+    """Downloads, in a thread of its own, the shards that reading will come to, at most one window ahead.
+
+    Args:
+        fetch: `fetch(shard)` has a shard, by its number, in the cache, or says False where another process is at it.
+        windows: the numbers of the shards in the order of reading, window by window, without end.
+    """
+
+    def __init__(self, fetch: Callable[[int], bool], windows: Iterator[list[int]]) -> None:
+        self._fetch, self._windows = fetch, windows
+        self._may_start = threading.Semaphore(2)  # this window and the next
+        self._stopped = threading.Event()
+        threading.Thread(target=self._run, name="fetch-ahead", daemon=True).start()
+
+    def go_on(self) -> None:
+        """Tell that reading went on to the next window."""
+        self._may_start.release()
+
+    def stop(self) -> None:
+        """End the thread after the download under way."""
+        self._stopped.set()
+        self._may_start.release()
+
+    def _run(self) -> None:
+        for window in self._windows:
+            self._may_start.acquire()
+            missing = window
+            while missing and not self._stopped.is_set():
+                # What another worker is downloading is left to it, and looked at again afterwards.
+                missing = [shard for shard in missing if not self._try(shard)]
+                self._stopped.wait(0.05 if missing else 0)
+            if self._stopped.is_set():
+                return
+
+    def _try(self, shard: int) -> bool:
+        if self._stopped.is_set():
+            return True
+        try:
+            return self._fetch(shard)
+        except MaekitError:
+            return True  # reading meets it again, and tells

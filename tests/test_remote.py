@@ -1,0 +1,249 @@
+"""Remote shards against a local HTTP server that drops connections and truncates."""
+
+import hashlib
+import http.server
+import os
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import jpeg, write_shard
+
+from maekit.check import check_shards
+from maekit.errors import InputError, MaekitError
+from maekit.shards import remote
+from maekit.shards.read import open_shards
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import find_shards
+
+
+class Server:
+    """Serves a folder with ranges and ETags.
+
+    Attributes:
+        drop: share of answers that break off.
+        truncate: share of answers that are short and say so.
+        ranges: whether ranges are honoured.
+        asked: (method, path, range) of each request.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.drop, self.truncate, self.ranges = folder, 0.0, 0.0, True
+        self.asked: list[tuple[str, str, str | None]] = []
+        self.random = random.Random(0)
+        server = self
+
+        class Handler(http.server.SimpleHTTPRequestHandler):
+            def __init__(self, *arguments) -> None:
+                super().__init__(*arguments, directory=str(folder))
+
+            def log_message(self, *arguments) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self.answer()
+
+            def do_GET(self) -> None:
+                self.answer()
+
+            def answer(self) -> None:
+                path = Path(self.translate_path(self.path))
+                if path.is_dir():
+                    return super().do_GET() if self.command == "GET" else super().do_HEAD()
+                wanted = self.headers.get("Range")
+                server.asked.append((self.command, path.name, wanted))
+                if not path.is_file():
+                    return self.send_error(404)
+                data = path.read_bytes()
+                etag = hashlib.sha256(data).hexdigest()
+                if wanted and server.ranges:
+                    first, last = wanted.removeprefix("bytes=").split("-")
+                    data = data[int(first) : int(last) + 1]
+                    self.send_response(206)
+                else:
+                    self.send_response(200)
+                luck = server.random.random()
+                body = data
+                if self.command == "GET" and luck < server.drop + server.truncate:
+                    body = data[: server.random.randrange(len(data) + 1)]
+                self.send_header("ETag", f'"{etag}"')
+                self.send_header("Content-Length", str(len(body if luck >= server.drop else data)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+                    if len(body) < len(data):
+                        self.close_connection = True
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
+    monkeypatch.setenv("MAEKIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.01)
+    for shard in range(3):
+        keys = {f"{shard}-{i}": {"jpg": jpeg(10 * shard + i), "bin": os.urandom(30_000)} for i in range(6)}
+        write_shard(tmp_path / "public" / "sub" / f"{shard}.tar", keys)
+    started = Server(tmp_path / "public")
+    yield started
+    started.http.shutdown()
+    started.http.server_close()
+
+
+def publish_indexes(server: Server) -> None:
+    check_shards(find_shards(str(server.folder)), write_indexes=True, crc=True)
+
+
+def test_specs(server: Server) -> None:
+    for spec in ("sub", "sub/", "sub/{0..2}.tar", "sub/*.tar", "sub/[0-9].tar"):
+        found = find_shards(f"{server.url}/{spec}")
+        assert [shard.name for shard in found] == ["0.tar", "1.tar", "2.tar"]
+        assert [shard.url for shard in found] == [f"{server.url}/sub/{i}.tar" for i in range(3)]
+    assert [s.name for s in find_shards(f"{server.url}/")] == ["sub/0.tar", "sub/1.tar", "sub/2.tar"]
+    mixed = find_shards([str(server.folder / "sub" / "0.tar"), f"{server.url}/sub/1.tar?token=x"])
+    assert len({shard.name for shard in mixed}) == 2
+    for spec, said in (("nowhere/", "listed"), ("sub/*.tgz", "no file matches"), ("sub/{0.tar", "braces")):
+        with pytest.raises(InputError, match=said):
+            find_shards(f"{server.url}/{spec}")
+    (shard,) = find_shards("nonsense://x/0.tar")
+    with pytest.raises(InputError, match="knows no protocol"):
+        RemoteCache().fetch(shard)
+
+
+@pytest.mark.parametrize(("drop", "truncate"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
+def test_what_arrives_is_what_was_published(server: Server, monkeypatch, drop: float, truncate: float) -> None:
+    monkeypatch.setattr(remote, "_FIRST_PIECE", 60_000)
+    monkeypatch.setattr(remote, "_SMALLEST_PIECE", 4_000)
+    server.drop, server.truncate = drop, truncate
+    cache = RemoteCache()
+    for shard in find_shards(f"{server.url}/sub/{{0..2}}.tar"):
+        cache.fetch(shard)
+        assert shard.path.read_bytes() == (server.folder / "sub" / shard.name).read_bytes()
+    asked = len(server.asked)
+    cache.fetch(shard)
+    assert [method for method, _, _ in server.asked[asked:]] == ["HEAD"]
+
+
+def test_a_server_without_ranges(server: Server) -> None:
+    server.ranges = False
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    RemoteCache().fetch(shard)
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+
+
+def test_an_interrupted_download_goes_on(server: Server, monkeypatch) -> None:
+    monkeypatch.setattr(remote, "_FIRST_PIECE", 30_000)
+    monkeypatch.setattr(remote, "_LARGEST_PIECE", 30_000)
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    size = (server.folder / "sub" / "0.tar").stat().st_size
+    original = remote._pieces
+
+    def two_pieces(*arguments):
+        for number, piece in enumerate(original(*arguments)):
+            if number == 2:
+                raise KeyboardInterrupt
+            yield piece
+
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_pieces", two_pieces)
+        with pytest.raises(KeyboardInterrupt):
+            RemoteCache().fetch(shard)
+    assert not shard.path.exists()
+    server.asked.clear()
+    RemoteCache().fetch(shard)
+    ranges = [wanted for method, _, wanted in server.asked if method == "GET"]
+    assert ranges[0] == "bytes=60000-89999"
+    assert ranges[-1].endswith(str(size - 1))
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+    # Changed over there: what was fetched or begun before is of no use.
+    write_shard(server.folder / "sub" / "0.tar", {"new": {"jpg": jpeg(5)}})
+    RemoteCache().fetch(shard)
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+
+
+def test_a_missing_shard_and_a_dead_server_are_named(server: Server) -> None:
+    (shard,) = find_shards(f"{server.url}/sub/9.tar")
+    with pytest.raises(MaekitError, match=r"sub/9\.tar: no such file there"):
+        RemoteCache().fetch(shard)
+    server.drop = 1.0
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    with pytest.raises(MaekitError, match=r"sub/0\.tar"):
+        RemoteCache().fetch(shard)
+
+
+def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:
+    shards = find_shards(f"{server.url}/sub/")
+    size = (server.folder / "sub" / "0.tar").stat().st_size
+    cache = RemoteCache(limit=int(2.5 * size))
+    for shard in shards:
+        cache.fetch(shard)
+    assert [shard.path.exists() for shard in shards] == [False, True, True]
+    cache.fetch(shards[1])  # used again: the other one is now the oldest
+    cache.fetch(shards[0])
+    assert [shard.path.exists() for shard in shards] == [True, True, False]
+    with pytest.raises(MaekitError, match="--cache-gb"):
+        RemoteCache(limit=1000).fetch(shards[2])
+
+
+def test_many_threads_and_caches_download_once(server: Server) -> None:
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    server.asked.clear()
+    threads = [threading.Thread(target=lambda: RemoteCache().fetch(shard)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len([1 for method, _, _ in server.asked if method == "GET"]) == 1
+
+
+def test_training_needs_published_indexes_that_fit(server: Server) -> None:
+    shards = find_shards(f"{server.url}/sub/")
+    with pytest.raises(InputError, match="has no published index"):
+        open_shards(shards)
+    publish_indexes(server)
+    opened = open_shards(shards)
+    assert opened.digest == open_shards(find_shards(str(server.folder / "sub"))).digest
+    # The shard itself is not what its index says: never read as if it were.
+    path = server.folder / "sub" / "1.tar"
+    data = bytearray(path.read_bytes())
+    data[700] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(MaekitError, match="not what its published index describes"):
+        opened.reader().read_image(opened.index(1), 0)
+    assert opened.reader().read_image(opened.index(2), 3) == jpeg(23)
+
+
+def test_pretraining_on_remote_shards_sees_the_same_batches(server: Server, monkeypatch) -> None:
+    """From a server that drops connections, with a cache that holds a window and the next: as from a local disk."""
+    import torch
+
+    from maekit.images import RandomCrop
+    from maekit.shards.order import Order
+    from maekit.training.data import CropLoader, ExactSource, make_loader
+
+    publish_indexes(server)
+    local = open_shards(find_shards(str(server.folder / "sub")))
+
+    def batches(shards, workers: int) -> list[torch.Tensor]:
+        order = Order(shards.counts, seed=1, digest=shards.digest, window=1)
+        source = ExactSource(order, batch_size=4, first=1, last=12)
+        crops = CropLoader(shards, order, RandomCrop((32, 32), (0.2, 1.0), True, 1), patches=16, seed=1)
+        return [batch.images for batch in make_loader(source, crops, workers=workers, prefetch=1, pin=False)]
+
+    expected = batches(local, 0)
+    server.drop = 0.3
+    for workers in (0, 2):
+        far = open_shards(find_shards(f"{server.url}/sub/"), remote=RemoteCache(int(2.5 * local.bytes_of(0))))
+        assert all(torch.equal(a, b) for a, b in zip(batches(far, workers), expected, strict=True))
+
+
+def test_check_reads_remote_shards(server: Server) -> None:
+    (server.folder / "sub" / "1.tar").write_bytes((server.folder / "sub" / "0.tar").read_bytes()[:5000])
+    report = check_shards(find_shards(f"{server.url}/sub/"))
+    assert (report.samples, [shard.name for shard in report.damaged]) == (12, ["1.tar"])
+    with pytest.raises(InputError, match="beside local shards"):
+        check_shards(find_shards(f"{server.url}/sub/"), write_indexes=True)
