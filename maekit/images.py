@@ -4,7 +4,9 @@ One rule per kind of image, everywhere the same:
 
     EXIF orientation is applied; ICC profiles are ignored; of an animation, the first frame;
     grey, palette, CMYK and YCbCr become RGB as Pillow converts them; alpha is laid over white;
-    16-bit grey becomes 8-bit by its high byte; other deep or float images are refused;
+    16-bit channels become 8-bit by their high byte (12-bit ones by their upper 8 bits), after "white is zero" is
+    turned round; signed, 32-bit and float samples are refused, and so is a colour key on 16-bit colours;
+    a 32-bit BMP has alpha only where its header says so;
     more than 64 megapixels (by the header) are refused before decoding.
 
 The format is told from the bytes; a file's extension is only a hint.
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import ImageError
@@ -32,6 +34,9 @@ _START_OF_SCAN = b"\xff\xda"  # cannot stand within the coded data
 _MAX_SCANNED = 32 * MAX_PIXELS
 _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
+_TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
+_SIGNED = 2
+_STRIP = 512  # rows
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -164,6 +169,7 @@ def _load(data: bytes, at_least: tuple[int, int] | None) -> Image.Image:
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     if image.width * image.height > MAX_PIXELS:
         raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
+    _refuse_without_rule(image)
     if image.format == "JPEG":
         # Each scan of a progressive JPEG goes over all pixels: a small file of thousands would take hours.
         scans = data.count(_START_OF_SCAN)
@@ -206,18 +212,55 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     return rgb if turn is None else rgb.transpose(turn)
 
 
+def _refuse_without_rule(image: Image.Image) -> None:
+    """Refuse what cannot be told any more once the pixels are loaded as 8-bit ones."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile) and _SIGNED in _tiff_tag(image, _TIFF_SAMPLE_FORMAT):
+        raise ImageError("unsupported_mode", "TIFF of signed samples has no 8-bit rule")
+    has_colour_key = isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info
+    if has_colour_key and any("RGB;16" in str(tile.args) for tile in image.tile):
+        raise ImageError("unsupported_mode", "PNG of 16-bit colours, one of them transparent, has no 8-bit rule")
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        deep = np.asarray(image)
-        return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(_high_byte(image)).convert("RGB")
     if image.mode in ("I", "F") or image.mode.startswith(("I;", "F;")):
         raise ImageError("unsupported_mode", f"{image.format} of mode {image.mode} (32-bit or float) has no 8-bit rule")
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
+        return _over_white(image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def _high_byte(image: Image.Image) -> NDArray[np.uint8]:
+    """Return the upper 8 bits of a deep grey image: uint8 `[H, W]`."""
+    deep = np.asarray(image)
+    bits, is_white_zero = 16, False
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = max((b for b in _tiff_tag(image, _TIFF_BITS) if 8 < b < 16), default=16)
+        is_white_zero = _tiff_tag(image, _TIFF_PHOTOMETRIC) == (0,)
+    grey = (deep >> (bits - 8)).astype(np.uint8)
+    if is_white_zero:
+        grey = 255 - grey
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):  # a colour key, of all 16 bits
+        grey = np.where(deep == transparent, np.uint8(255), grey)
+    return grey
+
+
+def _tiff_tag(image: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[int, ...]:
+    value = image.tag_v2.get(tag, ())
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _over_white(layer: Image.Image) -> Image.Image:
+    """Lay an RGBA image over white, a strip at a time: whole copies of a large one would fill the memory."""
+    result = Image.new("RGB", layer.size)
+    for top in range(0, layer.height, _STRIP):
+        strip = layer.crop((0, top, layer.width, min(top + _STRIP, layer.height)))
+        result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+    return result
 
 
 def random_resized_crop(
