@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: setup format lint types test test-wheel check demo clean
+.PHONY: setup format lint types test test-wheel campaigns demo clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,10 @@ test-wheel: setup
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests build/wheel/run/tests && cp pyproject.toml build/wheel/run/
 	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest
+
+# The same campaigns as in `make test`, in full: 10,000 of each damage.
+campaigns: setup
+	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns -s
 
 demo: setup
 	$(BIN)/maekit demo

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny pictures, tiny shards, and a cache of the tests' own."""
 
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAEKIT_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="session")
+def rounds() -> Callable[[int, int], int]:
+    """Return `rounds(few, many)`: few in `make test`, many in `make campaigns`."""
+    return lambda few, many: many if os.environ.get("MAEKIT_CAMPAIGNS") else few
 
 
 def jpeg(number: int, size: tuple[int, int] = (48, 40)) -> bytes:

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import random
 import tarfile
 from pathlib import Path
 
@@ -102,54 +101,6 @@ def small_shard(tmp_path: Path) -> Path:
     return write_shard(tmp_path / "s.tar", {f"k{i}": {"jpg": os.urandom(700 + i), "cls": b"1"} for i in range(4)})
 
 
-def test_no_truncation_is_accepted(tmp_path: Path) -> None:
-    """A shard cut at any of 200 random places is damaged, never shorter."""
-    whole = small_shard(tmp_path).read_bytes()
-    # Behind the two zero blocks that end the archive, writers pad to 10,240 bytes; a cut there loses nothing.
-    end = len(whole) - (len(whole) - len(whole.rstrip(b"\0")) - 1024) // 512 * 512
-    rng = random.Random(0)
-    for _ in range(200):
-        cut = rng.randrange(end - 511)
-        path = tmp_path / "cut.tar"
-        path.write_bytes(whole[:cut])
-        with pytest.raises(DamagedShard):
-            build_index(path)
-
-
-def test_no_header_bit_flip_is_accepted(tmp_path: Path) -> None:
-    path = small_shard(tmp_path)
-    whole = path.read_bytes()
-    headers = [m.offset - 512 for i in range(4) for m in build_index(path).members(i)]
-    rng = random.Random(0)
-    for _ in range(200):
-        damaged = bytearray(whole)
-        damaged[rng.choice(headers) + rng.randrange(512)] ^= 1 << rng.randrange(8)
-        flipped = tmp_path / "flipped.tar"
-        flipped.write_bytes(damaged)
-        with pytest.raises(DamagedShard):
-            build_index(flipped)
-
-
-def test_damage_is_named_with_its_offset(tmp_path: Path) -> None:
-    path = write_shard(tmp_path / "s.tar", {"a": {"jpg": b"x" * 600}, "b": {"jpg": b"y" * 600}})
-    second = 512 + 1024
-    whole = path.read_bytes()
-
-    def damage(data: bytes) -> DamagedShard:
-        path.write_bytes(data)
-        with pytest.raises(DamagedShard) as caught:
-            build_index(path)
-        return caught.value
-
-    assert damage(whole[: second + 700]).offset == second
-    assert "cut off" in damage(whole[: second + 700]).reason
-    assert "empty" in damage(b"").reason
-    assert "end-of-archive" in damage(whole[: 2 * second]).reason
-    assert damage(whole + b"x").offset == len(whole)
-    assert "gzip" in damage(__import__("gzip").compress(whole)).reason
-    assert "no tar header" in damage(b"<html>" + bytes(2000)).reason
-
-
 @pytest.mark.parametrize(
     ("members", "said"),
     [
@@ -159,25 +110,6 @@ def test_damage_is_named_with_its_offset(tmp_path: Path) -> None:
 )
 def test_samples_that_webdataset_would_tear_apart(tmp_path: Path, members, said: str) -> None:
     path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
-    with pytest.raises(DamagedShard, match=said):
-        build_index(path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        (tarfile.SYMTYPE, "symbolic link"),
-        (tarfile.LNKTYPE, "hard link"),
-        (tarfile.FIFOTYPE, "fifo"),
-        (tarfile.CHRTYPE, "character device"),
-    ],
-)
-def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes, said: str) -> None:
-    path = tmp_path / "x.tar"
-    with tarfile.open(path, "w") as tar:
-        info = tarfile.TarInfo("a.jpg")
-        info.type, info.linkname = kind, "/etc/passwd"
-        tar.addfile(info)
     with pytest.raises(DamagedShard, match=said):
         build_index(path)
 

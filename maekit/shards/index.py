@@ -334,6 +334,7 @@ def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
     if parsed is None or not set(_COLUMNS) - _OPTIONAL <= set(parsed[1]) or not _are_consistent(parsed[1]):
         return None
     try:
+        parsed[1]["keys"].tobytes().decode("utf-8")
         index = ShardIndex(path, *parsed)
         ends = index._columns["member_offset"] + index._columns["member_size"]
         return index if len(ends) == 0 or int(ends.max()) <= index.size else None
@@ -351,6 +352,8 @@ def _are_consistent(columns: columns_file.Columns) -> bool:
         and (int(starts[0]), int(starts[-1])) == (0, members)
         and (int(keys[0]), int(keys[-1])) == (0, len(columns["keys"]))
         and bool((np.diff(starts) > 0).all() and (np.diff(keys) > 0).all())
+        # No key begins within a character.
+        and bool((columns["keys"][keys[:-1]] & 0xC0 != 0x80).all())
         and bool((columns["member_offset"] >= BLOCK).all() and (columns["member_size"] >= 0).all())
     )
 
