@@ -96,7 +96,7 @@ class ShardIndex:
         self.probe = int(header["probe"])
         self.ignored: list[str] = list(header["ignored"])
         self.ignored_count = int(header["ignored_count"])
-        self._extensions: list[str] = list(header["extensions"])
+        self._extensions = [str(extension) for extension in header["extensions"]]
         self._columns = columns
         self._sample_start = columns["sample_start"]
         self._key_start = columns["key_start"]
@@ -336,10 +336,13 @@ def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
     try:
         parsed[1]["keys"].tobytes().decode("utf-8")
         index = ShardIndex(path, *parsed)
-        ends = index._columns["member_offset"] + index._columns["member_size"]
-        return index if len(ends) == 0 or int(ends.max()) <= index.size else None
     except (KeyError, TypeError, ValueError):
         return None
+    ends = index._columns["member_offset"] + index._columns["member_size"]
+    kinds = index._columns["member_extension"]
+    if len(ends) and (int(ends.max()) > index.size or int(kinds.max()) >= len(index._extensions)):
+        return None
+    return index
 
 
 def _are_consistent(columns: columns_file.Columns) -> bool:
