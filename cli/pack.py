@@ -5,48 +5,74 @@ from typing import Annotated
 
 import typer
 
+_TABLE = "Table"
+
 
 def command(
     images: Annotated[Path, typer.Argument(help="A folder of images, searched to any depth.", show_default=False)],
     out: Annotated[Path, typer.Argument(metavar="SHARDS", help="A folder for the shards.", show_default=False)],
-    samples_per_shard: Annotated[int, typer.Option(help="Images in each shard.")] = 1000,
+    samples_per_shard: Annotated[int, typer.Option(help="Images in each shard at most.")] = 1000,
+    shard_mb: Annotated[float | None, typer.Option(help="Megabytes in each shard at most.", show_default=False)] = None,
+    classes: Annotated[
+        bool, typer.Option(help="Take the first folder of each path for the class, where all images lie in folders.")
+    ] = True,
+    table: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV, TSV or parquet file that says which images, in what order, and with what label.",
+            show_default=False,
+            rich_help_panel=_TABLE,
+        ),
+    ] = None,
+    path_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Its column of paths. [dim]\\[default: one named path, file, filename or image][/dim]",
+            show_default=False,
+            rich_help_panel=_TABLE,
+        ),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Its column of labels, whole numbers or text. [dim]\\[default: one named label, cls, class or target]"
+            "[/dim]",
+            show_default=False,
+            rich_help_panel=_TABLE,
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes. [dim]\\[default: one per core][/dim]", show_default=False)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Pack a folder of images into tar shards.
 
     Image bytes go in unchanged, in sorted order, the same bytes every time. The key is the path without its extension,
-    dots in the name turned into underscores. Where all images lie in class folders, the class goes in as a .cls member
-    and the names into classes.txt.
+    dots in the name turned into underscores; a .json or .txt file of the same name rides along. Labels go in as .cls
+    members, class names into classes.txt. Beside each shard lies its index, with CRC-32s. The same command again goes
+    on after a kill.
     """
+    import dataclasses
+
     from maekit.cli.show import make_progress, print_json, size
-    from maekit.shards.pack import pack
+    from maekit.shards.pack import PackOptions, pack
 
-    progress = make_progress()
-    started = False
-
-    def on_sample(done: int, total: int) -> None:
-        nonlocal started
-        if not started:
-            progress.start("pack", total)
-            started = True
-        progress.advance(done)
-
-    try:
-        report = pack(images, out, samples_per_shard=samples_per_shard, on_sample=on_sample)
-    finally:
-        progress.stop()
-    classes = f", {len(report.classes)} classes" if report.classes else ""
-    print(f"{report.samples} images in {len(report.shards)} shards, {size(float(report.bytes))}{classes}: {out}")
-    if report.passed_over:
-        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(report.passed_over.items()))
-        print(f"passed over, no images: {kinds}")
+    options = PackOptions(
+        samples_per_shard=samples_per_shard,
+        shard_mb=shard_mb,
+        classes=classes,
+        table=table,
+        path_column=path_column,
+        label_column=label_column,
+        workers=workers,
+    )
+    report = pack(images, out, options, progress=make_progress())
+    named = f", {len(report.classes)} classes" if report.classes else ""
+    print(f"{report.samples} images in {len(report.shards)} shards, {size(float(report.bytes))}{named}: {out}")
+    for what, counts in (("riding along", report.sidecars), ("passed over", report.passed_over)):
+        if counts:
+            print(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+    print(f"next: maekit check {out} --images")
     if as_json:
-        print_json(
-            {
-                "samples": report.samples,
-                "shards": len(report.shards),
-                "bytes": report.bytes,
-                "classes": report.classes,
-                "passed_over": report.passed_over,
-            }
-        )
+        print_json({**dataclasses.asdict(report), "shards": len(report.shards)})

@@ -164,7 +164,7 @@ def sole_owner(directory: Path) -> Iterator[None]:
         file.flush()
         yield
     finally:
-        if is_new and [child.name for child in directory.iterdir()] == [path.name]:
+        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
             # Refused before anything was written: no trace of it stays.
             path.unlink()
             directory.rmdir()

@@ -216,9 +216,10 @@ def _refuse_without_rule(image: Image.Image) -> None:
     """Refuse what cannot be told any more once the pixels are loaded as 8-bit ones."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _SIGNED in _tiff_tag(image, _TIFF_SAMPLE_FORMAT):
         raise ImageError("unsupported_mode", "TIFF of signed samples has no 8-bit rule")
-    has_colour_key = isinstance(image, PngImagePlugin.PngImageFile) and "transparency" in image.info
-    if has_colour_key and any("RGB;16" in str(tile.args) for tile in image.tile):
-        raise ImageError("unsupported_mode", "PNG of 16-bit colours, one of them transparent, has no 8-bit rule")
+    if isinstance(image, PngImagePlugin.PngImageFile):
+        is_deep = any("RGB;16" in str(tile.args) for tile in image.tile)
+        if is_deep and "transparency" in image.info:
+            raise ImageError("unsupported_mode", "PNG of 16-bit colours, one of them transparent, has no 8-bit rule")
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

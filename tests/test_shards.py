@@ -15,7 +15,6 @@ from maekit.check import check_shards
 from maekit.errors import DamagedShard, InputError, MaekitError
 from maekit.shards.index import build_index, load_index, parse_index
 from maekit.shards.order import Order
-from maekit.shards.pack import pack
 from maekit.shards.read import MemberReader, open_shards
 from maekit.shards.spec import find_shards
 
@@ -310,60 +309,3 @@ def test_digest_names_the_data_wherever_it_lies(make_shards) -> None:
 
     assert digest(make_shards(3, 2, name="a")) == digest(make_shards(3, 2, name="b"))
     assert digest(make_shards(3, 2, name="a")) != digest(make_shards(2, 3, name="c"))
-
-
-def test_pack_round_trip(tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    for number in range(7):
-        folder = images / ("cat" if number % 2 else "dog")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{number}.v1.jpg").write_bytes(jpeg(number))
-    (images / "cat" / "notes.txt").write_text("no image")
-    (images / "cat" / "README").write_text("no image")
-    report = pack(images, tmp_path / "out", samples_per_shard=3)
-    assert (report.samples, len(report.shards), report.classes) == (7, 3, ["cat", "dog"])
-    assert report.passed_over == {".txt": 1, "no extension": 1}
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out"]
-    assert (tmp_path / "out" / "classes.txt").read_text() == "cat\ndog\n"
-    samples = [sample for shard in report.shards for sample in read_all(shard)]
-    expected = sorted((f"{'cat' if n % 2 else 'dog'}/{n}_v1", n) for n in range(7))
-    assert [key for key, _ in samples] == [key for key, _ in expected]
-    for (_, members), (key, number) in zip(samples, expected, strict=True):
-        assert members == {"jpg": jpeg(number), "cls": b"0" if key.startswith("cat") else b"1"}
-    again = pack(images, tmp_path / "again", samples_per_shard=3)
-    assert [s.read_bytes() for s in report.shards] == [s.read_bytes() for s in again.shards]
-
-
-def test_pack_refuses(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        pack(tmp_path / "missing", tmp_path / "out")
-    (tmp_path / "images").mkdir()
-    with pytest.raises(InputError, match="no image file"):
-        pack(tmp_path / "images", tmp_path / "out")
-    for name in ("a.b.jpg", "a_b.png"):
-        (tmp_path / "images" / name).write_bytes(jpeg(0))
-    with pytest.raises(InputError, match="both get the key"):
-        pack(tmp_path / "images", tmp_path / "out")
-    (tmp_path / "images" / "a_b.png").unlink()
-    pack(tmp_path / "images", tmp_path / "out")
-    with pytest.raises(InputError, match="already holds"):
-        pack(tmp_path / "images", tmp_path / "out")
-    (tmp_path / "images" / "__x__").mkdir()
-    (tmp_path / "images" / "__x__" / "y.jpg").write_bytes(jpeg(0))
-    with pytest.raises(InputError, match="aside as its own"):
-        pack(tmp_path / "images", tmp_path / "out2")
-
-
-def test_an_interrupted_pack_leaves_no_shards(tmp_path: Path) -> None:
-    (tmp_path / "images").mkdir()
-    for number in range(5):
-        (tmp_path / "images" / f"{number}.jpg").write_bytes(jpeg(number))
-
-    def interrupt(done: int, total: int) -> None:
-        if done == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack(tmp_path / "images", tmp_path / "out", samples_per_shard=2, on_sample=interrupt)
-    assert not (tmp_path / "out").exists()
-    assert pack(tmp_path / "images", tmp_path / "out", samples_per_shard=2).samples == 5

@@ -17,7 +17,7 @@ from maekit.errors import InputError, MaekitError
 from maekit.evaluation.knn import knn_accuracy
 from maekit.images import decode
 from maekit.progress import Progress, Silent
-from maekit.shards.pack import pack
+from maekit.shards.pack import PackOptions, pack
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 
@@ -99,7 +99,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     for split, count, seed in (("train", TRAIN_PICTURES, 1), ("test", TEST_PICTURES, 2)):
         progress.note(f"drawing {count} pictures of {len(CLASSES)} classes: {out}/pictures/{split}")
         write_pictures(out / "pictures" / split, count, seed=seed)
-        packed = pack(out / "pictures" / split, out / "shards" / split, samples_per_shard=500)
+        packed = pack(out / "pictures" / split, out / "shards" / split, PackOptions(samples_per_shard=500))
         progress.note(f"packed into {len(packed.shards)} shards: {out}/shards/{split}")
         found = find_shards(str(out / "shards" / split))
         report = check_shards(found)

@@ -1,21 +1,60 @@
-"""`maekit pack`: a folder of images -> tar shards, written by webdataset's writer, the same bytes every time."""
+"""`maekit pack`: a folder of images -> tar shards, written by webdataset's writer, the same bytes every time.
 
+    folder (and table) -> samples, sorted -> a plan of shards -> each written, read back, indexed -> the folder renamed
+
+Shards are written in processes into a folder aside, which takes its name when all of them are whole; what a killed run
+left there is taken up again if the plan is still the same.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
 import shutil
-from collections.abc import Callable, Iterator
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from maekit import files
-from maekit.errors import InputError, MaekitError
-from maekit.shards.index import IMAGE_EXTENSIONS, METADATA
+from maekit.errors import InputError, MaekitError, Stopped
+from maekit.machine import cores
+from maekit.parallel import Workers
+from maekit.progress import Progress, Silent
+from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, write_index
+from maekit.signals import stop_on_signal
+
+SIDECARS = ("json", "txt")
+_PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
+_LABEL_COLUMNS = ("label", "cls", "class", "target")
+_PLAN = ".plan"
+_NAMED = 3  # problems spelled out in one message
 
 
-@dataclass(frozen=True, slots=True)
-class _Source:
-    path: Path
-    key: str
-    label: int | None
+@dataclass(frozen=True)
+class PackOptions:
+    """How a folder of images is packed.
+
+    Attributes:
+        samples_per_shard: images in each shard at most.
+        shard_mb: megabytes in each shard at most; one image larger than that has a shard to itself.
+        classes: take the first folder of each image's path for its class, where every image lies in one.
+        table: a CSV or parquet file that says which images are packed, in what order, and with what label.
+        path_column: its column of paths below the folder; None is the one with a usual name.
+        label_column: its column of labels, whole numbers or text; None is the one with a usual name, if there is one.
+        workers: processes that write; None is one per CPU core.
+    """
+
+    samples_per_shard: int = 1000
+    shard_mb: float | None = None
+    classes: bool = True
+    table: Path | None = None
+    path_column: str | None = None
+    label_column: str | None = None
+    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -23,123 +62,349 @@ class PackReport:
     """What was packed.
 
     Attributes:
-        shards: the shards written, in order.
+        shards: the shards written, in order; beside each lies its index.
         samples: images in them.
         bytes: size of the shards.
-        classes: class names by label; empty where some image lies in no class folder.
-        passed_over: files that are no images, how many of each extension.
+        classes: class names by label; empty where labels are numbers, or there are none.
+        sidecars: members that ride along, how many of each extension.
+        passed_over: files that were not packed, how many of each kind.
+        resumed: shards that an earlier, interrupted run had written.
     """
 
     shards: list[Path]
     samples: int
     bytes: int
     classes: list[str]
+    sidecars: dict[str, int]
     passed_over: dict[str, int]
+    resumed: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One sample: its key, and the files of its members by extension; the label is a member that no file holds."""
+
+    key: str
+    members: tuple[tuple[str, str], ...]
+    label: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """One shard of the plan."""
+
+    path: Path
+    sources: tuple[_Source, ...]
+
+
+_Labels = dict[Path, int | str | None]
 
 
 def pack(
-    images: Path,
-    out: Path,
-    *,
-    samples_per_shard: int = 1000,
-    on_sample: Callable[[int, int], None] = lambda done, total: None,
+    images: Path, out: Path, options: PackOptions | None = None, *, progress: Progress | None = None
 ) -> PackReport:
-    """Pack every image file below `images` into `out/00000.tar`, `out/00001.tar`, …
+    """Pack the image files below `images` into `out/00000.tar`, `out/00001.tar`, …, each with its index beside it.
 
-    Image bytes go in unchanged. The key is the path below `images` without its extension. Where every image lies in a
-    folder below `images`, the first folder is its class, numbered in sorted order, and goes in as a `.cls` member;
-    the names are written to `out/classes.txt`. The folder appears whole or not at all.
+    Image bytes go in unchanged. The key is the path below `images` without its extension. A `.json` or `.txt` file of
+    the same name rides along. The label goes in as a `.cls` member: a whole number of the table, or the place of a
+    class name in sorted order, and then the names are written to `out/classes.txt`. The folder appears whole or not at
+    all; called again after a kill, the shards that were finished stay.
 
     Args:
         images: the folder of images.
         out: a new or empty folder for the shards.
-        samples_per_shard: how many images a shard holds (the last one holds the rest).
-        on_sample: called with (done, total) after each image.
+        options: how.
+        progress: where to show how it goes on.
 
     Raises:
         InputError: no image, a folder that is not empty, or names that make no keys.
+        Stopped: SIGTERM or SIGINT came; finished shards are kept for the next call.
         MaekitError: a file cannot be read or written.
     """
-    if samples_per_shard < 1:
-        raise InputError(f"--samples-per-shard {samples_per_shard}: a shard holds at least one sample")
+    options, progress = options or PackOptions(), progress or Silent()
+    _check(images, out, options)
+    sources, classes, passed_over = _sources(images, options)
+    aside = out.absolute().parent / f".{out.name}.packing"
+    with files.sole_owner(aside):
+        plan = [
+            _Shard(aside / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
+        ]
+        _take_up(aside, _fingerprint(sources, plan))
+        resumed = sum(shard.path.exists() for shard in plan)
+        if resumed:
+            progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
+        _write(plan, options.workers or cores(), progress)
+        if classes:
+            files.write_atomically(aside / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+        (aside / _PLAN).unlink()
+        _publish(aside, out)
+    shards = [out / shard.path.name for shard in plan]
+    return PackReport(
+        shards=shards,
+        samples=len(sources),
+        bytes=sum(shard.stat().st_size for shard in shards),
+        classes=classes,
+        sidecars=dict(Counter(kind for source in sources for kind, _ in source.members if kind in SIDECARS)),
+        passed_over=passed_over,
+        resumed=resumed,
+    )
+
+
+def _check(images: Path, out: Path, options: PackOptions) -> None:
+    if options.samples_per_shard < 1:
+        raise InputError(f"--samples-per-shard {options.samples_per_shard}: a shard holds at least one sample")
+    if options.shard_mb is not None and not options.shard_mb > 0:
+        raise InputError(f"--shard-mb {options.shard_mb:g}: must be greater than 0")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers}: must be at least 1")
+    if options.table is None and (options.path_column or options.label_column):
+        raise InputError("--path-column and --label-column name columns of --table, which is not given")
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of images")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; SHARDS names a folder")
     if out.is_dir() and (present := sorted(out.iterdir())):
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
-    sources, classes, passed_over = _sources(images)
-    # An interrupted pack must not look like a small but whole set of shards.
-    aside = out.absolute().parent / f".{out.name}.packing"
-    shutil.rmtree(aside, ignore_errors=True)
-    names = [f"{number:05d}.tar" for number in range(-(-len(sources) // samples_per_shard))]
-    for number, name in enumerate(names):
-        first = number * samples_per_shard
-        samples = _read_samples(sources[first : first + samples_per_shard])
-        with files.atomic_file(aside / name) as file, _tar_writer(file) as writer:
-            for done, sample in enumerate(samples, first + 1):
-                writer.write(sample)
-                on_sample(done, len(sources))
-    if classes:
-        files.write_atomically(aside / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+
+
+def _sources(images: Path, options: PackOptions) -> tuple[list[_Source], list[str], dict[str, int]]:
+    """Return the samples in order, the class names, and what is not packed."""
+    found = {path.relative_to(images): path for path in files.walk_files(images)}
+    table = options.table.resolve() if options.table else None
+    wanted: _Labels
+    if options.table is not None:
+        wanted = _read_table(images, options.table, options, found)
+    else:
+        pictures = [path for path in found if _extension(path) in IMAGE_EXTENSIONS]
+        in_folders = options.classes and all(len(path.parts) > 1 for path in pictures)
+        wanted = {path: path.parts[0] if in_folders else None for path in pictures}
+    if not wanted:
+        kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
+        raise InputError(f"{images}: no image file in this folder (looked for {kinds})")
+    names = sorted({label for label in wanted.values() if isinstance(label, str)})
+    numbers = {name: number for number, name in enumerate(names)}
+    problems: list[str] = []
+    owners: dict[str, Path] = {}
+    used: set[Path] = set()
+    sources = []
+    for path, label in wanted.items():
+        # A key ends at the first dot of its last part, so dots inside a stem become underscores.
+        key = path.with_name(path.stem.replace(".", "_")).as_posix()
+        try:
+            files.require_utf8(path)
+        except InputError as error:
+            problems.append(str(error))
+            continue
+        if METADATA.match(key):
+            problems.append(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
+        elif (owner := owners.setdefault(key, path)) != path:
+            problems.append(f"{owner} and {path} would both get the key {key!r}; rename one of them")
+        members = [(_extension(path), str(found[path]))]
+        for kind in SIDECARS:
+            beside = path.with_suffix(f".{kind}")
+            if beside in found and beside not in used:
+                members.append((kind, str(found[beside])))
+                used.add(beside)
+        used.add(path)
+        sources.append(_Source(key, tuple(members), numbers[label] if isinstance(label, str) else label))
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise InputError("; ".join(problems[:_NAMED]) + more)
+    passed_over: Counter[str] = Counter()
+    for path, place in found.items():
+        if path not in used and place.resolve() != table:
+            is_image = _extension(path) in IMAGE_EXTENSIONS
+            passed_over["images not in the table" if is_image else path.suffix.lower() or "no extension"] += 1
+    return sources, names, dict(passed_over)
+
+
+def _read_table(
+    images: Path, table: Path, options: PackOptions, found: dict[Path, Path]
+) -> dict[Path, int | str | None]:
+    """Return the paths that a table names, in its order, with their labels."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
     try:
+        if table.suffix == ".parquet":
+            rows = pa.parquet.read_table(table)
+        else:
+            rows = pa.csv.read_csv(
+                table, parse_options=pa.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",")
+            )
+    except (OSError, pa.ArrowInvalid) as error:
+        raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
+    names = list(rows.column_names)
+    path_column = _choose(table, names, options.path_column, _PATH_COLUMNS, "paths", "--path-column")
+    label_column = _choose(table, names, options.label_column, _LABEL_COLUMNS, "labels", "--label-column")
+    if path_column is None:
+        raise InputError(
+            f"{table}: no column of paths (looked for {', '.join(_PATH_COLUMNS)}; there are {', '.join(names)}); "
+            "name it with --path-column"
+        )
+    paths = rows[path_column].to_pylist()
+    labels = rows[label_column].to_pylist() if label_column else [None] * len(paths)
+    wanted: _Labels = {}
+    problems = []
+    for row, (text, label) in enumerate(zip(paths, labels, strict=True), 1):
+        path = Path(os.path.relpath(images / str(text), images))
+        if text is None or path not in found:
+            problems.append(f"row {row}: there is no file {text!r} in the folder of images")
+        elif _extension(path) not in IMAGE_EXTENSIONS:
+            problems.append(f"row {row}: {text!r} has no image extension")
+        elif path in wanted:
+            problems.append(f"row {row}: {text!r} comes twice")
+        elif isinstance(label, bool) or not isinstance(label, (int, str, type(None))):
+            problems.append(f"row {row}: the label {label!r} is neither a whole number nor text")
+        elif isinstance(label, int) and label < 0:
+            problems.append(f"row {row}: the label {label} is negative")
+        else:
+            wanted[path] = label
+    if problems:
+        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
+        raise InputError(f"{table}: " + "; ".join(problems[:_NAMED]) + more)
+    if not wanted:
+        raise InputError(f"{table} names no image")
+    return wanted
+
+
+def _choose(
+    table: Path, names: Sequence[str], asked: str | None, usual: Sequence[str], what: str, option: str
+) -> str | None:
+    """Return the column that was asked for, or the one with a usual name."""
+    if asked is not None:
+        if asked not in names:
+            raise InputError(f"{table}: no column {asked!r} (there are {', '.join(names)})")
+        return asked
+    found = [name for name in names if name.lower() in usual]
+    if len(found) > 1:
+        raise InputError(f"{table}: {' and '.join(found)} may both be the column of {what}; say which by {option}")
+    return found[0] if found else None
+
+
+def _divide(sources: Sequence[_Source], options: PackOptions) -> Iterator[list[_Source]]:
+    """Divide the samples into shards by count and size."""
+    limit = None if options.shard_mb is None else int(options.shard_mb * 1e6)
+    part: list[_Source] = []
+    held = tarfile.RECORDSIZE  # the end of an archive is padded to this
+    for source in sources:
+        size = _bytes_in_tar(source) if limit is not None else 0
+        if part and (len(part) == options.samples_per_shard or (limit is not None and held + size > limit)):
+            yield part
+            part, held = [], tarfile.RECORDSIZE
+        part.append(source)
+        held += size
+    yield part
+
+
+def _bytes_in_tar(source: _Source) -> int:
+    """Return how many bytes of an archive a sample takes."""
+    sizes = [(kind, _stat(path).st_size) for kind, path in source.members]
+    if source.label is not None:
+        sizes.append(("cls", len(str(source.label))))
+    total = 0
+    for kind, size in sizes:
+        header = tarfile.TarInfo(f"{source.key}.{kind}").tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+        total += len(header) + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    return total
+
+
+def _stat(path: str) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except OSError as error:
+        raise MaekitError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _fingerprint(sources: Sequence[_Source], plan: Sequence[_Shard]) -> bytes:
+    """Return a digest of everything that decides the bytes of the shards."""
+    digest = hashlib.sha256(json.dumps([len(shard.sources) for shard in plan]).encode())
+    for source in sources:
+        stats = [(kind, path, _stat(path)) for kind, path in source.members]
+        row = [source.key, source.label, [(kind, path, s.st_size, s.st_mtime_ns) for kind, path, s in stats]]
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest().encode()
+
+
+def _take_up(aside: Path, fingerprint: bytes) -> None:
+    """Keep what an interrupted run of the same plan wrote; delete what another one left."""
+    plan = aside / _PLAN
+    is_same = plan.exists() and plan.read_bytes() == fingerprint
+    for child in aside.iterdir():
+        is_finished = is_same and not child.name.endswith(".tmp")
+        if child.name != ".lock" and not is_finished:
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    files.write_atomically(plan, fingerprint)
+
+
+def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
+    import webdataset  # noqa: F401  (loads torch where it is installed: once here, and not in each forked process)
+
+    done = 0
+    progress.start("pack", sum(len(shard.sources) for shard in plan))
+    try:
+        with stop_on_signal() as stopped_by, Workers(min(workers, len(plan))) as pool:
+            for written in pool.map(_write_shard, plan):
+                done += written
+                progress.advance(done)
+                if done and (name := stopped_by()):
+                    raise Stopped(f"stopped by {name}; finished shards are kept, run the same command again to go on")
+    finally:
+        progress.stop()
+
+
+def _write_shard(shard: _Shard) -> int:
+    """Write one shard and its index, unless they are there; return its samples."""
+    import webdataset
+
+    checksums: list[tuple[str, int]] = []
+    if not shard.path.exists():
+        with files.atomic_file(shard.path) as file, _tar_writer(webdataset, file) as writer:
+            for source in shard.sources:
+                sample = _read(source)
+                checksums += [(kind, zlib.crc32(data)) for kind, data in sorted(sample.items())]
+                writer.write({"__key__": source.key, **sample})
+    index = build_index(shard.path, crc=True)
+    members = [member for ordinal in range(index.samples) for member in index.members(ordinal)]
+    if list(index.keys()) != [source.key for source in shard.sources] or (
+        checksums and [(member.extension, member.crc) for member in members] != checksums
+    ):
+        shard.path.unlink()
+        raise MaekitError(f"{shard.path}: what was read back is not what was written; is the disk sound?")
+    write_index(index)
+    return index.samples
+
+
+def _read(source: _Source) -> dict[str, bytes]:
+    """Return the members of a sample by extension."""
+    sample = {}
+    for kind, path in source.members:
+        try:
+            sample[kind] = Path(path).read_bytes()
+        except OSError as error:
+            raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
+    if source.label is not None:
+        sample["cls"] = str(source.label).encode()
+    return sample
+
+
+def _tar_writer(webdataset: Any, file: IO[bytes]) -> Any:
+    """Return webdataset's writer: fixed times for equal bytes, PAX for names of any length."""
+    return webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
+
+
+def _publish(aside: Path, out: Path) -> None:
+    """Give the finished folder its name; the lock in it is held until then."""
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            out.rmdir()
+        (aside / ".lock").unlink()
         aside.rename(out)
         files.fsync_directory(out.absolute().parent)
     except OSError as error:
         raise files.write_failure(out, error) from error
-    shards = [out / name for name in names]
-    return PackReport(shards, len(sources), sum(shard.stat().st_size for shard in shards), classes, passed_over)
-
-
-def _read_samples(sources: list[_Source]) -> Iterator[dict[str, object]]:
-    for source in sources:
-        try:
-            data = source.path.read_bytes()
-        except OSError as error:
-            raise MaekitError(f"cannot read {source.path}: {error.strerror or error}") from error
-        sample: dict[str, object] = {"__key__": source.key, _extension(source.path): data}
-        if source.label is not None:
-            sample["cls"] = str(source.label).encode()
-        yield sample
-
-
-def _tar_writer(file: IO[bytes]) -> Any:
-    """Return webdataset's writer: fixed times for equal bytes, PAX for names of any length."""
-    import webdataset
-
-    return webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
 
 
 def _extension(path: Path) -> str:
     return path.suffix[1:].lower()
-
-
-def _sources(images: Path) -> tuple[list[_Source], list[str], dict[str, int]]:
-    paths = []
-    passed_over: dict[str, int] = {}
-    for path in files.walk_files(images):
-        if _extension(path) in IMAGE_EXTENSIONS:
-            paths.append(path)
-        else:
-            kind = path.suffix.lower() or "no extension"
-            passed_over[kind] = passed_over.get(kind, 0) + 1
-    if not paths:
-        kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-        raise InputError(f"{images}: no image file in this folder (looked for {kinds})")
-    relative = [path.relative_to(images) for path in paths]
-    in_folders = all(len(path.parts) > 1 for path in relative)
-    classes = sorted({path.parts[0] for path in relative}) if in_folders else []
-    labels = {name: label for label, name in enumerate(classes)}
-    owners: dict[str, Path] = {}
-    sources = []
-    for path, below in zip(paths, relative, strict=True):
-        # A key ends at the first dot of its last part, so dots inside a stem become underscores.
-        key = below.with_name(below.stem.replace(".", "_")).as_posix()
-        files.require_utf8(path)
-        if METADATA.match(key):
-            raise InputError(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
-        if key in owners:
-            raise InputError(f"{path} and {owners[key]} would both get the key {key!r}; rename one of them")
-        owners[key] = path
-        sources.append(_Source(path, key, labels.get(below.parts[0]) if in_folders else None))
-    return sources, classes, passed_over
