@@ -48,6 +48,7 @@ _TURNS = {
 }
 
 Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def random_resized_crop(
     *,
     scale: tuple[float, float],
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> tuple[int, int, int, int]:
+) -> Box:
     """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
 
     Args:
@@ -315,12 +316,10 @@ class RandomCrop:
     flip: bool
     seed: int
 
-    def crop(self, image: Image.Image, *, epoch: int, position: int) -> Pixels:
-        """Cut and resize a decoded RGB image: -> uint8 `[H, W, 3]`, not yet mirrored."""
+    def box(self, image: Image.Image, *, epoch: int, position: int) -> Box:
+        """Return what is cut from an image: (left, top, right, bottom) in pixels."""
         draws = uniforms(22, Purpose.CROP, seed=self.seed, epoch=epoch, position=position)
-        box = random_resized_crop(image.width, image.height, draws, scale=self.scale)
-        height, width = self.size
-        return np.asarray(image.crop(box).resize((width, height), Image.Resampling.BICUBIC))
+        return random_resized_crop(image.width, image.height, draws, scale=self.scale)
 
     def flips(self, *, epoch: int, position: int) -> bool:
         """Whether the image of this place is mirrored; done later, on the device."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import jpeg, write_shard
+from PIL import Image
 
 import maekit
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig, PretrainConfig, set_value
@@ -25,7 +26,7 @@ from maekit.shards.order import Order
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.training import checkpoint
-from maekit.training.data import CropLoader, ExactSource, Normalizer, make_loader
+from maekit.training.data import CropLoader, ExactSource, Normalizer, cut, make_loader
 from maekit.training.optim import make_optimizer, make_schedule
 
 TINY = {
@@ -106,6 +107,23 @@ def test_normalizer_mirrors_and_normalises() -> None:
     expected = (pixels.numpy() / 255.0 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(images[0].permute(1, 2, 0), expected[0], atol=1e-5)
     np.testing.assert_allclose(images[1].permute(1, 2, 0), expected[1][:, ::-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("box", [(3, 5, 153, 170), (0, 0, 400, 300), (10, 20, 30, 50), (7, 1, 393, 299)])
+def test_crops_are_those_of_exact_arithmetic(box: tuple[int, int, int, int]) -> None:
+    """Whichever kernel resizes: within rounding of float64, on a picture with edges, enlarged and reduced."""
+    y, x = np.mgrid[:300, :400]
+    # Edges that do not overshoot 0 or 255: between their two passes both kernels round to 8 bits.
+    picture = np.stack([70 + (x // 13 + y // 9) % 2 * 110, np.sin(x / 7) * 80 + 128, 70 + (x * y) % 110], -1)
+    picture = picture.astype(np.uint8)
+    left, top, right, bottom = box
+    exact = torch.from_numpy(picture[top:bottom, left:right].astype(float)).permute(2, 0, 1)[None]
+    for size in ((64, 64), (128, 112)):
+        got = cut(Image.fromarray(picture), box, size)
+        resized = torch.nn.functional.interpolate(exact, size, mode="bicubic", antialias=True)
+        expected = resized[0].permute(1, 2, 0).clamp(0, 255).numpy()
+        assert got.shape == (*size, 3)
+        assert np.abs(got - expected).max() < 2
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])

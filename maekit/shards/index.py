@@ -17,6 +17,7 @@ extensions and ignored members; the columns are
 
 import contextlib
 import hashlib
+import mmap
 import os
 import re
 import zlib
@@ -369,10 +370,11 @@ def index_path(path: Path) -> Path:
 def read_index(path: Path, file: Path) -> ShardIndex | None:
     """Return the index of the shard at `path` from an index file, or None if that is absent or damaged."""
     try:
-        raw = np.memmap(file, np.uint8, "r")
+        with open(file, "rb", buffering=0) as opened:
+            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # absent, or empty (which cannot be mapped)
         return None
-    return parse_index(path, raw)
+    return parse_index(path, np.frombuffer(mapped, np.uint8))
 
 
 def load_index(path: Path) -> ShardIndex:
@@ -416,5 +418,5 @@ def write_index(index: ShardIndex) -> Path:
 
 
 def _cache_path(path: Path) -> Path:
-    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()
     return files.cache_directory() / "index" / name[:2] / f"{name}{INDEX_SUFFIX}"

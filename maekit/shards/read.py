@@ -138,9 +138,13 @@ def open_shards(
             found[shard] = row
             on_shard(shard)
     with Workers(worth_processes([shard.path for shard in unknown], workers or cores())) as pool:
-        for shard, scanned in zip(unknown, pool.map(_row, unknown), strict=True):
-            found[shard] = scanned
-            on_shard(shard)
+        # A few at a time: where indexes are cached, handing over one would cost more than reading it.
+        batch = max(1, min(64, len(unknown) // (8 * pool.count)))
+        parts = [unknown[start : start + batch] for start in range(0, len(unknown), batch)]
+        for part, scanned in zip(parts, pool.map(_rows, parts), strict=True):
+            for shard, result in zip(part, scanned, strict=True):
+                found[shard] = result
+                on_shard(shard)
     distant = [shard for shard in shards if shard.url is not None]
     remote = (remote or RemoteCache()) if distant else None
     if remote is not None:
@@ -171,11 +175,14 @@ def open_shards(
     return shard_set
 
 
-def _row(shard: ShardFile) -> CatalogueRow | MaekitError:
-    try:
-        return CatalogueRow.of(load_index(shard.path))
-    except MaekitError as error:
-        return error
+def _rows(shards: Sequence[ShardFile]) -> list[CatalogueRow | MaekitError]:
+    rows: list[CatalogueRow | MaekitError] = []
+    for shard in shards:
+        try:
+            rows.append(CatalogueRow.of(load_index(shard.path)))
+        except MaekitError as error:
+            rows.append(error)
+    return rows
 
 
 def worth_processes(paths: Sequence[Path], workers: int) -> int:
