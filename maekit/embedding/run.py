@@ -9,7 +9,7 @@ from maekit import files
 from maekit.embedding.pipeline import EmbeddingPipeline, ShardResult
 from maekit.embedding.session import CPU, EncoderSession
 from maekit.embedding.writer import DTYPES, CommitRecord, OutputDirectory, OutputOptions, check_output_names
-from maekit.errors import InputError, MaekitError, Stopped
+from maekit.errors import DamagedShard, InputError, MaekitError, Stopped
 from maekit.machine import cores
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
@@ -235,6 +235,8 @@ class _Job:
         try:
             version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
             return _Arrival(shard, load_index(shard.path), version)
+        except DamagedShard as damage:
+            return DamagedShard(shard.url or damage.path, damage.offset, damage.reason)
         except MaekitError as error:
             return error
 
