@@ -63,7 +63,8 @@ def command(
     )
     for shard in report.damaged:
         assert shard.damage is not None
-        print(f"damaged  {shard.name}  at byte {shard.damage.offset}: {shard.damage.reason}", file=sys.stderr)
+        what = "unreadable  {}:" if shard.unreadable else "damaged  {}  at byte {}:"
+        print(what.format(shard.name, shard.damage.offset), shard.damage.reason, file=sys.stderr)
     _print_shards(report)
     if report.images is not None and images:
         _print_images(report.images)
@@ -86,7 +87,7 @@ def _print_shards(report: "CheckReport") -> None:
     def remark(shard: object) -> str:
         parts = []
         for attribute, text in (
-            ("damage", "damaged"),
+            ("damage", "unreadable" if getattr(shard, "unreadable", False) else "damaged"),
             ("without_image", "{} without image"),
             ("ignored", "{} members ignored"),
             ("stale_index", "stale index"),
@@ -147,7 +148,7 @@ def _print_images(images: "ImageReport") -> None:
 
 def _print_stats(images: "ImageReport") -> None:
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (images.mean, images.std))
-    print(f"mean {mean}   std {std}   (red, green, blue, of values in [0, 1]; every image weighs the same)")
+    print(f"mean {mean}   std {std}   (red, green, blue, in [0, 1]; every image weighs the same)")
     print(f"for training: --set 'data.mean=[{mean}]' --set 'data.std=[{std}]'")
 
 

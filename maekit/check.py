@@ -7,6 +7,7 @@ Scanning and decoding run in processes, a bounded number of shards ahead; result
 
 import contextlib
 import hashlib
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ class ShardReport:
         stale_index: whether the file beside it is no index of it.
         verified: whether its members were compared with the CRC-32 in the index beside it.
         damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
+        unreadable: whether it could not be fetched or read at all.
     """
 
     name: str
@@ -64,6 +66,7 @@ class ShardReport:
     stale_index: bool = False
     verified: bool = False
     damage: DamagedShard | None = None
+    unreadable: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +242,7 @@ def check_shards(
     hashes: list[NDArray[np.uint64]] = []
     workers = workers or cores()
     count = workers if are_remote else worth_processes([shard.path for shard in shards], workers)
-    done = 0.0
+    done, started = 0.0, time.perf_counter()
     progress.start("check", sum(weights.values()), unit="" if are_remote else "bytes")
     try:
         with Workers(count) as pool:
@@ -250,6 +253,7 @@ def check_shards(
             for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
                 if found is not None and report.images is not None:
                     report.images.add(found)
+                    progress.figures({"images_per_second": report.images.decoded / (time.perf_counter() - started)})
                 done += chunk.share * weights[shards[chunk.number]]
                 progress.advance(round(done))
     finally:
@@ -305,7 +309,7 @@ def _scan(task: tuple[ShardFile, MaekitError | None, bool, bool]) -> _Scanned:
         report.damage = damage
         return shard, report, none
     except MaekitError as error:  # a shard that cannot be read is as good as damaged, and the others still count
-        report.damage = DamagedShard(str(shard.url or shard.path), 0, str(error))
+        report.damage, report.unreadable = DamagedShard(str(shard.url or shard.path), 0, str(error)), True
         return shard, report, none
     if write:
         write_index(index)

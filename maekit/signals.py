@@ -8,8 +8,11 @@ from types import FrameType
 
 
 @contextlib.contextmanager
-def stop_on_signal() -> Iterator[Callable[[], str | None]]:
+def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], str | None]]:
     """Catch SIGTERM and SIGINT for a while.
+
+    Args:
+        then: called when the signal comes, in the middle of whatever the main thread does.
 
     Yields:
         a function that returns the name of the signal that came, or None. A second signal gets the default treatment,
@@ -21,6 +24,7 @@ def stop_on_signal() -> Iterator[Callable[[], str | None]]:
     def handle(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number).name)
         signal.signal(number, signal.SIG_DFL)
+        then()
 
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):

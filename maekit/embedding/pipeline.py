@@ -8,6 +8,7 @@ bounded number ahead, across the borders of shards
 
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,7 @@ class ShardResult:
         ordinals: places in the shard of the samples that have a row, in tar order.
         embeddings: float32 `[rows, dim]`.
         errors: the samples that have none, in tar order.
+        content: CRC-32 over the CRC-32s of all images, in tar order; as `content_of` gives it.
         failure: why the shard could not be read to its end; then there are no rows and no errors.
     """
 
@@ -51,6 +53,7 @@ class ShardResult:
     ordinals: list[int]
     embeddings: Embeddings
     errors: list[ErrorRow]
+    content: int = 0
     failure: str | None = None
 
 
@@ -85,6 +88,7 @@ class _Decoded:
     ordinal: int
     pixels: Pixels | None
     error: ErrorRow | None
+    crc: int = 0
     failure: str | None = None
 
 
@@ -96,6 +100,7 @@ class _Open:
     errors: list[ErrorRow] = field(default_factory=list)
     parts: list[Embeddings] = field(default_factory=list)
     waiting: list[Pixels] = field(default_factory=list)
+    content: int = 0
     failure: str | None = None
 
 
@@ -131,6 +136,7 @@ class EmbeddingPipeline:
                 for decoded in self._decode_ahead(pool, decoder, indexes):
                     self.timing.samples += 1
                     self.timing.bytes += decoded.index.size / decoded.index.samples
+                    current.content = _extend(current.content, decoded.crc)
                     if decoded.failure is not None:
                         current.failure = decoded.failure
                     elif decoded.error is not None:
@@ -144,12 +150,13 @@ class EmbeddingPipeline:
                         current.waiting = []
                         yield None
                     if last and current.failure is not None:
-                        yield ShardResult(decoded.shard, [], np.empty((0, 0), np.float32), [], current.failure)
+                        nothing = np.empty((0, 0), np.float32)
+                        yield ShardResult(decoded.shard, [], nothing, [], failure=current.failure)
                         current = _Open()
                     elif last:
                         dim = self._session.description.dim
                         rows = np.concatenate(current.parts) if current.parts else np.empty((0, dim), np.float32)
-                        yield ShardResult(decoded.shard, current.ordinals, rows, current.errors)
+                        yield ShardResult(decoded.shard, current.ordinals, rows, current.errors, current.content)
                         current = _Open()
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
@@ -203,6 +210,7 @@ class _Decoder:
 
     def __init__(self, preprocess: Preprocess, remote: RemoteCache | None) -> None:
         self._preprocess, self._remote = preprocess, remote
+        self._failures: dict[int, str] = {}
         self._own = threading.local()
         self._readers: list[MemberReader] = []
 
@@ -213,15 +221,39 @@ class _Decoder:
         return [self._decode(self._own.reader, shard, index, ordinal) for ordinal in ordinals]
 
     def _decode(self, reader: MemberReader, shard: int, index: ShardIndex, ordinal: int) -> _Decoded:
+        if (failure := self._failures.get(shard)) is not None:
+            return _Decoded(shard, index, ordinal, None, None, failure=failure)  # its other samples would fail as well
+        crc = 0
         try:
             data = reader.read_image(index, ordinal)
-            return _Decoded(shard, index, ordinal, self._preprocess(data), None)
+            crc = zlib.crc32(data)
+            return _Decoded(shard, index, ordinal, self._preprocess(data), None, crc)
         except ImageError as error:
             row = ErrorRow(ordinal, index.key(ordinal), error.reason, str(error))
-            return _Decoded(shard, index, ordinal, None, row)
+            return _Decoded(shard, index, ordinal, None, row, crc)
         except MaekitError as error:
-            return _Decoded(shard, index, ordinal, None, None, str(error))
+            self._failures[shard] = str(error)
+            return _Decoded(shard, index, ordinal, None, None, failure=str(error))
 
     def close(self) -> None:
         for reader in self._readers:
             reader.close()
+
+
+def content_of(index: ShardIndex, reader: MemberReader) -> int:
+    """Return the CRC-32 over the CRC-32s of all images of a shard: whether it still holds what was embedded.
+
+    Raises:
+        MaekitError: the shard cannot be read.
+    """
+    content = 0
+    for ordinal in range(index.samples):
+        try:
+            content = _extend(content, zlib.crc32(reader.read_image(index, ordinal)))
+        except ImageError:
+            content = _extend(content, 0)
+    return content
+
+
+def _extend(content: int, crc: int) -> int:
+    return zlib.crc32(crc.to_bytes(4, "little"), content)

@@ -1,12 +1,14 @@
 """`maekit embed`: from shards to embeddings, one committed file per shard."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from maekit import files
-from maekit.embedding.pipeline import EmbeddingPipeline, ShardResult
+from maekit.embedding.pipeline import EmbeddingPipeline, ShardResult, content_of
 from maekit.embedding.session import CPU, EncoderSession
 from maekit.embedding.writer import DTYPES, CommitRecord, OutputDirectory, OutputOptions, check_output_names
 from maekit.errors import DamagedShard, InputError, MaekitError, Stopped
@@ -14,6 +16,7 @@ from maekit.machine import cores
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
 from maekit.shards.index import ShardIndex, load_index
+from maekit.shards.read import MemberReader
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile, find_shards
 from maekit.signals import stop_on_signal
@@ -29,7 +32,7 @@ class EmbedConfig:
 
     Attributes:
         model: the ONNX file that `maekit export` wrote.
-        shards: input specs: directories, tars, globs, brace patterns.
+        shards: input specs: directories, tars, globs, brace patterns, URLs.
         out: the output directory.
         device: `auto`, `cpu` or `cuda`.
         dtype: of the stored embeddings, `float32` or `float16`.
@@ -60,7 +63,7 @@ class EmbedResult:
         errors: keys without.
         shards: shards embedded now.
         skipped: shards that were committed already.
-        damaged: one line for each shard that cannot be trusted; their samples are in no count.
+        damaged: one line for each shard that cannot be read or trusted; of these only what was embedded earlier counts.
         images_per_second: of this run.
         limit_share: on a CPU, the share of the cores' time that this process used; on a GPU, the share of the time that
             the slower of decoding and model was at work.
@@ -143,11 +146,19 @@ def _check(config: EmbedConfig) -> None:
 
 @dataclass(frozen=True)
 class _Arrival:
-    """A shard whose turn has come: on this machine, sound, and with the mark of its version."""
+    """A shard whose turn has come.
+
+    Attributes:
+        shard: the shard, on this machine and sound.
+        index: what is in it.
+        version: the mark of its version.
+        record: its commit record, where it still holds what was embedded.
+    """
 
     shard: ShardFile
     index: ShardIndex
     version: str | None
+    record: CommitRecord | None = None
 
 
 @dataclass
@@ -181,12 +192,13 @@ class _Job:
         todo = []
         versions = map_in_threads(self._version, shards, threads=_AHEAD)
         for shard, version in zip(shards, versions, strict=True):
-            record = self.output.committed_as(shard, version)
-            if record is None:
-                todo.append(shard)
+            record = self.output.committed(shard)
+            if record is not None and version is not None and record.input_version == version:
+                self._skip(record)
             else:
-                self.skipped += 1
-                self._count(record)
+                todo.append(shard)
+        if distant := [self.sizes.get(shard, 0) for shard in todo if shard.url is not None]:
+            self.remote.refuse_if_too_small(min(len(distant), _AHEAD + 2), max(distant))
         for orphan in self.output.orphans(shards):
             self.progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays where it is")
         if self.skipped:
@@ -200,41 +212,62 @@ class _Job:
             Stopped: SIGTERM or SIGINT came.
             MaekitError: the model failed, or the output cannot be written.
         """
-        arrived: list[_Arrival] = []
+        arrived: dict[int, _Arrival] = {}
         self.progress.start("embed", sum(self.sizes.get(shard, 0) for shard in todo), unit="bytes")
         started = time.perf_counter()
         timing = pipeline.timing
         try:
-            with stop_on_signal() as stopped_by:
-                for result in pipeline.run(self._arrivals(todo, arrived)):
+            # Downloads are told at once: the main thread may be waiting for one.
+            with stop_on_signal(self.remote.stop) as stopped_by:
+                for result in pipeline.run(self._arrivals(todo, arrived, stopped_by)):
                     if result is not None:
-                        self._settle(arrived[result.number], result)
+                        self._settle(arrived.pop(result.number), result)
                     rate = timing.images / (time.perf_counter() - started)
                     self.progress.advance(int(timing.bytes))
                     self.progress.figures({"images_per_second": rate, "binds": timing.binds, "errors": self.errors})
-                    if signal_name := stopped_by():
-                        raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
+                    if stopped_by():
+                        break
+                if signal_name := stopped_by():
+                    raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
         finally:
             self.progress.stop()
 
-    def _arrivals(self, todo: list[ShardFile], arrived: "list[_Arrival]") -> Iterator[ShardIndex]:
+    def _arrivals(
+        self, todo: list[ShardFile], arrived: "dict[int, _Arrival]", stopped_by: Callable[[], str | None]
+    ) -> Iterator[ShardIndex]:
         """Yield the index of each shard that is sound and not committed after all; `arrived` says which it was."""
+        number = 0
         for shard, arrival in zip(todo, map_in_threads(self._arrive, todo, threads=_AHEAD), strict=True):
+            if stopped_by():
+                return
             if isinstance(arrival, MaekitError):
-                self._leave_out(shard, str(arrival))
-                continue
-            record = self.output.committed(shard, arrival.index)
-            if record is not None:
-                self.skipped += 1
-                self._count(record)
-            elif arrival.index.samples:
-                arrived.append(arrival)
+                self._leave_out(shard, arrival)
+            elif arrival.record is not None:
+                self.output.renew(arrival.record, arrival.version)
+                self._skip(arrival.record)
+            elif not arrival.index.samples:
+                self._settle(arrival, ShardResult(-1, [], np.empty((0, 0), np.float32), []))
+            else:
+                arrived[number] = arrival
+                number += 1
                 yield arrival.index
 
     def _arrive(self, shard: ShardFile) -> "_Arrival | MaekitError":
+        """Fetch and index a shard, and see whether it holds what its commit record says."""
         try:
-            version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
-            return _Arrival(shard, load_index(shard.path), version)
+            for attempt in range(3):
+                version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
+                if shard.url is None or shard.path.exists() or attempt == 2:
+                    break  # else another process has just needed the room
+            index = load_index(shard.path)
+            record = self.output.committed(shard)
+            if record is not None and (record.input_digest, record.input_bytes) == (index.digest, index.size):
+                # Only its time or its mark is another: a copy, or a shard that was changed or mended.
+                reader = MemberReader(remote=self.remote)
+                is_same = content_of(index, reader) == record.input_content
+                reader.close()
+                return _Arrival(shard, index, version, record if is_same else None)
+            return _Arrival(shard, index, version)
         except DamagedShard as damage:
             return DamagedShard(shard.url or damage.path, damage.offset, damage.reason)
         except MaekitError as error:
@@ -246,7 +279,7 @@ class _Job:
             if shard.url is not None:
                 there = self.remote.describe(shard)
                 self.sizes[shard] = there.size or 0
-                return there.version
+                return there.version or None
             status = shard.path.stat()
             self.sizes[shard] = status.st_size
             return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
@@ -255,7 +288,7 @@ class _Job:
 
     def _settle(self, arrival: "_Arrival", result: ShardResult) -> None:
         if result.failure is not None:
-            self._leave_out(arrival.shard, result.failure)
+            self._leave_out(arrival.shard, MaekitError(result.failure))
         else:
             self.shards += 1
             self._count(self.output.write(arrival.shard, arrival.index, result, arrival.version))
@@ -264,9 +297,20 @@ class _Job:
         self.rows += record.rows
         self.errors += record.errors
 
-    def _leave_out(self, shard: ShardFile, reason: str) -> None:
+    def _skip(self, record: CommitRecord) -> None:
+        self.skipped += 1
+        self._count(record)
+
+    def _leave_out(self, shard: ShardFile, error: MaekitError) -> None:
+        """Go on without a shard. What was embedded from it while it was sound stays, and counts."""
+        reason = str(error)
+        record = self.output.committed(shard)
+        if record is not None:
+            self._count(record)
+            reason += " (its earlier embeddings stay)"
+        else:
+            self.output.write_damage(shard, reason)
         self.damaged.append(reason)
-        self.output.write_damage(shard, reason)
         self.progress.note(f"left out: {reason}")
 
 
@@ -277,4 +321,4 @@ def raise_if_damaged(result: EmbedResult) -> None:
         MaekitError: names the first of them.
     """
     if result.damaged:
-        raise MaekitError(f"{len(result.damaged)} shards are damaged and have no embeddings: {result.damaged[0]}")
+        raise MaekitError(f"{len(result.damaged)} shards were left out: {result.damaged[0]}")

@@ -7,6 +7,7 @@ OUT/_maekit/errors/a/000.tar.jsonl  every key that has no row, with the reason
 OUT/_maekit/.tmp/                   unfinished files (a shard lies in no hidden folder)
 """
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -56,6 +57,7 @@ class CommitRecord:
         shard: its name.
         input_digest: digest of its index.
         input_bytes: its size.
+        input_content: CRC-32 over the CRC-32s of its images.
         input_version: a mark that changes with the shard (size and time, or what a server gives), None where unknown.
         options: how it was embedded.
         rows: keys with an embedding.
@@ -68,6 +70,7 @@ class CommitRecord:
     shard: str
     input_digest: str
     input_bytes: int
+    input_content: int
     input_version: str | None
     options: dict[str, Any]
     rows: int
@@ -125,19 +128,8 @@ class OutputDirectory:
             if names:
                 raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new --out")
 
-    def committed(self, shard: ShardFile, index: ShardIndex) -> CommitRecord | None:
-        """Return a shard's commit record if input, model and options are still the same and its file is there."""
-        record = self._valid_record(shard)
-        if record is None or (record.input_digest, record.input_bytes) != (index.digest, index.size):
-            return None
-        return record
-
-    def committed_as(self, shard: ShardFile, version: str | None) -> CommitRecord | None:
-        """Return a shard's commit record if it is of this very version of the shard; needs no index."""
-        record = self._valid_record(shard)
-        return record if record is not None and version is not None and record.input_version == version else None
-
-    def _valid_record(self, shard: ShardFile) -> CommitRecord | None:
+    def committed(self, shard: ShardFile) -> CommitRecord | None:
+        """Return a shard's commit record if model and options are still the same and its file is there."""
         try:
             record = CommitRecord(**(_read_json(self._record(shard)) or {}))
         except TypeError:
@@ -149,6 +141,14 @@ class OutputDirectory:
             if not file.is_file() or file.stat().st_size != record.output_bytes:
                 return None
         return record
+
+    def renew(self, record: CommitRecord, version: str | None) -> None:
+        """Note that a shard looks different now and holds the same: the next run need not read it.
+
+        Raises:
+            MaekitError: the record cannot be written.
+        """
+        self._write_record(dataclasses.replace(record, input_version=version))
 
     def write(
         self, shard: ShardFile, index: ShardIndex, result: ShardResult, version: str | None = None
@@ -184,6 +184,7 @@ class OutputDirectory:
             shard=shard.name,
             input_digest=index.digest,
             input_bytes=index.size,
+            input_content=result.content,
             input_version=version,
             options=asdict(self._options),
             rows=len(result.ordinals),
@@ -192,13 +193,15 @@ class OutputDirectory:
             output_sha256=files.sha256_file(target) if written else None,
             output_bytes=target.stat().st_size if written else 0,
         )
-        files.write_atomically(
-            self._record(shard), json.dumps(asdict(record), indent=1).encode(), scratch=self._scratch
-        )
+        self._write_record(record)
         return record
 
+    def _write_record(self, record: CommitRecord) -> None:
+        path = self.bookkeeping / f"{record.shard}.json"
+        files.write_atomically(path, json.dumps(asdict(record), indent=1).encode(), scratch=self._scratch)
+
     def write_damage(self, shard: ShardFile, reason: str) -> None:
-        """Record that a shard could not be embedded; it is judged again by the next run.
+        """Record that a shard that was never embedded cannot be; it is judged again by the next run.
 
         Raises:
             MaekitError: the record cannot be written.

@@ -103,7 +103,7 @@ class Order:
         if epoch not in self._epochs:
             shard_order = self._shard_order(epoch)
             ends = np.cumsum(self._counts[shard_order])
-            window_starts = np.concatenate([[0], ends[self._window - 1 :: self._window], ends[-1:]])
+            window_starts = np.concatenate([[0], ends[self._window - 1 : -1 : self._window], ends[-1:]])
             self._epochs[epoch] = shard_order, window_starts
             while len(self._epochs) > 2:
                 self._epochs.popitem(last=False)

@@ -7,7 +7,7 @@
 
 A download asks for pieces and goes on behind the last whole one, in this process or the next. Many processes share the
 cache: a shard is downloaded by one of them under a lock. The least recently used shards give way; a file that is open
-somewhere can still be read there.
+somewhere can still be read there, and takes its room on the disk until it is closed.
 """
 
 import contextlib
@@ -20,36 +20,48 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from maekit import files
-from maekit.errors import DamagedShard, InputError, MaekitError
+from maekit.errors import InputError, MaekitError
 from maekit.parallel import map_in_threads
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import INDEX_SUFFIX, ShardIndex, build_index, index_path, parse_index
 from maekit.shards.spec import ShardFile, connect
 
 DEFAULT_LIMIT = 50_000_000_000
-# A piece is halved when it fails and doubled when it comes, so that a connection that drops often still gets on.
-_FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 8 << 20, 64 << 10, 64 << 20
+# A piece is halved when it fails or takes long, and doubled when it comes soon: a connection that drops often still
+# gets on, and a signal is heeded within seconds.
+_FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 4 << 20, 64 << 10, 64 << 20
+_PIECE_SECONDS = 2.0
 _ATTEMPTS = 8  # in a row, without one byte of progress
 _LONGEST_PAUSE = 10.0
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
+# What file systems of fsspec call a mark that changes with a file.
+_MARKS = (
+    *("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "generation"),
+    *("Last-Modified", "LastModified", "last_modified", "mtime", "modify", "modificationTime", "last_write_time"),
+)
 # Answers that another attempt does not change.
+_ABSENT_STATUS = frozenset((404, 410))
 _FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 # Which places threads of this process hold; the locks of `lockf` know processes only.
 _BUSY: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_BUSY.clear)
-# A download older than this was given up, and may be evicted.
-_PART_SECONDS = 86_400
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What the far side says of a shard: bytes (None: it does not say) and a mark that changes with its content."""
+    """What the far side says of a shard.
+
+    Attributes:
+        url: where it is.
+        size: bytes; None where that is not said.
+        version: a mark that changes with its content; empty where there is none.
+    """
 
     url: str
     size: int | None
@@ -65,7 +77,16 @@ class RemoteCache:
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
         self.limit = limit
+        self._stopped = threading.Event()
         self._known: dict[Path, ShardFile] = {}
+
+    def stop(self) -> None:
+        """Make downloads give up after the piece under way; what they have is kept."""
+        self._stopped.set()
+
+    def _pause(self, seconds: float) -> None:
+        if self._stopped.wait(seconds):
+            raise MaekitError("stopped while fetching; what was fetched is kept")
 
     def owns(self, path: Path) -> bool:
         """Whether this path is a remote shard's place in the cache."""
@@ -83,6 +104,10 @@ class RemoteCache:
         with self._owner(shard.path):
             if not self._is_current(shard, there):
                 self._download(shard, there)
+                # One that was kept may be of another version; a fresh one brings the CRC-32s.
+                index_path(shard.path).unlink(missing_ok=True)
+                with contextlib.suppress(MaekitError):  # where there is none to be had, the shard is scanned
+                    self._download_index(shard)
             _touch(shard.path)
         return there.version
 
@@ -129,16 +154,16 @@ class RemoteCache:
         with self._owner(shard.path, wait=wait) as is_mine:
             if not is_mine:
                 return False
-            for is_fresh in (False, True):
-                if is_fresh:
-                    self._download(shard, _describe(shard.url))
-                elif not shard.path.exists():
-                    continue
-                if _fits(shard, index, thoroughly=is_fresh):
-                    _touch(shard.path)
-                    return True
-            shard.path.unlink(missing_ok=True)
-        raise MaekitError(f"{shard.url}: not what its published index describes; publish shards and indexes together")
+            # Members are compared once, when they come; afterwards each is when it is read.
+            if not _fits(shard, index, thoroughly=False):
+                self._download(shard, _describe(shard.url))
+                if not _fits(shard, index, thoroughly=True):
+                    shard.path.unlink(missing_ok=True)
+                    raise MaekitError(
+                        f"{shard.url}: not what its published index describes; publish shards and indexes together"
+                    )
+            _touch(shard.path)
+            return True
 
     def published_index(self, shard: ShardFile) -> ShardIndex | None:
         """Return the index that lies beside a remote shard, downloaded where it is not cached; None if there is none.
@@ -170,6 +195,18 @@ class RemoteCache:
 
         yield from zip(shards, map_in_threads(row, shards, threads=_INDEX_THREADS), strict=True)
 
+    def refuse_if_too_small(self, shards: int, largest: int) -> None:
+        """See that so many shards of this size fit at once; else they would drive each other out.
+
+        Raises:
+            InputError: they do not.
+        """
+        if shards * largest > self.limit:
+            raise InputError(
+                f"{shards} shards of up to {largest / 1e9:.3g} GB are in use at once, and the cache has "
+                f"{self.limit / 1e9:.3g} GB: give a larger --cache-gb"
+            )
+
     def _download_index(self, shard: ShardFile) -> ShardIndex | None:
         assert shard.url is not None
         address, question, query = shard.url.partition("?")
@@ -191,7 +228,7 @@ class RemoteCache:
             kept = json.loads(_meta(shard.path).read_text())
         except (OSError, ValueError):
             return False
-        return kept == asdict(there) and shard.path.exists()
+        return bool(there.version) and kept == asdict(there) and shard.path.exists()
 
     def _download(self, shard: ShardFile, there: RemoteFile) -> None:
         """Download a shard, going on behind what an earlier attempt left; the caller owns its place."""
@@ -209,12 +246,15 @@ class RemoteCache:
             with open(part, "ab") as file:
                 for piece in _pieces(there, done):
                     file.write(piece)
-                    done += len(piece)
+                    self._pause(0)
                 file.flush()
                 os.fsync(file.fileno())
+            if there.size is None:
+                self._make_room(part.stat().st_size, keep=part, url=there.url)
             if _describe(there.url) != there:
                 part.unlink()
                 raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
+            _touch(part)
             os.replace(part, shard.path)
         except MaekitError:
             raise
@@ -224,7 +264,7 @@ class RemoteCache:
     def _is_part_of(self, meta: Path, there: RemoteFile) -> bool:
         # A far side that tells no size can give no piece: such a download starts anew.
         try:
-            return there.size is not None and json.loads(meta.read_text()) == asdict(there)
+            return bool(there.version) and there.size is not None and json.loads(meta.read_text()) == asdict(there)
         except (OSError, ValueError):
             return False
 
@@ -234,24 +274,39 @@ class RemoteCache:
             raise MaekitError(
                 f"{url}: {needed} bytes do not fit into a cache of {self.limit} bytes; give a larger --cache-gb"
             )
-        with self._owner(_directory() / "room"):
-            held = []
-            for path in _directory().glob("*/*"):
-                with contextlib.suppress(OSError):
-                    status = path.stat()
-                    if path.suffix == ".tar":
-                        held.append((status.st_atime_ns, status.st_size, path))
-                    elif path.suffix == ".part" and path != keep:
-                        is_stale = time.time() - status.st_mtime > _PART_SECONDS
-                        # One under way gets all the room it will need, and cannot be taken away.
-                        held.append((0 if is_stale else 1 << 63, max(status.st_size, _size_of(path)), path))
-            total = sum(size for _, size, _ in held)
-            for used, size, path in sorted(held):
-                if total + needed <= self.limit:
+        while True:
+            with self._owner(_directory() / "room"):
+                if self._evict(needed, keep):
                     return
-                if used < 1 << 63:
-                    path.unlink(missing_ok=True)
-                    total -= size
+            # The rest is taken by downloads under way. They have their room, so they will end, and can be evicted then.
+            self._pause(0.2)
+
+    def _evict(self, needed: int, keep: Path) -> bool:
+        """Evict the least recently used shards until `needed` bytes fit; False where they cannot."""
+        taken = 0
+        evictable = []
+        for path in _directory().glob("*/*"):
+            with contextlib.suppress(OSError):
+                if path.suffix == ".tar":
+                    evictable.append((path.stat().st_atime_ns, path))
+                elif path.suffix == ".part" and path != keep:
+                    if _is_held(path):
+                        taken += max(path.stat().st_size, _size_of(path))
+                    else:
+                        evictable.append((path.stat().st_atime_ns, path))  # given up
+        sizes = {}
+        for _, path in evictable:
+            with contextlib.suppress(OSError):
+                sizes[path] = path.stat().st_size
+        total = taken + sum(sizes.values())
+        for _, path in sorted(evictable):
+            if total + needed <= self.limit:
+                break
+            path.unlink(missing_ok=True)
+            for left in (_meta(path), index_path(path.with_suffix(".tar"))):
+                left.unlink(missing_ok=True)
+            total -= sizes.get(path, 0)
+        return total + needed <= self.limit
 
     @contextlib.contextmanager
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
@@ -269,16 +324,35 @@ class RemoteCache:
             except OSError as error:
                 raise files.write_failure(lock, error) from error
             with file:
-                try:
-                    fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    if error.errno not in (errno.EAGAIN, errno.EACCES):
-                        raise files.write_failure(lock, error) from error
-                    yield False
-                    return
-                yield True
+                # Asked again and again: where the threads of two processes wait for each other's locks, the kernel,
+                # which knows processes only, sees a deadlock that is none.
+                while not (is_mine := _try_lock(file, lock)) and wait:
+                    self._pause(0.05)
+                yield is_mine
         finally:
             mutex.release()
+
+
+def _try_lock(file: IO[str], name: Path) -> bool:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise files.write_failure(name, error) from error
+        return False
+    return True
+
+
+def _is_held(path: Path) -> bool:
+    """Whether a thread of this process or another process holds the place of a shard."""
+    mutex = _BUSY.get(str(path))
+    if mutex is not None and mutex.locked():
+        return True
+    try:
+        with open(path.with_suffix(".lock"), "r+") as file:
+            return not _try_lock(file, path)
+    except OSError:
+        return False
 
 
 def _directory() -> Path:
@@ -287,7 +361,10 @@ def _directory() -> Path:
 
 def _fits(shard: ShardFile, index: ShardIndex, *, thoroughly: bool) -> bool:
     """Whether a cached shard is the one that was indexed; thoroughly once, when it comes, by scanning all of it."""
-    descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
     try:
         if not index.adopt(descriptor):
             return False
@@ -295,7 +372,7 @@ def _fits(shard: ShardFile, index: ShardIndex, *, thoroughly: bool) -> bool:
         os.close(descriptor)
     try:
         return not thoroughly or index.difference(build_index(shard.path, crc=index.has_crc)) is None
-    except DamagedShard:
+    except MaekitError:
         return False
 
 
@@ -329,11 +406,12 @@ def _describe(url: str) -> RemoteFile:
         MaekitError: no answer.
     """
     filesystem, path = connect(url)
+    with contextlib.suppress(Exception):
+        filesystem.invalidate_cache()  # some answer from what they listed before
     info: dict[str, Any] = _insist(url, lambda: filesystem.info(path))
     size = info.get("size")
-    marks = ("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "Last-Modified", "LastModified", "mtime")
-    version = " ".join(f"{key}={info[key]}" for key in marks if info.get(key) is not None)
-    return RemoteFile(url, None if size is None else int(size), f"{version} size={size}")
+    version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
+    return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
 
 
 def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
@@ -350,6 +428,7 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
     failures = 0
     while done < there.size:
         end = min(done + length, there.size)
+        before = time.monotonic()
         try:
             data = _insist(there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), 1)
             if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
@@ -366,7 +445,10 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
             time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**failures))
             continue
         failures = 0
-        length = min(_LARGEST_PIECE, 2 * length)
+        if time.monotonic() - before < _PIECE_SECONDS:
+            length = min(_LARGEST_PIECE, 2 * length)
+        else:
+            length = max(_SMALLEST_PIECE, length // 2)
         done += len(data)
         yield data
 
@@ -388,9 +470,13 @@ def _insist(url: str, ask: Any, attempts: int = _ATTEMPTS) -> Any:
     for attempt in range(1, attempts + 1):
         try:
             return ask()
-        except FileNotFoundError as error:
-            raise _Absent(f"{url}: no such file there") from error
-        except Exception as error:  # each protocol raises its own kinds, which are not to be imported here
+        except Exception as raised:  # each protocol raises its own kinds, which are not to be imported here
+            error: BaseException = raised
+            if isinstance(error, FileNotFoundError):
+                # Over http, fsspec says this of a server that is down, too; what it met is the cause.
+                if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
+                    raise _Absent(f"{url}: no such file there") from error
+                error = error.__cause__
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
                 what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)

@@ -44,11 +44,18 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     roots: list[Path] = []
     for spec in specs:
         text = os.fspath(spec).removeprefix("file://")
+        if not text:
+            raise InputError("an empty name of shards was given")
         if "://" in text or text.startswith("pipe:"):
             root, urls = _expand_remote(text)
-            paths.update(urls)
+            for url in urls:
+                if paths.setdefault(place := _place(url), url) != url:
+                    raise InputError(f"{paths[place]} and {url} would both be named {place.name}; give one of them")
         else:
-            root, found = _expand(text)
+            try:
+                root, found = _expand(text)
+            except OSError as error:
+                raise InputError(f"cannot read {text[:200]}: {error.strerror or error}") from error
             paths.update(dict.fromkeys(found))
         roots.append(root)
     if not paths:
@@ -88,8 +95,8 @@ def connect(url: str) -> tuple[Any, str]:
     return filesystem, path
 
 
-def _expand_remote(spec: str) -> tuple[Path, dict[Path, str]]:
-    """Return the root of a remote spec, and its URLs by the place that names them."""
+def _expand_remote(spec: str) -> tuple[Path, list[str]]:
+    """Return the root of a remote spec, and its URLs."""
     if spec.startswith("pipe:") or "::" in spec:
         raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
     urls: list[str] = []
@@ -98,7 +105,7 @@ def _expand_remote(spec: str) -> tuple[Path, dict[Path, str]]:
     fixed = re.split(r"[*\[{]", spec, maxsplit=1)[0].partition("?")[0]
     is_directory = not _is_shard(_file_name(spec)) and not any(c in spec for c in "*[{")
     root = _place(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
-    return root, {_place(url): url for url in urls}
+    return root, urls
 
 
 def _listed(pattern: str) -> list[str]:
@@ -127,7 +134,10 @@ def _file_name(url: str) -> str:
 
 def _place(url: str) -> Path:
     """Return the URL as an absolute path, so that local and remote shards are named by one rule."""
-    return Path("/", *PurePosixPath(url.partition("?")[0]).parts)
+    parts = PurePosixPath(url.partition("?")[0]).parts
+    if ".." in parts:  # a listing may say anything, and names of shards become names of output files
+        raise InputError(f"{url}: the URL of a shard must not lead back up")
+    return Path("/", *parts)
 
 
 def _cache_path(url: str) -> Path:
