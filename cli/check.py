@@ -17,9 +17,7 @@ def command(
     write_index: Annotated[
         bool, typer.Option("--write-index", help="Write NAME.tar.index beside each sound shard.")
     ] = False,
-    crc: Annotated[
-        bool, typer.Option("--crc", help="Put the CRC-32 of every member into it: reads every byte.")
-    ] = False,
+    crc: Annotated[bool, typer.Option("--crc", help="Put the CRC-32 of every member into it.")] = False,
     images: Annotated[
         bool, typer.Option("--images", help="Decode every image: formats, modes, sizes, failures by reason.")
     ] = False,
@@ -117,7 +115,7 @@ def _print_shards(report: "CheckReport") -> None:
         ("duplicates", "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)"),
         ("without_image", "samples hold no image"),
         ("ignored", "members belong to no sample (no extension, hidden, or metadata)"),
-        ("stale_indexes", "indexes beside shards belong to other files and are not used (--write-index renews them)"),
+        ("stale_indexes", "indexes beside shards are of other files (--write-index renews them)"),
     ):
         if summary[key]:
             print(f"{summary[key]} {what}")

@@ -246,10 +246,12 @@ def check_shards(
     progress.start("check", sum(weights.values()), unit="" if are_remote else "bytes")
     try:
         with Workers(count) as pool:
-            tasks = ((shard, failure, crc, write_indexes) for shard, failure in _fetched(shards, remote))
+            tasks = (
+                _Task(shard, failure, remote.limit, crc, write_indexes) for shard, failure in _fetched(shards, remote)
+            )
             # Few remote shards ahead: they must still be in the cache when their images are decoded.
             scanned = pool.map(_scan, tasks, ahead=2 if are_remote else None)
-            chunks = _chunks(scanned, report, hashes)
+            chunks = _chunks(scanned, report, hashes, remote.limit)
             for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
                 if found is not None and report.images is not None:
                     report.images.add(found)
@@ -266,11 +268,17 @@ def check_shards(
 
 def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple[ShardFile, MaekitError | None]]:
     """Yield each shard once it is on this machine, or with the reason why it is not."""
+    largest = 0
 
     def fetch(shard: ShardFile) -> MaekitError | None:
+        nonlocal largest
         try:
             if shard.url is not None:
                 remote.fetch(shard)
+                largest = max(largest, _size(shard.path))
+                remote.refuse_if_too_small(min(len(shards), 2 * _FETCH_THREADS), largest)
+        except InputError:
+            raise
         except MaekitError as error:
             return error
         return None
@@ -284,17 +292,36 @@ def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple
 _Scanned = tuple[ShardFile, ShardReport, NDArray[np.uint64]]
 
 
-def _scan(task: tuple[ShardFile, MaekitError | None, bool, bool]) -> _Scanned:
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One shard to scan; `failure` says why it could not be fetched."""
+
+    shard: ShardFile
+    failure: MaekitError | None
+    cache_limit: int
+    crc: bool
+    write: bool
+
+
+def _have(shard: ShardFile, cache_limit: int) -> None:
+    """See that a remote shard is still in the cache: others may have needed its room since it was fetched."""
+    for _ in range(3):
+        if shard.url is not None and not shard.path.exists():
+            RemoteCache(cache_limit).fetch(shard)
+
+
+def _scan(task: _Task) -> _Scanned:
     """Scan one shard; what is wrong with it is part of the report."""
-    shard, failure, crc, write = task
+    shard = task.shard
     report = ShardReport(shard.name)
     none: NDArray[np.uint64] = np.empty(0, np.uint64)
     try:
-        if failure is not None:
-            raise failure
+        if task.failure is not None:
+            raise task.failure
+        _have(shard, task.cache_limit)
         report.bytes = _size(shard.path)
         beside = read_index(shard.path, index_path(shard.path))
-        with_crc = crc or (beside is not None and beside.has_crc)
+        with_crc = task.crc or (beside is not None and beside.has_crc)
         index = build_index(shard.path, crc=with_crc)
         report.stale_index = index_path(shard.path).exists() and (
             beside is None or (beside.size, beside.digest) != (index.size, index.digest)
@@ -311,7 +338,7 @@ def _scan(task: tuple[ShardFile, MaekitError | None, bool, bool]) -> _Scanned:
     except MaekitError as error:  # a shard that cannot be read is as good as damaged, and the others still count
         report.damage, report.unreadable = DamagedShard(str(shard.url or shard.path), 0, str(error)), True
         return shard, report, none
-    if write:
+    if task.write:
         write_index(index)
         report.stale_index = False
     else:
@@ -325,27 +352,29 @@ def _scan(task: tuple[ShardFile, MaekitError | None, bool, bool]) -> _Scanned:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Samples `start` to `stop` of a shard, which are a `share` of all its samples."""
+    """Samples `start` to `stop` of the shard with this number, which are a `share` of all its samples."""
 
     number: int
-    name: str
-    path: Path
+    shard: ShardFile
     start: int
     stop: int
     share: float
+    cache_limit: int
 
 
-def _chunks(scanned: Iterator[_Scanned], report: CheckReport, hashes: list[NDArray[np.uint64]]) -> Iterator[_Chunk]:
+def _chunks(
+    scanned: Iterator[_Scanned], report: CheckReport, hashes: list[NDArray[np.uint64]], cache_limit: int
+) -> Iterator[_Chunk]:
     """Add each shard to the report, and yield the chunks of its samples; one of none for a shard without."""
     for shard, found, keys in scanned:
         number = len(report.shards)
         report.shards.append(found)
         hashes.append(keys)
         if not found.samples:
-            yield _Chunk(number, found.name, shard.path, 0, 0, 1.0)
+            yield _Chunk(number, shard, 0, 0, 1.0, cache_limit)
         for start in range(0, found.samples, _CHUNK):
             stop = min(start + _CHUNK, found.samples)
-            yield _Chunk(number, found.name, shard.path, start, stop, (stop - start) / found.samples)
+            yield _Chunk(number, shard, start, stop, (stop - start) / found.samples, cache_limit)
 
 
 def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport]:
@@ -353,14 +382,15 @@ def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport]:
     report = ImageReport()
     if chunk.start == chunk.stop:
         return chunk, report
-    index = load_index(chunk.path)  # just cached by the scan
+    _have(chunk.shard, chunk.cache_limit)
+    index = load_index(chunk.shard.path)  # just cached by the scan
     reader = MemberReader()
     for ordinal in range(chunk.start, chunk.stop):
         try:
             image = examine(reader.read_image(index, ordinal))
         except ImageError as error:
             report.failures[error.reason] += 1
-            report.examples.append(ImageFailure(chunk.name, index.key(ordinal), error.reason, str(error)))
+            report.examples.append(ImageFailure(chunk.shard.name, index.key(ordinal), error.reason, str(error)))
             continue
         report.decoded += 1
         report.formats[image.format] += 1

@@ -21,6 +21,7 @@ from maekit.embedding.run import EmbedConfig, embed
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.exporters.export import export
 from maekit.inspection import inspect
+from maekit.shards.index import build_index
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +282,38 @@ def test_a_shard_that_changes_meanwhile_does_not_stop_the_others(trained: Path, 
     assert (result.rows, len(result.damaged)) == (40, 1)
     assert "changed since" in json.loads((tmp_path / "out" / "_maekit" / "b.tar.json").read_text())["damaged"]
     assert embed(config).rows == 60
+
+
+def test_earlier_embeddings_outlive_a_failing_input(trained: Path, tmp_path: Path) -> None:
+    """A shard that cannot be read now keeps what was embedded from it; mended or changed, it is judged by its bytes."""
+    shards = tmp_path / "shards"
+    for name in "ab":
+        write_shard(shards / f"{name}.tar", {f"{name}{i}": {"jpg": jpeg(i)} for i in range(5)})
+    config = embed_config(trained, tmp_path / "out", shards=(str(shards),))
+    assert embed(config).rows == 10
+    whole, rows = (shards / "a.tar").read_bytes(), (tmp_path / "out" / "a.parquet").read_bytes()
+    (shards / "a.tar").write_bytes(whole[:3000])
+    result = embed(config)
+    assert (result.rows, result.skipped, len(result.damaged)) == (10, 1, 1)
+    assert "earlier embeddings stay" in result.damaged[0]
+    assert (tmp_path / "out" / "a.parquet").read_bytes() == rows
+    (shards / "a.tar").write_bytes(whole)  # mended: another time, the same bytes
+    for _ in range(2):
+        result = embed(config)
+        assert (result.rows, result.shards, result.skipped, result.damaged) == (10, 0, 2, [])
+    broken = bytearray(whole)
+    offset = build_index(shards / "a.tar").image(2).offset
+    broken[offset : offset + 400] = bytes(400)
+    (shards / "a.tar").write_bytes(broken)  # the same names and sizes, other bytes
+    result = embed(config)
+    assert (result.rows, result.errors, result.shards, result.skipped) == (9, 1, 1, 1)
+    (shards / "a.tar").write_bytes(whole)
+    result = embed(config)
+    assert (result.rows, result.errors, result.shards, result.skipped) == (10, 0, 1, 1)
+    write_shard(shards / "a.tar", {})
+    result = embed(config)
+    assert (result.rows, result.errors) == (5, 0)
+    assert not (tmp_path / "out" / "a.parquet").exists()
 
 
 def test_float16(trained: Path, tmp_path: Path) -> None:

@@ -111,6 +111,20 @@ def test_a_table_with_class_names(tmp_path: Path) -> None:
     assert [s["cls"] for s in read(tmp_path / "out")] == [b"1", b"0"]
 
 
+def test_labels_stay_as_they_are_written(tmp_path: Path) -> None:
+    images = fill(tmp_path / "images", 4)
+    table = tmp_path / "t.csv"
+    table.write_text("path,label\ndog/000.v1.jpg,01\ncat/001.v1.jpg,1\ndog/002.v1.jpg,NA\ncat/003.v1.jpg,\n")
+    assert pack(images, tmp_path / "out", PackOptions(table=table)).classes == ["01", "1", "NA"]
+    assert [s.get("cls") for s in read(tmp_path / "out")] == [b"0", b"1", b"2", None]
+    pq.write_table(pa.table({"path": ["cat/001.v1.jpg"], "label": [1.5]}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match="neither a whole number nor text"):
+        pack(images, tmp_path / "out2", PackOptions(table=tmp_path / "t.parquet"))
+    table.write_bytes("path,größe\n".encode("latin-1"))
+    with pytest.raises(InputError, match="cannot read the table"):
+        pack(images, tmp_path / "out3", PackOptions(table=table))
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -120,7 +134,8 @@ def test_a_table_with_class_names(tmp_path: Path) -> None:
         ("path\nnowhere.jpg\nb\nc\nd\n", "row 1: there is no file 'nowhere.jpg'.*; and 1 more"),
         ("path\n../images/../../x.jpg\n", "there is no file"),
         ("path\ncat/001.v1.jpg\n./cat/001.v1.jpg\n", "row 2.*comes twice"),
-        ("path,label\ncat/001.v1.jpg,1.5\n", "neither a whole number nor text"),
+        ('path,label\ncat/001.v1.jpg,"a\nb"\n', "more than one line"),
+        ("path,label,label\ncat/001.v1.jpg,1,2\n", "label and label may both be"),
         ("path,label\ncat/001.v1.jpg,-1\n", "is negative"),
         ("path\ntable.csv\n", "no image extension"),
         ("path\n", "names no image"),
@@ -225,6 +240,40 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path, roun
     assert not aside.exists()
     for shard in (tmp_path / "out").glob("*.tar"):
         assert read_index(shard, index_path(shard)).has_crc
+
+
+def test_a_damaged_left_over_is_written_again(tmp_path: Path) -> None:
+    images = fill(tmp_path / "images", 6)
+
+    class Fail(Silent):
+        def advance(self, done: int) -> None:
+            if done == 6:
+                raise KeyboardInterrupt
+
+    options = PackOptions(samples_per_shard=2, workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        pack(images, tmp_path / "out", options, progress=Fail())
+    aside = tmp_path / ".out.packing"
+    data = bytearray((aside / "00000.tar").read_bytes())
+    data[1600] ^= 1  # within an image
+    (aside / "00000.tar").write_bytes(data)
+    (aside / "00001.tar").write_bytes((aside / "00001.tar").read_bytes()[:800])
+    pack(images, tmp_path / "out", options)
+    pack(images, tmp_path / "whole", options)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_where_the_folder_may_lie(tmp_path: Path, monkeypatch) -> None:
+    images = fill(tmp_path / "images", 2)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    report = pack(images, tmp_path / "link")
+    assert report.shards == [tmp_path / "empty" / "00000.tar"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(InputError, match="name a new folder in it"):
+        pack(images, Path("."))
+    assert pack(images, Path("new")).shards[0].is_file()
 
 
 def test_another_plan_starts_anew(tmp_path: Path) -> None:

@@ -1,16 +1,20 @@
 """Remote shards against a local HTTP server that drops connections and truncates."""
 
+import contextlib
 import hashlib
 import http.server
+import multiprocessing
 import os
 import random
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from conftest import jpeg, write_shard
 
+from maekit import files
 from maekit.check import check_shards
 from maekit.errors import InputError, MaekitError
 from maekit.shards import remote
@@ -26,11 +30,12 @@ class Server:
         drop: share of answers that break off.
         truncate: share of answers that are short and say so.
         ranges: whether ranges are honoured.
+        fail: how many of the next requests are answered by 503.
         asked: (method, path, range) of each request.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.drop, self.truncate, self.ranges = folder, 0.0, 0.0, True
+        self.folder, self.drop, self.truncate, self.ranges, self.fail = folder, 0.0, 0.0, True, 0
         self.asked: list[tuple[str, str, str | None]] = []
         self.random = random.Random(0)
         server = self
@@ -50,6 +55,9 @@ class Server:
 
             def answer(self) -> None:
                 path = Path(self.translate_path(self.path))
+                if server.fail > 0:
+                    server.fail -= 1
+                    return self.send_error(503)
                 if path.is_dir():
                     return super().do_GET() if self.command == "GET" else super().do_HEAD()
                 wanted = self.headers.get("Range")
@@ -173,6 +181,75 @@ def test_a_missing_shard_and_a_dead_server_are_named(server: Server) -> None:
     (shard,) = find_shards(f"{server.url}/sub/0.tar")
     with pytest.raises(MaekitError, match=r"sub/0\.tar"):
         RemoteCache().fetch(shard)
+
+
+def test_names_from_elsewhere_stay_inside(server: Server) -> None:
+    """Names of shards become names of output files: a listing or a URL cannot lead out, and none takes another's."""
+    (server.folder / "sub" / "index.html").write_text('<a href="x/../../../../../evil.tar">x</a>')
+    with pytest.raises(InputError, match="lead back up"):
+        find_shards(f"{server.url}/sub/")
+    with pytest.raises(InputError, match="lead back up"):
+        find_shards([f"{server.url}/sub/../x.tar", f"{server.url}/sub/0.tar"])
+    with pytest.raises(InputError, match="would both be named"):
+        find_shards(f"{server.url}/sub/0.tar?part={{0..3}}")
+
+
+def test_a_server_that_is_down_for_a_while_is_asked_again(server: Server) -> None:
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    server.fail = 5
+    RemoteCache().fetch(shard)
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+    server.fail = 1000
+    with pytest.raises(InputError, match="503"):
+        open_shards([shard])
+
+
+def test_two_processes_share_a_cache(server: Server) -> None:
+    """Threads of two processes wait for each other's locks: no shard is lost over it, and each comes once."""
+    for number in range(3, 16):
+        write_shard(server.folder / "sub" / f"{number}.tar", {f"k{number}": {"bin": os.urandom(20_000)}})
+    shards = find_shards(f"{server.url}/sub/")
+    server.asked.clear()
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+
+    def work() -> None:
+        with ThreadPoolExecutor(4) as pool:
+            cache = RemoteCache()
+            results.put(len(list(pool.map(cache.fetch, shards))))
+
+    processes = [context.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+    assert [results.get(timeout=60) for _ in processes] == [16, 16]
+    for process in processes:
+        process.join()
+    fetched = [name for method, name, _ in server.asked if method == "GET" and name.endswith(".tar")]
+    assert sorted(fetched) == sorted(shard.name for shard in shards)
+
+
+def test_the_room_is_kept_while_downloads_run(server: Server) -> None:
+    """Four at a time into room for two: they wait for each other, and the cache is never larger than it may be."""
+    shards = find_shards(f"{server.url}/sub/") * 4
+    size = max((server.folder / "sub" / f"{i}.tar").stat().st_size for i in range(3))
+    cache, peak, done = RemoteCache(limit=int(2.2 * size)), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            held = 0
+            for path in (files.cache_directory() / "shards").rglob("*"):
+                with contextlib.suppress(OSError):
+                    held += path.stat().st_size if path.suffix in (".tar", ".part") else 0
+            peak = max(peak, held)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(cache.fetch, shards))
+    done.set()
+    watcher.join()
+    assert 0 < peak <= cache.limit
 
 
 def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:

@@ -257,6 +257,22 @@ def test_order_reads_the_same_from_anywhere(start: int, length: int, window: int
         np.testing.assert_array_equal(ours, theirs[start : start + length])
 
 
+@pytest.mark.parametrize("window", [1, 2, 3, 4, 9, 20])
+@pytest.mark.parametrize("shards", [9, 12])
+def test_windows_name_the_shards_that_reading_comes_to(window: int, shards: int) -> None:
+    """From any place, over epochs: what is fetched ahead is what is read."""
+    order = Order(np.full(shards, 5, np.int64), seed=0, digest="0" * 64, window=window)
+    read = order.slice(0, 3 * shards * 5)
+    for start in range(0, 3 * shards * 5, 7):
+        windows = order.windows(start)
+        number, ahead = order.window_number(start), set(next(windows))
+        for place in range(start, 3 * shards * 5):
+            for _ in range(order.window_number(place) - number):
+                ahead = set(next(windows))
+            number = order.window_number(place)
+            assert int(read.shards[place]) in ahead
+
+
 def test_order_depends_on_seed_and_data() -> None:
     def places(**changes) -> list[int]:
         return Order(COUNTS, **{"seed": 0, "digest": "0" * 64, **changes}).slice(0, 105).ordinals.tolist()

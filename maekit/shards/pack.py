@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tarfile
 import zlib
@@ -24,7 +25,7 @@ from maekit.errors import InputError, MaekitError, Stopped
 from maekit.machine import cores
 from maekit.parallel import Workers
 from maekit.progress import Progress, Silent
-from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, write_index
+from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
 from maekit.signals import stop_on_signal
 
 SIDECARS = ("json", "txt")
@@ -44,7 +45,8 @@ class PackOptions:
         classes: take the first folder of each image's path for its class, where every image lies in one.
         table: a CSV or parquet file that says which images are packed, in what order, and with what label.
         path_column: its column of paths below the folder; None is the one with a usual name.
-        label_column: its column of labels, whole numbers or text; None is the one with a usual name, if there is one.
+        label_column: its column of labels, whole numbers or text (an empty one gives no `.cls`); None is the one with a
+            usual name, if there is one.
         workers: processes that write; None is one per CPU core.
     """
 
@@ -122,21 +124,21 @@ def pack(
         MaekitError: a file cannot be read or written.
     """
     options, progress = options or PackOptions(), progress or Silent()
+    out = Path(os.path.realpath(out))
     _check(images, out, options)
     sources, classes, passed_over = _sources(images, options)
-    aside = out.absolute().parent / f".{out.name}.packing"
+    aside = out.parent / f".{out.name}.packing"
     with files.sole_owner(aside):
         plan = [
             _Shard(aside / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
         ]
         _take_up(aside, _fingerprint(sources, plan))
-        resumed = sum(shard.path.exists() for shard in plan)
+        resumed = sum(index_path(shard.path).exists() for shard in plan)
         if resumed:
             progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
         _write(plan, options.workers or cores(), progress)
         if classes:
             files.write_atomically(aside / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
-        (aside / _PLAN).unlink()
         _publish(aside, out)
     shards = [out / shard.path.name for shard in plan]
     return PackReport(
@@ -163,6 +165,8 @@ def _check(images: Path, out: Path, options: PackOptions) -> None:
         raise InputError(f"{images}: no such folder of images")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; SHARDS names a folder")
+    if os.path.ismount(out) or out == Path.cwd():
+        raise InputError(f"{out} cannot be replaced by a finished folder; name a new folder in it")
     if out.is_dir() and (present := sorted(out.iterdir())):
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
 
@@ -229,13 +233,15 @@ def _read_table(
     try:
         if table.suffix == ".parquet":
             rows = pa.parquet.read_table(table)
+            names = list(rows.column_names)
         else:
-            rows = pa.csv.read_csv(
-                table, parse_options=pa.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",")
-            )
-    except (OSError, pa.ArrowInvalid) as error:
+            parse = pa.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",", newlines_in_values=True)
+            names = pa.csv.open_csv(table, parse_options=parse).schema.names
+            # As they stand there: 01 and 1 are two names, and NA is one.
+            as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+            rows = pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
-    names = list(rows.column_names)
     path_column = _choose(table, names, options.path_column, _PATH_COLUMNS, "paths", "--path-column")
     label_column = _choose(table, names, options.label_column, _LABEL_COLUMNS, "labels", "--label-column")
     if path_column is None:
@@ -244,7 +250,7 @@ def _read_table(
             "name it with --path-column"
         )
     paths = rows[path_column].to_pylist()
-    labels = rows[label_column].to_pylist() if label_column else [None] * len(paths)
+    labels = _labels(rows[label_column].to_pylist()) if label_column else [None] * len(paths)
     wanted: _Labels = {}
     problems = []
     for row, (text, label) in enumerate(zip(paths, labels, strict=True), 1):
@@ -259,6 +265,8 @@ def _read_table(
             problems.append(f"row {row}: the label {label!r} is neither a whole number nor text")
         elif isinstance(label, int) and label < 0:
             problems.append(f"row {row}: the label {label} is negative")
+        elif isinstance(label, str) and len(label.splitlines()) > 1:
+            problems.append(f"row {row}: the label {label!r} has more than one line")
         else:
             wanted[path] = label
     if problems:
@@ -269,13 +277,23 @@ def _read_table(
     return wanted
 
 
+def _labels(values: list[Any]) -> list[Any]:
+    """Return labels as whole numbers where all of them are written as such; an empty one is none."""
+    values = [None if value == "" else value for value in values]
+    given = [value for value in values if value is not None]
+    if all(isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)", value) for value in given):
+        return [None if value is None else int(value) for value in values]
+    return values
+
+
 def _choose(
     table: Path, names: Sequence[str], asked: str | None, usual: Sequence[str], what: str, option: str
 ) -> str | None:
     """Return the column that was asked for, or the one with a usual name."""
     if asked is not None:
-        if asked not in names:
-            raise InputError(f"{table}: no column {asked!r} (there are {', '.join(names)})")
+        if names.count(asked) != 1:
+            there = "more than one" if asked in names else "no"
+            raise InputError(f"{table}: {there} column {asked!r} (there are {', '.join(names)})")
         return asked
     found = [name for name in names if name.lower() in usual]
     if len(found) > 1:
@@ -359,7 +377,7 @@ def _write_shard(shard: _Shard) -> int:
     import webdataset
 
     checksums: list[tuple[str, int]] = []
-    if not shard.path.exists():
+    if not _is_whole(shard.path):
         with files.atomic_file(shard.path) as file, _tar_writer(webdataset, file) as writer:
             for source in shard.sources:
                 sample = _read(source)
@@ -374,6 +392,15 @@ def _write_shard(shard: _Shard) -> int:
         raise MaekitError(f"{shard.path}: what was read back is not what was written; is the disk sound?")
     write_index(index)
     return index.samples
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether an interrupted run left a shard that is what its index says; a disk may have lost what it promised."""
+    kept = read_index(path, index_path(path))
+    try:
+        return kept is not None and kept.difference(build_index(path, crc=True)) is None
+    except MaekitError:
+        return False
 
 
 def _read(source: _Source) -> dict[str, bytes]:
@@ -399,9 +426,10 @@ def _publish(aside: Path, out: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
-        (aside / ".lock").unlink()
+        for own in (_PLAN, ".lock"):
+            (aside / own).unlink()
         aside.rename(out)
-        files.fsync_directory(out.absolute().parent)
+        files.fsync_directory(out.parent)
     except OSError as error:
         raise files.write_failure(out, error) from error
 

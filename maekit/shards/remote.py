@@ -277,6 +277,7 @@ class RemoteCache:
         while True:
             with self._owner(_directory() / "room"):
                 if self._evict(needed, keep):
+                    keep.touch()  # with the size in its description, it counts from now on
                     return
             # The rest is taken by downloads under way. They have their room, so they will end, and can be evicted then.
             self._pause(0.2)
@@ -312,12 +313,12 @@ class RemoteCache:
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
         """Hold the place of one shard against other threads and processes; False where it is held and `wait` is not."""
         # Locks of `lockf` belong to the process: among its threads a mutex decides, one descriptor is open at a time.
-        mutex = _BUSY.setdefault(str(path), threading.Lock())
+        lock = path.with_suffix(".lock")
+        mutex = _BUSY.setdefault(str(lock), threading.Lock())
         if not mutex.acquire(blocking=wait):
             yield False
             return
         try:
-            lock = path.with_suffix(".lock")
             try:
                 lock.parent.mkdir(parents=True, exist_ok=True)
                 file = open(lock, "w")  # noqa: SIM115 (closed below, after the lock)
@@ -345,14 +346,17 @@ def _try_lock(file: IO[str], name: Path) -> bool:
 
 def _is_held(path: Path) -> bool:
     """Whether a thread of this process or another process holds the place of a shard."""
-    mutex = _BUSY.get(str(path))
-    if mutex is not None and mutex.locked():
+    # Held meanwhile: closing the file drops whatever lock this process has on it.
+    mutex = _BUSY.setdefault(str(path.with_suffix(".lock")), threading.Lock())
+    if not mutex.acquire(blocking=False):
         return True
     try:
         with open(path.with_suffix(".lock"), "r+") as file:
             return not _try_lock(file, path)
     except OSError:
         return False
+    finally:
+        mutex.release()
 
 
 def _directory() -> Path:
