@@ -27,7 +27,7 @@ def command(
     workers: Annotated[
         int | None, typer.Option(help="Processes. [dim]\\[default: one per core][/dim]", show_default=False)
     ] = None,
-    cache_gb: Annotated[float, typer.Option(help="Gigabytes of disk for shards fetched from remote.")] = 50.0,
+    cache_gb: Annotated[float, typer.Option(help="Gigabytes that remote shards may take in $MAEKIT_CACHE.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Scan shards strictly: samples, bytes, damage, duplicate keys.
@@ -80,13 +80,17 @@ def command(
 
 
 def _print_shards(report: "CheckReport") -> None:
-    from maekit.cli.show import print_table, size
+    from maekit.cli.show import print_table
+    from maekit.files import describe_bytes
 
     def remark(shard: object) -> str:
         parts = []
+        if not getattr(shard, "samples", 0) and not getattr(shard, "damage", None):
+            parts.append("no sample")
         for attribute, text in (
             ("damage", "unreadable" if getattr(shard, "unreadable", False) else "damaged"),
             ("without_image", "{} without image"),
+            ("unused_images", "{} further images"),
             ("ignored", "{} members ignored"),
             ("stale_index", "stale index"),
             ("verified", "CRC-32s verified"),
@@ -97,23 +101,39 @@ def _print_shards(report: "CheckReport") -> None:
 
     shown = report.shards
     if len(shown) > _ROWS:
-        shown = [shard for shard in shown if shard.damage or shard.without_image or shard.ignored or shard.stale_index]
+        shown = [
+            shard
+            for shard in shown
+            if shard.damage
+            or not shard.samples
+            or shard.without_image
+            or shard.unused_images
+            or shard.ignored
+            or shard.stale_index
+        ]
     rows = [
-        (shard.name, str(shard.samples), size(float(shard.bytes)), _counts(shard.extensions), remark(shard))
+        (shard.name, str(shard.samples), describe_bytes(shard.bytes), _counts(shard.extensions), remark(shard))
         for shard in shown[:_ROWS]
     ]
     if rows:
         print_table(("shard", "samples", "size", "members", ""), rows, right=(1, 2))
     if len(shown) > _ROWS:
         print(f"… and {len(shown) - _ROWS} more shards with remarks")
+    if hidden := len(report.shards) - len(shown):
+        print(f"{hidden} shards without remarks are not shown")
+    unreadable = sum(shard.unreadable for shard in report.shards)
     print(
-        f"{report.samples} samples in {len(report.shards)} shards, {size(float(report.bytes))}; "
-        f"{len(report.damaged)} damaged"
+        f"{report.samples} samples in {len(report.shards)} shards, {describe_bytes(report.bytes)}; "
+        f"{len(report.damaged) - unreadable} damaged" + (f", {unreadable} unreadable" if unreadable else "")
     )
     summary = report.summary()
     for key, what in (
         ("duplicates", "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)"),
         ("without_image", "samples hold no image"),
+        (
+            "unused_images",
+            "images are not used: the first of a sample is, and a whole extension goes before a.jpg",
+        ),
         ("ignored", "members belong to no sample (no extension, hidden, or metadata)"),
         ("stale_indexes", "indexes beside shards are of other files (--write-index renews them)"),
     ):

@@ -1,6 +1,5 @@
 """`maekit embed`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,7 +7,7 @@ import typer
 
 def command(
     model: Annotated[
-        Path, typer.Argument(metavar="ENCODER.ONNX", help="What `maekit export` wrote.", show_default=False)
+        str, typer.Argument(metavar="ENCODER.ONNX", help="What `maekit export` wrote.", show_default=False)
     ],
     shards: Annotated[
         list[str], typer.Argument(help="Directories, .tar files, globs, brace patterns or URLs.", show_default=False)
@@ -28,7 +27,7 @@ def command(
         int | None, typer.Option(help="Decoding threads. [dim]\\[default: one per core][/dim]", show_default=False)
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what is in --out and make it anew.")] = False,
-    cache_gb: Annotated[float, typer.Option(help="Gigabytes of disk for shards fetched from remote.")] = 50.0,
+    cache_gb: Annotated[float, typer.Option(help="Gigabytes that remote shards may take in $MAEKIT_CACHE.")] = 50.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Embed every image of every shard into one parquet file per shard.
@@ -43,7 +42,7 @@ def command(
     from maekit.embedding.run import EmbedConfig, embed, raise_if_damaged
 
     config = EmbedConfig(
-        model=str(model),
+        model=model,
         shards=tuple(shards),
         out=out,
         device=device,

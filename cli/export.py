@@ -24,12 +24,13 @@ def command(
     """
     import dataclasses
 
-    from maekit.cli.show import make_progress, print_json, size
+    from maekit.cli.show import make_progress, print_json
     from maekit.exporters.export import export
+    from maekit.files import describe_bytes
 
     result = export(run, out, pool=pool, normalize=normalize, parity=parity or (), progress=make_progress())
     print(
-        f"{result.path}: {size(float(result.bytes))}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
+        f"{result.path}: {describe_bytes(result.bytes)}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
         f"{result.parity.max_relative_difference:.1e} on {result.parity.images} images"
     )
     print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")

@@ -9,7 +9,7 @@ def command(
     thing: Annotated[str, typer.Argument(help="A run, a checkpoint, an .onnx file, or shards.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Say what a run, a checkpoint, an ONNX file or a set of shards is."""
+    """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged."""
     from maekit.cli.show import print_json
     from maekit.inspection import inspect
 
@@ -18,6 +18,8 @@ def command(
         print_json(description)
     else:
         _print(description)
+    if description.get("damaged"):
+        raise typer.Exit(1)
 
 
 def _print(description: dict[str, Any], indent: int = 0) -> None:
@@ -25,7 +27,11 @@ def _print(description: dict[str, Any], indent: int = 0) -> None:
     width = max((len(key) for key in description), default=0)
     for key, value in description.items():
         label = " " * indent + f"{key:<{width}}  "
-        if isinstance(value, dict) and value and not _is_short(value):
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            print(" " * indent + key)
+            for item in value:
+                print(" " * (indent + 2) + _plain(item))
+        elif isinstance(value, dict) and value and not _is_short(value):
             print(" " * indent + key)
             _print(value, indent + 2)
         else:

@@ -49,13 +49,14 @@ def command(
     """Pack a folder of images into tar shards.
 
     Image bytes go in unchanged, in sorted order, the same bytes every time. The key is the path without its extension,
-    dots in the name turned into underscores; a .json or .txt file of the same name rides along. Labels go in as .cls
-    members, class names into classes.txt. Beside each shard lies its index, with CRC-32s. The same command again goes
-    on after a kill.
+    dots in the name turned into underscores; a .json, .txt or .cls file of the same name rides along. Links are
+    followed, hidden names are not. Labels go in as .cls members, class names into classes.txt. Beside each shard lies
+    its index, with CRC-32s. The same command again goes on after a kill.
     """
     import dataclasses
 
-    from maekit.cli.show import make_progress, print_json, size
+    from maekit.cli.show import make_progress, print_json
+    from maekit.files import describe_bytes
     from maekit.shards.pack import PackOptions, pack
 
     options = PackOptions(
@@ -68,8 +69,14 @@ def command(
         workers=workers,
     )
     report = pack(images, out, options, progress=make_progress())
-    named = f", {len(report.classes)} classes" if report.classes else ""
-    print(f"{report.samples} images in {len(report.shards)} shards, {size(float(report.bytes))}{named}: {out}")
+    print(f"{report.samples} images in {len(report.shards)} shards, {describe_bytes(report.bytes)}: {out}")
+    if report.classes:
+        shown = ", ".join(f"{name} {report.class_counts[name]}" for name in report.classes[:12])
+        more = f", {len(report.classes) - 12} more" if len(report.classes) > 12 else ""
+        print(f"classes: {shown}{more} (in {out}/classes.txt)")
+    for count, what in ((report.unlabelled, "images have no label"), (report.empty, "image files hold no bytes")):
+        if count:
+            print(f"{count} {what}")
     for what, counts in (("riding along", report.sidecars), ("passed over", report.passed_over)):
         if counts:
             print(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))

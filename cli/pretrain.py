@@ -64,7 +64,11 @@ def command(
     ] = None,
     cache_gb: Annotated[
         float | None,
-        _option("Gigabytes of disk for shards fetched from remote.", _MACHINE, default=f"{_DEFAULT.data.cache_gb:g}"),
+        _option(
+            "Gigabytes that remote shards may take in $MAEKIT_CACHE.",
+            _MACHINE,
+            default=f"{_DEFAULT.data.cache_gb:g}",
+        ),
     ] = None,
     device: Annotated[str | None, _option("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     precision: Annotated[

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from maekit.files import describe_bytes
+
 _PLAIN_SECONDS = 15.0
 
 
@@ -34,7 +36,7 @@ class Plain:
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Begin a piece of work."""
         self._what, self._total, self._row, self._first = what, total, "", done
-        self._count = size if unit == "bytes" else str
+        self._count = describe_bytes if unit == "bytes" else str
         self._started = self._shown = time.monotonic()
 
     def advance(self, done: int) -> None:
@@ -135,15 +137,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def size(count: float) -> str:
-    """Return a number of bytes as people say it."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

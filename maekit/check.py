@@ -50,6 +50,7 @@ class ShardReport:
         bytes: its size.
         extensions: how many members have each extension.
         without_image: samples that hold no member with an image extension.
+        unused_images: members with an image extension beside the one that is a sample's image.
         ignored: members that belong to no sample.
         stale_index: whether the file beside it is no index of it.
         verified: whether its members were compared with the CRC-32 in the index beside it.
@@ -62,6 +63,7 @@ class ShardReport:
     bytes: int = 0
     extensions: dict[str, int] = field(default_factory=dict)
     without_image: int = 0
+    unused_images: int = 0
     ignored: int = 0
     stale_index: bool = False
     verified: bool = False
@@ -188,7 +190,9 @@ class CheckReport:
             "damaged": len(self.damaged),
             "duplicates": self.duplicates,
             "without_image": sum(shard.without_image for shard in self.shards),
+            "unused_images": sum(shard.unused_images for shard in self.shards),
             "ignored": sum(shard.ignored for shard in self.shards),
+            "unreadable": sum(shard.unreadable for shard in self.shards),
             "stale_indexes": sum(shard.stale_index for shard in self.shards),
             "verified": sum(shard.verified for shard in self.shards),
             "extensions": dict(self.extensions.most_common()),
@@ -326,11 +330,12 @@ def _scan(task: _Task) -> _Scanned:
         report.stale_index = index_path(shard.path).exists() and (
             beside is None or (beside.size, beside.digest) != (index.size, index.digest)
         )
-        if beside is not None and beside.has_crc and beside.size == index.size:
-            # A shard made anew on purpose has, but for rare luck, another size.
+        if beside is not None and beside.has_crc:
             if (damage := beside.difference(index)) is not None:
-                hint = f"; if it was made anew on purpose, delete {index_path(shard.path).name}"
-                raise DamagedShard(damage.path, damage.offset, damage.reason + hint)
+                hint = f"if it was made anew on purpose, delete {index_path(shard.path).name}"
+                if shard.url is not None:
+                    hint = "publish shards and their indexes together"
+                raise DamagedShard(damage.path, damage.offset, f"{damage.reason}; {hint}")
             report.verified = True
     except DamagedShard as damage:
         report.damage = damage
@@ -345,7 +350,7 @@ def _scan(task: _Task) -> _Scanned:
         cache_index(index)
     report.samples = index.samples
     report.extensions = index.extensions()
-    report.without_image = index.count_without_image()
+    report.without_image, report.unused_images = index.count_images()
     report.ignored = index.ignored_count
     return shard, report, _key_hashes(index)
 

@@ -127,6 +127,15 @@ def write_failure(path: Path, error: OSError) -> MaekitError:
     return MaekitError(f"cannot write {path}: {error.strerror or error}; what was written before is intact")
 
 
+def describe_bytes(count: float) -> str:
+    """Return a number of bytes as people say it."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:

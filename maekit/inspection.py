@@ -26,10 +26,30 @@ def inspect(thing: str) -> dict[str, Any]:
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
+    if (path / "_maekit" / ".output.json").is_file():
+        return _inspect_embeddings(path)
     if path.is_file() and not path.name.endswith(TAR):
         raise InputError(f"{thing} is none of the things maekit knows: a run, a checkpoint, an .onnx file, or shards")
     report: CheckReport = check_shards(find_shards(thing))
     return {"kind": "shards", "path": thing, **report.summary()}
+
+
+def _inspect_embeddings(path: Path) -> dict[str, Any]:
+    """Sum up the commit records of an output directory."""
+    totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
+    damaged = []
+    for record in sorted((path / "_maekit").rglob("*.json")):
+        if record.name.startswith("."):
+            continue
+        there = _parsed(record.read_text(encoding="utf-8"))
+        if not isinstance(there, dict) or "rows" not in there:
+            damaged.append(str(record))
+            continue
+        totals["shards"] += 1
+        for key, name in (("rows", "rows"), ("errors", "errors"), ("bytes", "output_bytes")):
+            totals[key] += there[name]
+    options = json.loads((path / "_maekit" / ".output.json").read_text(encoding="utf-8"))
+    return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
 
 
 def _inspect_onnx(path: Path) -> dict[str, Any]:

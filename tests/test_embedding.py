@@ -316,6 +316,18 @@ def test_earlier_embeddings_outlive_a_failing_input(trained: Path, tmp_path: Pat
     assert not (tmp_path / "out" / "a.parquet").exists()
 
 
+def test_the_same_shard_under_another_name_is_refused(trained: Path, tmp_path: Path) -> None:
+    """Names are relative to the common folder: another input beside the first one would double its rows."""
+    for folder in "ab":
+        write_shard(tmp_path / folder / "000.tar", {f"{folder}{i}": {"jpg": jpeg(i)} for i in range(3)})
+    one, both = (str(tmp_path / "a"),), (str(tmp_path / "a"), str(tmp_path / "b"))
+    embed(embed_config(trained, tmp_path / "out", shards=one))
+    with pytest.raises(InputError, match=r"000\.tar of an earlier run would be a/000\.tar now"):
+        embed(embed_config(trained, tmp_path / "out", shards=both))
+    assert embed(embed_config(trained, tmp_path / "out2", shards=both)).rows == 6
+    assert inspect(str(tmp_path / "out2"))["rows"] == 6
+
+
 def test_float16(trained: Path, tmp_path: Path) -> None:
     embed(embed_config(trained, tmp_path / "full"))
     embed(embed_config(trained, tmp_path / "half", dtype="float16"))

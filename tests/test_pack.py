@@ -111,6 +111,23 @@ def test_a_table_with_class_names(tmp_path: Path) -> None:
     assert [s["cls"] for s in read(tmp_path / "out")] == [b"1", b"0"]
 
 
+def test_what_is_told_of_labels(tmp_path: Path) -> None:
+    images = fill(tmp_path / "images", 4)
+    notes: list[str] = []
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    assert pack(images, tmp_path / "out", progress=Notes()).class_counts == {"cat": 2, "dog": 2}
+    (images / "stray.jpg").touch()
+    (images / "cat" / "001.v1.cls").write_text("9")
+    report = pack(images, tmp_path / "out2", progress=Notes())
+    assert (report.classes, report.empty, report.unlabelled, report.sidecars) == ([], 1, 4, {"cls": 1})
+    assert any("no classes: stray.jpg lies in no folder (1 of 5 images)" in note for note in notes)
+    assert [s.get("cls") for s in read(tmp_path / "out2")] == [b"9", None, None, None, None]
+
+
 def test_labels_stay_as_they_are_written(tmp_path: Path) -> None:
     images = fill(tmp_path / "images", 4)
     table = tmp_path / "t.csv"
@@ -120,6 +137,9 @@ def test_labels_stay_as_they_are_written(tmp_path: Path) -> None:
     pq.write_table(pa.table({"path": ["cat/001.v1.jpg"], "label": [1.5]}), tmp_path / "t.parquet")
     with pytest.raises(InputError, match="neither a whole number nor text"):
         pack(images, tmp_path / "out2", PackOptions(table=tmp_path / "t.parquet"))
+    table.write_text("path,label\ndog/000.v1.jpg,4.0\ncat/001.v1.jpg,\n")
+    report = pack(images, tmp_path / "out4", PackOptions(table=table))
+    assert (report.unlabelled, read(tmp_path / "out4")[0]["cls"]) == (1, b"4")
     table.write_bytes("path,größe\n".encode("latin-1"))
     with pytest.raises(InputError, match="cannot read the table"):
         pack(images, tmp_path / "out3", PackOptions(table=table))

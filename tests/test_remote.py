@@ -31,11 +31,13 @@ class Server:
         truncate: share of answers that are short and say so.
         ranges: whether ranges are honoured.
         fail: how many of the next requests are answered by 503.
+        tells_size: whether answers say how long they are.
         asked: (method, path, range) of each request.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.drop, self.truncate, self.ranges, self.fail = folder, 0.0, 0.0, True, 0
+        self.tells_size = True
         self.asked: list[tuple[str, str, str | None]] = []
         self.random = random.Random(0)
         server = self
@@ -77,7 +79,8 @@ class Server:
                 if self.command == "GET" and luck < server.drop + server.truncate:
                     body = data[: server.random.randrange(len(data) + 1)]
                 self.send_header("ETag", f'"{etag}"')
-                self.send_header("Content-Length", str(len(body if luck >= server.drop else data)))
+                if server.tells_size:
+                    self.send_header("Content-Length", str(len(body if luck >= server.drop else data)))
                 self.end_headers()
                 if self.command == "GET":
                     self.wfile.write(body)
@@ -139,6 +142,16 @@ def test_what_arrives_is_what_was_published(server: Server, monkeypatch, drop: f
 def test_a_server_without_ranges(server: Server) -> None:
     server.ranges = False
     (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    RemoteCache().fetch(shard)
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+
+
+def test_a_server_that_tells_no_size(server: Server) -> None:
+    server.tells_size = False
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    with pytest.raises(MaekitError, match="--cache-gb"):
+        RemoteCache(limit=100_000).fetch(shard)
+    assert sum(p.stat().st_size for p in files.cache_directory().rglob("*") if p.suffix in (".tar", ".part")) == 0
     RemoteCache().fetch(shard)
     assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
 

@@ -67,7 +67,7 @@ def test_damage_is_named_with_its_offset(tmp_path: Path) -> None:
     assert "end-of-archive" in damage(whole[: 2 * second]).reason
     assert damage(whole + b"x").offset == len(whole)
     assert "gzip" in damage(gzip.compress(whole)).reason
-    assert "no tar header" in damage(b"<html>" + bytes(2000)).reason
+    assert "no tar header" in damage(b"text" + bytes(2000)).reason
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,9 @@ CRAFTED = {
     "a block of zeros between members": (FILE + bytes(512) + FILE + END, "behind the end"),
     "an end within a block": (FILE + END + bytes(100), "whole number"),
     "gzip under another name": (gzip.compress(FILE + END), "gzip"),
-    "a web page": (b"<html>404 Not Found</html>".ljust(2048), "no tar header"),
+    "a web page": (b"<html>404 Not Found</html>".ljust(2048), "a web page"),
+    "a short web page": (b"<!DOCTYPE html>log in", "a web page"),
+    "text": (b"version https://git-lfs.github.com/spec/v1\n".ljust(2048), "no tar header"),
 }
 
 

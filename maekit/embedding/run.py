@@ -137,6 +137,8 @@ def _check(config: EmbedConfig) -> None:
             raise InputError(f"{option} {value}: must be at least 1")
     if not config.cache_gb > 0:
         raise InputError(f"--cache-gb {config.cache_gb:g}: must be greater than 0")
+    if "://" in config.model:
+        raise InputError(f"{config.model}: the model is read from a local file; download it first")
     files.require_utf8(Path(config.out))
     if "://" in config.out:
         raise InputError(
@@ -175,6 +177,7 @@ class _Job:
         skipped: shards committed earlier.
         damaged: one line for each shard left out.
         sizes: bytes of each shard, as far as they are known.
+        versions: the mark of each shard's version when the run began, likewise.
     """
 
     output: OutputDirectory
@@ -186,12 +189,14 @@ class _Job:
     skipped: int = 0
     damaged: list[str] = field(default_factory=list)
     sizes: dict[ShardFile, int] = field(default_factory=dict)
+    versions: dict[ShardFile, str | None] = field(default_factory=dict)
 
     def plan(self, shards: list[ShardFile]) -> list[ShardFile]:
         """Return the shards that are not known to be committed: those that are new, or look changed."""
         todo = []
         versions = map_in_threads(self._version, shards, threads=_AHEAD)
         for shard, version in zip(shards, versions, strict=True):
+            self.versions[shard] = version
             record = self.output.committed(shard)
             if record is not None and version is not None and record.input_version == version:
                 self._skip(record)
@@ -199,11 +204,31 @@ class _Job:
                 todo.append(shard)
         if distant := [self.sizes.get(shard, 0) for shard in todo if shard.url is not None]:
             self.remote.refuse_if_too_small(min(len(distant), _AHEAD + 2), max(distant))
-        for orphan in self.output.orphans(shards):
-            self.progress.note(f"{orphan} was embedded earlier and is not in the input now; its file stays where it is")
+        self._refuse_renamed(shards, todo)
         if self.skipped:
             self.progress.note(f"{self.skipped} of {len(shards)} shards are committed already")
         return todo
+
+    def _refuse_renamed(self, shards: list[ShardFile], todo: list[ShardFile]) -> None:
+        """Refuse shards that were embedded under other names: their rows would stand twice in the output.
+
+        Raises:
+            InputError: names one of them.
+        """
+        orphans = self.output.orphans(shards)
+        known = {(Path(r.shard).name, r.input_version): r.shard for r in orphans if r.input_version is not None}
+        for shard in todo:
+            earlier = known.get((Path(shard.name).name, self.versions.get(shard) or ""))
+            if earlier is not None:
+                raise InputError(
+                    f"the shard {earlier} of an earlier run would be {shard.name} now, and stand twice in "
+                    f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
+                    "another --out"
+                )
+        for record in orphans:
+            self.progress.note(
+                f"{record.shard} was embedded earlier and is not in the input now; its file stays where it is"
+            )
 
     def embed(self, todo: list[ShardFile], pipeline: EmbeddingPipeline) -> None:
         """Embed and commit shard by shard; each is fetched and judged when its turn comes.

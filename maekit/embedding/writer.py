@@ -209,11 +209,17 @@ class OutputDirectory:
         text = json.dumps({"shard": shard.name, "damaged": reason}, indent=1)
         files.write_atomically(self._record(shard), text.encode(), scratch=self._scratch)
 
-    def orphans(self, shards: Sequence[ShardFile]) -> list[str]:
-        """Return the names of committed shards that the input does not hold."""
+    def orphans(self, shards: Sequence[ShardFile]) -> list[CommitRecord]:
+        """Return the records of committed shards that the input does not hold."""
         names = {shard.name for shard in shards}
-        records = (path.relative_to(self.bookkeeping).as_posix() for path in self.bookkeeping.rglob("*.json"))
-        return sorted(r.removesuffix(".json") for r in records if r != _OUTPUT and r.removesuffix(".json") not in names)
+        orphans = []
+        for path in sorted(self.bookkeeping.rglob("*.json")):
+            name = path.relative_to(self.bookkeeping).as_posix().removesuffix(".json")
+            if path.name != _OUTPUT and name not in names:
+                record = self.committed(ShardFile(name, path))
+                if record is not None:
+                    orphans.append(record)
+        return orphans
 
     def _table(self, shard: ShardFile, index: ShardIndex, result: ShardResult) -> pa.Table:
         values = result.embeddings.astype(self._options.dtype, copy=False)

@@ -181,13 +181,13 @@ class ShardIndex:
         more = f" (the first of {differing.size} members)" if differing.size > 1 else ""
         return DamagedShard(str(other.path), member.offset, f"the bytes of {name!r} are not those of its CRC-32{more}")
 
-    def count_without_image(self) -> int:
-        """Return how many samples hold no member with an image extension."""
+    def count_images(self) -> tuple[int, int]:
+        """Return how many samples hold no member with an image extension, and how many such members are not used."""
         if not self.samples:
-            return 0
+            return 0, 0
         is_image = np.array([extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in self._extensions])
-        has_image = np.logical_or.reduceat(is_image[self._columns["member_extension"]], self._sample_start[:-1])
-        return int(self.samples - has_image.sum())
+        counts = np.add.reduceat(is_image[self._columns["member_extension"]].astype(int), self._sample_start[:-1])
+        return int((counts == 0).sum()), int(np.maximum(counts - 1, 0).sum())
 
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""

@@ -28,10 +28,11 @@ from maekit.progress import Progress, Silent
 from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
 from maekit.signals import stop_on_signal
 
-SIDECARS = ("json", "txt")
+SIDECARS = ("json", "txt", "cls")
 _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
 _LABEL_COLUMNS = ("label", "cls", "class", "target")
 _PLAN = ".plan"
+_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
 _NAMED = 3  # problems spelled out in one message
 
 
@@ -68,6 +69,9 @@ class PackReport:
         samples: images in them.
         bytes: size of the shards.
         classes: class names by label; empty where labels are numbers, or there are none.
+        class_counts: images of each class, by name.
+        unlabelled: images without a label, where others have one.
+        empty: image files of zero bytes.
         sidecars: members that ride along, how many of each extension.
         passed_over: files that were not packed, how many of each kind.
         resumed: shards that an earlier, interrupted run had written.
@@ -77,6 +81,9 @@ class PackReport:
     samples: int
     bytes: int
     classes: list[str]
+    class_counts: dict[str, int]
+    unlabelled: int
+    empty: int
     sidecars: dict[str, int]
     passed_over: dict[str, int]
     resumed: int
@@ -107,10 +114,10 @@ def pack(
 ) -> PackReport:
     """Pack the image files below `images` into `out/00000.tar`, `out/00001.tar`, …, each with its index beside it.
 
-    Image bytes go in unchanged. The key is the path below `images` without its extension. A `.json` or `.txt` file of
-    the same name rides along. The label goes in as a `.cls` member: a whole number of the table, or the place of a
-    class name in sorted order, and then the names are written to `out/classes.txt`. The folder appears whole or not at
-    all; called again after a kill, the shards that were finished stay.
+    Image bytes go in unchanged. The key is the path below `images` without its extension. A `.json`, `.txt` or `.cls`
+    file of the same name rides along. The label goes in as a `.cls` member: a whole number of the table, or the place
+    of a class name in sorted order, and then the names are written to `out/classes.txt`. The folder appears whole or
+    not at all; called again after a kill, the shards that were finished stay.
 
     Args:
         images: the folder of images.
@@ -126,7 +133,8 @@ def pack(
     options, progress = options or PackOptions(), progress or Silent()
     out = Path(os.path.realpath(out))
     _check(images, out, options)
-    sources, classes, passed_over = _sources(images, options)
+    progress.note(f"listing {images}")
+    sources, classes, passed_over = _sources(images, options, progress)
     aside = out.parent / f".{out.name}.packing"
     with files.sole_owner(aside):
         plan = [
@@ -146,10 +154,17 @@ def pack(
         samples=len(sources),
         bytes=sum(shard.stat().st_size for shard in shards),
         classes=classes,
+        class_counts=dict(Counter(classes[source.label] for source in sources if classes and source.label is not None)),
+        unlabelled=sum(not _has_label(source) for source in sources) if any(map(_has_label, sources)) else 0,
+        empty=sum(_stat(source.members[0][1]).st_size == 0 for source in sources),
         sidecars=dict(Counter(kind for source in sources for kind, _ in source.members if kind in SIDECARS)),
         passed_over=passed_over,
         resumed=resumed,
     )
+
+
+def _has_label(source: _Source) -> bool:
+    return source.label is not None or any(kind == "cls" for kind, _ in source.members)
 
 
 def _check(images: Path, out: Path, options: PackOptions) -> None:
@@ -171,7 +186,7 @@ def _check(images: Path, out: Path, options: PackOptions) -> None:
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
 
 
-def _sources(images: Path, options: PackOptions) -> tuple[list[_Source], list[str], dict[str, int]]:
+def _sources(images: Path, options: PackOptions, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
     """Return the samples in order, the class names, and what is not packed."""
     found = {path.relative_to(images): path for path in files.walk_files(images)}
     table = options.table.resolve() if options.table else None
@@ -180,7 +195,10 @@ def _sources(images: Path, options: PackOptions) -> tuple[list[_Source], list[st
         wanted = _read_table(images, options.table, options, found)
     else:
         pictures = [path for path in found if _extension(path) in IMAGE_EXTENSIONS]
-        in_folders = options.classes and all(len(path.parts) > 1 for path in pictures)
+        astray = [path for path in pictures if len(path.parts) == 1]
+        in_folders = options.classes and not astray
+        if options.classes and 0 < len(astray) < len(pictures):
+            progress.note(f"no classes: {astray[0]} lies in no folder ({len(astray)} of {len(pictures)} images)")
         wanted = {path: path.parts[0] if in_folders else None for path in pictures}
     if not wanted:
         kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
@@ -199,14 +217,17 @@ def _sources(images: Path, options: PackOptions) -> tuple[list[_Source], list[st
         except InputError as error:
             problems.append(str(error))
             continue
-        if METADATA.match(key):
+        if not os.access(found[path], os.R_OK):
+            problems.append(f"{path} cannot be read")
+        elif METADATA.match(key):
             problems.append(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
         elif (owner := owners.setdefault(key, path)) != path:
             problems.append(f"{owner} and {path} would both get the key {key!r}; rename one of them")
         members = [(_extension(path), str(found[path]))]
         for kind in SIDECARS:
             beside = path.with_suffix(f".{kind}")
-            if beside in found and beside not in used:
+            # A label file gives way to a label from the table or the folder, and is counted as passed over.
+            if beside in found and beside not in used and (kind != "cls" or label is None):
                 members.append((kind, str(found[beside])))
                 used.add(beside)
         used.add(path)
@@ -230,12 +251,16 @@ def _read_table(
     import pyarrow.csv
     import pyarrow.parquet
 
+    if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
+        raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
     try:
-        if table.suffix == ".parquet":
+        if table.suffix.lower() == ".parquet":
             rows = pa.parquet.read_table(table)
             names = list(rows.column_names)
         else:
-            parse = pa.csv.ParseOptions(delimiter="\t" if table.suffix == ".tsv" else ",", newlines_in_values=True)
+            parse = pa.csv.ParseOptions(
+                delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True
+            )
             names = pa.csv.open_csv(table, parse_options=parse).schema.names
             # As they stand there: 01 and 1 are two names, and NA is one.
             as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
@@ -245,9 +270,10 @@ def _read_table(
     path_column = _choose(table, names, options.path_column, _PATH_COLUMNS, "paths", "--path-column")
     label_column = _choose(table, names, options.label_column, _LABEL_COLUMNS, "labels", "--label-column")
     if path_column is None:
+        hint = "; is it separated by semicolons? Commas are expected" if any(";" in name for name in names) else ""
         raise InputError(
             f"{table}: no column of paths (looked for {', '.join(_PATH_COLUMNS)}; there are {', '.join(names)}); "
-            "name it with --path-column"
+            f"name it with --path-column{hint}"
         )
     paths = rows[path_column].to_pylist()
     labels = _labels(rows[label_column].to_pylist()) if label_column else [None] * len(paths)
@@ -256,7 +282,8 @@ def _read_table(
     for row, (text, label) in enumerate(zip(paths, labels, strict=True), 1):
         path = Path(os.path.relpath(images / str(text), images))
         if text is None or path not in found:
-            problems.append(f"row {row}: there is no file {text!r} in the folder of images")
+            hint = "; paths are written with /" if "\\" in str(text) else ""
+            problems.append(f"row {row}: there is no file {text!r} in the folder of images{hint}")
         elif _extension(path) not in IMAGE_EXTENSIONS:
             problems.append(f"row {row}: {text!r} has no image extension")
         elif path in wanted:
@@ -281,8 +308,11 @@ def _labels(values: list[Any]) -> list[Any]:
     """Return labels as whole numbers where all of them are written as such; an empty one is none."""
     values = [None if value == "" else value for value in values]
     given = [value for value in values if value is not None]
-    if all(isinstance(value, str) and re.fullmatch(r"-?(0|[1-9][0-9]*)", value) for value in given):
-        return [None if value is None else int(value) for value in values]
+    if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in given) or (
+        # What had an empty cell among whole numbers comes out of many a program as 1.0.
+        all(isinstance(value, float) and value.is_integer() for value in given)
+    ):
+        return [None if value is None else int(float(value)) for value in values]
     return values
 
 

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import threading
 import time
@@ -37,6 +38,7 @@ DEFAULT_LIMIT = 50_000_000_000
 _FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 4 << 20, 64 << 10, 64 << 20
 _PIECE_SECONDS = 2.0
 _ATTEMPTS = 8  # in a row, without one byte of progress
+_FIRST_ATTEMPTS = 5  # to be told of a file at all
 _LONGEST_PAUSE = 10.0
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
@@ -202,9 +204,10 @@ class RemoteCache:
             InputError: they do not.
         """
         if shards * largest > self.limit:
+            needed = math.ceil(shards * largest / 1e6) / 1000
             raise InputError(
-                f"{shards} shards of up to {largest / 1e9:.3g} GB are in use at once, and the cache has "
-                f"{self.limit / 1e9:.3g} GB: give a larger --cache-gb"
+                f"up to {shards} shards of up to {files.describe_bytes(largest)} are in use at once, and the cache has "
+                f"{files.describe_bytes(self.limit)}: give --cache-gb {needed:g} or more"
             )
 
     def _download_index(self, shard: ShardFile) -> ShardIndex | None:
@@ -245,6 +248,10 @@ class RemoteCache:
                 self._make_room(there.size, keep=part, url=there.url)
             with open(part, "ab") as file:
                 for piece in _pieces(there, done):
+                    done += len(piece)
+                    if there.size is None and done > self.limit:
+                        part.unlink()
+                        self._make_room(done, keep=part, url=there.url)  # says that it cannot be
                     file.write(piece)
                     self._pause(0)
                 file.flush()
@@ -272,7 +279,8 @@ class RemoteCache:
         """Evict the least recently used shards until `needed` bytes fit."""
         if needed > self.limit:
             raise MaekitError(
-                f"{url}: {needed} bytes do not fit into a cache of {self.limit} bytes; give a larger --cache-gb"
+                f"{url}: {files.describe_bytes(needed)} do not fit into a cache of {files.describe_bytes(self.limit)}; "
+                "give a larger --cache-gb"
             )
         while True:
             with self._owner(_directory() / "room"):
@@ -412,7 +420,7 @@ def _describe(url: str) -> RemoteFile:
     filesystem, path = connect(url)
     with contextlib.suppress(Exception):
         filesystem.invalidate_cache()  # some answer from what they listed before
-    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path))
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), _FIRST_ATTEMPTS)
     size = info.get("size")
     version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
     return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
@@ -426,7 +434,10 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
     """
     filesystem, path = connect(there.url)
     if there.size is None:
-        yield _insist(there.url, lambda: filesystem.cat_file(path))
+        # No piece can be asked for; what breaks off is begun anew by the next attempt.
+        with _insist(there.url, lambda: filesystem.open(path, "rb")) as stream:
+            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), 1):
+                yield data
         return
     length = _FIRST_PIECE
     failures = 0

@@ -92,6 +92,8 @@ def connect(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {error}") from error
     except ValueError as error:
         raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
+    except Exception as error:  # some connect at once, and each has its own ways of failing
+        raise InputError(f"{url}: cannot connect: {error or type(error).__name__}") from error
     return filesystem, path
 
 

@@ -119,13 +119,15 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
 def _describe_end(block: bytes, offset: int) -> str:
     if offset == 0 and not block:
         return "the file is empty"
-    return _compression(block, offset) or "the file is cut off: no end-of-archive marker"
+    return _what_else(block, offset) or "the file is cut off: no end-of-archive marker"
 
 
-def _compression(block: bytes, offset: int) -> str:
+def _what_else(block: bytes, offset: int) -> str:
     for magic, name in _MAGIC.items():
         if offset == 0 and block.startswith(magic):
             return f"this is {name} data; shards are uncompressed tars"
+    if offset == 0 and block[:200].lstrip().lower().startswith((b"<html", b"<!doctype", b"<?xml")):
+        return "this is a web page, and no tar"
     return ""
 
 
@@ -149,7 +151,7 @@ def _check_checksum(block: bytes, offset: int) -> None:
     field = block[148:156]
     if _CHECKSUM.fullmatch(field) is None:
         raise TarDamage(
-            offset, _compression(block, offset) or "no tar header here (its checksum field is not a checksum)"
+            offset, _what_else(block, offset) or "no tar header here (its checksum field is not a checksum)"
         )
     if sum(block) - sum(field) + 8 * 0x20 != int(field.rstrip(b"\0 "), 8):
         raise TarDamage(offset, "the header checksum does not match")

@@ -167,7 +167,7 @@ class Trainer:
         # The share is taken of an epoch (or 1,000 samples) at least: one bad sample in the first batch says nothing.
         if tally.bad > self.max_bad * max(tally.seen, min(self.epoch_samples, 1000)):
             raise MaekitError(
-                f"{tally.bad} of {tally.seen} samples hold no readable image, more than data.max_bad = "
+                f"{tally.bad} of {tally.seen} samples hold no readable image, more than --max-bad "
                 f"{self.max_bad:g}; the last one: {batch.bad[-1] if batch.bad else ''}"
             )
 

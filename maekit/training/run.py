@@ -345,13 +345,8 @@ def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
     """See that a window of remote shards and the next one fit into the cache; else each read would be a download."""
     if shards.remote is None:
         return
-    sizes = sorted((shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url), reverse=True)
-    needed = sum(sizes[: 2 * config.data.window])
-    if needed > shards.remote.limit:
-        raise InputError(
-            f"two windows of {config.data.window} remote shards may take {needed / 1e9:.1f} GB, and the cache has "
-            f"{shards.remote.limit / 1e9:.1f} GB: give a larger --cache-gb, or a smaller --set data.window"
-        )
+    sizes = [shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url]
+    shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
 
 
 def _choose_device(config: PretrainConfig, progress: Progress) -> tuple[torch.device, str]:
