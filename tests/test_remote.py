@@ -265,6 +265,29 @@ def test_the_room_is_kept_while_downloads_run(server: Server) -> None:
     assert 0 < peak <= cache.limit
 
 
+def test_interrupted_downloads_do_not_block_each_other(server: Server, monkeypatch) -> None:
+    """Parts that each fill most of the cache: whoever comes first takes the room of the others."""
+    monkeypatch.setattr(remote, "_FIRST_PIECE", 150_000)
+    monkeypatch.setattr(remote, "_ATTEMPTS", 1)
+    shards = find_shards(f"{server.url}/sub/")
+    for shard in shards:
+        original = remote._pieces
+
+        def one_piece(*arguments, pieces=original):
+            yield next(pieces(*arguments))
+            raise MaekitError("broken off")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(remote, "_pieces", one_piece)
+            with pytest.raises(MaekitError, match="broken off"):
+                RemoteCache().fetch(shard)
+    size = max((server.folder / "sub" / f"{i}.tar").stat().st_size for i in range(3))
+    with ThreadPoolExecutor(3) as pool:
+        cache = RemoteCache(limit=int(1.2 * size))
+        assert len(list(pool.map(cache.fetch, shards))) == 3
+    assert sum(shard.path.exists() for shard in shards) == 1
+
+
 def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:
     shards = find_shards(f"{server.url}/sub/")
     size = (server.folder / "sub" / "0.tar").stat().st_size

@@ -4,6 +4,7 @@
     CACHE/shards/ab/abcd….tar.index   its published index, where it has one
     CACHE/shards/ab/abcd….json        its URL, size and version there
     CACHE/shards/ab/abcd….part        a download that is under way or was interrupted, and goes on
+    CACHE/shards/ab/abcd….room        how many bytes it may take, while it is under way
 
 A download asks for pieces and goes on behind the last whole one, in this process or the next. Many processes share the
 cache: a shard is downloaded by one of them under a lock. The least recently used shards give way; a file that is open
@@ -11,6 +12,7 @@ somewhere can still be read there, and takes its room on the disk until it is cl
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -174,10 +176,11 @@ class RemoteCache:
             MaekitError: it cannot be downloaded.
         """
         self._known[shard.path] = shard
-        try:
-            return _parse(shard, index_path(shard.path).read_bytes())
-        except OSError:
-            return self._download_index(shard)
+        with contextlib.suppress(OSError):
+            index = _parse(shard, index_path(shard.path).read_bytes())
+            if index is not None:
+                return index
+        return self._download_index(shard)
 
     def published_rows(self, shards: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, CatalogueRow | MaekitError]]:
         """Yield each shard with what its published index, as it is there now, says in short; or with what is wrong."""
@@ -236,28 +239,27 @@ class RemoteCache:
     def _download(self, shard: ShardFile, there: RemoteFile) -> None:
         """Download a shard, going on behind what an earlier attempt left; the caller owns its place."""
         part = shard.path.with_suffix(".part")
-        meta = _meta(shard.path)
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             shard.path.unlink(missing_ok=True)
-            if not self._is_part_of(meta, there):
+            if not self._is_part_of(_meta(part), there):
                 part.unlink(missing_ok=True)
-                files.write_atomically(meta, json.dumps(asdict(there)).encode())
-            done = part.stat().st_size if part.exists() else 0
             if there.size is not None:
-                self._make_room(there.size, keep=part, url=there.url)
+                self._make_room(there, part)
+            files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
+            done = part.stat().st_size if part.exists() else 0
             with open(part, "ab") as file:
                 for piece in _pieces(there, done):
                     done += len(piece)
                     if there.size is None and done > self.limit:
                         part.unlink()
-                        self._make_room(done, keep=part, url=there.url)  # says that it cannot be
+                        raise self._does_not_fit(there.url, done)
                     file.write(piece)
                     self._pause(0)
                 file.flush()
                 os.fsync(file.fileno())
             if there.size is None:
-                self._make_room(part.stat().st_size, keep=part, url=there.url)
+                self._make_room(dataclasses.replace(there, size=done), part)
             if _describe(there.url) != there:
                 part.unlink()
                 raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
@@ -267,6 +269,8 @@ class RemoteCache:
             raise
         except OSError as error:
             raise files.write_failure(part, error) from error
+        finally:
+            _room(part).unlink(missing_ok=True)
 
     def _is_part_of(self, meta: Path, there: RemoteFile) -> bool:
         # A far side that tells no size can give no piece: such a download starts anew.
@@ -275,46 +279,43 @@ class RemoteCache:
         except (OSError, ValueError):
             return False
 
-    def _make_room(self, needed: int, *, keep: Path, url: str) -> None:
-        """Evict the least recently used shards until `needed` bytes fit."""
-        if needed > self.limit:
-            raise MaekitError(
-                f"{url}: {files.describe_bytes(needed)} do not fit into a cache of {files.describe_bytes(self.limit)}; "
-                "give a larger --cache-gb"
-            )
+    def _does_not_fit(self, url: str, size: int) -> MaekitError:
+        has = files.describe_bytes(self.limit)
+        return MaekitError(
+            f"{url}: {files.describe_bytes(size)} do not fit into a cache of {has}; give a larger --cache-gb"
+        )
+
+    def _make_room(self, there: RemoteFile, part: Path) -> None:
+        """Evict the least recently used shards until this one fits; its room is its own until it has come."""
+        size = there.size or 0
+        if size > self.limit:
+            raise self._does_not_fit(there.url, size)
         while True:
             with self._owner(_directory() / "room"):
-                if self._evict(needed, keep):
-                    keep.touch()  # with the size in its description, it counts from now on
+                if self._evict(size, part):
+                    _room(part).write_text(str(size))
                     return
-            # The rest is taken by downloads under way. They have their room, so they will end, and can be evicted then.
+            # The rest belongs to downloads under way, which end, and can be evicted then.
             self._pause(0.2)
 
     def _evict(self, needed: int, keep: Path) -> bool:
         """Evict the least recently used shards until `needed` bytes fit; False where they cannot."""
         taken = 0
-        evictable = []
+        evictable: list[tuple[int, int, Path]] = []
         for path in _directory().glob("*/*"):
-            with contextlib.suppress(OSError):
-                if path.suffix == ".tar":
-                    evictable.append((path.stat().st_atime_ns, path))
-                elif path.suffix == ".part" and path != keep:
-                    if _is_held(path):
-                        taken += max(path.stat().st_size, _size_of(path))
-                    else:
-                        evictable.append((path.stat().st_atime_ns, path))  # given up
-        sizes = {}
-        for _, path in evictable:
-            with contextlib.suppress(OSError):
-                sizes[path] = path.stat().st_size
-        total = taken + sum(sizes.values())
-        for _, path in sorted(evictable):
+            with contextlib.suppress(OSError, ValueError):
+                if path.suffix == ".room" and _is_held(path):
+                    taken += int(path.read_text())
+                elif path.suffix == ".tar" or (path.suffix == ".part" and path != keep and not _has_room(path)):
+                    # A part without room waits for it, or was given up; what is taken from it comes again.
+                    evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
+        total = taken + sum(size for _, size, _ in evictable)
+        for _, size, path in sorted(evictable):
             if total + needed <= self.limit:
                 break
-            path.unlink(missing_ok=True)
-            for left in (_meta(path), index_path(path.with_suffix(".tar"))):
-                left.unlink(missing_ok=True)
-            total -= sizes.get(path, 0)
+            for gone in (path, _meta(path), index_path(path.with_suffix(".tar"))):
+                gone.unlink(missing_ok=True)
+            total -= size
         return total + needed <= self.limit
 
     @contextlib.contextmanager
@@ -392,12 +393,13 @@ def _meta(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _size_of(part: Path) -> int:
-    """Return the size that a download will have."""
-    try:
-        return int(json.loads(_meta(part).read_text())["size"] or 0)
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
+def _room(part: Path) -> Path:
+    """Return the file that says how many bytes a download under way may take."""
+    return part.with_suffix(".room")
+
+
+def _has_room(part: Path) -> bool:
+    return _room(part).exists() and _is_held(part)
 
 
 def _touch(path: Path) -> None:
