@@ -316,6 +316,13 @@ def test_earlier_embeddings_outlive_a_failing_input(trained: Path, tmp_path: Pat
     assert not (tmp_path / "out" / "a.parquet").exists()
 
 
+def test_no_sample_at_all(trained: Path, tmp_path: Path) -> None:
+    for number in range(2):
+        write_shard(tmp_path / "empty" / f"{number}.tar", {})
+    with pytest.raises(InputError, match="the 2 shards hold no sample at all"):
+        embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "empty"),)))
+
+
 def test_the_same_shard_under_another_name_is_refused(trained: Path, tmp_path: Path) -> None:
     """Names are relative to the common folder: another input beside the first one would double its rows."""
     for folder in "ab":

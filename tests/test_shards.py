@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from maekit.check import check_shards
-from maekit.errors import DamagedShard, InputError, MaekitError
-from maekit.shards.index import build_index, load_index, parse_index
+from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.shards.index import build_index, load_index, parse_index, write_index
 from maekit.shards.order import Order
 from maekit.shards.read import MemberReader, open_shards
 from maekit.shards.spec import find_shards
@@ -155,6 +155,75 @@ def test_image_is_the_first_member_with_an_image_extension(tmp_path: Path) -> No
     assert index.image(0).extension == "jpg"
     assert index.image(1).extension == "left.png"
     assert index.image(2) is None
+
+
+def test_a_member_of_300_megabytes_is_not_read(tmp_path: Path) -> None:
+    """Refused by its size in the index, before a byte of it is in memory; the file is a hole on the disk."""
+    info = tarfile.TarInfo("a.jpg")
+    info.size = 300 << 20
+    with open(tmp_path / "x.tar", "wb") as file:
+        file.write(info.tobuf(tarfile.USTAR_FORMAT))
+        file.truncate(512 + info.size + 1024)
+    index = build_index(tmp_path / "x.tar")
+    with pytest.raises(ImageError) as caught:
+        MemberReader().read_image(index, 0)
+    assert caught.value.reason == "too_large"
+
+
+def test_a_member_that_was_changed_is_not_given_out(tmp_path: Path) -> None:
+    path = small_shard(tmp_path)
+    index = build_index(path, crc=True)
+    write_index(index)
+    data = bytearray(path.read_bytes())
+    data[index.image(2).offset + 100] ^= 16
+    status = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))  # as a disk does it
+    reader, index = MemberReader(), load_index(path)
+    assert len(reader.read_image(index, 1)) == 701
+    with pytest.raises(ImageError) as caught:
+        reader.read_image(index, 2)
+    assert caught.value.reason == "checksum"
+
+
+def test_an_index_that_came_with_its_shard_is_used(tmp_path: Path, monkeypatch) -> None:
+    """Copied together, times differ: known by size and headers; another shard of that size is not taken for it."""
+    import maekit.shards.index as module
+
+    path = small_shard(tmp_path)
+    write_index(build_index(path, crc=True))
+    (tmp_path / "copy").mkdir()
+    for name in ("s.tar", "s.tar.index"):
+        (tmp_path / "copy" / name).write_bytes((tmp_path / name).read_bytes())
+    copy = tmp_path / "copy" / "s.tar"
+    os.utime(copy, (1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "build_index", lambda p: pytest.fail("scanned"))
+        assert load_index(copy).has_crc
+        assert len(MemberReader().read_image(load_index(copy), 0)) == 700
+    write_shard(copy, {f"q{i}": {"jpg": os.urandom(700 + i), "cls": b"1"} for i in range(4)})
+    assert copy.stat().st_size == path.stat().st_size
+    assert list(load_index(copy).keys()) == ["q0", "q1", "q2", "q3"]
+    found = check_shards(find_shards(str(copy)))
+    assert "not those of the index beside it" in found.damaged[0].damage.reason
+
+
+def test_a_known_set_opens_without_its_indexes(make_shards, monkeypatch) -> None:
+    """The second start reads one catalogue; a changed shard is looked at again, and its index when it is needed."""
+    import maekit.shards.read as module
+
+    directory = make_shards(3, 2)
+    first = open_shards(find_shards(str(directory)))
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "load_index", lambda p: pytest.fail("opened"))
+        again = open_shards(find_shards(str(directory)))
+    assert (again.digest, again.samples) == (first.digest, 5)
+    assert [again.index(1).key(i) for i in range(2)] == ["000003", "000004"]
+    write_shard(directory / "001.tar", {"new": {"jpg": jpeg(9)}})
+    changed = open_shards(find_shards(str(directory)))
+    assert (changed.samples, changed.index(1).key(0)) == (4, "new")
+    with pytest.raises(MaekitError, match="changed since"):
+        first.index(1)
 
 
 def test_find_shards(tmp_path: Path, make_shards, monkeypatch) -> None:

@@ -109,6 +109,8 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         todo = job.plan(shards)
         started, started_cpu = time.perf_counter(), time.process_time()
         job.embed(todo, pipeline)
+        if not (job.rows or job.errors or job.damaged):
+            raise InputError(f"the {len(shards)} shards hold no sample at all")
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
     timing = pipeline.timing
     if session.provider == CPU:
