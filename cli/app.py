@@ -2,6 +2,8 @@
 
 import sys
 import warnings
+from collections.abc import Callable
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -18,13 +20,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("pack", rich_help_panel="Data")(pack.command)
-app.command("check", rich_help_panel="Data")(check.command)
-app.command("pretrain", rich_help_panel="Workflow")(pretrain.command)
-app.command("export", rich_help_panel="Workflow")(export.command)
-app.command("embed", rich_help_panel="Workflow")(embed.command)
-app.command("inspect", rich_help_panel="Look")(inspect.command)
-app.command("demo", rich_help_panel="Look")(demo.command)
+
+
+def _add(name: str, panel: str, function: Callable[..., None]) -> None:
+    """Add a command. Its help is its docstring with each paragraph as one line, for the terminal to fold."""
+    paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+    text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
+    app.command(name, help=text, rich_help_panel=panel)(function)
+
+
+_add("pack", "Data", pack.command)
+_add("check", "Data", check.command)
+_add("pretrain", "Workflow", pretrain.command)
+_add("export", "Workflow", export.command)
+_add("embed", "Workflow", embed.command)
+_add("inspect", "Look", inspect.command)
+_add("demo", "Look", demo.command)
 
 
 def _version(wanted: bool) -> None:

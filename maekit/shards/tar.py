@@ -26,6 +26,10 @@ _REFUSED = {
     b"V": "a volume label",
     b"D": "a GNU dump directory",
 }
+# POSIX.1-2017, pax "Extended Header Keywords"; those of vendors have a dot. A flipped bit makes another word.
+_PAX_KEYWORDS = frozenset(
+    ("atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath", "mtime", "path", "size", "uid")
+) | {"uname"}
 # Extended headers hold a name or a few numbers. A larger one is an attack on memory.
 _MAX_EXTENDED = 1 << 20
 # Six digits, NUL, space is what every current writer makes. Any other filling would leave single-bit flips unseen.
@@ -98,9 +102,13 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
             if size > _MAX_EXTENDED:
                 raise TarDamage(offset, f"an extended header of {size} bytes (at most {_MAX_EXTENDED} are read)")
             _check_inside(offset, data, size, file_size)
+            if read(data + size, -size % BLOCK).strip(b"\0"):
+                raise TarDamage(offset, "an extended header with data in its padding")
             _read_extended(kind, read(data, size), offset, extended)
         else:
             name = extended.get("path") or _header_name(block, offset)
+            if "path" in extended:
+                _check_same_name(block[:100].split(b"\0", 1)[0], name, offset)
             if "size" in extended:
                 size = _parse_decimal(extended["size"], offset)
             extended = {}
@@ -201,6 +209,23 @@ def _decode_name(name: bytes, offset: int) -> str:
     return text
 
 
+def _check_same_name(short: bytes, name: str, offset: int) -> None:
+    """Compare the name of an extended header, which has no checksum, with the beginning of it in the header itself.
+
+    Most writers put it there, as it is or with a mark for each character that is not ASCII. One that puts something
+    else there differs by more than the one byte that a flipped bit changes.
+    """
+    plain, marked = name.encode(), name.encode("ascii", "replace")
+    for whole in (plain, marked):
+        differing = [i for i, (a, b) in enumerate(zip(short, whole[:100], strict=False)) if a != b]
+        if len(short) != len(whole[:100]) or len(differing) != 1:
+            continue
+        place = differing[0]
+        # Other marks than a question mark are no damage.
+        if whole[place] < 0x80 if whole is plain else name[place].isascii():
+            raise TarDamage(offset, f"the name {name[:60]!r} is another in the header before it, by one character")
+
+
 def _read_extended(kind: bytes, body: bytes, offset: int, extended: dict[str, str]) -> None:
     if kind == _GNU_NAME:
         extended["path"] = _decode_name(body.rstrip(b"\0"), offset)
@@ -208,6 +233,8 @@ def _read_extended(kind: bytes, body: bytes, offset: int, extended: dict[str, st
     if kind == _GNU_LINK:
         return  # belongs to a link, which is refused when it comes
     for key, value in _pax_records(body, offset):
+        if key not in _PAX_KEYWORDS and "." not in key:
+            raise TarDamage(offset, f"an extended header with the unknown keyword {key[:40]!r}")
         if key.startswith("GNU.sparse."):
             raise TarDamage(offset, "a sparse file; only regular files and directories are read")
         if key in ("path", "size"):
