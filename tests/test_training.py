@@ -378,7 +378,7 @@ def test_bad_samples_are_replaced_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     shards = bad_shards(tmp_path / "shards", 4, 60)
-    with pytest.raises(MaekitError, match=r"more than data\.max_bad = 0\.01.*x\.tar b\d+"):
+    with pytest.raises(MaekitError, match=r"more than --max-bad 0\.01.*x\.tar b\d+"):
         maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=50))
 
 
