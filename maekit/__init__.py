@@ -6,11 +6,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from maekit.check import check_shards
     from maekit.config import PretrainConfig
     from maekit.embedding.embedder import Embedder
     from maekit.embedding.run import EmbedConfig, embed
     from maekit.errors import MaekitError
     from maekit.exporters.export import export
+    from maekit.shards.pack import PackOptions, pack
+    from maekit.shards.spec import find_shards
     from maekit.training.run import pretrain
 
 # Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers and for `--help`.
@@ -18,13 +21,30 @@ _HOMES = {
     "EmbedConfig": "maekit.embedding.run",
     "Embedder": "maekit.embedding.embedder",
     "MaekitError": "maekit.errors",
+    "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",
+    "check_shards": "maekit.check",
     "embed": "maekit.embedding.run",
     "export": "maekit.exporters.export",
+    "find_shards": "maekit.shards.spec",
+    "pack": "maekit.shards.pack",
     "pretrain": "maekit.training.run",
 }
 
-__all__ = ["EmbedConfig", "Embedder", "MaekitError", "PretrainConfig", "__version__", "embed", "export", "pretrain"]
+__all__ = [
+    "EmbedConfig",
+    "Embedder",
+    "MaekitError",
+    "PackOptions",
+    "PretrainConfig",
+    "__version__",
+    "check_shards",
+    "embed",
+    "export",
+    "find_shards",
+    "pack",
+    "pretrain",
+]
 
 
 def __getattr__(name: str) -> Any:
