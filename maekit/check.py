@@ -56,6 +56,7 @@ class ShardReport:
         verified: whether its members were compared with the CRC-32 in the index beside it.
         damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
         unreadable: whether it could not be fetched or read at all.
+        digest: of its index.
     """
 
     name: str
@@ -69,6 +70,7 @@ class ShardReport:
     verified: bool = False
     damage: DamagedShard | None = None
     unreadable: bool = False
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,7 +259,10 @@ def check_shards(
             scanned = pool.map(_scan, tasks, ahead=2 if are_remote else None)
             chunks = _chunks(scanned, report, hashes, remote.limit)
             for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
-                if found is not None and report.images is not None:
+                if isinstance(found, str):
+                    shard = report.shards[chunk.number]
+                    shard.damage, shard.unreadable = DamagedShard(shard.name, 0, found), True
+                elif found is not None and report.images is not None:
                     report.images.add(found)
                     progress.figures({"images_per_second": report.images.decoded / (time.perf_counter() - started)})
                 done += chunk.share * weights[shards[chunk.number]]
@@ -326,7 +331,14 @@ def _scan(task: _Task) -> _Scanned:
         report.bytes = _size(shard.path)
         beside = read_index(shard.path, index_path(shard.path))
         with_crc = task.crc or (beside is not None and beside.has_crc)
-        index = build_index(shard.path, crc=with_crc)
+        try:
+            index = build_index(shard.path, crc=with_crc)
+        except DamagedShard:
+            if shard.url is None:
+                raise
+            RemoteCache(task.cache_limit).fetch_anew(shard)  # the copy here may be what is damaged
+            report.bytes = _size(shard.path)
+            index = build_index(shard.path, crc=with_crc)
         report.stale_index = index_path(shard.path).exists() and (
             beside is None or (beside.size, beside.digest) != (index.size, index.digest)
         )
@@ -348,7 +360,7 @@ def _scan(task: _Task) -> _Scanned:
         report.stale_index = False
     else:
         cache_index(index)
-    report.samples = index.samples
+    report.samples, report.digest = index.samples, index.digest
     report.extensions = index.extensions()
     report.without_image, report.unused_images = index.count_images()
     report.ignored = index.ignored_count
@@ -364,6 +376,7 @@ class _Chunk:
     start: int
     stop: int
     share: float
+    digest: str
     cache_limit: int
 
 
@@ -376,37 +389,46 @@ def _chunks(
         report.shards.append(found)
         hashes.append(keys)
         if not found.samples:
-            yield _Chunk(number, shard, 0, 0, 1.0, cache_limit)
+            yield _Chunk(number, shard, 0, 0, 1.0, "", cache_limit)
         for start in range(0, found.samples, _CHUNK):
             stop = min(start + _CHUNK, found.samples)
-            yield _Chunk(number, shard, start, stop, (stop - start) / found.samples, cache_limit)
+            yield _Chunk(number, shard, start, stop, (stop - start) / found.samples, found.digest, cache_limit)
 
 
-def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport]:
-    """Decode the images of one chunk."""
+def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport | str]:
+    """Decode the images of one chunk; or say why the shard cannot be read any more."""
     report = ImageReport()
     if chunk.start == chunk.stop:
         return chunk, report
-    _have(chunk.shard, chunk.cache_limit)
-    index = load_index(chunk.shard.path)  # just cached by the scan
-    reader = MemberReader()
-    for ordinal in range(chunk.start, chunk.stop):
-        try:
-            image = examine(reader.read_image(index, ordinal))
-        except ImageError as error:
-            report.failures[error.reason] += 1
-            report.examples.append(ImageFailure(chunk.shard.name, index.key(ordinal), error.reason, str(error)))
-            continue
-        report.decoded += 1
-        report.formats[image.format] += 1
-        report.modes[image.mode] += 1
-        report.widths[image.rgb.width] += 1
-        report.heights[image.rgb.height] += 1
-        counts = np.array(image.rgb.histogram(), np.float64).reshape(3, 256) / (image.rgb.width * image.rgb.height)
-        report.sums += counts @ _LEVELS
-        report.squares += counts @ _LEVELS**2
-    reader.close()
+    try:
+        _have(chunk.shard, chunk.cache_limit)
+        index = load_index(chunk.shard.path)  # just cached by the scan
+        if index.digest != chunk.digest:
+            return chunk, "changed since it was scanned; run the command again"
+        with contextlib.closing(MemberReader()) as reader:
+            for ordinal in range(chunk.start, chunk.stop):
+                _examine(report, chunk.shard.name, index, ordinal, reader)
+    except MaekitError as error:
+        return chunk, str(error)
     return chunk, report
+
+
+def _examine(report: ImageReport, shard: str, index: ShardIndex, ordinal: int, reader: MemberReader) -> None:
+    """Add what decoding one image finds."""
+    try:
+        image = examine(reader.read_image(index, ordinal))
+    except ImageError as error:
+        report.failures[error.reason] += 1
+        report.examples.append(ImageFailure(shard, index.key(ordinal), error.reason, str(error)))
+        return
+    report.decoded += 1
+    report.formats[image.format] += 1
+    report.modes[image.mode] += 1
+    report.widths[image.rgb.width] += 1
+    report.heights[image.rgb.height] += 1
+    counts = np.array(image.rgb.histogram(), np.float64).reshape(3, 256) / (image.rgb.width * image.rgb.height)
+    report.sums += counts @ _LEVELS
+    report.squares += counts @ _LEVELS**2
 
 
 _LEVELS = np.arange(256) / 255

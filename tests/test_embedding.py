@@ -1,4 +1,5 @@
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -331,6 +332,12 @@ def test_the_same_shard_under_another_name_is_refused(trained: Path, tmp_path: P
     embed(embed_config(trained, tmp_path / "out", shards=one))
     with pytest.raises(InputError, match=r"000\.tar of an earlier run would be a/000\.tar now"):
         embed(embed_config(trained, tmp_path / "out", shards=both))
+    # Another shard of the same name, size and time is not taken for it.
+    status = (tmp_path / "a" / "000.tar").stat()
+    write_shard(tmp_path / "c" / "x" / "000.tar", {f"c{i}": {"jpg": jpeg(i)} for i in range(3)})
+    os.utime(tmp_path / "c" / "x" / "000.tar", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (tmp_path / "c" / "x" / "000.tar").stat().st_size == status.st_size
+    assert embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "c"),))).rows == 3
     assert embed(embed_config(trained, tmp_path / "out2", shards=both)).rows == 6
     assert inspect(str(tmp_path / "out2"))["rows"] == 6
 

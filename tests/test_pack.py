@@ -283,6 +283,25 @@ def test_a_damaged_left_over_is_written_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_class_names_belong_to_the_plan(tmp_path: Path, monkeypatch) -> None:
+    import maekit.shards.pack as module
+
+    images = fill(tmp_path / "images", 2)
+    table = tmp_path / "t.csv"
+    table.write_text("path,label\ndog/000.v1.jpg,dog\ncat/001.v1.jpg,cat\n")
+
+    def fail(aside: Path, out: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_publish", fail)
+        with pytest.raises(KeyboardInterrupt):
+            pack(images, tmp_path / "out", PackOptions(table=table))
+    table.write_text("path,label\ndog/000.v1.jpg,1\ncat/001.v1.jpg,0\n")
+    pack(images, tmp_path / "out", PackOptions(table=table))
+    assert sorted(contents(tmp_path / "out")) == ["00000.tar"]
+
+
 def test_where_the_folder_may_lie(tmp_path: Path, monkeypatch) -> None:
     images = fill(tmp_path / "images", 2)
     (tmp_path / "empty").mkdir()

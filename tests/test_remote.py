@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -115,6 +116,10 @@ def test_specs(server: Server) -> None:
         assert [shard.name for shard in found] == ["0.tar", "1.tar", "2.tar"]
         assert [shard.url for shard in found] == [f"{server.url}/sub/{i}.tar" for i in range(3)]
     assert [s.name for s in find_shards(f"{server.url}/")] == ["sub/0.tar", "sub/1.tar", "sub/2.tar"]
+    assert [s.url for s in find_shards("http://[::1]:8000/a/x.tar")] == ["http://[::1]:8000/a/x.tar"]
+    publish_indexes(server)
+    assert [s.name for s in find_shards(f"{server.url}/sub/*")] == ["0.tar", "1.tar", "2.tar"]
+    assert [s.name for s in find_shards(str(server.folder / "sub" / "*"))] == ["0.tar", "1.tar", "2.tar"]
     mixed = find_shards([str(server.folder / "sub" / "0.tar"), f"{server.url}/sub/1.tar?token=x"])
     assert len({shard.name for shard in mixed}) == 2
     for spec, said in (("nowhere/", "listed"), ("sub/*.tgz", "no file matches"), ("sub/{0.tar", "braces")):
@@ -286,6 +291,48 @@ def test_interrupted_downloads_do_not_block_each_other(server: Server, monkeypat
         cache = RemoteCache(limit=int(1.2 * size))
         assert len(list(pool.map(cache.fetch, shards))) == 3
     assert sum(shard.path.exists() for shard in shards) == 1
+
+
+def test_what_a_killed_download_left_holds_no_room(server: Server) -> None:
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    size = (server.folder / "sub" / "0.tar").stat().st_size
+    shard.path.parent.mkdir(parents=True)
+    shard.path.with_suffix(".room").write_text(str(size))
+    shard.path.with_suffix(".part").write_bytes(b"old")
+    RemoteCache(limit=int(1.5 * size)).fetch(shard)
+    assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
+    assert not shard.path.with_suffix(".room").exists()
+
+
+def test_downloads_of_unknown_size_beside_each_other(server: Server) -> None:
+    server.tells_size = False
+    shards = find_shards(f"{server.url}/sub/")
+    size = max((server.folder / "sub" / f"{i}.tar").stat().st_size for i in range(3))
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(RemoteCache(limit=4 * size).fetch, shards))
+    for shard in shards:
+        assert shard.path.read_bytes() == (server.folder / "sub" / shard.name).read_bytes()
+
+
+def test_a_copy_that_was_damaged_here_is_fetched_anew(server: Server) -> None:
+    shards = find_shards(f"{server.url}/sub/")
+    check_shards(shards)
+    shards[0].path.write_bytes(shards[0].path.read_bytes()[:3000])
+    data = bytearray(shards[1].path.read_bytes())
+    data[10] ^= 1
+    shards[1].path.write_bytes(data)
+    assert check_shards(shards).damaged == []
+
+
+def test_stop_is_heeded_while_the_far_side_fails(server: Server) -> None:
+    server.drop = 1.0
+    (shard,) = find_shards(f"{server.url}/sub/0.tar")
+    cache = RemoteCache()
+    threading.Timer(0.2, cache.stop).start()
+    before = time.monotonic()
+    with pytest.raises(MaekitError):
+        cache.fetch(shard)
+    assert time.monotonic() - before < 3
 
 
 def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:

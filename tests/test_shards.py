@@ -359,6 +359,24 @@ def test_order_stays_within_windows() -> None:
         assert len(set(shards[window * 200 : (window + 1) * 200].tolist())) == 8
 
 
+def test_a_shard_that_goes_away_while_its_images_are_decoded(make_shards, monkeypatch) -> None:
+    """It is reported, and the others are checked to the end."""
+    import maekit.check as module
+
+    directory = make_shards(3, 4)
+    original = module._chunks
+
+    def lose(*arguments):
+        for chunk in original(*arguments):
+            (directory / "000.tar").unlink(missing_ok=True)
+            yield chunk
+
+    monkeypatch.setattr(module, "_chunks", lose)
+    report = check_shards(find_shards(str(directory)), images=True)
+    assert [shard.unreadable for shard in report.shards] == [True, False]
+    assert report.images.decoded == 4
+
+
 def test_check_counts_and_reports(make_shards) -> None:
     directory = make_shards(3, 2)
     write_shard(directory / "extra.tar", {"000000": {"jpg": jpeg(0)}, "text": {"txt": b""}})

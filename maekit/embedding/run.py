@@ -1,5 +1,6 @@
 """`maekit embed`: from shards to embeddings, one committed file per shard."""
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -102,10 +103,11 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     output = OutputDirectory(Path(config.out), session.description, options)
     output.refuse_foreign()
     with files.sole_owner(output.bookkeeping):
-        output.claim(overwrite=config.overwrite)
         remote = RemoteCache(int(config.cache_gb * 1e9))
         pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=config.workers or cores(), remote=remote)
         job = _Job(output, progress, remote)
+        job.look(shards)
+        output.claim(overwrite=config.overwrite)
         todo = job.plan(shards)
         started, started_cpu = time.perf_counter(), time.process_time()
         job.embed(todo, pipeline)
@@ -193,19 +195,30 @@ class _Job:
     sizes: dict[ShardFile, int] = field(default_factory=dict)
     versions: dict[ShardFile, str | None] = field(default_factory=dict)
 
-    def plan(self, shards: list[ShardFile]) -> list[ShardFile]:
-        """Return the shards that are not known to be committed: those that are new, or look changed."""
-        todo = []
-        versions = map_in_threads(self._version, shards, threads=_AHEAD)
-        for shard, version in zip(shards, versions, strict=True):
+    def look(self, shards: list[ShardFile]) -> None:
+        """Learn size and version of each shard, without reading it.
+
+        Raises:
+            InputError: the cache is too small for the remote ones.
+        """
+        for shard, version in zip(shards, map_in_threads(self._version, shards, threads=_AHEAD), strict=True):
             self.versions[shard] = version
+        if distant := [self.sizes.get(shard, 0) for shard in shards if shard.url is not None]:
+            self.remote.refuse_if_too_small(min(len(distant), _AHEAD + 2), max(distant))
+
+    def plan(self, shards: list[ShardFile]) -> list[ShardFile]:
+        """Return the shards that are not known to be committed: those that are new, or look changed.
+
+        Raises:
+            InputError: a shard is committed under another name.
+        """
+        todo = []
+        for shard in shards:
             record = self.output.committed(shard)
-            if record is not None and version is not None and record.input_version == version:
+            if record is not None and self.versions[shard] and record.input_version == self.versions[shard]:
                 self._skip(record)
             else:
                 todo.append(shard)
-        if distant := [self.sizes.get(shard, 0) for shard in todo if shard.url is not None]:
-            self.remote.refuse_if_too_small(min(len(distant), _AHEAD + 2), max(distant))
         self._refuse_renamed(shards, todo)
         if self.skipped:
             self.progress.note(f"{self.skipped} of {len(shards)} shards are committed already")
@@ -218,15 +231,18 @@ class _Job:
             InputError: names one of them.
         """
         orphans = self.output.orphans(shards)
-        known = {(Path(r.shard).name, r.input_version): r.shard for r in orphans if r.input_version is not None}
+        known = {(Path(r.shard).name, r.input_version): r for r in orphans if r.input_version}
         for shard in todo:
-            earlier = known.get((Path(shard.name).name, self.versions.get(shard) or ""))
-            if earlier is not None:
-                raise InputError(
-                    f"the shard {earlier} of an earlier run would be {shard.name} now, and stand twice in "
-                    f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
-                    "another --out"
-                )
+            earlier = known.get((Path(shard.name).name, self.versions[shard] or ""))
+            if earlier is None or self.output.committed(shard) is not None:
+                continue
+            if shard.url is None and not _has_digest(shard, earlier.input_digest):
+                continue  # another one of the same name, size and time
+            raise InputError(
+                f"the shard {earlier.shard} of an earlier run would be {shard.name} now, and stand twice in "
+                f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
+                "another --out"
+            )
         for record in orphans:
             self.progress.note(
                 f"{record.shard} was embedded earlier and is not in the input now; its file stays where it is"
@@ -286,13 +302,18 @@ class _Job:
                 version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
                 if shard.url is None or shard.path.exists() or attempt == 2:
                     break  # else another process has just needed the room
-            index = load_index(shard.path)
+            try:
+                index = load_index(shard.path)
+            except DamagedShard:
+                if shard.url is None:
+                    raise
+                version = self.remote.fetch_anew(shard)  # the copy here may be what is damaged
+                index = load_index(shard.path)
             record = self.output.committed(shard)
             if record is not None and (record.input_digest, record.input_bytes) == (index.digest, index.size):
                 # Only its time or its mark is another: a copy, or a shard that was changed or mended.
-                reader = MemberReader(remote=self.remote)
-                is_same = content_of(index, reader) == record.input_content
-                reader.close()
+                with contextlib.closing(MemberReader(remote=self.remote)) as reader:
+                    is_same = content_of(index, reader) == record.input_content
                 return _Arrival(shard, index, version, record if is_same else None)
             return _Arrival(shard, index, version)
         except DamagedShard as damage:
@@ -314,6 +335,8 @@ class _Job:
             return None  # told when its turn comes
 
     def _settle(self, arrival: "_Arrival", result: ShardResult) -> None:
+        if self.remote.is_stopped and result.failure is not None:
+            return  # a signal came; the next run goes on with it
         if result.failure is not None:
             self._leave_out(arrival.shard, MaekitError(result.failure))
         else:
@@ -339,6 +362,13 @@ class _Job:
             self.output.write_damage(shard, reason)
         self.damaged.append(reason)
         self.progress.note(f"left out: {reason}")
+
+
+def _has_digest(shard: ShardFile, digest: str) -> bool:
+    try:
+        return load_index(shard.path).digest == digest
+    except MaekitError:
+        return False  # told when its turn comes
 
 
 def raise_if_damaged(result: EmbedResult) -> None:

@@ -140,7 +140,7 @@ def pack(
         plan = [
             _Shard(aside / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
         ]
-        _take_up(aside, _fingerprint(sources, plan))
+        _take_up(aside, _fingerprint(sources, classes, plan))
         resumed = sum(index_path(shard.path).exists() for shard in plan)
         if resumed:
             progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
@@ -365,9 +365,9 @@ def _stat(path: str) -> os.stat_result:
         raise MaekitError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _fingerprint(sources: Sequence[_Source], plan: Sequence[_Shard]) -> bytes:
-    """Return a digest of everything that decides the bytes of the shards."""
-    digest = hashlib.sha256(json.dumps([len(shard.sources) for shard in plan]).encode())
+def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Sequence[_Shard]) -> bytes:
+    """Return a digest of everything that decides the bytes of the shards and the names of the classes."""
+    digest = hashlib.sha256(json.dumps([[len(shard.sources) for shard in plan], list(classes)]).encode())
     for source in sources:
         stats = [(kind, path, _stat(path)) for kind, path in source.members]
         row = [source.key, source.label, [(kind, path, s.st_size, s.st_mtime_ns) for kind, path, s in stats]]
@@ -456,9 +456,9 @@ def _publish(aside: Path, out: Path) -> None:
     try:
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
-        for own in (_PLAN, ".lock"):
-            (aside / own).unlink()
         aside.rename(out)
+        for own in (_PLAN, ".lock"):  # not before: killed in between, the next call would begin anew
+            (out / own).unlink()
         files.fsync_directory(out.parent)
     except OSError as error:
         raise files.write_failure(out, error) from error

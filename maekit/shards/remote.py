@@ -12,7 +12,6 @@ somewhere can still be read there, and takes its room on the disk until it is cl
 """
 
 import contextlib
-import dataclasses
 import errno
 import fcntl
 import json
@@ -88,6 +87,11 @@ class RemoteCache:
         """Make downloads give up after the piece under way; what they have is kept."""
         self._stopped.set()
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether downloads give up."""
+        return self._stopped.is_set()
+
     def _pause(self, seconds: float) -> None:
         if self._stopped.wait(seconds):
             raise MaekitError("stopped while fetching; what was fetched is kept")
@@ -104,7 +108,7 @@ class RemoteCache:
         """
         self._known[shard.path] = shard
         assert shard.url is not None
-        there = _describe(shard.url)
+        there = _describe(shard.url, self._pause)
         with self._owner(shard.path):
             if not self._is_current(shard, there):
                 self._download(shard, there)
@@ -115,6 +119,16 @@ class RemoteCache:
             _touch(shard.path)
         return there.version
 
+    def fetch_anew(self, shard: ShardFile) -> str:
+        """Have a shard in the cache whose copy there turned out damaged: fetched once more, it may be sound.
+
+        Raises:
+            MaekitError: it cannot be downloaded.
+        """
+        with self._owner(shard.path):
+            shard.path.unlink(missing_ok=True)
+        return self.fetch(shard)
+
     def describe(self, shard: ShardFile) -> RemoteFile:
         """Return what the far side says of a shard now.
 
@@ -122,7 +136,7 @@ class RemoteCache:
             MaekitError: it is not there, or does not answer.
         """
         assert shard.url is not None
-        return _describe(shard.url)
+        return _describe(shard.url, self._pause)
 
     def open(self, index: ShardIndex) -> int:
         """Return a descriptor of a shard that fits its index, downloading it where need be.
@@ -132,12 +146,16 @@ class RemoteCache:
         """
         shard = self._known[index.path]
         for attempt in range(3):  # between fetching and opening, another process may need the room
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
                 if index.adopt(descriptor):
                     _touch(index.path)
                     return descriptor
                 os.close(descriptor)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise MaekitError(f"cannot read {index.path}: {error.strerror}") from error
             if attempt < 2:
                 self.fetch_as_indexed(shard, index)
         raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger --cache-gb")
@@ -160,7 +178,7 @@ class RemoteCache:
                 return False
             # Members are compared once, when they come; afterwards each is when it is read.
             if not _fits(shard, index, thoroughly=False):
-                self._download(shard, _describe(shard.url))
+                self._download(shard, _describe(shard.url, self._pause))
                 if not _fits(shard, index, thoroughly=True):
                     shard.path.unlink(missing_ok=True)
                     raise MaekitError(
@@ -217,12 +235,12 @@ class RemoteCache:
         assert shard.url is not None
         address, question, query = shard.url.partition("?")
         try:
-            there = _describe(address + INDEX_SUFFIX + question + query)
+            there = _describe(address + INDEX_SUFFIX + question + query, self._pause)
         except FileNotFoundError:
             return None
         if (there.size or 0) > _LARGEST_INDEX:
             raise MaekitError(f"{there.url}: an index of {there.size} bytes (at most {_LARGEST_INDEX} are read)")
-        data = b"".join(_pieces(there, 0))
+        data = b"".join(_pieces(there, 0, self._pause))
         index = _parse(shard, data)
         if index is None:
             raise MaekitError(f"{there.url}: damaged, or made by another version of maekit")
@@ -234,33 +252,33 @@ class RemoteCache:
             kept = json.loads(_meta(shard.path).read_text())
         except (OSError, ValueError):
             return False
-        return bool(there.version) and kept == asdict(there) and shard.path.exists()
+        if not there.version or kept != asdict(there) or not shard.path.exists():
+            return False
+        return there.size is None or shard.path.stat().st_size == there.size
 
     def _download(self, shard: ShardFile, there: RemoteFile) -> None:
         """Download a shard, going on behind what an earlier attempt left; the caller owns its place."""
         part = shard.path.with_suffix(".part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
+            _room(part).unlink(missing_ok=True)  # of a download that was killed
             shard.path.unlink(missing_ok=True)
             if not self._is_part_of(_meta(part), there):
                 part.unlink(missing_ok=True)
-            if there.size is not None:
-                self._make_room(there, part)
+            self._make_room(there, part)
             files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
             done = part.stat().st_size if part.exists() else 0
             with open(part, "ab") as file:
-                for piece in _pieces(there, done):
+                for piece in _pieces(there, done, self._pause):
                     done += len(piece)
-                    if there.size is None and done > self.limit:
+                    if there.size is None and not self._grow(part, done):
                         part.unlink()
                         raise self._does_not_fit(there.url, done)
                     file.write(piece)
                     self._pause(0)
                 file.flush()
                 os.fsync(file.fileno())
-            if there.size is None:
-                self._make_room(dataclasses.replace(there, size=done), part)
-            if _describe(there.url) != there:
+            if _describe(there.url, self._pause) != there:
                 part.unlink()
                 raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
             _touch(part)
@@ -298,13 +316,21 @@ class RemoteCache:
             # The rest belongs to downloads under way, which end, and can be evicted then.
             self._pause(0.2)
 
+    def _grow(self, part: Path, size: int) -> bool:
+        """Take room for a download of unknown size as it grows. It does not wait: two of them might for each other."""
+        with self._owner(_directory() / "room"):
+            if not self._evict(size, part):
+                return False
+            _room(part).write_text(str(size))
+            return True
+
     def _evict(self, needed: int, keep: Path) -> bool:
         """Evict the least recently used shards until `needed` bytes fit; False where they cannot."""
         taken = 0
         evictable: list[tuple[int, int, Path]] = []
         for path in _directory().glob("*/*"):
             with contextlib.suppress(OSError, ValueError):
-                if path.suffix == ".room" and _is_held(path):
+                if path.suffix == ".room" and path != _room(keep) and _is_held(path):
                     taken += int(path.read_text())
                 elif path.suffix == ".tar" or (path.suffix == ".part" and path != keep and not _has_room(path)):
                     # A part without room waits for it, or was given up; what is taken from it comes again.
@@ -412,7 +438,7 @@ def _parse(shard: ShardFile, data: bytes) -> ShardIndex | None:
     return parse_index(shard.path, np.frombuffer(data, np.uint8))
 
 
-def _describe(url: str) -> RemoteFile:
+def _describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
     """Ask the far side for size and version.
 
     Raises:
@@ -422,13 +448,13 @@ def _describe(url: str) -> RemoteFile:
     filesystem, path = connect(url)
     with contextlib.suppress(Exception):
         filesystem.invalidate_cache()  # some answer from what they listed before
-    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), _FIRST_ATTEMPTS)
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
     size = info.get("size")
     version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
     return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
 
 
-def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
+def _pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iterator[bytes]:
     """Yield the bytes of a remote file from `done` on.
 
     Raises:
@@ -437,8 +463,8 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
     filesystem, path = connect(there.url)
     if there.size is None:
         # No piece can be asked for; what breaks off is begun anew by the next attempt.
-        with _insist(there.url, lambda: filesystem.open(path, "rb")) as stream:
-            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), 1):
+        with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
+            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
                 yield data
         return
     length = _FIRST_PIECE
@@ -447,7 +473,9 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
         end = min(done + length, there.size)
         before = time.monotonic()
         try:
-            data = _insist(there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), 1)
+            data = _insist(
+                there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), pause, 1
+            )
             if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
                 data = data[done:]
             elif len(data) != end - done:
@@ -459,7 +487,7 @@ def _pieces(there: RemoteFile, done: int) -> Iterator[bytes]:
             if failures >= _ATTEMPTS:
                 raise
             length = max(_SMALLEST_PIECE, length // 2)
-            time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**failures))
+            pause(min(_LONGEST_PAUSE, 0.1 * 2**failures))
             continue
         failures = 0
         if time.monotonic() - before < _PIECE_SECONDS:
@@ -477,8 +505,8 @@ class _Absent(MaekitError, FileNotFoundError):
         return str(self.args[0])
 
 
-def _insist(url: str, ask: Any, attempts: int = _ATTEMPTS) -> Any:
-    """Call `ask`, again where the network failed.
+def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
+    """Call `ask`, again after a pause where the network failed.
 
     Raises:
         FileNotFoundError: there is no such file (also a MaekitError).
@@ -498,7 +526,7 @@ def _insist(url: str, ask: Any, attempts: int = _ATTEMPTS) -> Any:
             if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
                 what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
                 raise MaekitError(f"{url}: {what or type(error).__name__}") from error
-            time.sleep(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
+            pause(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
     raise AssertionError
 
 

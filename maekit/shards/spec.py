@@ -15,6 +15,7 @@ from maekit.errors import InputError
 TAR = ".tar"
 # Found beside .tar in a directory, so that a compressed shard is reported as such and never passed over.
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # a host that is an address
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +100,15 @@ def connect(url: str) -> tuple[Any, str]:
 
 def _expand_remote(spec: str) -> tuple[Path, list[str]]:
     """Return the root of a remote spec, and its URLs."""
-    if spec.startswith("pipe:") or "::" in spec:
+    if spec.startswith("pipe:") or "::" in _IPV6.sub("//", spec):
         raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
     urls: list[str] = []
     for pattern in _braces(spec):
         urls += [pattern] if _is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
-    fixed = re.split(r"[*\[{]", spec, maxsplit=1)[0].partition("?")[0]
-    is_directory = not _is_shard(_file_name(spec)) and not any(c in spec for c in "*[{")
+    behind = _behind_host(spec)
+    before = spec.removesuffix(behind)
+    fixed = before + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
+    is_directory = not _is_shard(_file_name(spec)) and not any(c in behind for c in "*[{")
     root = _place(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
     return root, urls
 
@@ -115,7 +118,7 @@ def _listed(pattern: str) -> list[str]:
     filesystem, path = connect(pattern)
     try:
         if _has_wildcard(pattern):
-            found = filesystem.glob(path)
+            found = [name for name in filesystem.glob(path) if not _is_index(name)]
         else:
             found = [name for name in filesystem.find(path) if _is_shard(_file_name(name))]
     except Exception as error:  # each protocol raises its own kinds
@@ -127,7 +130,13 @@ def _listed(pattern: str) -> list[str]:
 
 
 def _has_wildcard(url: str) -> bool:
-    return "*" in url or "[" in url  # a question mark begins the query of a URL
+    path = _behind_host(url)
+    return "*" in path or "[" in path  # a question mark begins the query of a URL
+
+
+def _behind_host(url: str) -> str:
+    """Return the part of a URL behind its host, which may be an address such as [::1]."""
+    return url.partition("://")[2].partition("/")[2]
 
 
 def _file_name(url: str) -> str:
@@ -179,7 +188,8 @@ def _matches(pattern: str, spec: str) -> list[str]:
         if not os.path.isfile(pattern):
             raise InputError(f"{pattern}: no such file (expanded from {spec})")
         return [pattern]
-    found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p))
+    # Indexes lie beside shards, and a wildcard behind .tar would take them for such.
+    found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p) and not _is_index(p))
     if not found:
         raise InputError(f"{pattern}: no file matches this pattern")
     return found
@@ -187,6 +197,10 @@ def _matches(pattern: str, spec: str) -> list[str]:
 
 def _is_shard(file_name: str) -> bool:
     return file_name.lower().endswith((TAR, *COMPRESSED_TARS)) and not file_name.startswith(".")
+
+
+def _is_index(name: str) -> bool:
+    return name.lower().endswith(f"{TAR}.index")
 
 
 def _contents(directory: Path) -> str:
