@@ -31,7 +31,7 @@ from maekit.signals import stop_on_signal
 SIDECARS = ("json", "txt", "cls")
 _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
 _LABEL_COLUMNS = ("label", "cls", "class", "target")
-_PLAN = ".plan"
+_PLAN, _FOLDER = ".plan", "shards"  # in the folder aside: the plan, and what will be the folder of shards
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
 _NAMED = 3  # problems spelled out in one message
 
@@ -137,8 +137,9 @@ def pack(
     sources, classes, passed_over = _sources(images, options, progress)
     aside = out.parent / f".{out.name}.packing"
     with files.sole_owner(aside):
+        folder = aside / _FOLDER
         plan = [
-            _Shard(aside / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
+            _Shard(folder / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
         ]
         _take_up(aside, _fingerprint(sources, classes, plan))
         resumed = sum(index_path(shard.path).exists() for shard in plan)
@@ -146,7 +147,7 @@ def pack(
             progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
         _write(plan, options.workers or cores(), progress)
         if classes:
-            files.write_atomically(aside / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
+            files.write_atomically(folder / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
         _publish(aside, out)
     shards = [out / shard.path.name for shard in plan]
     return PackReport(
@@ -377,12 +378,11 @@ def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Seque
 
 def _take_up(aside: Path, fingerprint: bytes) -> None:
     """Keep what an interrupted run of the same plan wrote; delete what another one left."""
-    plan = aside / _PLAN
-    is_same = plan.exists() and plan.read_bytes() == fingerprint
-    for child in aside.iterdir():
-        is_finished = is_same and not child.name.endswith(".tmp")
-        if child.name != ".lock" and not is_finished:
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    plan, folder = aside / _PLAN, aside / _FOLDER
+    if not plan.exists() or plan.read_bytes() != fingerprint:
+        shutil.rmtree(folder, ignore_errors=True)
+    for unfinished in folder.glob(".*.tmp"):
+        unfinished.unlink()
     files.write_atomically(plan, fingerprint)
 
 
@@ -452,14 +452,15 @@ def _tar_writer(webdataset: Any, file: IO[bytes]) -> Any:
 
 
 def _publish(aside: Path, out: Path) -> None:
-    """Give the finished folder its name; the lock in it is held until then."""
+    """Give the finished folder its name, and leave nothing beside it."""
     try:
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
-        aside.rename(out)
-        for own in (_PLAN, ".lock"):  # not before: killed in between, the next call would begin anew
-            (out / own).unlink()
+        (aside / _FOLDER).rename(out)
         files.fsync_directory(out.parent)
+        for own in (_PLAN, ".lock"):  # not before: killed in between, the next call would begin anew
+            (aside / own).unlink()
+        aside.rmdir()
     except OSError as error:
         raise files.write_failure(out, error) from error
 
