@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from maekit.check import CheckReport, ImageReport
+    from maekit.check import CheckReport, ImageReport, ShardReport
 
 _ROWS = 20  # a longer table is cut to what needs looking at
 
@@ -79,40 +79,38 @@ def command(
         raise typer.Exit(1)
 
 
+def _remark(shard: "ShardReport") -> str:
+    """Return what needs looking at in a shard; empty where nothing does."""
+    parts = ["unreadable" if shard.unreadable else "damaged"] if shard.damage else []
+    if not shard.samples and not shard.damage:
+        parts.append("no sample")
+    for count, what in (
+        (shard.without_image, "without image"),
+        (shard.unused_images, "further images"),
+        (shard.ignored, "members ignored"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    if shard.stale_index:
+        parts.append("stale index")
+    return ", ".join(parts)
+
+
 def _print_shards(report: "CheckReport") -> None:
     from maekit.cli.show import print_table
     from maekit.files import describe_bytes
 
-    def remark(shard: object) -> str:
-        parts = []
-        if not getattr(shard, "samples", 0) and not getattr(shard, "damage", None):
-            parts.append("no sample")
-        for attribute, text in (
-            ("damage", "unreadable" if getattr(shard, "unreadable", False) else "damaged"),
-            ("without_image", "{} without image"),
-            ("unused_images", "{} further images"),
-            ("ignored", "{} members ignored"),
-            ("stale_index", "stale index"),
-            ("verified", "CRC-32s verified"),
-        ):
-            if value := getattr(shard, attribute):
-                parts.append(text.format(value))
-        return ", ".join(parts)
-
     shown = report.shards
     if len(shown) > _ROWS:
-        shown = [
-            shard
-            for shard in shown
-            if shard.damage
-            or not shard.samples
-            or shard.without_image
-            or shard.unused_images
-            or shard.ignored
-            or shard.stale_index
-        ]
+        shown = [shard for shard in shown if _remark(shard)]
     rows = [
-        (shard.name, str(shard.samples), describe_bytes(shard.bytes), _counts(shard.extensions), remark(shard))
+        (
+            shard.name,
+            str(shard.samples),
+            describe_bytes(shard.bytes),
+            _counts(shard.extensions),
+            _remark(shard) or ("CRC-32s verified" if shard.verified else ""),
+        )
         for shard in shown[:_ROWS]
     ]
     if rows:
