@@ -7,9 +7,9 @@ from maekit.config import ModelConfig
 from maekit.errors import InputError
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import build_encoder, encode
-from maekit.mae.masking import kept_patches, random_masking
+from maekit.mae.masking import gather_tokens, kept_patches, random_masking
 from maekit.mae.positions import sincos_positions
-from maekit.mae.targets import masked_mse, normalize_patches, patchify, unpatchify
+from maekit.mae.targets import normalize_patches, patchify, unpatchify
 
 TINY = {"width": 48, "depth": 2, "heads": 3, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
 
@@ -96,18 +96,20 @@ def test_equals_transformers_vitmae(norm_pixel: bool, ratio: float) -> None:
     oracle = to_transformers(model, norm_pixel)
     expected = oracle(images, noise=noise)
     got = model(images, noise)
-    latent = encode(model.encoder, images, random_masking(noise, ratio).ids_keep)
+    ids_keep, ids_masked = masking = random_masking(noise, ratio)
+    latent = encode(model.encoder, gather_tokens(patchify(images, model.patch_size), ids_keep), ids_keep)
     expected_latent = oracle.vit(images, noise=noise).last_hidden_state
     torch.testing.assert_close(got.loss, expected.loss, rtol=1e-4, atol=0)
     torch.testing.assert_close(latent, expected_latent, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.pred, expected.logits, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(got.mask, expected.mask)
+    torch.testing.assert_close(got.pred, gather_tokens(expected.logits, ids_masked), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(masking.mask, expected.mask)
 
 
 def test_encoding_all_patches_equals_timm() -> None:
     encoder = tiny().encoder.eval()
     images = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(encode(encoder, images), encoder.forward_features(images), rtol=1e-5, atol=1e-5)
+    latent = encode(encoder, patchify(images, 8), torch.arange(16).expand(2, -1))
+    torch.testing.assert_close(latent, encoder.forward_features(images), rtol=1e-5, atol=1e-5)
 
 
 def test_positions_by_hand() -> None:
@@ -145,12 +147,17 @@ def test_norm_pixel_by_hand() -> None:
     torch.testing.assert_close(normalize_patches(patches), expected)
 
 
-def test_loss_ignores_kept_patches() -> None:
-    pred, target = torch.randn(2, 4, 6), torch.randn(2, 4, 6)
-    mask = torch.tensor([[1.0, 0, 0, 1], [0, 1, 1, 0]])
-    loss = masked_mse(pred, target, mask)
-    disturbed = masked_mse(pred + 100 * (1 - mask).unsqueeze(-1), target, mask)
-    torch.testing.assert_close(loss, disturbed)
+@pytest.mark.parametrize("norm_pixel", [False, True])
+def test_loss_is_that_of_the_paper(norm_pixel: bool) -> None:
+    """Σ(loss · mask) / Σ mask over the whole image; what is predicted for kept patches does not count."""
+    model = tiny(norm_pixel=norm_pixel)
+    images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
+    loss, pred, masking = model(images, noise)
+    patches = patchify(images, 8)
+    target = normalize_patches(patches) if norm_pixel else patches
+    everywhere = torch.full_like(target, 1e3).scatter(1, masking.ids_masked.unsqueeze(-1).expand_as(pred), pred)
+    per_patch = (everywhere - target).square().mean(-1)
+    torch.testing.assert_close(loss, (per_patch * masking.mask).sum() / masking.mask.sum())
 
 
 def test_no_gradient_from_a_removed_patch_through_the_encoder() -> None:
@@ -158,7 +165,7 @@ def test_no_gradient_from_a_removed_patch_through_the_encoder() -> None:
     images = torch.randn(1, 3, 32, 32, requires_grad=True)
     noise = torch.rand(1, 16)
     masking = random_masking(noise, 0.75)
-    encode(model.encoder, images, masking.ids_keep).sum().backward()
+    encode(model.encoder, gather_tokens(patchify(images, 8), masking.ids_keep), masking.ids_keep).sum().backward()
     touched = patchify(images.grad, 8).abs().sum(-1) > 0
     assert torch.equal(touched, masking.mask == 0)
 

@@ -10,8 +10,8 @@ from maekit.config import ModelConfig
 from maekit.errors import InputError
 from maekit.mae.decoder import Decoder
 from maekit.mae.encoder import build_encoder, encode
-from maekit.mae.masking import kept_patches, random_masking
-from maekit.mae.targets import masked_mse, normalize_patches, patchify
+from maekit.mae.masking import Masking, gather_tokens, kept_patches, random_masking
+from maekit.mae.targets import normalize_patches, patchify
 
 
 class Prediction(NamedTuple):
@@ -19,13 +19,13 @@ class Prediction(NamedTuple):
 
     Attributes:
         loss: scalar, float32.
-        pred: `[B, N, p·p·C]`.
-        mask: `[B, N]`, 1 = removed.
+        pred: the removed patches, `[B, N - K, p·p·C]`.
+        masking: which they are; row by row, `pred` belongs to `masking.ids_masked`.
     """
 
     loss: torch.Tensor
     pred: torch.Tensor
-    mask: torch.Tensor
+    masking: Masking
 
 
 class MaskedAutoencoder(nn.Module):
@@ -47,21 +47,23 @@ class MaskedAutoencoder(nn.Module):
         self.patches: int = encoder.patch_embed.num_patches
 
     def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Prediction:
-        """Return loss, prediction and mask.
+        """Return loss, prediction and masking.
 
         Args:
             images: normalised, float32 `[B, C, H, W]`.
             noise: uniform numbers that choose the mask, `[B, N]`.
         """
         masking = random_masking(noise, self.mask_ratio)
-        latent = encode(self.encoder, images, masking.ids_keep)
-        pred = self.decoder(latent, masking.ids_restore)
-        # Under autocast the prediction is bf16; loss and target stay fp32.
-        return Prediction(masked_mse(pred.float(), self.target(images), masking.mask), pred, masking.mask)
-
-    def target(self, images: torch.Tensor) -> torch.Tensor:
-        """Return what the prediction is compared with: `[B, C, H, W]` -> `[B, N, p·p·C]`."""
         patches = patchify(images, self.patch_size)
+        latent = encode(self.encoder, gather_tokens(patches, masking.ids_keep), masking.ids_keep)
+        pred = self.decoder(latent, masking)
+        # Under autocast the prediction is bf16; loss and target stay fp32. As many patches are removed from each image,
+        # so the mean over all of them is the paper's.
+        target = self.target(gather_tokens(patches, masking.ids_masked))
+        return Prediction((pred.float() - target).square().mean(), pred, masking)
+
+    def target(self, patches: torch.Tensor) -> torch.Tensor:
+        """Return what the prediction is compared with: `[B, M, p·p·C]` -> `[B, M, p·p·C]`."""
         return normalize_patches(patches) if self.norm_pixel else patches
 
 

@@ -4,12 +4,12 @@ import torch
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from maekit.mae.masking import gather_tokens
+from maekit.mae.masking import Masking, gather_tokens
 from maekit.mae.positions import sincos_positions
 
 
 class Decoder(nn.Module):
-    """Predict every patch from the latent of the kept ones.
+    """Predict the removed patches from the latent of the kept ones.
 
     Args:
         encoder_width: D of the latent.
@@ -32,20 +32,25 @@ class Decoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, outputs)
 
-    def forward(self, latent: torch.Tensor, ids_restore: torch.Tensor) -> torch.Tensor:
-        """Put mask tokens where patches were removed, decode, and predict.
+    def forward(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
+        """Add mask tokens for the removed patches, decode, and predict those.
+
+        The row is never put back into the order of the image: attention does not see the order of tokens, only their
+        positions, and so what was removed stays one slice at the end.
 
         Args:
             latent: class token, then the kept patches, `[B, 1 + K, D]`.
-            ids_restore: int64 `[B, N]`, as `random_masking` gives it.
+            masking: where patches were kept and removed.
 
         Returns:
-            `[B, N, outputs]`, in the order of the image.
+            the removed patches in the order of `masking.ids_masked`, `[B, N - K, outputs]`.
         """
         x = self.embed(latent)  # [B, 1 + K, D] -> [B, 1 + K, width]
-        removed = ids_restore.shape[1] + 1 - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], removed, -1)
-        patches = gather_tokens(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)  # -> [B, N, width]
-        x = torch.cat([x[:, :1], patches], dim=1) + self.pos_embed
-        x = self.norm(self.blocks(x))
-        return self.pred(x[:, 1:])  # [B, N, width] -> [B, N, outputs]
+        kept = masking.ids_keep.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masking.ids_masked.shape[1], -1)
+        positions = self.pos_embed.expand(x.shape[0], -1, -1)
+        order = torch.cat([masking.ids_keep, masking.ids_masked], dim=1)
+        shuffled = torch.cat([positions[:, :1], gather_tokens(positions[:, 1:], order)], dim=1)
+        x = torch.cat([x, mask_tokens], dim=1) + shuffled  # -> [B, 1 + N, width]
+        x = self.blocks(x)[:, 1 + kept :]  # -> [B, N - K, width]
+        return self.pred(self.norm(x))  # -> [B, N - K, outputs]

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch.nn import functional
 
 from maekit.config import ModelConfig
 from maekit.errors import InputError
@@ -78,24 +79,25 @@ def _check_maskable(name: str, encoder: Any) -> None:
             raise InputError(f"{name} {problem}; maekit trains plain ViTs such as {DEFAULT_MODEL}")
 
 
-def encode(encoder: VisionTransformer, images: torch.Tensor, ids_keep: torch.Tensor | None = None) -> torch.Tensor:
-    """Run the encoder on the kept patches, or on all of them.
+def encode(encoder: VisionTransformer, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+    """Run the encoder on the kept patches alone; removed ones are not even embedded.
+
+    With all patches kept, in order, this equals timm's own `forward_features`.
 
     Args:
         encoder: with a class token and absolute positions.
-        images: normalised, `[B, C, H, W]`.
-        ids_keep: places of the kept patches, int64 `[B, K]`; None keeps all in order, which equals timm's own
-            `forward_features`.
+        patches: the kept ones, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
+        ids_keep: their places, int64 `[B, K]`.
 
     Returns:
         the latent after the final LayerNorm, class token first, `[B, 1 + K, D]`.
     """
     assert encoder.cls_token is not None
     assert encoder.pos_embed is not None
-    tokens = encoder.patch_embed(images)  # [B, C, H, W] -> [B, N, D]
-    tokens = tokens + encoder.pos_embed[:, 1:]
-    if ids_keep is not None:
-        tokens = gather_tokens(tokens, ids_keep)  # [B, N, D] -> [B, K, D]
-    class_token = (encoder.cls_token + encoder.pos_embed[:, :1]).expand(tokens.shape[0], -1, -1)
-    tokens = torch.cat([class_token, tokens], dim=1)  # -> [B, 1 + K, D]
-    return encoder.norm(encoder.blocks(tokens))
+    projection = encoder.patch_embed.proj
+    weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # [D, C, p, p] -> [D, p·p·C]
+    tokens = encoder.patch_embed.norm(functional.linear(patches, weight, projection.bias))
+    positions = encoder.pos_embed.expand(len(tokens), -1, -1)  # -> [B, 1 + N, D]
+    tokens = tokens + gather_tokens(positions[:, 1:], ids_keep)
+    class_token = encoder.cls_token.expand(len(tokens), -1, -1) + positions[:, :1]
+    return encoder.norm(encoder.blocks(torch.cat([class_token, tokens], dim=1)))

@@ -6,17 +6,22 @@ import torch
 
 
 class Masking(NamedTuple):
-    """Which patches of each image are kept.
+    """Which patches of each image are kept, and which are removed.
 
     Attributes:
         ids_keep: places of the kept patches, int64 `[B, K]`.
-        ids_restore: for each patch its place in the shuffled row (kept ones first), int64 `[B, N]`.
-        mask: float32 `[B, N]`, 1 = removed.
+        ids_masked: places of the removed ones, int64 `[B, N - K]`.
     """
 
     ids_keep: torch.Tensor
-    ids_restore: torch.Tensor
-    mask: torch.Tensor
+    ids_masked: torch.Tensor
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """Return the mask in the order of the image: float32 `[B, N]`, 1 = removed."""
+        patches = self.ids_keep.shape[1] + self.ids_masked.shape[1]
+        kept = torch.zeros(len(self.ids_keep), patches, device=self.ids_keep.device)
+        return kept.scatter(1, self.ids_masked, 1.0)
 
 
 def kept_patches(patches: int, mask_ratio: float) -> int:
@@ -32,10 +37,8 @@ def random_masking(noise: torch.Tensor, mask_ratio: float) -> Masking:
         mask_ratio: share of patches removed.
     """
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)
-    ids_restore = torch.argsort(ids_shuffle, dim=1, stable=True)
     kept = kept_patches(noise.shape[1], mask_ratio)
-    mask = (ids_restore >= kept).to(torch.float32)
-    return Masking(ids_shuffle[:, :kept], ids_restore, mask)
+    return Masking(ids_shuffle[:, :kept], ids_shuffle[:, kept:])
 
 
 def gather_tokens(tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import torch
 
 from maekit.images import Pixels
 from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.mae.masking import gather_tokens
 from maekit.mae.targets import patch_statistics, patchify, unpatchify
 
 
@@ -32,14 +33,14 @@ def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Ten
         images: normalised, float32 `[B, C, H, W]`.
         noise: `[B, N]`, chooses the mask.
     """
-    _, pred, mask = model(images, noise)
+    _, pred, masking = model(images, noise)
     patches = patchify(images, model.patch_size)
     pred = pred.float()
     if model.norm_pixel:
-        mean, std = patch_statistics(patches)
+        mean, std = patch_statistics(gather_tokens(patches, masking.ids_masked))
         pred = pred * std + mean
-    removed = mask.unsqueeze(-1)  # [B, N] -> [B, N, 1]
-    masked, full = patches * (1 - removed), patches * (1 - removed) + pred * removed
+    places = masking.ids_masked.unsqueeze(-1).expand_as(pred)  # [B, M] -> [B, M, p·p·C]
+    masked, full = patches.scatter(1, places, 0.0), patches.scatter(1, places, pred)
     return Reconstruction(*(unpatchify(x, model.patch_size, model.grid) for x in (masked, full)))
 
 

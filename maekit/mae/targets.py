@@ -1,4 +1,4 @@
-"""What the decoder predicts, and the loss (He et al. 2021, section 3, "Reconstruction target")."""
+"""What the decoder predicts (He et al. 2021, section 3, "Reconstruction target")."""
 
 import torch
 
@@ -33,15 +33,3 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     """Normalise each patch by its own mean and standard deviation: `[B, N, P]` -> `[B, N, P]`."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
-
-
-def masked_mse(pred: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Return the mean squared error over removed patches, a scalar.
-
-    Args:
-        pred: `[B, N, P]`.
-        target: `[B, N, P]`.
-        mask: `[B, N]`, 1 = removed.
-    """
-    per_patch = (pred - target).square().mean(dim=-1)  # [B, N, P] -> [B, N]
-    return (per_patch * mask).sum() / mask.sum()

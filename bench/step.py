@@ -1,0 +1,187 @@
+"""One training step against its peers, side by side in one run: same sizes, same batch, same precision.
+
+    python bench/step.py [--model base|small|large] [--batch-size 16] [--precision fp32|bf16] [--repeat 5]
+                         [--device cpu|cuda] [--compile] [--json FILE]
+
+maekit      from uint8 to the optimiser's step, as `maekit pretrain` takes it
+transformers ViTMAEForPreTraining, AdamW with its defaults, from normalised float images
+timm        a plain MAE of timm's blocks as lightly's examples write it: gather, decode all, predict, MSELoss, AdamW
+
+The first also normalises, mirrors and computes the gradient's norm; the others are handed normalised images.
+Table 2 of the paper (He et al. 2021) as ratios: a decoder of 8 blocks against 1 (`--ablations`).
+Rates are medians over rounds in turn; memory is the peak of a process of its own (CPU) or of the allocator (CUDA).
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=SIZES, default="base")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--compile", action="store_true", help="compile maekit's step")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.memory_of:
+        step = PEERS[options.memory_of](options)
+        for _ in range(2):
+            step()
+        # Not getrusage: a process inherits the peak of the one that started it.
+        (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
+        print(int(peak) * 1024)
+        return
+    peers = {name: make(options) for name, make in PEERS.items()}
+    if options.ablations:
+        peers["maekit, decoder of 1 block"] = _maekit(options, decoder_depth=1)
+    rates: dict[str, list[float]] = {name: [] for name in peers}
+    for round_ in range(options.repeat + 1):
+        for name, step in peers.items():
+            before = time.perf_counter()
+            step()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            if round_:  # the first one warms up
+                rates[name].append(options.batch_size / (time.perf_counter() - before))
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    memory = {name: _memory_of(name) for name in PEERS} if options.device == "cpu" else {}
+    print(f"ViT-{options.model} batch {options.batch_size} {options.precision} on {options.device}")
+    for name, rate in medians.items():
+        used = f"   {memory[name] / 1e9:5.2f} GB" if name in memory else ""
+        print(f"  {name:<28} {rate:9.2f} img/s   maekit is {medians['maekit'] / rate:5.2f} x{used}")
+    if options.json:
+        options.json.write_text(
+            json.dumps({**vars(options), "json": None, "medians": medians, "rates": rates, "memory": memory}, indent=1)
+        )
+
+
+def _memory_of(name: str) -> int:
+    """Return the peak memory of a process that takes two steps, in bytes."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+    return int(subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()[-1])
+
+
+def _autocast(options: argparse.Namespace):
+    return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
+
+
+def _maekit(options: argparse.Namespace, decoder_depth: int = 8) -> Callable[[], object]:
+    from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig
+    from maekit.mae.autoencoder import build_autoencoder
+    from maekit.training.data import Batch, Normalizer
+    from maekit.training.loop import Trainer
+    from maekit.training.optim import make_optimizer, make_schedule
+
+    width, depth, heads = SIZES[options.model]
+    sizes = ModelConfig("vit_base_patch16_224", width=width, depth=depth, heads=heads, decoder_depth=decoder_depth)
+    model = build_autoencoder(sizes, seed=0).to(options.device)
+    config = OptimizerConfig()
+    trainer = Trainer(
+        model,
+        make_optimizer(model, config),
+        make_schedule(config, batch_size=256, samples=1000, steps=100),
+        Normalizer(IMAGENET_MEAN, IMAGENET_STD, torch.device(options.device)),
+        lambda: _autocast(options),
+        options.batch_size,
+        1000,
+        0.0,
+    )
+    batch = Batch(
+        torch.randint(256, (options.batch_size, 224, 224, 3), dtype=torch.uint8),
+        torch.rand(options.batch_size) < 0.5,
+        torch.rand(options.batch_size, 196),
+    )
+    return lambda: trainer.step(batch, 50)
+
+
+def _transformers(options: argparse.Namespace) -> Callable[[], object]:
+    from transformers import ViTMAEConfig, ViTMAEForPreTraining
+
+    width, depth, heads = SIZES[options.model]
+    config = ViTMAEConfig(
+        hidden_size=width,
+        num_hidden_layers=depth,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        norm_pix_loss=True,
+    )
+    model = ViTMAEForPreTraining(config).to(options.device).train()
+    return _usual_step(options, model, lambda images: model(pixel_values=images).loss)
+
+
+def _timm(options: argparse.Namespace) -> Callable[[], object]:
+    model = PlainMAE(*SIZES[options.model]).to(options.device).train()
+    return _usual_step(options, model, model)
+
+
+def _usual_step(
+    options: argparse.Namespace, model: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[], object]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    images = torch.randn(options.batch_size, 3, 224, 224)
+
+    def step() -> None:
+        with _autocast(options):
+            loss = loss_of(images.to(options.device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    return step
+
+
+class PlainMAE(nn.Module):
+    """A MAE put together from timm's parts, without any of maekit's."""
+
+    def __init__(self, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        from timm.models.vision_transformer import Block, VisionTransformer
+
+        self.vit = VisionTransformer(embed_dim=width, depth=depth, num_heads=heads, num_classes=0, global_pool="")
+        self.embed = nn.Linear(width, 512)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 512))
+        self.positions = nn.Parameter(torch.randn(1, 197, 512) * 0.02, requires_grad=False)
+        self.blocks = nn.Sequential(*[Block(512, 16, qkv_bias=True) for _ in range(8)])
+        self.norm = nn.LayerNorm(512)
+        self.pred = nn.Linear(512, 768)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        b = images.shape[0]
+        tokens = self.vit.patch_embed(images) + self.vit.pos_embed[:, 1:]
+        shuffle = torch.rand(b, 196, device=images.device).argsort(1)
+        keep, masked = shuffle[:, :49], shuffle[:, 49:]
+        tokens = tokens.gather(1, keep.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        tokens = torch.cat([(self.vit.cls_token + self.vit.pos_embed[:, :1]).expand(b, -1, -1), tokens], 1)
+        latent = self.embed(self.vit.norm(self.vit.blocks(tokens)))
+        full = self.mask_token.to(latent.dtype).repeat(b, 197, 1)
+        with_class = torch.cat([torch.zeros_like(keep[:, :1]), keep + 1], 1)
+        full = full.scatter(1, with_class.unsqueeze(-1).expand(-1, -1, 512), latent) + self.positions
+        decoded = self.norm(self.blocks(full))
+        chosen = decoded.gather(1, (masked + 1).unsqueeze(-1).expand(-1, -1, 512))
+        patches = images.reshape(b, 3, 14, 16, 14, 16).permute(0, 2, 4, 3, 5, 1).reshape(b, 196, 768)
+        target = patches.gather(1, masked.unsqueeze(-1).expand(-1, -1, 768))
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+        return nn.functional.mse_loss(self.pred(chosen), target)
+
+
+PEERS = {"maekit": _maekit, "transformers": _transformers, "timm": _timm}
+
+if __name__ == "__main__":
+    main()

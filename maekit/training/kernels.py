@@ -1,0 +1,76 @@
+"""Which of PyTorch's kernels a step runs on. On CUDA its own choice stands; on a CPU the usual one is often not the best.
+
+Measured on two cores of a CPU with AVX-512 (`python bench/step.py`), each against what PyTorch takes by itself:
+
+    matrix products in fp32    oneDNN's 300 to 390 GFLOP/s against MKL's 120 to 180, in both directions
+    attention in bf16          written out, forward and backward 32 ms against 84 ms of the fused kernel (197 tokens)
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from timm.layers.attention import Attention
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+# Below so many multiplications the product takes less time than the way to another kernel.
+_WORTH_ONEDNN = 1 << 24
+
+
+def choose_kernels(
+    model: torch.nn.Module, device: torch.device, precision: str
+) -> Callable[[], AbstractContextManager[Any]]:
+    """Prepare a model's attention, and return a fresh context in which its forward pass is to run.
+
+    Args:
+        model: made of timm's blocks; parameters stay fp32.
+        device: where it lies.
+        precision: `fp32`, or `bf16` through autocast.
+    """
+    on_cpu = device.type == "cpu"
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.fused_attn = not (on_cpu and precision == "bf16")
+    if precision == "bf16":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    return OneDnnLinear if on_cpu and _onednn_is_better() else nullcontext
+
+
+def _onednn_is_better() -> bool:
+    # MKL takes its AVX-512 kernels on processors of its own maker only.
+    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+class OneDnnLinear(TorchFunctionMode):
+    """Within this context, `torch.nn.functional.linear` on fp32 tensors is computed by oneDNN, and so is its gradient."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Route linear layers; everything else goes its usual way."""
+        if func is functional.linear and not kwargs and len(args) == 3:
+            x, weight, bias = args
+            if bias is not None and x.dtype == torch.float32 and x.numel() * weight.shape[0] >= _WORTH_ONEDNN:
+                return _Linear.apply(x, weight, bias)
+        return func(*args, **(kwargs or {}))
+
+
+class _Linear(torch.autograd.Function):
+    """x · Wᵀ + b: `[..., in]`, `[out, in]`, `[out]` -> `[..., out]`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        g = gradients[0].flatten(0, -2)  # [..., out] -> [n, out]
+        of_x = _product(g, weight.t(), None).view_as(x) if ctx.needs_input_grad[0] else None
+        return of_x, _product(g.t(), x.flatten(0, -2).t(), None), g.sum(0)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # PyTorch's compiler emits this operator; there is no public name for it.
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
