@@ -84,30 +84,36 @@ def _autocast(options: argparse.Namespace):
 def _maekit(options: argparse.Namespace, decoder_depth: int = 8) -> Callable[[], object]:
     from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig
     from maekit.mae.autoencoder import build_autoencoder
-    from maekit.training.data import Batch, Normalizer
-    from maekit.training.loop import Trainer
+    from maekit.training.crops import Chunk
+    from maekit.training.data import Uploader
+    from maekit.training.distributed import World
+    from maekit.training.kernels import choose_kernels
     from maekit.training.optim import make_optimizer, make_schedule
+    from maekit.training.step import Normalizer, Objective, Step
 
     width, depth, heads = SIZES[options.model]
+    device = torch.device(options.device)
     sizes = ModelConfig("vit_base_patch16_224", width=width, depth=depth, heads=heads, decoder_depth=decoder_depth)
-    model = build_autoencoder(sizes, seed=0).to(options.device)
+    model = build_autoencoder(sizes, seed=0).to(device)
     config = OptimizerConfig()
-    trainer = Trainer(
-        model,
+    step = Step(
+        Objective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, device)).train(),
         make_optimizer(model, config),
         make_schedule(config, batch_size=256, samples=1000, steps=100),
-        Normalizer(IMAGENET_MEAN, IMAGENET_STD, torch.device(options.device)),
-        lambda: _autocast(options),
-        options.batch_size,
-        1000,
-        0.0,
+        forward=choose_kernels(model, device, options.precision),
+        upload=Uploader(device),
+        world=World(),
+        compile=options.compile,
     )
-    batch = Batch(
+    chunk = Chunk(
         torch.randint(256, (options.batch_size, 224, 224, 3), dtype=torch.uint8),
         torch.rand(options.batch_size) < 0.5,
         torch.rand(options.batch_size, 196),
+        [],
     )
-    return lambda: trainer.step(batch, 50)
+    if options.device == "cuda":
+        chunk = chunk.pin_memory()
+    return lambda: step([[chunk]], 50)
 
 
 def _transformers(options: argparse.Namespace) -> Callable[[], object]:
@@ -163,6 +169,7 @@ class PlainMAE(nn.Module):
         self.pred = nn.Linear(512, 768)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return the loss of normalised images, `[B, 3, 224, 224]`."""
         b = images.shape[0]
         tokens = self.vit.patch_embed(images) + self.vit.pos_embed[:, 1:]
         shuffle = torch.rand(b, 196, device=images.device).argsort(1)

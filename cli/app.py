@@ -10,7 +10,7 @@ import typer
 
 import maekit
 from maekit.cli import check, demo, embed, export, inspect, pack, pretrain
-from maekit.errors import MaekitError
+from maekit.errors import ElsewhereError, MaekitError
 
 app = typer.Typer(
     name="maekit",
@@ -60,7 +60,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MaekitError as error:
-        print(f"maekit: {error}", file=sys.stderr)
+        if not isinstance(error, ElsewhereError):
+            print(f"maekit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors"}

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig
+from maekit.errors import InputError
 
 _DEFAULT = PretrainConfig()
 _TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Model", "Machine", "Output"
@@ -15,6 +16,14 @@ def _option(help: str, panel: str, *names: str, default: Any = None) -> Any:
     """Return an option that is None unless given, so that a config file shines through; the help states the default."""
     shown = f" [dim]\\[default: {default}][/dim]" if default is not None else ""
     return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False)
+
+
+def _micro_batch(text: str | None) -> int | None:
+    if text is None or text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise InputError(f"--micro-batch {text!r}: must be a whole number greater than 0, or auto")
+    return int(text)
 
 
 def command(
@@ -59,8 +68,34 @@ def command(
         float | None,
         _option("Stop when a larger share of samples holds no image.", _TRAINING, default=_DEFAULT.data.max_bad),
     ] = None,
+    clip_grad: Annotated[
+        float | None, _option("Scale longer gradients down to this norm.", _TRAINING, default="none, as published")
+    ] = None,
+    skip_nonfinite: Annotated[
+        int | None,
+        _option("Leave out up to so many steps whose gradient is not finite.", _TRAINING, default="0: stop"),
+    ] = None,
+    val: Annotated[
+        list[str] | None,
+        _option("Held-out shards; their loss goes into the metrics. May be given several times.", _TRAINING),
+    ] = None,
     workers: Annotated[
         int | None, _option("Processes that read and decode.", _MACHINE, default="by the machine")
+    ] = None,
+    micro_batch: Annotated[
+        str | None,
+        _option(
+            "Images that go through the model at a time on each device, or auto.",
+            _MACHINE,
+            default="auto: as memory allows",
+        ),
+    ] = None,
+    compile: Annotated[
+        bool | None, _option("Compile the step.", _MACHINE, "--compile/--no-compile", default="on CUDA only")
+    ] = None,
+    cache: Annotated[
+        str | None,
+        _option("ram: keep the images of a small set decoded in memory; or none.", _MACHINE, default="none"),
     ] = None,
     cache_gb: Annotated[
         float | None,
@@ -76,6 +111,22 @@ def command(
     ] = None,
     checkpoint_every: Annotated[
         int | None, _option("Steps between checkpoints.", _OUTPUT, default="a tenth of the run, at most 1000")
+    ] = None,
+    checkpoint_minutes: Annotated[
+        float | None,
+        _option("Longest time between checkpoints.", _OUTPUT, default=f"{_DEFAULT.run.checkpoint_minutes:g}"),
+    ] = None,
+    keep_checkpoints: Annotated[
+        int | None, _option("How many of the newest are kept.", _OUTPUT, default=_DEFAULT.run.keep_checkpoints)
+    ] = None,
+    keep_every: Annotated[
+        int | None, _option("Besides, make and keep those of steps that are multiples of this.", _OUTPUT)
+    ] = None,
+    max_time: Annotated[
+        str | None, _option("Save and exit with 75 after a time such as 3h50m; the same command goes on.", _OUTPUT)
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, _option("Write RUN/tensorboard.", _OUTPUT, "--tensorboard/--no-tensorboard", default="yes")
     ] = None,
     log_every: Annotated[
         int | None, _option("Steps between rows of metrics.", _OUTPUT, default="a hundredth, at most 50")
@@ -97,7 +148,7 @@ def command(
     import dataclasses
     import math
 
-    from maekit.cli.show import make_progress, print_json
+    from maekit.cli.show import is_main_process, make_progress, print_json
     from maekit.config import load_toml, parse_setting, set_value
 
     chosen = PretrainConfig()
@@ -119,11 +170,22 @@ def command(
         "optimizer.warmup_epochs": warmup_epochs,
         "data.skip_damaged": skip_damaged or None,
         "data.max_bad": max_bad,
+        "data.cache": cache,
+        "data.val": tuple(val) if val else None,
         "data.workers": workers,
         "data.cache_gb": cache_gb,
         "run.device": device,
         "run.precision": precision,
+        "optimizer.clip_grad": clip_grad,
+        "run.skip_nonfinite": skip_nonfinite,
+        "run.micro_batch": _micro_batch(micro_batch),
+        "run.compile": compile,
         "run.checkpoint_every": checkpoint_every,
+        "run.checkpoint_minutes": checkpoint_minutes,
+        "run.keep_checkpoints": keep_checkpoints,
+        "run.keep_every": keep_every,
+        "run.max_time": max_time,
+        "run.tensorboard": tensorboard,
         "run.log_every": log_every,
     }
     # A length on the command line replaces the other kind of length in the file.
@@ -134,6 +196,8 @@ def command(
     for key, value in options.items():
         if value is not None:
             set_value(chosen, key, value)
+    if micro_batch == "auto":
+        chosen.run.micro_batch = None
     for text in settings or []:
         set_value(chosen, *parse_setting(text))
     chosen.validate()
@@ -141,6 +205,8 @@ def command(
     from maekit.training.run import pretrain
 
     result = pretrain(chosen, make_progress())
+    if not is_main_process():
+        return
     if not result.already_finished:
         print(
             f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, "

@@ -1,12 +1,14 @@
 """How the command line shows things: progress on standard error, results on standard output."""
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from maekit.files import describe_bytes
+from maekit.progress import Silent, duration
 
 _PLAIN_SECONDS = 15.0
 
@@ -16,9 +18,31 @@ def print_json(summary: dict[str, Any]) -> None:
     print(json.dumps(summary), flush=True)
 
 
-def make_progress() -> "Bar | Plain":
-    """Return a live bar on a terminal, plain lines elsewhere."""
+def is_main_process() -> bool:
+    """Whether this process speaks for the run; launchers of several processes number them in RANK."""
+    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE") or 1) < 2
+
+
+def make_progress() -> "Bar | Plain | Notes":
+    """Return a live bar on a terminal, plain lines elsewhere, and notes alone for all processes but the main one."""
+    if not is_main_process():
+        return Notes(f"rank {os.environ['RANK']}: ")
     return Bar() if sys.stderr.isatty() else Plain()
+
+
+class Notes(Silent):
+    """Lines that stay, and nothing else.
+
+    Args:
+        prefix: before each line.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+
+    def note(self, text: str) -> None:
+        """Print one line."""
+        print(self._prefix + text, file=sys.stderr, flush=True)
 
 
 class Plain:
@@ -129,14 +153,6 @@ def describe(row: dict[str, Any]) -> str:
     if row.get("bad") or row.get("errors"):
         parts.append(f"{row.get('bad') or row.get('errors')} bad samples")
     return "  ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """Return a time span as people say it: 45 s, 12 min, 3 h 50 min."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 import tomllib
 import types
 import typing
@@ -76,8 +77,12 @@ class DataConfig:
         skip_damaged: leave damaged shards out.
         max_bad: largest share of samples without a readable image, of at least an epoch or 1,000, before the run stops.
         workers: processes that read and decode; None is one per CPU core, at most 16.
-        prefetch: batches that each worker keeps ready.
+        prefetch: steps whose batches are kept ready, at least.
+        cache: `ram` keeps the images of small sets decoded in memory, `none` decodes them anew each time.
         cache_gb: gigabytes of disk for shards fetched from remote.
+        patience: seconds without any progress in reading after which the run stops.
+        val: input specs of held-out images, for `val_loss`.
+        val_images: at most so many of them, evenly spread.
     """
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -89,7 +94,11 @@ class DataConfig:
     max_bad: float = _free(0.01)
     workers: int | None = _free(None)
     prefetch: int = _free(2)
+    cache: str = _free("none")
     cache_gb: float = _free(50.0)
+    patience: float = _free(600.0)
+    val: tuple[str, ...] = _free(())
+    val_images: int = _free(2000)
 
 
 @dataclass
@@ -103,6 +112,7 @@ class OptimizerConfig:
         weight_decay: on every parameter of two or more dimensions.
         beta1: AdamW's β₁.
         beta2: AdamW's β₂.
+        clip_grad: largest norm of the gradient; None leaves it as it is, as published.
     """
 
     lr: float = 1.5e-4
@@ -111,6 +121,7 @@ class OptimizerConfig:
     weight_decay: float = 0.05
     beta1: float = 0.9
     beta2: float = 0.95
+    clip_grad: float | None = None
 
 
 @dataclass
@@ -121,19 +132,35 @@ class RunConfig:
         device: `auto`, `cpu` or `cuda`.
         precision: `auto` (bf16 where the hardware has it), `fp32` or `bf16`.
         threads: CPU threads of the model; None is torch's own choice.
+        compile: compile the step; None is on CUDA only.
+        micro_batch: images that go through the model at a time; None is as many as memory allows.
         checkpoint_every: steps from one checkpoint to the next; None is ten of them, at most 1,000 steps apart.
+        checkpoint_minutes: longest time from one checkpoint to the next.
         keep_checkpoints: how many of the newest are kept.
+        keep_every: the checkpoints of steps that are multiples of it are made, and kept for ever; None is none.
         log_every: steps from one row of metrics to the next; None is a hundred rows, at most 50 steps apart.
         pictures_every: steps from one picture of reconstructions to the next; None is at every checkpoint, 0 is never.
+        val_every: steps from one held-out loss to the next; None is at every checkpoint.
+        max_time: as in `3h50m`: save and stop after it, as after a signal.
+        skip_nonfinite: how many steps may be left out, over the whole run, because their gradient is not finite.
+        tensorboard: write RUN/tensorboard.
     """
 
     device: str = _free("auto")
     precision: str = _free("auto")
     threads: int | None = _free(None)
+    compile: bool | None = _free(None)
+    micro_batch: int | None = _free(None)
     checkpoint_every: int | None = _free(None)
+    checkpoint_minutes: float = _free(30.0)
     keep_checkpoints: int = _free(2)
+    keep_every: int | None = _free(None)
     log_every: int | None = _free(None)
     pictures_every: int | None = _free(None)
+    val_every: int | None = _free(None)
+    max_time: str | None = _free(None)
+    skip_nonfinite: int = _free(0)
+    tensorboard: bool = _free(True)
 
 
 @dataclass
@@ -188,9 +215,16 @@ class PretrainConfig:
             "data.window": self.data.window,
             "data.prefetch": self.data.prefetch,
             "data.cache_gb": self.data.cache_gb,
+            "data.patience": self.data.patience,
+            "data.val_images": self.data.val_images,
             "optimizer.lr": self.optimizer.lr,
             "run.threads": self.run.threads,
+            "optimizer.clip_grad": self.optimizer.clip_grad,
+            "run.micro_batch": self.run.micro_batch,
             "run.checkpoint_every": self.run.checkpoint_every,
+            "run.checkpoint_minutes": self.run.checkpoint_minutes,
+            "run.keep_every": self.run.keep_every,
+            "run.val_every": self.run.val_every,
             "run.keep_checkpoints": self.run.keep_checkpoints,
             "run.log_every": self.run.log_every,
         }
@@ -205,6 +239,7 @@ class PretrainConfig:
             "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "run.pictures_every": self.run.pictures_every,
+            "run.skip_nonfinite": self.run.skip_nonfinite,
         }.items():
             if value is not None and not value >= 0:
                 raise InputError(f"{key} = {value}: must not be negative")
@@ -225,9 +260,27 @@ class PretrainConfig:
         for key, choice, allowed in (
             ("run.device", self.run.device, ("auto", "cpu", "cuda")),
             ("run.precision", self.run.precision, ("auto", "fp32", "bf16")),
+            ("data.cache", self.data.cache, ("none", "ram")),
         ):
             if choice not in allowed:
                 raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
+        if self.run.max_time is not None:
+            parse_duration(self.run.max_time)
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds of a time span such as `3h50m`, `90s` or `1d12h`.
+
+    Raises:
+        InputError: it is none.
+    """
+    match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
+    if not match or not any(match.groups()):
+        raise InputError(f"run.max_time = {text!r}: must be a time span such as 3h50m, 45m or 1d12h")
+    seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
+    if not seconds:
+        raise InputError(f"run.max_time = {text!r}: must be greater than 0")
+    return float(seconds)
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:

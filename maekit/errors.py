@@ -54,3 +54,11 @@ class Stopped(MaekitError):
     """The work was stopped by a signal with everything saved; the same command goes on."""
 
     exit_code = 75
+
+
+class ElsewhereError(MaekitError):
+    """Another process of the same run failed or was stopped, and tells of it itself."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

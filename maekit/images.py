@@ -16,7 +16,7 @@ import contextlib
 import io
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +26,6 @@ from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import ImageError
-from maekit.random import Purpose, uniforms
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -36,6 +35,7 @@ _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_SAMPLE_FORMAT = 258, 262, 339
 _SIGNED = 2
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap width and height
 _STRIP = 512  # rows
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,6 +46,8 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+CROP_DRAWS = 22
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
@@ -135,7 +137,53 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
         ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
     """
     with _refusals(data):
-        return upright_rgb(_load(data, at_least))
+        image = _open(data)
+        if image.format == "JPEG" and at_least is not None:
+            # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
+            image.draft(None, (max(at_least), max(at_least)))
+        image.load()
+        return upright_rgb(image)
+
+
+def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple[int, int]) -> tuple[Image.Image, Box]:
+    """Decode an image file for the sake of one crop: a JPEG at a reduced scale where the crop stays large enough.
+
+    Args:
+        data: the file's bytes.
+        choose: returns the crop for the width and height of the whole upright image, in pixels.
+        at_least: (height, width) in pixels that the crop keeps.
+
+    Returns:
+        an RGB image, and the crop within it.
+
+    Raises:
+        ImageError: the bytes give no image.
+    """
+    with _refusals(data):
+        image = _open(data)
+        width, height = image.size
+        if image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
+            width, height = height, width
+        left, top, right, bottom = choose(width, height)
+        reduction = reduction_of((right - left, bottom - top), at_least) if image.format == "JPEG" else 1
+        if reduction > 1:
+            image.draft(None, (image.width // reduction, image.height // reduction))
+        image.load()
+        rgb = upright_rgb(image)
+        # Whole pixels of what was decoded: at most half of one beside the box that was chosen.
+        x, y = rgb.width / width, rgb.height / height
+        return rgb, (round(left * x), round(top * y), round(right * x), round(bottom * y))
+
+
+def reduction_of(crop: tuple[int, int], at_least: tuple[int, int]) -> int:
+    """Return by how much a JPEG may be decoded smaller, 1, 2, 4 or 8, so that a crop keeps its least size.
+
+    Args:
+        crop: (width, height) at full scale, in pixels.
+        at_least: (height, width) in pixels.
+    """
+    room = min(crop[0] // at_least[1], crop[1] // at_least[0])
+    return next((scale for scale in (8, 4, 2) if room >= scale), 1)
 
 
 @dataclass(frozen=True)
@@ -160,11 +208,13 @@ def examine(data: bytes) -> Examined:
         ImageError: the bytes give no image.
     """
     with _refusals(data):
-        image = _load(data, None)
+        image = _open(data)
+        image.load()
         return Examined(str(image.format), image.mode, upright_rgb(image))
 
 
-def _load(data: bytes, at_least: tuple[int, int] | None) -> Image.Image:
+def _open(data: bytes) -> Image.Image:
+    """Read an image file's header and refuse what must not be decoded."""
     if not data:
         raise ImageError("empty", "zero bytes")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -176,10 +226,6 @@ def _load(data: bytes, at_least: tuple[int, int] | None) -> Image.Image:
         scans = data.count(_START_OF_SCAN)
         if scans * image.width * image.height > _MAX_SCANNED:
             raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
-        if at_least is not None:
-            # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
-            image.draft(None, (max(at_least), max(at_least)))
-    image.load()
     return image
 
 
@@ -278,7 +324,7 @@ def random_resized_crop(
     Args:
         width: of the image, in pixels.
         height: of the image, in pixels.
-        draws: uniform numbers in [0, 1), float64 `[22]`: ten attempts at area and aspect, and the place.
+        draws: uniform numbers in [0, 1), float64 `[CROP_DRAWS]`: ten attempts at area and aspect, and the place.
         scale: bounds of the crop's share of the image area.
         ratio: bounds of its width / height, drawn uniformly in the logarithm.
 
@@ -298,29 +344,3 @@ def random_resized_crop(
     h = min(height, round(width / ratio[0]))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
-
-
-@dataclass(frozen=True)
-class RandomCrop:
-    """The training augmentation: random resized crop and horizontal flip, keyed by place and not by worker.
-
-    Attributes:
-        size: (height, width) of the crop after resizing, in pixels.
-        scale: bounds of the crop's share of the image area.
-        flip: whether half of the images are mirrored.
-        seed: the run's seed.
-    """
-
-    size: tuple[int, int]
-    scale: tuple[float, float]
-    flip: bool
-    seed: int
-
-    def box(self, image: Image.Image, *, epoch: int, position: int) -> Box:
-        """Return what is cut from an image: (left, top, right, bottom) in pixels."""
-        draws = uniforms(22, Purpose.CROP, seed=self.seed, epoch=epoch, position=position)
-        return random_resized_crop(image.width, image.height, draws, scale=self.scale)
-
-    def flips(self, *, epoch: int, position: int) -> bool:
-        """Whether the image of this place is mirrored; done later, on the device."""
-        return self.flip and bool(uniforms(1, Purpose.FLIP, seed=self.seed, epoch=epoch, position=position)[0] < 0.5)

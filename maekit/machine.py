@@ -1,6 +1,7 @@
 """What this machine has."""
 
 import os
+from pathlib import Path
 
 
 def cores() -> int:
@@ -8,3 +9,25 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def available_memory() -> int:
+    """Return how many bytes of memory can be taken without swapping, within the limit of this process's cgroup."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            (line,) = [line for line in file if line.startswith("MemAvailable")]
+        available = int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min([available, *_cgroup_room()])
+
+
+def _cgroup_room() -> list[int]:
+    """Return what the control group (version 2) leaves, or nothing where there is no limit."""
+    try:
+        (path,) = [line.split("::")[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line]
+        folder = Path("/sys/fs/cgroup") / path.lstrip("/")
+        limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        return [max(0, int(limit) - int(used))]
+    except (OSError, ValueError):  # no such group; or `max`, which is no number
+        return []

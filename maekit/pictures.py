@@ -11,14 +11,14 @@ _GAP = 4
 _SMALLEST = 96  # pixels; smaller images are enlarged, so that their patches can be told apart
 
 
-def sheet(columns: list[list[Pixels]]) -> bytes:
+def sheet(columns: list[list[Pixels]]) -> Pixels:
     """Draw columns of images beside each other, on white.
 
     Args:
         columns: each a list of uint8 `[H, W, 3]`, all of one size and number.
 
     Returns:
-        a PNG file's bytes.
+        the picture, uint8 `[H, W, 3]`.
     """
     height, width, _ = columns[0][0].shape
     factor = max(1, -(-_SMALLEST // min(height, width)))
@@ -29,6 +29,11 @@ def sheet(columns: list[list[Pixels]]) -> bytes:
         for y, image in enumerate(column):
             top, left = _GAP + y * (height + _GAP), _GAP + x * (width + _GAP)
             canvas[top : top + height, left : left + width] = image.repeat(factor, 0).repeat(factor, 1)
+    return canvas
+
+
+def encode_png(picture: Pixels) -> bytes:
+    """Return a picture, uint8 `[H, W, 3]`, as a PNG file's bytes."""
     buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "PNG")
+    Image.fromarray(picture).save(buffer, "PNG")
     return buffer.getvalue()

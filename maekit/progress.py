@@ -39,3 +39,11 @@ class Silent:
 
     def stop(self) -> None:
         """Show nothing."""
+
+
+def duration(seconds: float) -> str:
+    """Return a time span as people say it: 45 s, 12 min, 3 h 50 min."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"

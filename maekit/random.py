@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MASK64 = (1 << 64) - 1
+_WORDS_PER_BLOCK = 4  # of Philox 4x64
 
 
 class Purpose(enum.IntEnum):
@@ -24,6 +25,7 @@ class Purpose(enum.IntEnum):
     MASK = 5
     SUBSTITUTE = 6
     PICTURE = 7
+    VALIDATION = 8
 
 
 def random_bits(
@@ -44,6 +46,23 @@ def uniforms(
 ) -> NDArray[np.float64]:
     """Return `count` uniform numbers in [0, 1), float64 `[count]`, with 53 random bits each."""
     bits = random_bits(count, purpose, seed=seed, salt=salt, epoch=epoch, position=position)
+    result: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return result
+
+
+def uniform_rows(
+    rows: int, count: int, purpose: Purpose, *, seed: int, salt: int = 0, epoch: int = 0, position: int = 0
+) -> NDArray[np.float64]:
+    """Return `count` uniform numbers in [0, 1) for each of `rows` places from `position` on, float64 `[rows, count]`.
+
+    Each place has its own stretch of one stream, so that a row depends on its place alone, and many cost one call.
+    """
+    blocks = -(-count // _WORDS_PER_BLOCK)
+    generator = np.random.Philox(
+        key=np.array([seed & _MASK64, salt & _MASK64], np.uint64),
+        counter=np.array([position * blocks, 0, epoch, purpose], np.uint64),
+    )
+    bits = generator.random_raw(rows * blocks * _WORDS_PER_BLOCK).reshape(rows, -1)[:, :count]
     result: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
     return result
 

@@ -1,10 +1,14 @@
 """Stopping on SIGTERM or Ctrl-C at a place where everything is saved."""
 
 import contextlib
+import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+_SAME_WISH_SECONDS = 5.0
 
 
 @contextlib.contextmanager
@@ -16,14 +20,23 @@ def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable
 
     Yields:
         a function that returns the name of the signal that came, or None. A second signal gets the default treatment,
-        so that a hanging save can still be interrupted.
+        so that a hanging save can still be interrupted; but not within a few seconds of the first: a scheduler and a
+        launcher between them often send the same wish twice.
     """
     received: list[str] = []
     previous = {}
 
+    first = 0.0
+
     def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal first
+        if received:
+            if time.monotonic() - first > _SAME_WISH_SECONDS:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)
+            return
+        first = time.monotonic()
         received.append(signal.Signals(number).name)
-        signal.signal(number, signal.SIG_DFL)
         then()
 
     if threading.current_thread() is threading.main_thread():

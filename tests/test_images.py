@@ -8,8 +8,8 @@ from PIL import Image
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import ImageError
-from maekit.images import Preprocess, RandomCrop, decode, open_rgb, random_resized_crop
-from maekit.random import Purpose, permutation, uniforms
+from maekit.images import Preprocess, decode, open_crop, open_rgb, random_resized_crop
+from maekit.random import Purpose, permutation, uniform_rows, uniforms
 
 RNG = np.random.default_rng(0)
 PINNED = [0.6183657700572531, 0.7459779950048457]
@@ -179,15 +179,51 @@ def test_random_crop_of_a_very_long_image() -> None:
     assert right - left == round(10 * 4 / 3)
 
 
-def test_augmentation_is_a_function_of_the_place() -> None:
-    image = Image.new("RGB", (80, 60))
-    augment = RandomCrop((32, 32), (0.2, 1.0), True, seed=3)
-    box = augment.box(image, epoch=1, position=7)
-    assert box == augment.box(image, epoch=1, position=7)
-    assert box != augment.box(image, epoch=1, position=8)
-    assert box != augment.box(image, epoch=2, position=7)
-    flips = [augment.flips(epoch=0, position=p) for p in range(1000)]
-    assert 430 < sum(flips) < 570
+def test_a_crop_of_a_large_jpeg_is_decoded_small() -> None:
+    """Only while it keeps the size that is asked for; upright as ever; the same picture, nearly."""
+    y, x = np.mgrid[:800, :1200]
+    picture = np.stack([x / 1200, y / 800, (np.sin(x / 30) + np.sin(y / 40)) / 4 + 0.5], -1)
+    buffer = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray((picture * 255).astype(np.uint8)).save(buffer, "JPEG", quality=95, exif=exif)
+    asked: list[tuple[int, int]] = []
+
+    def choose(box: tuple[int, int, int, int]):
+        def chosen(width: int, height: int) -> tuple[int, int, int, int]:
+            asked.append((width, height))
+            return box
+
+        return chosen
+
+    for box, at_least, sizes in (
+        ((40, 100, 640, 900), (200, 150), (200, 300)),  # a quarter of 600 x 800 keeps 150 x 200
+        ((40, 100, 640, 900), (201, 150), (400, 600)),
+        ((0, 0, 300, 300), (200, 200), (800, 1200)),
+    ):
+        image, small = open_crop(buffer.getvalue(), choose(box), at_least=at_least)
+        assert asked[-1] == (800, 1200)
+        assert image.size == sizes
+        whole = open_rgb(buffer.getvalue()).crop(box).resize((64, 64), Image.Resampling.BICUBIC)
+        cut = image.crop(small).resize((64, 64), Image.Resampling.BICUBIC)
+        assert np.abs(np.asarray(whole, int) - np.asarray(cut, int)).mean() < 1.5
+
+
+def test_rows_of_random_numbers_do_not_depend_on_who_draws_them() -> None:
+    """Any cut of a row of places gives the same numbers, for any count, and each place its own."""
+    for count in (1, 22, 37):
+        whole = uniform_rows(50, count, Purpose.CROP, seed=5, epoch=3, position=1000)
+        parts = [
+            uniform_rows(rows, count, Purpose.CROP, seed=5, epoch=3, position=start)
+            for start, rows in ((1000, 1), (1001, 30), (1031, 19))
+        ]
+        assert np.array_equal(whole, np.concatenate(parts))
+        assert len(np.unique(whole)) == whole.size
+        others = uniform_rows(50, count, Purpose.CROP, seed=5, epoch=4, position=1000)
+        assert not np.isin(others, whole).any()
+    many = uniform_rows(2000, 3, Purpose.MASK, seed=1)
+    assert abs(many.mean() - 0.5) < 0.02
+    assert abs(np.corrcoef(many[:-1, 0], many[1:, 0])[0, 1]) < 0.08
 
 
 def test_random_streams() -> None:

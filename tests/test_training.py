@@ -15,18 +15,13 @@ from conftest import jpeg, write_shard
 from PIL import Image
 
 import maekit
-from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig, PretrainConfig, set_value
+from maekit.config import ModelConfig, OptimizerConfig, PretrainConfig, set_value
 from maekit.errors import InputError, MaekitError, Stopped
-from maekit.images import RandomCrop
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.weights import load_trained
 from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
-from maekit.shards.order import Order
-from maekit.shards.read import open_shards
-from maekit.shards.spec import find_shards
 from maekit.training import checkpoint
-from maekit.training.data import CropLoader, ExactSource, Normalizer, cut, make_loader
 from maekit.training.optim import make_optimizer, make_schedule
 
 TINY = {
@@ -98,60 +93,6 @@ def test_weight_decay_groups() -> None:
     assert not any("pos_embed" in name for group in (decayed, plain) for name in group["param_names"])
 
 
-def test_normalizer_mirrors_and_normalises() -> None:
-    from maekit.training.data import Batch
-
-    pixels = torch.arange(2 * 4 * 5 * 3, dtype=torch.uint8).reshape(2, 4, 5, 3)
-    normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
-    images, _ = normalizer.to_device(Batch(pixels, torch.tensor([False, True]), torch.rand(2, 4)))
-    expected = (pixels.numpy() / 255.0 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
-    np.testing.assert_allclose(images[0].permute(1, 2, 0), expected[0], atol=1e-5)
-    np.testing.assert_allclose(images[1].permute(1, 2, 0), expected[1][:, ::-1], atol=1e-5)
-
-
-@pytest.mark.parametrize("box", [(3, 5, 153, 170), (0, 0, 400, 300), (10, 20, 30, 50), (7, 1, 393, 299)])
-def test_crops_are_those_of_exact_arithmetic(box: tuple[int, int, int, int]) -> None:
-    """Whichever kernel resizes: within rounding of float64, on a picture with edges, enlarged and reduced."""
-    y, x = np.mgrid[:300, :400]
-    # Edges that do not overshoot 0 or 255: between their two passes both kernels round to 8 bits.
-    picture = np.stack([70 + (x // 13 + y // 9) % 2 * 110, np.sin(x / 7) * 80 + 128, 70 + (x * y) % 110], -1)
-    picture = picture.astype(np.uint8)
-    left, top, right, bottom = box
-    exact = torch.from_numpy(picture[top:bottom, left:right].astype(float)).permute(2, 0, 1)[None]
-    for size in ((64, 64), (128, 112)):
-        got = cut(Image.fromarray(picture), box, size)
-        resized = torch.nn.functional.interpolate(exact, size, mode="bicubic", antialias=True)
-        expected = resized[0].permute(1, 2, 0).clamp(0, 255).numpy()
-        assert got.shape == (*size, 3)
-        assert np.abs(got - expected).max() < 2
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-@pytest.mark.parametrize("workers", [0, 1, 3])
-def test_batches_do_not_depend_on_ranks_and_workers(make_shards, world: int, workers: int) -> None:
-    """Images, flips and mask noise of each step: the same for any division, from any step, across epochs."""
-    shards = open_shards(find_shards(str(make_shards(5, 1, 7))))
-
-    def batches(first: int, world: int, workers: int) -> list[list[torch.Tensor]]:
-        order = Order(shards.counts, seed=1, digest=shards.digest, window=2)
-        ranks = []
-        for rank in range(world):
-            source = ExactSource(order, batch_size=8, first=first, last=6, rank=rank, world=world)
-            crops = CropLoader(shards, order, RandomCrop((32, 32), (0.2, 1.0), True, 1), patches=16, seed=1)
-            ranks.append(list(make_loader(source, crops, workers=workers, prefetch=1, pin=False)))
-        return [
-            [torch.cat([getattr(batch, name) for batch in step]) for name in ("images", "flips", "noise")]
-            for step in zip(*ranks, strict=True)
-        ]
-
-    expected = batches(0, 1, 0)
-    assert len(expected) == 6
-    for first in (0, 3):
-        got = batches(first, world, workers)
-        for ours, theirs in zip(got, expected[first:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-
-
 def test_a_run_writes_what_it_promises(make_shards, tmp_path: Path) -> None:
     config = tiny_config(make_shards(9, 8), tmp_path / "run", run__pictures_every=8, steps=8)
     result = maekit.pretrain(config)
@@ -165,7 +106,6 @@ def test_a_run_writes_what_it_promises(make_shards, tmp_path: Path) -> None:
     names = {p.name for p in run.checkpoint(8).path.iterdir()}
     assert names == {"model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
     assert run.picture(8).is_file()
-    from PIL import Image
 
     # 8 pictures in a column; 96 pixels each with 4 between them: masked | reconstruction | original
     sheet = Image.open(run.picture(8))

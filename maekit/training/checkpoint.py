@@ -1,23 +1,136 @@
-"""Checkpoints: written aside, made durable, the manifest last, then renamed. No pickle anywhere."""
+"""Checkpoints: written aside, made durable, the manifest last, then renamed. No pickle anywhere.
 
+The loop pays for copying the tensors off the device (on CUDA: for queueing that copy); a thread does the rest.
+"""
+
+import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 
 import maekit
 from maekit import files
+from maekit.errors import MaekitError
 from maekit.mae.weights import load_strictly, read_safetensors
 from maekit.runs import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, RunDirectory
 
+Tensors = dict[str, torch.Tensor]
 
-def save(
-    run: RunDirectory, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> Checkpoint:
+# safetensors' names of the types that occur here.
+_TYPES = {
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ALIGNMENT = 8
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, one at a time; a context manager that waits for the last one.
+
+    Args:
+        run: the run directory.
+        model: the weights.
+        optimizer: its state.
+        retain: tells of a step whether its checkpoint stays when newer ones come.
+        keep: how many of the newest stay.
+    """
+
+    def __init__(
+        self,
+        run: RunDirectory,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        keep: int,
+        retain: Callable[[int], bool] = lambda step: False,
+    ) -> None:
+        self._run, self._model, self._optimizer = run, model, optimizer
+        self._keep, self._retain = keep, retain
+        self._copies: dict[str, Tensors] = {MODEL: {}, OPTIMIZER: {}}
+        self._thread: threading.Thread | None = None
+        self._error: MaekitError | None = None
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._join()
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Copy everything as it is now, and begin to write the checkpoint of `state["step"]`."""
+        self._join()  # the copies may still be in use
+        self._copy(MODEL, self._model.state_dict())
+        self._copy(OPTIMIZER, optimizer_tensors(self._optimizer))
+        copied: torch.cuda.Event | None = None
+        if torch.cuda.is_available() and next(self._model.parameters()).is_cuda:
+            copied = torch.cuda.Event()
+            copied.record()
+        self._thread = threading.Thread(target=self._write, args=(dict(state), copied), name="checkpoint")
+        self._thread.start()
+
+    def failure(self) -> MaekitError | None:
+        """Return what the background has failed with so far, or None."""
+        return self._error
+
+    def finish(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            MaekitError: the disk is full or the place is not writable; earlier checkpoints are intact.
+        """
+        self._join()
+        if self._error is not None:
+            raise self._error
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _copy(self, name: str, tensors: Tensors) -> None:
+        """Copy into host memory that is kept for the next time; on CUDA page-locked, and not waited for."""
+        copies = self._copies[name]
+        for key, tensor in tensors.items():
+            if key not in copies or copies[key].shape != tensor.shape:
+                copies[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[key].copy_(tensor.detach(), non_blocking=True)
+
+    def _write(self, state: dict[str, Any], copied: "torch.cuda.Event | None") -> None:
+        try:
+            if copied is not None:
+                copied.synchronize()
+            # After the last step that was looked at, weights may have become infinite that no loss has yet shown.
+            broken = [key for part in self._copies.values() for key, copy in part.items() if not _is_finite(copy)]
+            if broken:
+                raise MaekitError(
+                    f"{broken[0]} is not finite after step {state['step']}; no checkpoint holds it. A lower --lr, a "
+                    "longer warm-up or --precision fp32 usually help"
+                )
+            write(self._run, self._copies[MODEL], self._copies[OPTIMIZER], state)
+            prune(self._run, self._keep, self._retain)
+        except MaekitError as error:
+            self._error = error
+        except Exception as error:  # a thread's own traceback would reach the user, and the run go on without it
+            self._error = MaekitError(f"saving step {state['step']} failed: {type(error).__name__}: {error}")
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())
+
+
+def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Checkpoint:
     """Write the checkpoint of `state["step"]`; it is there whole or not at all.
 
     Raises:
@@ -26,24 +139,59 @@ def save(
     checkpoint = run.checkpoint(state["step"])
     aside = run.checkpoints / f".{checkpoint.path.name}.{os.getpid()}.tmp"
     try:
+        shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
-        safetensors.torch.save_file(_on_cpu(model.state_dict()), aside / MODEL)
-        safetensors.torch.save_file(_on_cpu(_optimizer_tensors(optimizer)), aside / OPTIMIZER)
-        (aside / STATE).write_text(json.dumps({"maekit": maekit.__version__, **state}), encoding="utf-8")
-        digests = {}
-        for name in (MODEL, OPTIMIZER, STATE):
-            # safetensors writes files that only their owner may read, and leaves them to the page cache.
-            (aside / name).chmod(0o644)
-            files.fsync_file(aside / name)
-            digests[name] = files.sha256_file(aside / name)
-        files.write_atomically(aside / MANIFEST, json.dumps({"sha256": digests}, indent=1).encode())
+        contents: dict[str, Iterable[bytes | memoryview]] = {
+            MODEL: serialize(model),
+            OPTIMIZER: serialize(optimizer),
+            STATE: [json.dumps({"maekit": maekit.__version__, **state}).encode()],
+        }
+        digests = {name: _write_durably(aside / name, parts) for name, parts in contents.items()}
+        _write_durably(aside / MANIFEST, [json.dumps({"sha256": digests}, indent=1).encode()])
+        files.fsync_directory(aside)
         aside.rename(checkpoint.path)
         files.fsync_directory(run.checkpoints)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise _failure(checkpoint.path, error) from error
+    except OSError as error:
+        raise files.write_failure(checkpoint.path, error) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
+
+
+def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
+    """Yield the parts of a safetensors file (https://github.com/huggingface/safetensors, "Format").
+
+    The library's own writer holds the interpreter's lock, which would stop the loop, and reports a full disk in words.
+
+    Args:
+        tensors: contiguous, on the CPU.
+    """
+    header, end = {}, 0
+    # The format's library sorts by size of the element, then by name, so that all tensors are aligned.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for key, tensor in ordered:
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[key] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for _, tensor in ordered:
+        if tensor.numel():
+            yield tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+    """Write a file and return its SHA-256; writing, hashing and syncing all let go of the interpreter's lock."""
+    digest = hashlib.sha256()
+    with open(path, "wb", buffering=0) as file:
+        for part in parts:
+            digest.update(part)
+            rest = memoryview(part)
+            while rest:
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+    return digest.hexdigest()
 
 
 def discard_after(run: RunDirectory, step: int) -> None:
@@ -53,10 +201,11 @@ def discard_after(run: RunDirectory, step: int) -> None:
             _delete(checkpoint)
 
 
-def prune(run: RunDirectory, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, and what killed runs left unfinished."""
+def prune(run: RunDirectory, keep: int, retain: Callable[[int], bool] = lambda step: False) -> None:
+    """Delete all but the newest `keep` checkpoints and those to retain, and what killed runs left unfinished."""
     for checkpoint in run.list_checkpoints()[keep:]:
-        _delete(checkpoint)
+        if not retain(checkpoint.step):
+            _delete(checkpoint)
     for leftover in run.checkpoints.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -79,20 +228,11 @@ def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.
         InputError: the files do not fit the model.
     """
     load_strictly(model, read_safetensors(checkpoint.path / MODEL), str(checkpoint.path))
-    tensors = read_safetensors(checkpoint.path / OPTIMIZER)
-    by_name: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        by_name.setdefault(name, {})[kind] = tensor
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                kind: tensor.to(parameter.device) for kind, tensor in by_name.get(name, {}).items()
-            }
+    load_optimizer(optimizer, read_safetensors(checkpoint.path / OPTIMIZER))
     return checkpoint.state()
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Return the optimiser's state as `KIND/PARAMETER` -> tensor."""
     tensors = {}
     for group in optimizer.param_groups:
@@ -102,12 +242,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tens
     return tensors
 
 
-def _on_cpu(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _failure(path: Path, error: Exception) -> Exception:
-    if isinstance(error, OSError):
-        return files.write_failure(path, error)
-    # safetensors reports a full disk as its own error, with the system's words in it.
-    return files.write_failure(path, OSError(0, str(error)))
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
+    """Put back what `optimizer_tensors` gave."""
+    by_name: dict[str, Tensors] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition("/")
+        by_name.setdefault(name, {})[kind] = tensor
+    for group in optimizer.param_groups:
+        for name, parameter in zip(group["param_names"], group["params"], strict=True):
+            optimizer.state[parameter] = {
+                kind: tensor.to(parameter.device) for kind, tensor in by_name.get(name, {}).items()
+            }

@@ -1,4 +1,4 @@
-"""Which of PyTorch's kernels a step runs on. On CUDA its own choice stands; on a CPU the usual one is often not the best.
+"""Which of PyTorch's kernels a step runs on. On CUDA its own choice stands; on a CPU others are often faster.
 
 Measured on two cores of a CPU with AVX-512 (`python bench/step.py`), each against what PyTorch takes by itself:
 
@@ -32,7 +32,8 @@ def choose_kernels(
     on_cpu = device.type == "cpu"
     for module in model.modules():
         if isinstance(module, Attention):
-            module.fused_attn = not (on_cpu and precision == "bf16")
+            # Marked as final for TorchScript's sake only.
+            module.fused_attn = not (on_cpu and precision == "bf16")  # type: ignore[misc]
     if precision == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
     return OneDnnLinear if on_cpu and _onednn_is_better() else nullcontext
@@ -44,7 +45,7 @@ def _onednn_is_better() -> bool:
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Within this context, `torch.nn.functional.linear` on fp32 tensors is computed by oneDNN, and so is its gradient."""
+    """Within this context, oneDNN computes `torch.nn.functional.linear` on fp32 tensors, and its gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Route linear layers; everything else goes its usual way."""

@@ -1,14 +1,15 @@
 """`maekit pretrain`: from a config to a run directory, and on from where it was killed.
 
-The order of things: check the config -> index the shards -> build the model -> own the directory -> find what to
-resume, or start from weights -> compare with what is there -> write the config -> loop -> write the encoder.
+The order of things: check the config -> join the other processes -> resolve the model -> index the shards -> build the
+model -> own the directory -> find what to resume, or start from weights -> compare with what is there -> write the
+config -> loop -> write the encoder. The main process (rank 0) alone reads and writes the run directory.
 """
 
 import copy
 import math
-import os
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,16 @@ from typing import Any
 import torch
 
 from maekit import files, runs
-from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of
-from maekit.errors import DamagedShard, ImageError, InputError, MaekitError, Stopped
-from maekit.images import Preprocess, RandomCrop
+from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of, parse_duration
+from maekit.errors import DamagedShard, ElsewhereError, ImageError, InputError, MaekitError, Stopped
+from maekit.images import Preprocess
 from maekit.machine import cores
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.reconstruction import reconstruct, to_pixels
 from maekit.mae.weights import encoder_bytes, fill_in, initialize_encoder, resolve_model
-from maekit.pictures import sheet
-from maekit.progress import Progress, Silent
+from maekit.pictures import encode_png, sheet
+from maekit.progress import Progress, Silent, duration
 from maekit.random import Purpose, uniforms
 from maekit.runs import RunDirectory
 from maekit.shards.order import Order
@@ -33,13 +34,23 @@ from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.signals import stop_on_signal
-from maekit.training import checkpoint, metrics
-from maekit.training.data import CropLoader, ExactSource, Normalizer, make_loader, stop_workers
+from maekit.training import checkpoint, distributed, metrics
+from maekit.training.board import Board
+from maekit.training.checkpoint import CheckpointWriter
+from maekit.training.crops import CropLoader, RandomCrop, Watch
+from maekit.training.data import Division, ExactSource, StepBatches, Uploader, make_loader, stop_workers
+from maekit.training.distributed import World
+from maekit.training.kernels import choose_kernels
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
-from maekit.training.optim import make_optimizer, make_schedule
+from maekit.training.optim import Schedule, make_optimizer, make_schedule
+from maekit.training.ram import DecodedSet
+from maekit.training.step import Normalizer, Objective, Step, check_micro_batch, choose_micro_batch
+from maekit.training.validation import Validation
 
 _PICTURE_IMAGES = 8
 _BAD_SHOWN = 10  # bad samples named; after that they are counted only
+# The first steps pay for what is done once; the rate after them tells how long the run will take.
+_WARM_STEPS, _ESTIMATE_SECONDS = 3, 10.0
 
 
 @dataclass(frozen=True)
@@ -51,9 +62,11 @@ class PretrainResult:
         steps: optimiser steps done.
         samples: images trained on, repeats counted.
         loss: mean loss over the last logged steps; None where no row of metrics is left.
-        images_per_second: over this process's part of the run.
+        val_loss: the last loss on held-out images; None without `--val`.
+        images_per_second: over this process's part of the run, on all ranks together.
         data_wait: share of this process's time spent waiting for data.
         bad: samples replaced, over the whole run.
+        skipped: steps left out because their gradient was not finite, over the whole run.
         resumed_from: the step that this process went on from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
     """
@@ -62,9 +75,11 @@ class PretrainResult:
     steps: int
     samples: int
     loss: float | None
+    val_loss: float | None
     images_per_second: float
     data_wait: float
     bad: int
+    skipped: int
     resumed_from: int
     already_finished: bool = False
 
@@ -72,38 +87,45 @@ class PretrainResult:
 def pretrain(config: PretrainConfig, progress: Progress | None = None) -> PretrainResult:
     """Pre-train a masked autoencoder; called again with the same config, go on or say that it is finished.
 
+    In several processes (`torchrun`), each calls this with the same config and all return the same.
+
     Raises:
         InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
-        Stopped: SIGTERM or SIGINT came; everything is saved.
+        Stopped: SIGTERM or SIGINT came to any of the processes, or the time is over; everything is saved.
+        ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
         MaekitError: failed while working.
     """
+    started = time.monotonic()
     progress = progress or Silent()
     config = copy.deepcopy(config)
-    _refuse_many_processes()
     if config.epochs is None and config.steps is None:
         config.epochs = DEFAULT_EPOCHS
     config.validate()
     run = RunDirectory(Path(config.out))
     files.require_utf8(run.path)
-    if runs.is_run(run.path) and (started := run.config().model).init_from == config.model.init_from:
-        # What an earlier start resolved; the weights that it began with may be gone by now.
-        fill_in(config.model, vars(started))
-    else:
-        resolve_model(config.model)
-    _refuse_foreign_directory(run)
-    shards = _index(config, progress)
-    device, precision = _choose_device(config, progress)
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    model = build_autoencoder(config.model, seed=config.seed)
-    with files.sole_owner(run.path):
+    kind = _choose_device(config)
+    with distributed.join(kind) as world, ExitStack() as stack:
+        device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
+
+        def main(work: Callable[[], Any]) -> Any:
+            """Do some work on the main process, and fail on all if it fails."""
+            return world.together(lambda: work() if world.is_main else None)
+
+        main(lambda: _resolve(config, run))
+        config = world.share(config)
+        precision = _choose_precision(config, device, world, progress)
+        shards = world.in_turn(lambda: _index(config, world, progress))
+        _refuse_different_data(shards, world)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        model = world.together(lambda: build_autoencoder(config.model, seed=config.seed))
+        main(lambda: stack.enter_context(files.sole_owner(run.path)))
+
         # Asked inside the lock: a former process may just have saved its last checkpoint.
-        newest = run.newest_valid(progress.note)
-        if newest is None and (lost := run.list_checkpoints()):
-            raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
-        if config.model.init_from and newest is None:
-            initialize_encoder(model.encoder, config.model.init_from, config.model)
-        return _Run(config, run, shards, model.to(device), device, precision, progress).go(newest)
+        newest = main(lambda: _newest(run, progress))
+        if source := config.model.init_from:
+            main(lambda: None if newest else initialize_encoder(model.encoder, source, config.model))
+        return _Run(config, run, shards, model.to(device), device, precision, world, progress, started).go(newest)
 
 
 class _Run:
@@ -117,112 +139,275 @@ class _Run:
         model: MaskedAutoencoder,
         device: torch.device,
         precision: str,
+        world: World,
         progress: Progress,
+        started: float,
     ) -> None:
         self.config, self.run, self.shards, self.model = config, run, shards, model
-        self.device, self.precision, self.progress = device, precision, progress
+        self.device, self.world, self.progress, self.started = device, world, progress, started
         self.steps = total_steps(config, shards.samples)
-        self.normalizer = Normalizer(config.data.mean, config.data.std, device)
+        self.objective = Objective(model, Normalizer(config.data.mean, config.data.std, device))
+        self.forward = choose_kernels(model, device, precision)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
         self.size = (config.model.image_size, config.model.image_size)
+        self.prepare = Preprocess.for_size(self.size, config.data.mean, config.data.std)
         self.bad_shown = 0
+        self.board: Board | None = None
+        self.writer: CheckpointWriter | None = None
+        self.warm: tuple[float, int] | None = None
+        self.estimated = False
 
     def go(self, newest: runs.Checkpoint | None) -> PretrainResult:
+        """Go on from a checkpoint (known to the main process), or begin."""
+        begun = self.world.together(lambda: self._take_up(newest) if self.world.is_main else None)
+        begun = self.world.share(begun)
+        tally = Tally(bad=begun["bad"], skipped=begun["skipped"])
+        first = int(begun["step"])
+        if begun["finished"]:
+            if self.world.is_main:
+                self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
+            return self._result(self.steps, tally, self.steps, already_finished=True)
+        if first:
+            distributed.share_optimizer(self.optimizer, self.world)
+        done, stopped_by = self._train(first, tally)
+        if done < self.steps:
+            message = (
+                f"stopped by {stopped_by} after step {done} of {self.steps}, everything is saved; "
+                "run the same command again to go on"
+            )
+            raise Stopped(message) if self.world.is_main else ElsewhereError(message, Stopped.exit_code)
+        self.world.together(lambda: self._write_encoder() if self.world.is_main else None)
+        return self._result(done, tally, first)
+
+    def _take_up(self, newest: runs.Checkpoint | None) -> dict[str, Any]:
+        """Compare with what is there, load it, and cut back what lies behind it; return where the run stands."""
         if runs.is_run(self.run.path):
             self._refuse_other_training(newest)
         if newest is not None and newest.step == self.steps and self.run.encoder_file.exists():
-            self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
-            return self._result(self.steps, Tally(), self.steps, already_finished=True)
+            return {"bad": 0, "skipped": 0, **newest.state(), "finished": True}
         files.write_atomically(self.run.config_file, dump_toml(self.config).encode())
-        first = bad = 0
+        state = {"step": 0, "bad": 0, "skipped": 0, "finished": False}
         if newest is not None:
-            state = checkpoint.load(newest, self.model, self.optimizer)
-            first, bad = state["step"], state["bad"]
-            self.progress.note(f"resuming {self.run.path} after step {first} of {self.steps}")
+            state |= checkpoint.load(newest, self.model, self.optimizer)
+            self.progress.note(f"resuming {self.run.path} after step {state['step']} of {self.steps}")
+        first = int(state["step"])
         metrics.cut_back(self.run.metrics_file, first)
         self.run.checkpoints.mkdir(exist_ok=True)
         checkpoint.discard_after(self.run, first)
-        checkpoint.prune(self.run, self.config.run.keep_checkpoints)
-        done, tally = self._train(first, bad)
-        if done < self.steps:
-            raise Stopped(
-                f"stopped by a signal after step {done} of {self.steps}, everything is saved; "
-                "run the same command again to go on"
-            )
-        self._write_encoder()
-        return self._result(done, tally, first)
+        checkpoint.prune(self.run, self.config.run.keep_checkpoints, self._retains)
+        return state
 
-    def _train(self, first: int, bad: int) -> tuple[int, Tally]:
-        config = self.config
-        every = config.run.checkpoint_every or min(1000, -(-self.steps // 10))
-        pictures = every if config.run.pictures_every is None else config.run.pictures_every
-        cadence = Cadence(config.run.log_every or min(50, -(-self.steps // 100)), every, pictures)
-        trainer = Trainer(
-            self.model.train(),
-            self.optimizer,
-            make_schedule(
-                config.optimizer, batch_size=config.batch_size, samples=self.shards.samples, steps=self.steps
-            ),
-            self.normalizer,
-            self._autocast(),
-            config.batch_size,
-            self.shards.samples,
-            config.data.max_bad,
+    def _train(self, first: int, tally: Tally) -> tuple[int, str]:
+        config, world = self.config, self.world
+        schedule = make_schedule(
+            config.optimizer, batch_size=config.batch_size, samples=self.shards.samples, steps=self.steps
         )
-        loader = make_loader(
-            ExactSource(self.order, batch_size=config.batch_size, first=first, last=self.steps),
-            CropLoader(
-                self.shards,
-                self.order,
-                RandomCrop(self.size, config.data.crop_scale, config.data.flip, config.seed),
-                patches=self.model.patches,
-                seed=config.seed,
-            ),
-            workers=_workers(config, self.device),
-            prefetch=config.data.prefetch,
-            pin=self.device.type == "cuda",
+        division = self._divide()
+        validation = self._open_validation(division)
+        step = self._make_step(schedule)
+        watch = Watch(workers := _workers(config, self.device, world))
+        crops = CropLoader(
+            self.shards,
+            self.order,
+            RandomCrop(self.size, config.data.crop_scale, config.data.flip, config.seed),
+            patches=self.model.patches,
+            watch=watch,
+            decoded=self._decode_all(),
         )
+        source = ExactSource(self.order, division, first=first, last=self.steps)
+        on_cuda = self.device.type == "cuda"
+        chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=config.data.prefetch, pin=on_cuda))
+        batches = StepBatches(chunks, division, shards=self.shards, watch=watch, patience=config.data.patience)
         self.progress.start("pretrain", self.steps, first)
-        batches = iter(loader)
         try:
-            with stop_on_signal() as stopped_by:
+            with ExitStack() as stack:
+                if world.is_main:
+                    keep = config.run.keep_checkpoints
+                    self.writer = stack.enter_context(
+                        CheckpointWriter(self.run, self.model, self.optimizer, keep=keep, retain=self._retains)
+                    )
+                    if config.run.tensorboard:
+                        self.board = Board(self.run.path / "tensorboard", first)
+                        stack.callback(self.board.close)
+                stopped_by = stack.enter_context(stop_on_signal())
+                limit = parse_duration(config.run.max_time) if config.run.max_time else math.inf
+
+                def reason() -> str | None:
+                    over = time.monotonic() - self.started > limit
+                    return stopped_by() or (f"--max-time {config.run.max_time}" if over else None)
+
                 hooks = Hooks(
-                    advance=self.progress.advance,
+                    advance=self._advance,
                     log=self._log,
                     checkpoint=self._save,
+                    failure=lambda: self.writer.failure() if self.writer else None,
                     picture=self._draw,
-                    stop_requested=lambda: stopped_by() is not None,
+                    validate=lambda done: (
+                        validation.measure(self.model, self.objective.normalizer, self.forward) if validation else {}
+                    ),
+                    stop_requested=lambda: reason() is not None,
                     keys=self._keys_of_step,
                     bad=self._tell_bad,
+                    note=self.progress.note,
                 )
-                return trainer.run(batches, first=first, last=self.steps, bad=bad, cadence=cadence, hooks=hooks)
+                trainer = Trainer(
+                    step,
+                    schedule,
+                    world,
+                    self.device,
+                    config.batch_size,
+                    self.shards.samples,
+                    config.data.max_bad,
+                    config.run.skip_nonfinite,
+                    self._cadence(validation is not None),
+                    hooks,
+                )
+                done = trainer.run(batches, first=first, last=self.steps, tally=tally)
+                # Nobody leaves before the last checkpoint is on disk: a launcher would end the others.
+                world.together(lambda: self.writer.finish() if self.writer else None)
+                return done, reason() or "a signal to another process"
+        except torch.OutOfMemoryError as error:
+            raise MaekitError(
+                f"the device's memory is too small for {division.micro_batch} images at a time; "
+                f"try --micro-batch {max(1, division.micro_batch // 2)}"
+            ) from error
         except RuntimeError as error:
             # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
-            if "DataLoader worker" not in str(error):
-                raise
-            raise MaekitError(f"reading the data failed: {str(error).splitlines()[0]} Run the command again") from error
+            if "DataLoader worker" in str(error):
+                raise batches.failure(error) from error
+            if world.size > 1 and distributed.lost_rank(error):
+                raise distributed.rank_is_gone() from error
+            raise
         finally:
-            stop_workers(batches)
+            stop_workers(chunks)
             self.progress.stop()
 
-    def _autocast(self) -> Callable[[], AbstractContextManager[Any]]:
-        if self.precision == "bf16":
-            return lambda: torch.autocast(self.device.type, torch.bfloat16)
-        return nullcontext
+    def _divide(self) -> Division:
+        """Divide the batch among the ranks, and a rank's share into what fits into memory."""
+        size, world = self.config.batch_size, self.world
+        if size % world.size:
+            below = size // world.size * world.size
+            nearest = " and ".join(str(n) for n in (below, below + world.size) if n)
+            raise self._told_once(
+                InputError(f"{world.size} processes do not divide a batch of {size}; the nearest are {nearest}")
+            )
+        share = size // world.size
+        micro_batch = self.config.run.micro_batch
+        if micro_batch is None:
+            largest = choose_micro_batch(self.objective, share, self.size, self.forward)
+            micro_batch = int(min(part for (part,) in world.gather([largest])))
+            if micro_batch < share and world.is_main:
+                self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")
+        else:
+            try:
+                check_micro_batch(micro_batch, share)
+            except InputError as error:
+                raise self._told_once(error) from None
+        height, width = self.size
+        return Division(size, micro_batch, world.rank, world.size, height * width * 3)
+
+    def _told_once(self, error: InputError) -> MaekitError:
+        """Return an error that all ranks find, so that one of them tells of it."""
+        return error if self.world.is_main else ElsewhereError(str(error), error.exit_code)
+
+    def _make_step(self, schedule: Schedule) -> Step:
+        compile_it = self.config.run.compile
+        return Step(
+            self.objective.train(),
+            self.optimizer,
+            schedule,
+            forward=self.forward,
+            upload=Uploader(self.device),
+            world=self.world,
+            clip=self.config.optimizer.clip_grad,
+            compile=self.device.type == "cuda" if compile_it is None else compile_it,
+        )
+
+    def _decode_all(self) -> DecodedSet | None:
+        if self.config.data.cache != "ram":
+            return None
+        self.progress.start("decode into memory", self.shards.samples)
+        try:
+            decoded = self.world.together(lambda: DecodedSet(self.shards, on_images=self.progress.advance))
+        finally:
+            self.progress.stop()
+        if self.world.is_main:
+            size = files.describe_bytes(decoded.bytes)
+            self.progress.note(f"{self.shards.samples} images decoded, {size} of memory in each process")
+        return decoded
+
+    def _open_validation(self, division: Division) -> Validation | None:
+        if not self.config.data.val:
+            return None
+        specs = self.config.data.val
+        shards = self.world.in_turn(lambda: _open(self.config, specs, self.progress, "index held-out shards"))
+        return Validation(
+            shards,
+            images=self.config.data.val_images,
+            prepare=self.prepare,
+            batch_size=min(division.micro_batch, 64),
+            threads=max(1, cores() // self.world.local_size),
+            seed=self.config.seed,
+            world=self.world,
+        )
+
+    def _cadence(self, validating: bool) -> Cadence:
+        run = self.config.run
+        every = run.checkpoint_every or min(1000, -(-self.steps // 10))
+        return Cadence(
+            log=run.log_every or min(50, -(-self.steps // 100)),
+            checkpoint=every,
+            checkpoint_seconds=60 * run.checkpoint_minutes,
+            keep=run.keep_every or 0,
+            # Only the main process draws; the others go on to the next boundary, and wait there.
+            pictures=(every if run.pictures_every is None else run.pictures_every) if self.world.is_main else 0,
+            validate=(run.val_every or every) if validating else 0,
+        )
+
+    def _retains(self, step: int) -> bool:
+        return bool(self.config.run.keep_every) and step % (self.config.run.keep_every or 1) == 0
+
+    def _advance(self, done: int) -> None:
+        self.progress.advance(done)
+        if self.estimated or not self.world.is_main:
+            return
+        now = time.monotonic()
+        if self.warm is None:
+            self.warm = (math.inf, done + _WARM_STEPS - 1)
+        since, step = self.warm
+        if since == math.inf:
+            if done >= step:
+                self.warm = (now, done)
+        elif now - since >= _ESTIMATE_SECONDS:
+            rate, left = (done - step) / (now - since), self.steps - done
+            self.estimated = True
+            self.progress.note(
+                f"{rate * self.config.batch_size:.1f} img/s: about {duration(left / rate)} for the {left} steps left"
+            )
 
     def _log(self, row: dict[str, Any]) -> None:
+        if not self.world.is_main:
+            return
         metrics.append(self.run.metrics_file, row)
+        if self.board is not None:
+            self.board.row(row)
         self.progress.figures(row)
 
-    def _save(self, done: int, bad: int) -> None:
-        state = {"step": done, "bad": bad, "data_digest": self.shards.digest, "samples_per_epoch": self.shards.samples}
-        checkpoint.save(self.run, self.model, self.optimizer, state)
-        checkpoint.prune(self.run, self.config.run.keep_checkpoints)
+    def _save(self, done: int, tally: Tally) -> None:
+        if self.writer is not None:
+            self.writer.save(
+                {
+                    "step": done,
+                    "bad": tally.bad,
+                    "skipped": tally.skipped,
+                    "data_digest": self.shards.digest,
+                    "samples_per_epoch": self.shards.samples,
+                }
+            )
 
     def _draw(self, done: int) -> None:
         """Draw the same few images, under the same masks, every time: masked | reconstruction | original."""
-        prepare = Preprocess.for_size(self.size, self.config.data.mean, self.config.data.std)
         reader = self.shards.reader()
         images = []
         # Of a remote set, the first shard: eight shards are not downloaded for one picture.
@@ -230,7 +415,7 @@ class _Run:
         for number in range(0, samples, -(-samples // _PICTURE_IMAGES)):
             shard, ordinal = self.shards.locate(number)
             try:
-                image = prepare(reader.read_image(self.shards.index(shard), ordinal))
+                image = self.prepare(reader.read_image(self.shards.index(shard), ordinal))
                 images.append(torch.from_numpy(image.copy()))
             except ImageError:
                 continue  # counted where it is trained on; a picture shows what can be shown
@@ -241,22 +426,25 @@ class _Run:
             torch.from_numpy(uniforms(self.model.patches, Purpose.PICTURE, seed=self.config.seed, position=i))
             for i in range(len(images))
         ]
-        originals = self.normalizer(torch.stack(images))
+        originals = self.objective.normalizer(torch.stack(images).to(self.device))
         self.model.eval()
         shown = reconstruct(self.model, originals, torch.stack(noise).to(self.device))
         self.model.train()
         mean, std = self.config.data.mean, self.config.data.std
-        files.write_atomically(
-            self.run.picture(done), sheet([to_pixels(x, mean, std) for x in (shown.masked, shown.full, originals)])
-        )
+        picture = sheet([to_pixels(x, mean, std) for x in (shown.masked, shown.full, originals)])
+        files.write_atomically(self.run.picture(done), encode_png(picture))
+        if self.board is not None:
+            self.board.picture(picture, done)
 
-    def _tell_bad(self, bad: list[str]) -> None:
-        for line in bad[: max(0, _BAD_SHOWN - self.bad_shown)]:
+    def _tell_bad(self, line: str) -> None:
+        if self.bad_shown < _BAD_SHOWN:
             self.progress.note(f"replaced by another sample: {line}")
-        self.bad_shown += len(bad)
+        self.bad_shown += 1
 
-    def _keys_of_step(self, step: int) -> list[str]:
-        places = self.order.slice((step - 1) * self.config.batch_size, step * self.config.batch_size)
+    def _keys_of_step(self, step: int, rank: int) -> list[str]:
+        share = self.config.batch_size // self.world.size
+        start = (step - 1) * self.config.batch_size + rank * share
+        places = self.order.slice(start, start + share)
         return [
             f"{self.shards.shards[s].name} {self.shards.index(s).key(o)}"
             for s, o in zip(places.shards.tolist(), places.ordinals.tolist(), strict=True)
@@ -288,20 +476,25 @@ class _Run:
             )
 
     def _result(self, done: int, tally: Tally, first: int, *, already_finished: bool = False) -> PretrainResult:
-        rows = self.run.metrics()
-        return PretrainResult(
+        rows = self.run.metrics() if self.world.is_main else []
+        held_out = [row["val_loss"] for row in rows if "val_loss" in row]
+        result = PretrainResult(
             out=str(self.run.path),
             steps=done,
             samples=done * self.config.batch_size,
             loss=rows[-1]["loss"] if rows else None,
+            val_loss=held_out[-1] if held_out else None,
             images_per_second=round((done - first) * self.config.batch_size / tally.seconds, 2)
             if tally.seconds
             else 0.0,
             data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
             bad=tally.bad,
+            skipped=tally.skipped,
             resumed_from=first,
             already_finished=already_finished,
         )
+        shared: PretrainResult = self.world.share(result)
+        return shared
 
 
 def total_steps(config: PretrainConfig, samples: int) -> int:
@@ -312,8 +505,33 @@ def total_steps(config: PretrainConfig, samples: int) -> int:
     return math.ceil(config.epochs * samples / config.batch_size)
 
 
-def _index(config: PretrainConfig, progress: Progress) -> ShardSet:
-    found = find_shards(config.shards)
+def _resolve(config: PretrainConfig, run: RunDirectory) -> None:
+    """Fill in what the config leaves to the model that it starts from, and refuse a directory of something else."""
+    if runs.is_run(run.path) and (begun := run.config().model).init_from == config.model.init_from:
+        # What an earlier start resolved; the weights that it began with may be gone by now.
+        fill_in(config.model, vars(begun))
+    else:
+        resolve_model(config.model)
+    _refuse_foreign_directory(run)
+
+
+def _newest(run: RunDirectory, progress: Progress) -> runs.Checkpoint | None:
+    newest = run.newest_valid(progress.note)
+    if newest is None and (lost := run.list_checkpoints()):
+        raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
+    return newest
+
+
+def _index(config: PretrainConfig, world: World, progress: Progress) -> ShardSet:
+    shards = _open(config, config.shards, progress, "index shards")
+    if world.is_main:
+        progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
+    _refuse_small_cache(config, shards)
+    return shards
+
+
+def _open(config: PretrainConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
+    found = find_shards(specs)
     seen = 0
 
     def on_shard(shard: object) -> None:
@@ -325,9 +543,9 @@ def _index(config: PretrainConfig, progress: Progress) -> ShardSet:
         if config.data.skip_damaged:
             progress.note(f"left out: {damage}")
 
-    progress.start("index shards", len(found))
+    progress.start(what, len(found))
     try:
-        shards = open_shards(
+        return open_shards(
             found,
             skip_damaged=config.data.skip_damaged,
             remote=RemoteCache(int(config.data.cache_gb * 1e9)),
@@ -336,9 +554,15 @@ def _index(config: PretrainConfig, progress: Progress) -> ShardSet:
         )
     finally:
         progress.stop()
-    progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
-    _refuse_small_cache(config, shards)
-    return shards
+
+
+def _refuse_different_data(shards: ShardSet, world: World) -> None:
+    """See that all ranks read the same data; 48 bits of the digest survive as a float."""
+    numbers = [int(number) for (number,) in world.gather([float(int(shards.digest[:12], 16))])]
+    for rank, number in enumerate(numbers):
+        if number != numbers[0]:
+            message = f"rank {rank} reads other shards than rank 0 does: each machine must see the same set"
+            raise InputError(message) if world.is_main else ElsewhereError(message, InputError.exit_code)
 
 
 def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
@@ -349,23 +573,28 @@ def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
     shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
 
 
-def _choose_device(config: PretrainConfig, progress: Progress) -> tuple[torch.device, str]:
+def _choose_device(config: PretrainConfig) -> str:
     has_cuda = torch.cuda.is_available()
     if config.run.device == "cuda" and not has_cuda:
         raise InputError(
             "--device cuda: PyTorch finds no CUDA device here; check `nvidia-smi` and that this is a CUDA build of "
             f"torch (it is {torch.__version__}), or use --device cpu"
         )
-    device = torch.device("cuda" if has_cuda and config.run.device != "cpu" else "cpu")
+    return "cuda" if has_cuda and config.run.device != "cpu" else "cpu"
+
+
+def _choose_precision(config: PretrainConfig, device: torch.device, world: World, progress: Progress) -> str:
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     precision = config.run.precision
     if precision == "auto":
         precision = "bf16" if able else "fp32"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    why = "" if config.run.device != "auto" or has_cuda else " (no CUDA device found)"
+    why = "" if config.run.device != "auto" or device.type == "cuda" else " (no CUDA device found)"
     no_bf16 = " (no bf16 arithmetic in this hardware)" if config.run.precision == "auto" and not able else ""
-    progress.note(f"device: {name}{why}; precision: {precision}{no_bf16}")
-    return device, precision
+    if world.is_main:
+        many = f"{world.size} processes, each on " if world.size > 1 else ""
+        progress.note(f"device: {many}{name}{why}; precision: {precision}{no_bf16}")
+    return precision
 
 
 def _cpu_has_bf16() -> bool:
@@ -373,17 +602,11 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _workers(config: PretrainConfig, device: torch.device) -> int:
+def _workers(config: PretrainConfig, device: torch.device, world: World) -> int:
     if config.data.workers is not None:
         return config.data.workers
-    from_machine = cores()
     # On a CPU the model itself needs the cores; one worker keeps ahead of it.
-    return min(16, from_machine) if device.type == "cuda" else 1
-
-
-def _refuse_many_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("WORLD_SIZE is set: this version trains in one process; start it without torchrun")
+    return max(1, min(16, cores() // world.local_size)) if device.type == "cuda" else 1
 
 
 def _refuse_foreign_directory(run: RunDirectory) -> None:

@@ -1,0 +1,250 @@
+"""From a place in the order to a training image: read, decode as much as the crop needs, cut, resize.
+
+Everything random here is a function of (seed, epoch, position), never of the worker that happens to do it.
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import get_worker_info
+
+from maekit.errors import ImageError, MaekitError
+from maekit.images import CROP_DRAWS, Box, Pixels, open_crop, random_resized_crop, reduction_of
+from maekit.random import Purpose, random_bits, uniform_rows
+from maekit.shards.order import Order, Slice
+from maekit.shards.read import MemberReader, ShardSet
+from maekit.shards.remote import FetchAhead
+from maekit.training.ram import DecodedSet
+
+_SUBSTITUTE_ATTEMPTS = 64
+_WORTH_TORCH = 96 * 96  # pixels
+# A JPEG is decoded at a reduced scale while the crop keeps so many times the pixels of the input along each side:
+# there the result is within a level (of 255) of that from the whole image, on average.
+_LEAST = 2
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """The training augmentation: random resized crop and horizontal flip, keyed by place.
+
+    Attributes:
+        size: (height, width) of the crop after resizing, in pixels.
+        scale: bounds of the crop's share of the image area.
+        flip: whether half of the images are mirrored.
+        seed: the run's seed.
+    """
+
+    size: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
+    seed: int
+
+
+@dataclass
+class Chunk:
+    """What a worker hands over: some of the images of one step.
+
+    Attributes:
+        images: uint8 `[B, H, W, 3]`.
+        flips: bool `[B]`, True = mirror.
+        noise: float32 `[B, N]`, chooses the masks.
+        bad: one line for each sample that was replaced.
+        failure: why the worker gave up, in place of images.
+    """
+
+    images: torch.Tensor
+    flips: torch.Tensor
+    noise: torch.Tensor
+    bad: list[str]
+    failure: str | None = None
+
+    def pin_memory(self) -> "Chunk":
+        """Copy into page-locked memory, so that the upload runs beside the computation (the DataLoader calls this)."""
+        images, flips, noise = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
+        return Chunk(images, flips, noise, self.bad, self.failure)
+
+    @classmethod
+    def of_failure(cls, error: MaekitError) -> "Chunk":
+        """Return a chunk that carries an error: an exception would reach the user wrapped in the worker's traceback."""
+        empty = torch.empty(0)
+        return cls(empty, empty, empty, [], str(error))
+
+
+class Draws(NamedTuple):
+    """The random numbers of n places: crops float64 `[n, 22]`, flips bool `[n]`, mask noise float32 `[n, N]`."""
+
+    crops: NDArray[np.float64]
+    flips: NDArray[np.bool_]
+    noise: NDArray[np.float32]
+
+
+def draw(places: Slice, *, patches: int, flip: bool, seed: int) -> Draws:
+    """Draw what is random about some places of the order, each by its own epoch and position."""
+    parts = []
+    # Positions count up within an epoch; a batch may reach into the next one.
+    starts = np.flatnonzero(np.diff(places.epochs, prepend=-1))
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(places.epochs)], strict=True):
+        epoch, position, rows = int(places.epochs[start]), int(places.positions[start]), stop - start
+
+        def numbers(
+            count: int, purpose: Purpose, rows: int = rows, epoch: int = epoch, position: int = position
+        ) -> NDArray[np.float64]:
+            return uniform_rows(rows, count, purpose, seed=seed, epoch=epoch, position=position)
+
+        flips = numbers(1, Purpose.FLIP)[:, 0] < 0.5 if flip else np.zeros(rows, bool)
+        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, numbers(patches, Purpose.MASK).astype(np.float32)))
+    return Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+class Watch:
+    """What each worker is at, in memory that all processes of a run share; it goes with them.
+
+    A row per worker: its process, the shard and the ordinal it is reading (-1: at nothing, -2: waiting for a download),
+    and a count of what it has done.
+    """
+
+    IDLE, FETCHING = -1, -2
+
+    def __init__(self, workers: int) -> None:
+        self._memory = mmap.mmap(-1, max(1, workers) * 4 * 8)
+        self.rows: NDArray[np.int64] = np.frombuffer(self._memory, np.int64).reshape(-1, 4)
+        self.rows[:, 1:3] = self.IDLE
+
+    def at(self, shard: int, ordinal: int) -> None:
+        """Note what this worker is at."""
+        info = get_worker_info()
+        row = self.rows[info.id if info else 0]
+        row[:] = os.getpid(), shard, ordinal, row[3] + 1
+
+    def pause(self, why: int) -> None:
+        """Note that this worker reads nothing now."""
+        self.at(why, why)
+
+
+class CropLoader:
+    """From places to chunks.
+
+    Args:
+        shards: the data.
+        order: of its samples; says which remote shards are needed next.
+        augmentation: crop and flip.
+        patches: N, how many numbers choose a mask.
+        watch: where to note what is being read.
+        decoded: images that are kept decoded.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        order: Order,
+        augmentation: RandomCrop,
+        *,
+        patches: int,
+        watch: Watch | None = None,
+        decoded: DecodedSet | None = None,
+    ) -> None:
+        self._shards, self._order, self._augmentation = shards, order, augmentation
+        self._patches, self._decoded = patches, decoded
+        self._watch = watch or Watch(1)
+
+    def __call__(self, slices: Iterator[Slice]) -> Iterator[Chunk]:
+        """Yield the chunk of each slice; an error that ends the work is carried by the last one."""
+        reader = self._shards.reader()
+        try:
+            for places in self._fetching_ahead(slices) if self._shards.remote else slices:
+                chunk = self._chunk(reader, places)
+                self._watch.pause(Watch.IDLE)
+                yield chunk
+        except MaekitError as error:
+            yield Chunk.of_failure(error)
+        finally:
+            reader.close()
+
+    def _chunk(self, reader: MemberReader, places: Slice) -> Chunk:
+        augmentation = self._augmentation
+        draws = draw(places, patches=self._patches, flip=augmentation.flip, seed=augmentation.seed)
+        images = np.empty((len(places.epochs), *augmentation.size, 3), np.uint8)
+        bad = []
+        columns = zip(*(c.tolist() for c in (places.shards, places.ordinals)), strict=True)
+        for number, (shard, ordinal) in enumerate(columns):
+            try:
+                images[number] = self._crop(reader, shard, ordinal, draws.crops[number])
+            except ImageError as error:
+                key = self._shards.index(shard).key(ordinal)
+                bad.append(f"{self._shards.shards[shard].name} {key}: {error.reason}, {error}")
+                place = int(places.epochs[number]), int(places.positions[number])
+                images[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
+        return Chunk(torch.from_numpy(images), torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad)
+
+    def _crop(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> Pixels:
+        self._watch.at(shard, ordinal)
+        size = self._augmentation.size
+        at_least = _LEAST * size[0], _LEAST * size[1]
+
+        def choose(width: int, height: int) -> Box:
+            return random_resized_crop(width, height, draws, scale=self._augmentation.scale)
+
+        if self._decoded is not None and (pixels := self._decoded.image(shard, ordinal)) is not None:
+            left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
+            # A JPEG that would be decoded at a reduced scale still is, or keeping images would change them.
+            if reduction_of((right - left, bottom - top), at_least) == 1:
+                return resize(pixels[top:bottom, left:right], size)
+        image, box = open_crop(reader.read_image(self._shards.index(shard), ordinal), choose, at_least=at_least)
+        return resize(image.crop(box), size)
+
+    def _substitute(
+        self, reader: MemberReader, place: tuple[int, int], draws: NDArray[np.float64], first: str
+    ) -> Pixels:
+        """Return the crop of a sample that stands in for the one at a place, chosen by the place."""
+        epoch, position = place
+        bits = random_bits(
+            _SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._augmentation.seed, epoch=epoch, position=position
+        )
+        for number in bits % np.uint64(self._shards.samples):
+            try:
+                return self._crop(reader, *self._shards.locate(int(number)), draws)
+            except ImageError:
+                continue
+        raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row hold no readable image, the first: {first}")
+
+    def _fetching_ahead(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+        """Pass slices on while the remote shards of their window and of the next one are downloaded."""
+        fetcher: FetchAhead | None = None
+        window = 0
+        try:
+            for places in slices:
+                self._watch.pause(Watch.FETCHING)
+                first, last = (int(places.epochs[i]) * self._order.samples + int(places.positions[i]) for i in (0, -1))
+                if fetcher is None:
+                    window = self._order.window_number(first)
+                    fetcher = FetchAhead(self._shards.fetch, self._order.windows(first))
+                for _ in range(self._order.window_number(last) - window):
+                    fetcher.go_on()
+                window = self._order.window_number(last)
+                yield places
+        finally:
+            if fetcher is not None:
+                fetcher.stop()
+
+
+def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize a crop, antialiased bicubic: RGB image or uint8 `[h, w, 3]` -> uint8 `[H, W, 3]`.
+
+    PyTorch's kernel for uint8 and Pillow's differ from exact arithmetic, and so from each other, by rounding only.
+    PyTorch's takes a third of the time on large crops; a call of it costs as much as a small crop takes in Pillow.
+    """
+    height, width = size
+    if height * width < _WORTH_TORCH:
+        image = part if isinstance(part, Image.Image) else Image.fromarray(part)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
+    resized = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
+    return resized[0].permute(1, 2, 0).numpy()  # [1, C, H, W] -> [H, W, C]

@@ -1,0 +1,203 @@
+"""The processes of one run: how they find each other, agree at each step boundary, and fail together.
+
+`torchrun`, `srun` or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT starts them.
+What they agree on goes over a group of its own on the hosts (gloo), so that no decision waits for a device. There the
+death of a process also shows at once, where NCCL would wait.
+"""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from maekit.errors import ElsewhereError, InputError, MaekitError
+
+Result = TypeVar("Result")
+
+# Ranks wait for each other while one of them draws, saves or reads; the death of one shows without any waiting.
+_PATIENCE = datetime.timedelta(hours=2)
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        rank: of this process.
+        size: how many there are.
+        local_rank: of this process on its machine; the number of its device.
+        local_size: how many there are on this machine.
+        group: over which the hosts talk; None where there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    group: Any = None
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run directory and tells of the run."""
+        return self.rank == 0
+
+    def gather(self, numbers: Sequence[float]) -> list[list[float]]:
+        """Return the numbers of every rank, as many from each, by rank."""
+        if self.group is None:
+            return [list(numbers)]
+        mine = torch.tensor(numbers, dtype=torch.float64)
+        gathered = [torch.empty_like(mine) for _ in range(self.size)]
+        with _lost_ranks():
+            dist.all_gather(gathered, mine, group=self.group)
+        return [row.tolist() for row in gathered]
+
+    def sum(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sums over all ranks, number by number."""
+        if self.group is None:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64)
+        with _lost_ranks():
+            dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def share(self, value: Any) -> Any:
+        """Return what the main process holds."""
+        if self.group is None:
+            return value
+        box = [value]
+        with _lost_ranks():
+            dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do some work on every rank; if it fails on one, fail on all.
+
+        Raises:
+            MaekitError: on the first rank that failed, what it failed with; elsewhere an `ElsewhereError`.
+        """
+        error: MaekitError | None = None
+        result: Result | None = None
+        try:
+            result = work()
+        except MaekitError as raised:
+            error = raised
+        codes = [int(code) for (code,) in self.gather([error.exit_code if error else 0])]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if not failed:
+            return result  # type: ignore[return-value]
+        if error is not None and failed[0] == self.rank:
+            raise error
+        raise ElsewhereError(f"rank {failed[0]} failed", codes[failed[0]])
+
+    def in_turn(self, work: Callable[[], Result]) -> Result:
+        """Do some work once on each machine, then on its other ranks, which find in the cache what the first left.
+
+        Raises:
+            MaekitError: as `together`.
+        """
+        first = self.together(lambda: work() if self.local_rank == 0 else None)
+        rest = self.together(lambda: work() if self.local_rank else None)
+        return first if self.local_rank == 0 else rest  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[World]:
+    """Join the processes of this run, as the environment describes them, and leave them at the end.
+
+    Args:
+        device: `cpu` or `cuda`.
+
+    Raises:
+        InputError: the environment describes them in part only, or there are more processes than devices.
+        MaekitError: the others do not answer.
+    """
+    size = _number("WORLD_SIZE", 1)
+    if size <= 1:
+        yield World()
+        return
+    rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(name):
+            raise InputError(f"WORLD_SIZE={size} is set and {name} is not; start with torchrun, or set all it sets")
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"LOCAL_RANK={local_rank}, and this machine has {torch.cuda.device_count()} CUDA devices; "
+                "start one process per device"
+            )
+        torch.cuda.set_device(local_rank)
+    try:
+        dist.init_process_group(
+            "nccl" if device == "cuda" else "gloo",
+            rank=rank,
+            world_size=size,
+            device_id=torch.device("cuda", local_rank) if device == "cuda" else None,
+        )
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise MaekitError(f"rank {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from error
+    try:
+        yield World(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
+    finally:
+        with contextlib.suppress(RuntimeError):
+            dist.destroy_process_group()
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, "")
+    if not text and default is not None:
+        return default
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(
+            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set and {name} is {text!r}; start with torchrun, or set "
+            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+        ) from None
+
+
+@contextlib.contextmanager
+def _lost_ranks() -> Iterator[None]:
+    """Say in one line that another process is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if lost_rank(error):
+            raise rank_is_gone() from error
+        raise
+
+
+def rank_is_gone() -> MaekitError:
+    """Return the error for it."""
+    return MaekitError(
+        "another process of this run is gone (what it said stands above, or in its own log); run the same command "
+        "again to go on"
+    )
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether an error means that another process of the run is gone."""
+    said = str(error)
+    return isinstance(error, dist.DistError) or any(
+        word in said for word in ("gloo", "Connection reset", "Connection closed", "Broken pipe", "NCCL")
+    )
+
+
+def share_optimizer(optimizer: torch.optim.Optimizer, world: World) -> None:
+    """Give AdamW's state, as the main process loaded it, to all others."""
+    if world.group is None:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            for kind in ("step", "exp_avg", "exp_avg_sq"):
+                if kind not in state:
+                    like = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
+                    state[kind] = like
+                with _lost_ranks():
+                    dist.broadcast(state[kind], src=0)

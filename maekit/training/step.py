@@ -1,0 +1,216 @@
+"""One training step: from the uint8 images of a batch to new weights. Nothing in here waits for the device."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from maekit.errors import InputError
+from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.training.crops import Chunk
+from maekit.training.data import Uploader
+from maekit.training.distributed import World
+from maekit.training.optim import Schedule
+
+# What the forward pass keeps for the backward pass, on a CPU: above that more images at a time are no faster.
+_CPU_ACTIVATIONS = 2 << 30
+_LARGEST_MICRO_BATCH = 1024
+# Of a device's memory: the rest is for fragments, and for what the compiler and NCCL take.
+_SHARE_OF_DEVICE = 0.8
+# What is alive only for a while, of which the count of saved tensors knows nothing, by experience.
+_TEMPORARIES = 1.3
+
+
+class Normalizer:
+    """From uint8 to the model's input.
+
+    Args:
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        device: where the images are. Its constants are no buffers of a module: those would be sent to all ranks.
+    """
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
+        mean64, std64 = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._scale = (1 / (255 * std64)).float().view(1, -1, 1, 1).to(device)
+        self._shift = (mean64 / std64).float().view(1, -1, 1, 1).to(device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise: uint8 `[B, H, W, C]` -> float32 `[B, C, H, W]`."""
+        return images.permute(0, 3, 1, 2).float() * self._scale - self._shift
+
+
+class Objective(nn.Module):
+    """What is minimised, from uint8 images to the loss: one module, so that it is compiled and averaged as a whole.
+
+    Args:
+        model: the autoencoder.
+        normalizer: of its input.
+    """
+
+    def __init__(self, model: MaskedAutoencoder, normalizer: Normalizer) -> None:
+        super().__init__()
+        self.model, self.normalizer = model, normalizer
+
+    def forward(self, images: torch.Tensor, flips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Return the loss, a scalar.
+
+        Args:
+            images: uint8 `[B, H, W, C]`.
+            flips: bool `[B]`, True = mirror.
+            noise: float32 `[B, N]`, chooses the masks.
+        """
+        mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
+        return self.model(self.normalizer(mirrored), noise).loss
+
+
+class Step:
+    """The step, bare.
+
+    A gradient that is not finite changes nothing: AdamW's fused kernel is told on the device and leaves weights and
+    moments as they are. Whether that happened is seen when losses and norms are fetched, some steps later.
+
+    Args:
+        objective: in training mode, on its device.
+        optimizer: fused AdamW over its parameters.
+        schedule: its learning rate.
+        forward: a fresh context for the forward pass, as `choose_kernels` gives it.
+        upload: chunks -> micro-batch on the device.
+        world: the processes whose gradients are averaged.
+        clip: largest norm of the gradient; longer ones are scaled down to it.
+        compile: compile the objective.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: torch.optim.Optimizer,
+        schedule: Schedule,
+        *,
+        forward: Callable[[], AbstractContextManager[Any]],
+        upload: Uploader,
+        world: World,
+        clip: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        self._optimizer, self._schedule, self._forward, self._upload = optimizer, schedule, forward, upload
+        self._clip = clip
+        self._parameters = [p for p in objective.parameters() if p.requires_grad]
+        self._wrapped: nn.Module = objective
+        if world.size > 1:
+            on_cuda = self._parameters[0].is_cuda
+            # The main process's weights go to all others here.
+            self._wrapped = DistributedDataParallel(
+                objective,
+                device_ids=[world.local_rank] if on_cuda else None,
+                gradient_as_bucket_view=True,
+            )
+        # Around DistributedDataParallel and not within: the compiler then cuts the graph where gradients are sent.
+        # All micro-batches have one shape, so nothing is compiled twice.
+        self._loss: Callable[..., torch.Tensor] = (
+            torch.compile(self._wrapped, dynamic=False) if compile else self._wrapped
+        )
+
+    def __call__(self, micro_batches: Sequence[list[Chunk]], done: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take the step that follows `done` steps.
+
+        Args:
+            micro_batches: the chunks of each.
+            done: steps done so far, which decides the learning rate.
+
+        Returns:
+            this rank's loss and the norm of the averaged gradient before clipping, two scalars on the device.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.at(done)
+        # ---- one training step; nothing in here waits for the device --------------------------------------------
+        self._optimizer.zero_grad(set_to_none=True)
+        losses = []
+        for number, chunks in enumerate(micro_batches, 1):
+            images, flips, noise = self._upload(chunks)
+            # Gradients are sent once, with the last micro-batch.
+            with self._averaged() if number == len(micro_batches) else self._summed():
+                with self._forward():
+                    loss = self._loss(images, flips, noise) / len(micro_batches)
+                loss.backward()
+            losses.append(loss.detach())
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self._clip is not None:
+            nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
+        # As torch.amp.GradScaler tells the fused kernel of an overflow.
+        self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self._optimizer.step()
+        # ----------------------------------------------------------------------------------------------------------
+        return torch.stack(losses).sum(), norm
+
+    def _averaged(self) -> AbstractContextManager[Any]:
+        return nullcontext()
+
+    def _summed(self) -> AbstractContextManager[Any]:
+        return self._wrapped.no_sync() if isinstance(self._wrapped, DistributedDataParallel) else nullcontext()
+
+
+def choose_micro_batch(
+    objective: Objective, share: int, image_shape: tuple[int, int], forward: Callable[[], AbstractContextManager[Any]]
+) -> int:
+    """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
+
+    What the forward pass keeps for the backward pass is counted over two images.
+
+    Args:
+        objective: on its device.
+        share: images of a step that this rank takes.
+        image_shape: (height, width) in pixels.
+        forward: a fresh context for the forward pass.
+    """
+    device = next(objective.parameters()).device
+    per_image = _saved_bytes(objective, image_shape, forward) * _TEMPORARIES / 2
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # Gradients and AdamW's two moments are still to come.
+        later = 3 * sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
+        room = free * _SHARE_OF_DEVICE - later
+    else:
+        room = _CPU_ACTIVATIONS
+    largest = max(1, min(_LARGEST_MICRO_BATCH, int(room / per_image)))
+    return max(part for part in range(1, share + 1) if share % part == 0 and part <= largest)
+
+
+def _saved_bytes(
+    objective: Objective, image_shape: tuple[int, int], forward: Callable[[], AbstractContextManager[Any]]
+) -> int:
+    storages: dict[int, int] = {}
+    own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    device = next(objective.parameters()).device
+    images = torch.zeros(2, *image_shape, 3, dtype=torch.uint8, device=device)
+    flips = torch.zeros(2, dtype=torch.bool, device=device)
+    noise = torch.rand(2, objective.model.patches, device=device)
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():
+        objective(images, flips, noise)
+    return sum(storages.values())
+
+
+def check_micro_batch(micro_batch: int, share: int) -> None:
+    """Refuse a micro-batch that does not divide a rank's share of the batch.
+
+    Raises:
+        InputError: names the nearest that does.
+    """
+    if share % micro_batch:
+        fitting = [part for part in range(1, share + 1) if share % part == 0]
+        nearest = min(fitting, key=lambda part: abs(part - micro_batch))
+        raise InputError(
+            f"--micro-batch {micro_batch} does not divide the {share} images of a step that each process takes; "
+            f"{nearest} does"
+        )
