@@ -111,6 +111,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
             """Do some work on the main process, and fail on all if it fails."""
             return world.together(lambda: work() if world.is_main else None)
 
+        main(lambda: _refuse_indivisible(config, world))
         main(lambda: _resolve(config, run))
         config = world.share(config)
         precision = _choose_precision(config, device, world, progress)
@@ -286,12 +287,6 @@ class _Run:
     def _divide(self) -> Division:
         """Divide the batch among the ranks, and a rank's share into what fits into memory."""
         size, world = self.config.batch_size, self.world
-        if size % world.size:
-            below = size // world.size * world.size
-            nearest = " and ".join(str(n) for n in (below, below + world.size) if n)
-            raise self._told_once(
-                InputError(f"{world.size} processes do not divide a batch of {size}; the nearest are {nearest}")
-            )
         share = size // world.size
         micro_batch = self.config.run.micro_batch
         if micro_batch is None:
@@ -299,17 +294,8 @@ class _Run:
             micro_batch = int(min(part for (part,) in world.gather([largest])))
             if micro_batch < share and world.is_main:
                 self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")
-        else:
-            try:
-                check_micro_batch(micro_batch, share)
-            except InputError as error:
-                raise self._told_once(error) from None
         height, width = self.size
         return Division(size, micro_batch, world.rank, world.size, height * width * 3)
-
-    def _told_once(self, error: InputError) -> MaekitError:
-        """Return an error that all ranks find, so that one of them tells of it."""
-        return error if self.world.is_main else ElsewhereError(str(error), error.exit_code)
 
     def _make_step(self, schedule: Schedule) -> Step:
         compile_it = self.config.run.compile
@@ -563,6 +549,16 @@ def _refuse_different_data(shards: ShardSet, world: World) -> None:
         if number != numbers[0]:
             message = f"rank {rank} reads other shards than rank 0 does: each machine must see the same set"
             raise InputError(message) if world.is_main else ElsewhereError(message, InputError.exit_code)
+
+
+def _refuse_indivisible(config: PretrainConfig, world: World) -> None:
+    size = config.batch_size
+    if size % world.size:
+        below = size // world.size * world.size
+        nearest = " and ".join(str(n) for n in (below, below + world.size) if n)
+        raise InputError(f"{world.size} processes do not divide a batch of {size}; the nearest are {nearest}")
+    if config.run.micro_batch is not None:
+        check_micro_batch(config.run.micro_batch, size // world.size)
 
 
 def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:

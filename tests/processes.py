@@ -1,0 +1,239 @@
+"""Training in processes of their own that start in no time: forked from a server that has imported torch once."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+from maekit.config import PretrainConfig, set_value
+
+TINY = {
+    "model.name": "vit_tiny_patch16_224",
+    "model.image_size": 32,
+    "model.patch_size": 8,
+    "model.width": 32,
+    "model.depth": 2,
+    "model.heads": 2,
+    "model.decoder_width": 32,
+    "model.decoder_depth": 1,
+    "model.decoder_heads": 2,
+}
+
+
+def tiny_config(shards: Path, out: Path, **changes) -> PretrainConfig:
+    config = PretrainConfig(shards=(str(shards),), out=str(out), steps=8, batch_size=6)
+    settings = {
+        **TINY,
+        "optimizer.lr": 1e-2,
+        "data.workers": 1,
+        "run.device": "cpu",
+        "run.precision": "fp32",
+        "run.threads": 1,
+        "run.checkpoint_every": 3,
+        "run.log_every": 1,
+        "run.pictures_every": 0,
+        "run.tensorboard": False,
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    for key, value in settings.items():
+        set_value(config, key, value)
+    return config
+
+
+def start(
+    config: PretrainConfig,
+    log: Path,
+    *,
+    world: int = 1,
+    trace: Path | None = None,
+    sabotage: tuple[Callable[..., None], tuple] | None = None,
+) -> list[ForkServerProcess]:
+    """Start a run in `world` processes; what they say goes to `log`, what each step is trained on to `trace`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["maekit.training.run"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        environment = {}
+        if world > 1:
+            environment = {
+                "RANK": rank,
+                "WORLD_SIZE": world,
+                "LOCAL_RANK": rank,
+                "LOCAL_WORLD_SIZE": world,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+        processes.append(context.Process(target=_main, args=(config, environment, log, trace, sabotage)))
+        processes[-1].start()
+    return processes
+
+
+def finish(processes: list[ForkServerProcess], seconds: float = 60) -> list[int]:
+    """Return the exit codes; a process that takes longer is killed and fails the test."""
+    until = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, until - time.monotonic()))
+    hanging = [process.pid for process in processes if process.exitcode is None]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert not hanging, f"still running after {seconds} s: {hanging}"
+    return [process.exitcode for process in processes]
+
+
+def _main(config: PretrainConfig, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
+    import maekit
+    from maekit.errors import ElsewhereError, MaekitError
+    from maekit.progress import Silent
+
+    os.environ.update({key: str(value) for key, value in environment.items()})
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            print(text, file=sys.stderr, flush=True)
+
+    if trace is not None:
+        _trace(trace)
+    if sabotage is not None:
+        sabotage[0](*sabotage[1])
+    try:
+        maekit.pretrain(config, Notes())
+    except MaekitError as error:
+        if not isinstance(error, ElsewhereError):
+            print(f"maekit: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+def _trace(trace: Path) -> None:
+    """Note of each step: its number, the rank, and a digest of images, flips and mask noise."""
+    from maekit.training.step import Step
+
+    take = Step.__call__
+    descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+
+    def traced(self, micro_batches, done):
+        result = take(self, micro_batches, done)
+        digest = hashlib.sha256()
+        for chunks in micro_batches:
+            for chunk in chunks:
+                for tensor in (chunk.images, chunk.flips, chunk.noise):
+                    digest.update(tensor.numpy().tobytes())
+        os.write(descriptor, f"{done + 1} {os.environ.get('RANK', 0)} {digest.hexdigest()}\n".encode())
+        return result
+
+    Step.__call__ = traced
+
+
+def read_trace(trace: Path) -> dict[tuple[int, int], str]:
+    """Return digests by (step, rank); a step that was taken again must have been trained on the same."""
+    steps: dict[tuple[int, int], str] = {}
+    for line in trace.read_text().splitlines():
+        step, rank, digest = line.split()
+        assert steps.setdefault((int(step), int(rank)), digest) == digest, f"step {step} of rank {rank} differs"
+    return steps
+
+
+def kill_in_checkpoint(number: int, after: bool) -> None:
+    """Sabotage: SIGKILL at the n-th thing that the checkpoint's thread does to the disk, before it or after it."""
+    import builtins
+    import shutil
+
+    count = 0
+
+    def deadly(function):
+        def called(*arguments, **options):
+            nonlocal count
+            if threading.current_thread().name != "checkpoint":
+                return function(*arguments, **options)
+            count += 1
+            if count == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return called
+
+    class HalfWritten:
+        """A file of which the deadly write leaves a half."""
+
+        def __init__(self, file) -> None:
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception) -> None:
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, data) -> int:
+            nonlocal count
+            count += 1
+            if count == number:
+                self._file.write(memoryview(data)[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self._file.write(data)
+
+    plain_open = builtins.open
+
+    def open_file(path, mode="r", *arguments, **options):
+        file = plain_open(path, mode, *arguments, **options)
+        return HalfWritten(file) if "w" in mode and threading.current_thread().name == "checkpoint" else file
+
+    builtins.open = open_file
+    os.fsync = deadly(os.fsync)
+    shutil.rmtree = deadly(shutil.rmtree)
+    Path.rename = deadly(Path.rename)
+    Path.mkdir = deadly(Path.mkdir)
+
+
+def fill_disk(folder: Path, number: int) -> None:
+    """Sabotage: the n-th write below a folder, and all that follow, find the disk full."""
+    import builtins
+    import errno
+
+    count = 0
+
+    class Full:
+        def __init__(self, file) -> None:
+            self._file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *exception) -> None:
+            self._file.close()
+
+        def __getattr__(self, name):
+            return getattr(self._file, name)
+
+        def write(self, data) -> int:
+            nonlocal count
+            count += 1
+            if count >= number:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return self._file.write(data)
+
+    plain_open = builtins.open
+
+    def open_file(path, mode="r", *arguments, **options):
+        file = plain_open(path, mode, *arguments, **options)
+        is_ours = not isinstance(path, int) and str(path).startswith(str(folder)) and not str(path).endswith(".lock")
+        return Full(file) if is_ours and mode[0] in "wa" else file
+
+    builtins.open = open_file
