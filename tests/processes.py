@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.context import ForkServerProcess
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from maekit.config import PretrainConfig, set_value
@@ -47,6 +47,19 @@ def tiny_config(shards: Path, out: Path, **changes) -> PretrainConfig:
     return config
 
 
+def warm_up() -> None:
+    """Start the server that processes are forked from, if there is none yet."""
+    process = _context().Process(target=os.getpid)
+    process.start()
+    process.join()
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["maekit.training.run"])
+    return context
+
+
 def start(
     config: PretrainConfig,
     log: Path,
@@ -56,8 +69,7 @@ def start(
     sabotage: tuple[Callable[..., None], tuple] | None = None,
 ) -> list[ForkServerProcess]:
     """Start a run in `world` processes; what they say goes to `log`, what each step is trained on to `trace`."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maekit.training.run"])
+    context = _context()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
