@@ -29,12 +29,13 @@ from timm.data import create_transform
 from timm.data.readers.reader_wds import ReaderWds
 from torchvision import datasets, transforms
 
-from maekit.images import RandomCrop, decode, open_rgb
+from maekit.images import decode, random_resized_crop
+from maekit.random import Purpose, uniforms
 from maekit.shards.index import build_index
 from maekit.shards.order import Order
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.data import CropLoader, cut
+from maekit.training.crops import CropLoader, RandomCrop, resize
 
 
 def main() -> None:
@@ -151,12 +152,12 @@ def _usual_transform(side: int) -> transforms.Compose:
 
 def _crop_with_maekit(shards, side: int) -> Iterator[object]:
     order = Order(shards.counts, seed=0, digest=shards.digest)
-    loader = CropLoader(shards, order, RandomCrop((side, side), (0.2, 1.0), True, 0), patches=196, seed=0)
+    loader = CropLoader(shards, order, RandomCrop((side, side), (0.2, 1.0), True, 0), patches=196)
     slices = (order.slice(start, min(start + 64, shards.samples)) for start in range(0, shards.samples, 64))
-    for crops in loader(slices):
-        for crop in crops:
+    for chunk in loader(slices):
+        for pixels, flip in zip(chunk.images.numpy(), chunk.flips.tolist(), strict=True):
             # Training mirrors on the device; here, as the others do, in the loader.
-            yield np.ascontiguousarray(crop.pixels[:, ::-1]) if crop.flip else crop.pixels
+            yield np.ascontiguousarray(pixels[..., ::-1]) if flip else pixels
 
 
 def _crop_with_webdataset(paths: list[Path], side: int) -> Iterator[object]:
@@ -188,19 +189,20 @@ def _unpack(shards, folder: Path) -> None:
 
 def _quality(shards, side: int, images: int = 64) -> dict[str, float]:
     """Return the mean distance of each kernel from exact arithmetic, over the first images."""
-    crop = RandomCrop((side, side), (0.2, 1.0), True, 0)
     reader = shards.reader()
     distances: dict[str, list[float]] = {"maekit": [], "Pillow": []}
     for number in range(min(images, shards.samples)):
         shard, ordinal = shards.locate(number)
         data = reader.read_image(shards.index(shard), ordinal)
-        image = open_rgb(data)
-        left, top, right, bottom = box = crop.box(image, epoch=0, position=number)
-        exact = torch.from_numpy(decode(data)[top:bottom, left:right].astype(float)).permute(2, 0, 1)[None]
+        image = decode(data)
+        draws = uniforms(22, Purpose.CROP, seed=0, position=number)
+        left, top, right, bottom = random_resized_crop(image.shape[1], image.shape[0], draws, scale=(0.2, 1.0))
+        part = image[top:bottom, left:right]
+        exact = torch.from_numpy(part.astype(float)).permute(2, 0, 1)[None]
         exact = torch.nn.functional.interpolate(exact, (side, side), mode="bicubic", antialias=True)
         expected = exact[0].permute(1, 2, 0).clamp(0, 255).numpy()
-        pillow = np.asarray(image.crop(box).resize((side, side), Image.Resampling.BICUBIC))
-        for name, got in (("maekit", cut(image, box, (side, side))), ("Pillow", pillow)):
+        pillow = np.asarray(Image.fromarray(part).resize((side, side), Image.Resampling.BICUBIC))
+        for name, got in (("maekit", resize(part, (side, side)).transpose(1, 2, 0)), ("Pillow", pillow)):
             distances[name].append(float(np.abs(got - expected).mean()))
     return {name: statistics.mean(values) for name, values in distances.items()}
 

@@ -1,15 +1,21 @@
 """`maekit inspect`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from maekit.cli.curve import draw
 
 
 def command(
     thing: Annotated[str, typer.Argument(help="A run, a checkpoint, an .onnx file, or shards.", show_default=False)],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged."""
+    """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged.
+
+    Of a run, the loss is drawn as well.
+    """
     from maekit.cli.show import print_json
     from maekit.inspection import inspect
 
@@ -18,8 +24,21 @@ def command(
         print_json(description)
     else:
         _print(description)
+        if description["kind"] == "run":
+            _print_curves(thing)
     if description.get("damaged"):
         raise typer.Exit(1)
+
+
+def _print_curves(run: str) -> None:
+    from maekit.runs import RunDirectory
+
+    rows = RunDirectory(Path(run)).metrics()
+    for name in ("loss", "val_loss"):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if len(points) > 1:
+            print()
+            print("\n".join(draw(points, label=name)))
 
 
 def _print(description: dict[str, Any], indent: int = 0) -> None:

@@ -30,6 +30,7 @@ from maekit.errors import ImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
 _START_OF_SCAN = b"\xff\xda"  # cannot stand within the coded data
+_SMALLEST_SCAN = 10  # bytes, of the header of a scan of one component
 _MAX_SCANNED = 32 * MAX_PIXELS
 _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -223,8 +224,9 @@ def _open(data: bytes) -> Image.Image:
     _refuse_without_rule(image)
     if image.format == "JPEG":
         # Each scan of a progressive JPEG goes over all pixels: a small file of thousands would take hours.
-        scans = data.count(_START_OF_SCAN)
-        if scans * image.width * image.height > _MAX_SCANNED:
+        pixels = image.width * image.height
+        scans = data.count(_START_OF_SCAN) if len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED else 1
+        if scans * pixels > _MAX_SCANNED:
             raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
     return image
 

@@ -78,8 +78,8 @@ def test_crops_are_those_of_exact_arithmetic(box: tuple[int, int, int, int]) -> 
         got = resize(Image.fromarray(picture).crop(box), size)
         resized = torch.nn.functional.interpolate(exact, size, mode="bicubic", antialias=True)
         expected = resized[0].permute(1, 2, 0).clamp(0, 255).numpy()
-        assert got.shape == (*size, 3)
-        assert np.abs(got - expected).max() < 2
+        assert got.shape == (3, *size)
+        assert np.abs(got - expected.transpose(2, 0, 1)).max() < 2
         assert np.array_equal(got, resize(part, size))
 
 
@@ -161,7 +161,7 @@ def test_the_objective_normalises_and_mirrors() -> None:
             return type("Prediction", (), {"loss": noise.sum()})
 
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
-    Objective(Model(), normalizer)(pixels, torch.tensor([False, True]), torch.rand(2, 4))
+    Objective(Model(), normalizer)(pixels.permute(0, 3, 1, 2), torch.tensor([False, True]), torch.rand(2, 4))
     expected = (pixels.numpy() / 255.0 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), expected[0], atol=1e-5)
     np.testing.assert_allclose(seen[0][1].permute(1, 2, 0), expected[1][:, ::-1], atol=1e-5)

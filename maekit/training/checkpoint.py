@@ -172,7 +172,7 @@ def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
     for key, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[key] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     yield len(text).to_bytes(8, "little")
     yield text

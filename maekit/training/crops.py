@@ -53,7 +53,7 @@ class Chunk:
     """What a worker hands over: some of the images of one step.
 
     Attributes:
-        images: uint8 `[B, H, W, 3]`.
+        images: uint8 `[B, 3, H, W]`.
         flips: bool `[B]`, True = mirror.
         noise: float32 `[B, N]`, chooses the masks.
         bad: one line for each sample that was replaced.
@@ -171,7 +171,8 @@ class CropLoader:
     def _chunk(self, reader: MemberReader, places: Slice) -> Chunk:
         augmentation = self._augmentation
         draws = draw(places, patches=self._patches, flip=augmentation.flip, seed=augmentation.seed)
-        images = np.empty((len(places.epochs), *augmentation.size, 3), np.uint8)
+        batch = _empty_images(len(places.epochs), augmentation.size)
+        images = batch.numpy()
         bad = []
         columns = zip(*(c.tolist() for c in (places.shards, places.ordinals)), strict=True)
         for number, (shard, ordinal) in enumerate(columns):
@@ -182,7 +183,7 @@ class CropLoader:
                 bad.append(f"{self._shards.shards[shard].name} {key}: {error.reason}, {error}")
                 place = int(places.epochs[number]), int(places.positions[number])
                 images[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
-        return Chunk(torch.from_numpy(images), torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad)
+        return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad)
 
     def _crop(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> Pixels:
         self._watch.at(shard, ordinal)
@@ -235,8 +236,20 @@ class CropLoader:
                 fetcher.stop()
 
 
+def _empty_images(count: int, size: tuple[int, int]) -> torch.Tensor:
+    """Return room for images, uint8 `[B, 3, H, W]`: in a worker, within memory that the main process will see.
+
+    Otherwise the DataLoader copies them there, and both copies cost more for their fresh pages than for their bytes.
+    """
+    if get_worker_info() is None:
+        return torch.empty(count, 3, *size, dtype=torch.uint8)
+    # As torch's own default_collate does it; there is no public name for it.
+    storage = torch.UntypedStorage._new_shared(count * 3 * size[0] * size[1])
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, 3, *size)
+
+
 def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
-    """Resize a crop, antialiased bicubic: RGB image or uint8 `[h, w, 3]` -> uint8 `[H, W, 3]`.
+    """Resize a crop, antialiased bicubic: RGB image or uint8 `[h, w, 3]` -> uint8 `[3, H, W]`.
 
     PyTorch's kernel for uint8 and Pillow's differ from exact arithmetic, and so from each other, by rounding only.
     PyTorch's takes a third of the time on large crops; a call of it costs as much as a small crop takes in Pillow.
@@ -244,7 +257,7 @@ def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
     height, width = size
     if height * width < _WORTH_TORCH:
         image = part if isinstance(part, Image.Image) else Image.fromarray(part)
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC))
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
     resized = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
-    return resized[0].permute(1, 2, 0).numpy()  # [1, C, H, W] -> [H, W, C]
+    return resized[0].numpy()  # [1, C, H, W] -> [C, H, W]

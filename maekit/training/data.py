@@ -242,7 +242,7 @@ class Uploader:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return images uint8 `[B, H, W, 3]`, flips bool `[B]` and noise float32 `[B, N]`."""
+        """Return images uint8 `[B, 3, H, W]`, flips bool `[B]` and noise float32 `[B, N]`."""
         if self._stream is None:
             return self._gather(chunks)
         with torch.cuda.stream(self._stream):

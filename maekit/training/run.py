@@ -412,7 +412,7 @@ class _Run:
             torch.from_numpy(uniforms(self.model.patches, Purpose.PICTURE, seed=self.config.seed, position=i))
             for i in range(len(images))
         ]
-        originals = self.objective.normalizer(torch.stack(images).to(self.device))
+        originals = self.objective.normalizer(torch.stack(images).permute(0, 3, 1, 2).to(self.device))
         self.model.eval()
         shown = reconstruct(self.model, originals, torch.stack(noise).to(self.device))
         self.model.train()

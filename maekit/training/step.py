@@ -39,8 +39,8 @@ class Normalizer:
         self._shift = (mean64 / std64).float().view(1, -1, 1, 1).to(device)
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise: uint8 `[B, H, W, C]` -> float32 `[B, C, H, W]`."""
-        return images.permute(0, 3, 1, 2).float() * self._scale - self._shift
+        """Normalise: uint8 `[B, C, H, W]` -> float32 `[B, C, H, W]`."""
+        return images.float() * self._scale - self._shift
 
 
 class Objective(nn.Module):
@@ -59,11 +59,11 @@ class Objective(nn.Module):
         """Return the loss, a scalar.
 
         Args:
-            images: uint8 `[B, H, W, C]`.
+            images: uint8 `[B, C, H, W]`.
             flips: bool `[B]`, True = mirror.
             noise: float32 `[B, N]`, chooses the masks.
         """
-        mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(2), images)
+        mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         return self.model(self.normalizer(mirrored), noise).loss
 
 
@@ -193,7 +193,7 @@ def _saved_bytes(
         return tensor
 
     device = next(objective.parameters()).device
-    images = torch.zeros(2, *image_shape, 3, dtype=torch.uint8, device=device)
+    images = torch.zeros(2, 3, *image_shape, dtype=torch.uint8, device=device)
     flips = torch.zeros(2, dtype=torch.bool, device=device)
     noise = torch.rand(2, objective.model.patches, device=device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():

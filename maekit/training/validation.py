@@ -77,10 +77,10 @@ class Validation:
                 row = uniform_rows(1, patches, Purpose.VALIDATION, seed=self._seed, position=position)[0]
                 noise.append(row.astype(np.float32))
             if images and len(images) == self._batch_size:
-                yield torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise))
+                yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(noise))
                 images, noise = [], []
         if images:
-            yield torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(noise))
+            yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(noise))
 
     def _read(self, number: int) -> Pixels | None:
         shard, ordinal = self._shards.locate(number)
