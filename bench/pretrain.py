@@ -4,7 +4,7 @@
                              [--set model.image_size=64 ...] [--device cpu|cuda]
 
 On a CPU, loader and step share the cores, so the limit is 1 / (1/loader + 1/step), the loader on all cores; on a GPU
-it is the slower of the two. Also: what a checkpoint and a row of metrics cost the loop, and from start to first step.
+it is the slower of the two. Also: what a checkpoint and a row of metrics cost the loop, and from start to the loop.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def main() -> None:
         began = time.perf_counter()
         training.pretrain(config, Silent())
         rows = RunDirectory(Path(config.out)).metrics()
-    first = clock.steps[0][0] - began
+    first = limits["ready"] - began
     # The first steps warm up; the steps between two rows are timed from the end of one to the end of the next.
     ends = [end for _, end in clock.steps][2:]
     whole = (len(ends) - 1) * config.batch_size / (ends[-1] - ends[0])
@@ -74,7 +74,7 @@ def main() -> None:
         "checkpoint_seconds": max(clock.saves),
         "copy_seconds": limits["copy"],
         "row_seconds": sorted(clock.logs)[len(clock.logs) // 2],
-        "start_to_first_step_seconds": first,
+        "start_to_loop_seconds": first,
         "cores": cores(),
         "batch_size": config.batch_size,
         "model": config.model.name,
@@ -99,7 +99,7 @@ def _measure(clock: Clock, limits: dict) -> None:
         return result
 
     def timed_run(self, batches, *, first, last, tally):
-        limits["device"] = self.device.type
+        limits["device"], limits["ready"] = self.device.type, time.perf_counter()
         _measure_alone(self, batches, limits)
         checkpoint, log = self.hooks.checkpoint, self.hooks.log
 

@@ -95,7 +95,7 @@ def command(
     ] = None,
     cache: Annotated[
         str | None,
-        _option("ram: keep the images of a small set decoded in memory; or none.", _MACHINE, default="none"),
+        _option("ram: keep the images of a small set decoded in memory; or off.", _MACHINE, default="off"),
     ] = None,
     cache_gb: Annotated[
         float | None,

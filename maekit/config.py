@@ -78,7 +78,7 @@ class DataConfig:
         max_bad: largest share of samples without a readable image, of at least an epoch or 1,000, before the run stops.
         workers: processes that read and decode; None is one per CPU core, at most 16.
         prefetch: steps whose batches are kept ready, at least.
-        cache: `ram` keeps the images of small sets decoded in memory, `none` decodes them anew each time.
+        cache: `ram` keeps the images of small sets decoded in memory, `off` decodes them anew each time.
         cache_gb: gigabytes of disk for shards fetched from remote.
         patience: seconds without any progress in reading after which the run stops.
         val: input specs of held-out images, for `val_loss`.
@@ -94,7 +94,7 @@ class DataConfig:
     max_bad: float = _free(0.01)
     workers: int | None = _free(None)
     prefetch: int = _free(2)
-    cache: str = _free("none")
+    cache: str = _free("off")
     cache_gb: float = _free(50.0)
     patience: float = _free(600.0)
     val: tuple[str, ...] = _free(())
@@ -260,7 +260,7 @@ class PretrainConfig:
         for key, choice, allowed in (
             ("run.device", self.run.device, ("auto", "cpu", "cuda")),
             ("run.precision", self.run.precision, ("auto", "fp32", "bf16")),
-            ("data.cache", self.data.cache, ("none", "ram")),
+            ("data.cache", self.data.cache, ("off", "ram")),
         ):
             if choice not in allowed:
                 raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
