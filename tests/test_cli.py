@@ -67,6 +67,8 @@ def test_workflow(make_shards, tmp_path: Path) -> None:
     assert json.loads(again.stdout.splitlines()[-1])["already_finished"]
     assert "finished" in again.stderr
     assert json.loads(run(tmp_path, "inspect", "run", "--json").stdout)["finished"]
+    shown = run(tmp_path, "inspect", "run").stdout
+    assert "\nloss, step 1 to 3\n" in shown
     exported = run(tmp_path, "export", "run", "--out", "e.onnx", "--json")
     summary = json.loads(exported.stdout.splitlines()[-1])
     assert {"path", "dim", "parity"} <= set(summary)
@@ -77,6 +79,23 @@ def test_workflow(make_shards, tmp_path: Path) -> None:
     assert (summary["rows"], summary["errors"], summary["shards"], summary["skipped"]) == (9, 0, 2, 0)
     refused = run(tmp_path, "pretrain", "shards", "--out", "run", "--steps", "4", *TINY, code=2)
     assert "steps = 3" in refused.stderr
+
+
+def test_a_curve_in_the_terminal() -> None:
+    """From the upper left to the lower right; the first steps do not flatten the rest; few points are joined."""
+    from maekit.cli.curve import draw
+
+    points = [(step, 100.0 if step < 5 else 1 + 1 / step) for step in range(1, 200)]
+    label, *lines, axis = draw(points, label="loss", width=30, height=6)
+    assert label == "loss, step 1 to 199"
+    assert axis.endswith("└" + "─" * 30)
+    first, last = (len(line.split("│")[1]) for line in (lines[0], lines[-1]))
+    assert first < 5
+    assert last == 30
+    assert float(lines[0].split()[0]) < 1.3
+    low = [line.split("│")[1] for line in draw([(0, 1.0), (10, 0.0)], label="x", width=8, height=4)[1:-1]]
+    assert [len(line) for line in low] == [2, 4, 6, 8]
+    assert len(draw([(0, 2.0), (3, 2.0)], label="x", width=8, height=4)) == 6
 
 
 def test_check_exits_1_with_one_line_and_the_offset(make_shards, tmp_path: Path) -> None:
@@ -107,6 +126,7 @@ def test_write_index(make_shards, tmp_path: Path) -> None:
         (("pretrain", "shards", "--out", "run", "--set", "batch_size=many"), "a whole number"),
         (("pretrain", "shards", "--out", "run", "--config", "none.toml"), "cannot read the config"),
         (("pretrain", "shards", "--out", "run", "--epochs", "1", "--steps", "1"), "give one of them"),
+        (("pretrain", "shards", "--out", "run", "--micro-batch", "some"), "a whole number greater than 0, or auto"),
         (("pretrain", "shards", "--out", "shards"), "is no run"),
         (("export", "shards", "--out", "e.onnx"), "neither a run"),
         (("inspect", "nothing.onnx"), "cannot read"),
