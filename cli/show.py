@@ -140,7 +140,7 @@ def describe(row: dict[str, Any]) -> str:
     parts = []
     if "epoch" in row:
         parts.append(f"epoch {row['epoch']:.2f}")
-    if "loss" in row:
+    if row.get("loss") is not None:
         parts.append(f"loss {row['loss']:.4f}")
     if "lr" in row:
         parts.append(f"lr {row['lr']:.2e}")

@@ -168,13 +168,17 @@ def sole_owner(directory: Path) -> Iterator[None]:
                 raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
             owner = file.read().strip() or "another process"
             raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another --out") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise write_failure(path, error) from error
         yield
     finally:
         if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
             # Refused before anything was written: no trace of it stays.
             path.unlink()
             directory.rmdir()
-        file.close()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+            file.close()

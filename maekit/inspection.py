@@ -95,6 +95,14 @@ def _tensor_type(value: Any) -> str:
     return f"{name} [{', '.join(shape)}]"
 
 
+def _last(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the newest value of each kind; a held-out loss has rows of its own."""
+    merged: dict[str, Any] = {}
+    for row in rows[-1:] if rows and "loss" in rows[-1] else rows[-2:]:
+        merged |= row
+    return merged or None
+
+
 def _inspect_run(run: RunDirectory) -> dict[str, Any]:
     checkpoints = [{"step": checkpoint.step, "problem": checkpoint.problem()} for checkpoint in run.list_checkpoints()]
     rows = run.metrics()
@@ -104,5 +112,5 @@ def _inspect_run(run: RunDirectory) -> dict[str, Any]:
         "finished": run.encoder_file.is_file(),
         "config": {key: value for key, value, _ in fields_of(run.config()) if value is not None},
         "checkpoints": checkpoints,
-        "last": rows[-1] if rows else None,
+        "last": _last(rows),
     }

@@ -11,6 +11,13 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
+def first_core_and_count() -> tuple[int, int]:
+    """Return the lowest of the CPU cores that this process may use, and how many there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return min(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
+    return 0, cores()
+
+
 def available_memory() -> int:
     """Return how many bytes of memory can be taken without swapping, within the limit of this process's cgroup."""
     try:

@@ -29,9 +29,9 @@ def test_two_ranks_train_as_one_does(make_shards, tmp_path: Path) -> None:
     assert finish(start(config, tmp_path / "log", world=2)) == [0, 0]
     assert maekit.pretrain(tiny_config(shards, tmp_path / "one", **changes)).steps == 8
     for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        assert ours.get("val_loss", 0) == pytest.approx(theirs.get("val_loss", 0), rel=1e-3)
+        assert set(ours) == set(theirs)
+        for name in {"loss", "grad_norm", "val_loss"} & set(ours):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3)
     assert "val_loss" in rows(tmp_path / "one")[-1]
     # And on in one process, from where two were.
     config = tiny_config(shards, tmp_path / "two", **changes)

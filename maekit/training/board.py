@@ -1,5 +1,6 @@
 """RUN/tensorboard: the rows of metrics as curves, and the pictures of reconstructions. Loads TensorBoard when used."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,17 @@ class Board:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._folder = folder
+        # TensorBoard's thread tells of a full disk here, and raises it again to nobody.
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._heed
         try:
             self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None, flush_secs=30)
         except OSError as error:
             raise files.write_failure(folder, error) from error
+
+    def _heed(self, failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            self._excepthook(failed)
 
     def row(self, row: dict[str, Any]) -> None:
         """Add a row of metrics."""
@@ -51,5 +59,6 @@ class Board:
         """Write what is left."""
         try:
             self._writer.close()
+            threading.excepthook = self._excepthook
         except OSError as error:
             raise files.write_failure(self._folder, error) from error

@@ -107,11 +107,11 @@ def draw(places: Slice, *, patches: int, flip: bool, seed: int) -> Draws:
 class Watch:
     """What each worker is at, in memory that all processes of a run share; it goes with them.
 
-    A row per worker: its process, the shard and the ordinal it is reading (-1: at nothing, -2: waiting for a download),
-    and a count of what it has done.
+    A row per worker: its process, the shard and the ordinal it is reading (-1: at nothing), and a count of what it has
+    done.
     """
 
-    IDLE, FETCHING = -1, -2
+    IDLE = -1
 
     def __init__(self, workers: int) -> None:
         self._memory = mmap.mmap(-1, max(1, workers) * 4 * 8)
@@ -124,9 +124,9 @@ class Watch:
         row = self.rows[info.id if info else 0]
         row[:] = os.getpid(), shard, ordinal, row[3] + 1
 
-    def pause(self, why: int) -> None:
+    def pause(self) -> None:
         """Note that this worker reads nothing now."""
-        self.at(why, why)
+        self.at(self.IDLE, self.IDLE)
 
 
 class CropLoader:
@@ -161,7 +161,7 @@ class CropLoader:
         try:
             for places in self._fetching_ahead(slices) if self._shards.remote else slices:
                 chunk = self._chunk(reader, places)
-                self._watch.pause(Watch.IDLE)
+                self._watch.pause()
                 yield chunk
         except MaekitError as error:
             yield Chunk.of_failure(error)
@@ -222,7 +222,6 @@ class CropLoader:
         window = 0
         try:
             for places in slices:
-                self._watch.pause(Watch.FETCHING)
                 first, last = (int(places.epochs[i]) * self._order.samples + int(places.positions[i]) for i in (0, -1))
                 if fetcher is None:
                     window = self._order.window_number(first)

@@ -15,6 +15,7 @@ import functools
 import itertools
 import os
 import re
+import resource
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
@@ -108,6 +109,7 @@ def make_loader(
         prefetch: batches of whole steps that are kept ready, at least.
         pin: hand over page-locked memory.
     """
+    _allow_many_files()
     ahead = max(2, -(-prefetch * len(division.chunks()) // max(1, workers)))
     return DataLoader(
         webdataset.DataPipeline(source, crops),
@@ -120,6 +122,14 @@ def make_loader(
         multiprocessing_context="fork" if workers else None,
         timeout=_POLL_SECONDS if workers else 0,
     )
+
+
+def _allow_many_files() -> None:
+    """Raise the limit of open files as far as it goes: each chunk under way takes three."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _start_worker(parent: int, worker: int) -> None:
@@ -193,6 +203,8 @@ class StepBatches:
             except StopIteration:
                 raise MaekitError("the data ended before the run did; please report this as a bug") from None
             except (OSError, EOFError) as error:
+                if not hasattr(self._chunks, "_shutdown_workers"):
+                    raise MaekitError(f"reading the data failed: {error}") from error
                 # Files are read in the workers, which pass their errors on as values; this is the way to them that
                 # broke.
                 raise MaekitError(
@@ -203,7 +215,7 @@ class StepBatches:
                 if "timed out" not in str(error):
                     raise self.failure(error) from error
             now = self._watch.rows.copy()
-            if (now != done).any() or (now[:, 1] == Watch.FETCHING).any():
+            if (now != done).any():
                 done, since = now, time.monotonic()
             elif time.monotonic() - since > self._patience:
                 raise MaekitError(
@@ -214,7 +226,10 @@ class StepBatches:
 
     def failure(self, error: RuntimeError) -> MaekitError:
         """Return what an error of the DataLoader means."""
-        said = str(error).splitlines()[0].rstrip(". ")
+        lines = str(error).strip().splitlines()
+        if lines[0].startswith("Caught "):  # by a worker, with its traceback; what it was stands at the end
+            return MaekitError(f"reading the data failed: {lines[-1]}")
+        said = lines[0].rstrip(". ")
         dead = {int(number) for number in re.findall(r"\d+", said)}
         return MaekitError(f"reading the data failed: {said}{self._at(dead)}; run the command again")
 

@@ -8,14 +8,17 @@ death of a process also shows at once, where NCCL would wait.
 import contextlib
 import datetime
 import os
+import socket
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from maekit.errors import ElsewhereError, InputError, MaekitError
+from maekit.machine import cores, first_core_and_count
 
 Result = TypeVar("Result")
 
@@ -33,6 +36,7 @@ class World:
         local_rank: of this process on its machine; the number of its device.
         local_size: how many there are on this machine.
         group: over which the hosts talk; None where there is one process.
+        cores: CPU cores that are this process's own.
     """
 
     rank: int = 0
@@ -40,6 +44,7 @@ class World:
     local_rank: int = 0
     local_size: int = 1
     group: Any = None
+    cores: int = field(default_factory=cores)
 
     @property
     def is_main(self) -> bool:
@@ -141,11 +146,25 @@ def join(device: str) -> Iterator[World]:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise MaekitError(f"rank {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from error
+    world = World(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
     try:
-        yield World(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
-    finally:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
+        yield replace(world, cores=_own_cores(world))
+    except BaseException:
+        # Leaving in order waits for what the others have begun; what went wrong here must be told now, and they see it
+        # from the connections that close.
+        if device == "cuda":
+            with contextlib.suppress(Exception):
+                dist.distributed_c10d._abort_process_group()
+        raise
+    with contextlib.suppress(RuntimeError):
+        dist.destroy_process_group()
+
+
+def _own_cores(world: World) -> int:
+    """Return this process's part of the CPU cores: launchers give each process its own, or all of them the same."""
+    host = zlib.crc32(socket.gethostname().encode())
+    places = world.gather([host, *first_core_and_count()])
+    return max(1, first_core_and_count()[1] // places.count(places[world.rank]))
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -168,15 +187,16 @@ def _lost_ranks() -> Iterator[None]:
         yield
     except RuntimeError as error:
         if lost_rank(error):
-            raise rank_is_gone() from error
+            raise rank_is_gone(error) from error
         raise
 
 
-def rank_is_gone() -> MaekitError:
-    """Return the error for it."""
+def rank_is_gone(error: RuntimeError) -> MaekitError:
+    """Return what to say of it, with the words that it was told in: a broken network looks the same."""
+    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return MaekitError(
         "another process of this run is gone (what it said stands above, or in its own log); run the same command "
-        "again to go on"
+        f"again to go on [{said}]"
     )
 
 

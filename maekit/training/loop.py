@@ -55,7 +55,7 @@ class Hooks:
         checkpoint: with the steps done and the tally; everything up to here is finite.
         failure: what went wrong in the background since, or None.
         picture: with the steps done.
-        validate: with the steps done; returns what goes into the row of metrics. Called on all ranks.
+        validate: with the steps done; called on all ranks.
         stop_requested: whether this process is to save and stop.
         keys: names of the samples that a rank takes in a step.
         bad: with a line for each sample that was replaced on this rank.
@@ -67,7 +67,7 @@ class Hooks:
     checkpoint: Callable[[int, "Tally"], None]
     failure: Callable[[], MaekitError | None]
     picture: Callable[[int], None]
-    validate: Callable[[int], dict[str, float]]
+    validate: Callable[[int], None]
     stop_requested: Callable[[], bool]
     keys: Callable[[int, int], list[str]]
     bad: Callable[[str], None]
@@ -160,16 +160,20 @@ class Trainer:
             saving = done == last or cadence.saves(done)
             validating = bool(cadence.validate) and (done == last or done % cadence.validate == 0)
             if saving or validating or done % cadence.log == 0:
-                self._log(tally, done, validating=validating)
+                self._log(tally, done)
             if saving:
                 hooks.checkpoint(done, tally)
                 saved, saved_step = time.perf_counter(), done
+            if validating:
+                # After the checkpoint: whoever asks for a stop meanwhile finds everything saved.
+                hooks.validate(done)
+                self._logged = time.perf_counter()
             if cadence.pictures and (done % cadence.pictures == 0 or done == last):
                 hooks.picture(done)
         tally.seconds = time.perf_counter() - started
         return done
 
-    def _log(self, tally: Tally, done: int, *, validating: bool = False) -> None:
+    def _log(self, tally: Tally, done: int) -> None:
         """Tell of the steps since the last row; all ranks do so at the same steps."""
         if done == self._logged_step:
             return
@@ -180,8 +184,6 @@ class Trainer:
             "images_per_second": round((done - self._logged_step) * self.batch_size / span, 2),
             "data_wait": round(sum(wait for (wait,) in waits) / len(waits), 4),
         }
-        if validating:
-            row |= self.hooks.validate(done)
         self.hooks.log(row)
         self._logged, self._logged_step, self._logged_wait = time.perf_counter(), done, tally.wait
 

@@ -3,6 +3,7 @@
 The pixels are never written to again, so forked workers share the very pages; nothing outlives the processes.
 """
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from maekit.machine import available_memory, cores
 from maekit.parallel import map_in_threads
 from maekit.shards.read import ShardSet
 
-_UNIT = 256  # images decoded by a thread at a time
+_UNIT = 64  # images decoded by a thread at a time
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class DecodedSet:
 
     Args:
         shards: the set; remote ones are fetched.
-        room: bytes that may be used; None is half of the memory that is free.
+        sharing: processes of this machine that each keep a set of their own.
+        room: bytes that may be used; None is this process's part of half of the memory that is free.
         on_images: called with the number of images that are done.
 
     Raises:
@@ -46,10 +48,16 @@ class DecodedSet:
     """
 
     def __init__(
-        self, shards: ShardSet, *, room: int | None = None, on_images: Callable[[int], None] = lambda done: None
+        self,
+        shards: ShardSet,
+        *,
+        sharing: int = 1,
+        room: int | None = None,
+        on_images: Callable[[int], None] = lambda done: None,
     ) -> None:
         self._shards = shards
-        room = available_memory() // 2 if room is None else room
+        self._room = available_memory() // 2 // sharing if room is None else room
+        self._taken, self._begun, self._lock = 0, 0, threading.Lock()
         self._units: dict[tuple[int, int], _Decoded] = {}
         self.bytes, done = 0, 0
         units = [
@@ -57,17 +65,12 @@ class DecodedSet:
             for shard, count in enumerate(shards.counts)
             for first in range(0, int(count), _UNIT)
         ]
-        for unit, decoded in zip(units, map_in_threads(self._decode, units, threads=cores()), strict=True):
+        threads = max(1, cores() // sharing)
+        for unit, decoded in zip(units, map_in_threads(self._decode, units, threads=threads), strict=True):
             self._units[unit.shard, unit.first // _UNIT] = decoded
             self.bytes += decoded.pixels.nbytes
             done += unit.last - unit.first
             on_images(done)
-            if self.bytes > room:
-                raise InputError(
-                    f"--cache ram: the {shards.samples} images take about "
-                    f"{describe_bytes(self.bytes / done * shards.samples)} decoded, and {describe_bytes(room)} of "
-                    "memory may be used; leave --cache ram out"
-                )
 
     def image(self, shard: int, ordinal: int) -> Pixels | None:
         """Return an image, uint8 `[H, W, 3]`, not to be written to; None where the sample holds no readable one."""
@@ -77,6 +80,18 @@ class DecodedSet:
             return None
         height, width = decoded.sizes[ordinal % _UNIT].tolist()
         return decoded.pixels[start : start + height * width * 3].reshape(height, width, 3)
+
+    def _take(self, count: int) -> None:
+        """Count bytes before they are kept; the threads together must not fill the memory."""
+        with self._lock:
+            self._taken += count
+            self._begun += 1
+            if self._taken > self._room:
+                raise InputError(
+                    f"--cache ram: the {self._shards.samples} images take about "
+                    f"{describe_bytes(self._taken / self._begun * self._shards.samples)} decoded, and "
+                    f"{describe_bytes(self._room)} of memory may be used; leave --cache ram out"
+                )
 
     def _decode(self, unit: _Unit) -> _Decoded:
         reader = self._shards.reader()
@@ -90,6 +105,7 @@ class DecodedSet:
                     pixels = decode(reader.read_image(self._shards.index(unit.shard), unit.first + number))
                 except ImageError:
                     continue  # told of, and replaced, when its turn comes
+                self._take(pixels.nbytes)
                 starts[number], sizes[number] = end, pixels.shape[:2]
                 end += pixels.size
                 images.append(pixels.reshape(-1))

@@ -5,10 +5,11 @@ model -> own the directory -> find what to resume, or start from weights -> comp
 config -> loop -> write the encoder. The main process (rank 0) alone reads and writes the run directory.
 """
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,6 @@ from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of, parse_duration
 from maekit.errors import DamagedShard, ElsewhereError, ImageError, InputError, MaekitError, Stopped
 from maekit.images import Preprocess
-from maekit.machine import cores
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.reconstruction import reconstruct, to_pixels
@@ -95,7 +95,6 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
         MaekitError: failed while working.
     """
-    started = time.monotonic()
     progress = progress or Silent()
     config = copy.deepcopy(config)
     if config.epochs is None and config.steps is None:
@@ -103,8 +102,14 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     config.validate()
     run = RunDirectory(Path(config.out))
     files.require_utf8(run.path)
+    stop = _Stop(config.run.max_time)
     kind = _choose_device(config)
-    with distributed.join(kind) as world, ExitStack() as stack:
+    with (
+        stop_on_signal(stop.heed) as stop.received_signal,
+        _device_errors(),
+        distributed.join(kind) as world,
+        ExitStack() as stack,
+    ):
         device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
 
         def main(work: Callable[[], Any]) -> Any:
@@ -126,7 +131,55 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         newest = main(lambda: _newest(run, progress))
         if source := config.model.init_from:
             main(lambda: None if newest else initialize_encoder(model.encoder, source, config.model))
-        return _Run(config, run, shards, model.to(device), device, precision, world, progress, started).go(newest)
+        return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
+
+
+class _Stop:
+    """When to stop: at once as long as nothing has begun, at the next step boundary later on.
+
+    Args:
+        max_time: as in `3h50m`, from here on; None is for ever.
+    """
+
+    def __init__(self, max_time: str | None) -> None:
+        self._max_time = max_time
+        self._until = time.monotonic() + (parse_duration(max_time) if max_time else math.inf)
+        self.received_signal: Callable[[], str | None] = lambda: None
+        self.has_begun = False
+        # A start that takes longer than the time it is given must still take a step, or none would ever be taken.
+        self.has_stepped = False
+
+    def heed(self) -> None:
+        """Stop a start that has nothing to save yet; called in the middle of it, by the signal.
+
+        Raises:
+            Stopped: the training has not begun.
+        """
+        if not self.has_begun:
+            raise Stopped(
+                "stopped by a signal before the first step of this start; run the same command again to go on"
+            )
+
+    def reason(self) -> str | None:
+        """Return why to stop at the next step boundary, or None."""
+        if self.has_stepped and time.monotonic() > self._until:
+            return f"--max-time {self._max_time}"
+        return self.received_signal()
+
+
+@contextlib.contextmanager
+def _device_errors() -> Iterator[None]:
+    """Tell in one line of a device that is too small, and of a compiler that cannot compile."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        said = str(error).splitlines()[0]
+        raise MaekitError(f"the device's memory is too small for this model, or taken by others: {said}") from error
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise MaekitError(f"compiling the step failed: {said}; --no-compile goes without") from error
 
 
 class _Run:
@@ -142,10 +195,10 @@ class _Run:
         precision: str,
         world: World,
         progress: Progress,
-        started: float,
+        stop: _Stop,
     ) -> None:
         self.config, self.run, self.shards, self.model = config, run, shards, model
-        self.device, self.world, self.progress, self.started = device, world, progress, started
+        self.device, self.world, self.progress, self.stop = device, world, progress, stop
         self.steps = total_steps(config, shards.samples)
         self.objective = Objective(model, Normalizer(config.data.mean, config.data.std, device))
         self.forward = choose_kernels(model, device, precision)
@@ -193,11 +246,21 @@ class _Run:
             state |= checkpoint.load(newest, self.model, self.optimizer)
             self.progress.note(f"resuming {self.run.path} after step {state['step']} of {self.steps}")
         first = int(state["step"])
+        self._sweep()
         metrics.cut_back(self.run.metrics_file, first)
-        self.run.checkpoints.mkdir(exist_ok=True)
         checkpoint.discard_after(self.run, first)
         checkpoint.prune(self.run, self.config.run.keep_checkpoints, self._retains)
         return state
+
+    def _sweep(self) -> None:
+        """Delete what killed runs left unfinished, and make the folders."""
+        try:
+            for folder in (self.run.path, self.run.path / "pictures"):
+                for leftover in folder.glob(".*.tmp"):
+                    leftover.unlink(missing_ok=True)
+            self.run.checkpoints.mkdir(exist_ok=True)
+        except OSError as error:
+            raise files.write_failure(self.run.checkpoints, error) from error
 
     def _train(self, first: int, tally: Tally) -> tuple[int, str]:
         config, world = self.config, self.world
@@ -219,7 +282,9 @@ class _Run:
         source = ExactSource(self.order, division, first=first, last=self.steps)
         on_cuda = self.device.type == "cuda"
         chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=config.data.prefetch, pin=on_cuda))
-        batches = StepBatches(chunks, division, shards=self.shards, watch=watch, patience=config.data.patience)
+        # What is downloaded has limits of its own; a worker that waits for it makes no progress that shows here.
+        patience = math.inf if self.shards.remote else config.data.patience
+        batches = StepBatches(chunks, division, shards=self.shards, watch=watch, patience=patience)
         self.progress.start("pretrain", self.steps, first)
         try:
             with ExitStack() as stack:
@@ -231,23 +296,14 @@ class _Run:
                     if config.run.tensorboard:
                         self.board = Board(self.run.path / "tensorboard", first)
                         stack.callback(self.board.close)
-                stopped_by = stack.enter_context(stop_on_signal())
-                limit = parse_duration(config.run.max_time) if config.run.max_time else math.inf
-
-                def reason() -> str | None:
-                    over = time.monotonic() - self.started > limit
-                    return stopped_by() or (f"--max-time {config.run.max_time}" if over else None)
-
                 hooks = Hooks(
                     advance=self._advance,
                     log=self._log,
                     checkpoint=self._save,
                     failure=lambda: self.writer.failure() if self.writer else None,
                     picture=self._draw,
-                    validate=lambda done: (
-                        validation.measure(self.model, self.objective.normalizer, self.forward) if validation else {}
-                    ),
-                    stop_requested=lambda: reason() is not None,
+                    validate=lambda done: self._validate(validation, done),
+                    stop_requested=lambda: self.stop.reason() is not None,
                     keys=self._keys_of_step,
                     bad=self._tell_bad,
                     note=self.progress.note,
@@ -264,10 +320,11 @@ class _Run:
                     self._cadence(validation is not None),
                     hooks,
                 )
+                self.stop.has_begun = True
                 done = trainer.run(batches, first=first, last=self.steps, tally=tally)
                 # Nobody leaves before the last checkpoint is on disk: a launcher would end the others.
                 world.together(lambda: self.writer.finish() if self.writer else None)
-                return done, reason() or "a signal to another process"
+                return done, self.stop.reason() or "a signal to another process"
         except torch.OutOfMemoryError as error:
             raise MaekitError(
                 f"the device's memory is too small for {division.micro_batch} images at a time; "
@@ -278,7 +335,7 @@ class _Run:
             if "DataLoader worker" in str(error):
                 raise batches.failure(error) from error
             if world.size > 1 and distributed.lost_rank(error):
-                raise distributed.rank_is_gone() from error
+                raise distributed.rank_is_gone(error) from error
             raise
         finally:
             stop_workers(chunks)
@@ -290,7 +347,9 @@ class _Run:
         share = size // world.size
         micro_batch = self.config.run.micro_batch
         if micro_batch is None:
-            largest = choose_micro_batch(self.objective, share, self.size, self.forward)
+            state = checkpoint.optimizer_tensors(self.optimizer).values()
+            there = sum(tensor.nbytes for tensor in state)
+            largest = choose_micro_batch(self.objective, share, self.size, self.forward, there)
             micro_batch = int(min(part for (part,) in world.gather([largest])))
             if micro_batch < share and world.is_main:
                 self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")
@@ -315,7 +374,9 @@ class _Run:
             return None
         self.progress.start("decode into memory", self.shards.samples)
         try:
-            decoded = self.world.together(lambda: DecodedSet(self.shards, on_images=self.progress.advance))
+            decoded = self.world.together(
+                lambda: DecodedSet(self.shards, sharing=self.world.local_size, on_images=self.progress.advance)
+            )
         finally:
             self.progress.stop()
         if self.world.is_main:
@@ -333,7 +394,7 @@ class _Run:
             images=self.config.data.val_images,
             prepare=self.prepare,
             batch_size=min(division.micro_batch, 64),
-            threads=max(1, cores() // self.world.local_size),
+            threads=self.world.cores,
             seed=self.config.seed,
             world=self.world,
         )
@@ -354,7 +415,12 @@ class _Run:
     def _retains(self, step: int) -> bool:
         return bool(self.config.run.keep_every) and step % (self.config.run.keep_every or 1) == 0
 
+    def _validate(self, validation: Validation | None, done: int) -> None:
+        if validation is not None:
+            self._log({"step": done, **validation.measure(self.model, self.objective.normalizer, self.forward)})
+
     def _advance(self, done: int) -> None:
+        self.stop.has_stepped = True
         self.progress.advance(done)
         if self.estimated or not self.world.is_main:
             return
@@ -378,7 +444,8 @@ class _Run:
         metrics.append(self.run.metrics_file, row)
         if self.board is not None:
             self.board.row(row)
-        self.progress.figures(row)
+        if "loss" in row:
+            self.progress.figures(row)
 
     def _save(self, done: int, tally: Tally) -> None:
         if self.writer is not None:
@@ -468,7 +535,7 @@ class _Run:
             out=str(self.run.path),
             steps=done,
             samples=done * self.config.batch_size,
-            loss=rows[-1]["loss"] if rows else None,
+            loss=next((row["loss"] for row in reversed(rows) if "loss" in row), None),
             val_loss=held_out[-1] if held_out else None,
             images_per_second=round((done - first) * self.config.batch_size / tally.seconds, 2)
             if tally.seconds
@@ -602,7 +669,7 @@ def _workers(config: PretrainConfig, device: torch.device, world: World) -> int:
     if config.data.workers is not None:
         return config.data.workers
     # On a CPU the model itself needs the cores; one worker keeps ahead of it.
-    return max(1, min(16, cores() // world.local_size)) if device.type == "cuda" else 1
+    return min(16, world.cores) if device.type == "cuda" else 1
 
 
 def _refuse_foreign_directory(run: RunDirectory) -> None:

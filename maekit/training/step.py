@@ -155,25 +155,34 @@ class Step:
 
 
 def choose_micro_batch(
-    objective: Objective, share: int, image_shape: tuple[int, int], forward: Callable[[], AbstractContextManager[Any]]
+    objective: Objective,
+    share: int,
+    image_shape: tuple[int, int],
+    forward: Callable[[], AbstractContextManager[Any]],
+    moments: int = 0,
 ) -> int:
     """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
 
-    What the forward pass keeps for the backward pass is counted over two images.
+    What the forward pass keeps for the backward pass is counted over two images and over four: the difference is what
+    images cost, the rest (under autocast, copies of all weights) comes once.
 
     Args:
         objective: on its device.
         share: images of a step that this rank takes.
         image_shape: (height, width) in pixels.
         forward: a fresh context for the forward pass.
+        moments: bytes that the optimiser's state takes on the device already.
     """
     device = next(objective.parameters()).device
-    per_image = _saved_bytes(objective, image_shape, forward) * _TEMPORARIES / 2
+    two, four = (_saved_bytes(objective, count, image_shape, forward) for count in (2, 4))
+    per_image, once = (four - two) / 2 * _TEMPORARIES, max(0, 2 * two - four)
     if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        # Gradients and AdamW's two moments are still to come.
+        # What is resumed has AdamW's moments on the device already: counted as if it were not, so that a run that is
+        # resumed divides its steps as it did.
+        free = torch.cuda.mem_get_info(device)[0] + moments
+        # Gradients and both moments.
         later = 3 * sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
-        room = free * _SHARE_OF_DEVICE - later
+        room = free * _SHARE_OF_DEVICE - later - once
     else:
         room = _CPU_ACTIVATIONS
     largest = max(1, min(_LARGEST_MICRO_BATCH, int(room / per_image)))
@@ -181,7 +190,10 @@ def choose_micro_batch(
 
 
 def _saved_bytes(
-    objective: Objective, image_shape: tuple[int, int], forward: Callable[[], AbstractContextManager[Any]]
+    objective: Objective,
+    images_at_once: int,
+    image_shape: tuple[int, int],
+    forward: Callable[[], AbstractContextManager[Any]],
 ) -> int:
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
@@ -193,9 +205,9 @@ def _saved_bytes(
         return tensor
 
     device = next(objective.parameters()).device
-    images = torch.zeros(2, 3, *image_shape, dtype=torch.uint8, device=device)
-    flips = torch.zeros(2, dtype=torch.bool, device=device)
-    noise = torch.rand(2, objective.model.patches, device=device)
+    images = torch.zeros(images_at_once, 3, *image_shape, dtype=torch.uint8, device=device)
+    flips = torch.zeros(images_at_once, dtype=torch.bool, device=device)
+    noise = torch.rand(images_at_once, objective.model.patches, device=device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():
         objective(images, flips, noise)
     return sum(storages.values())
