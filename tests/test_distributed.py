@@ -100,6 +100,29 @@ def test_half_an_environment_is_refused(make_shards, tmp_path: Path, monkeypatch
         assert (world.rank, world.size, world.sum([1.0, 2.0])) == (0, 1, [1.0, 2.0])
 
 
+def test_a_signal_while_starting_exits_75_at_once(make_shards, tmp_path: Path) -> None:
+    """A scheduler that ends a job which is still indexing or downloading queues it again like any other."""
+    config = tiny_config(make_shards(9), tmp_path / "run")
+    sabotage = (slow_start, (tmp_path / "here",))
+    processes = start(config, tmp_path / "log", sabotage=sabotage)
+    until = time.monotonic() + 60
+    while not (tmp_path / "here").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    os.kill(processes[0].pid, signal.SIGTERM)
+    assert finish(processes, 5) == [75]
+    assert "before the first step of this start" in (tmp_path / "log").read_text()
+
+
+def slow_start(here: Path) -> None:
+    from maekit.training import run
+
+    def never(*arguments) -> None:
+        here.touch()
+        time.sleep(600)
+
+    run.find_shards = never
+
+
 def wait_for_steps(trace: Path, steps: int, processes) -> None:
     until = time.monotonic() + 60
     while not trace.exists() or trace.read_text().count("\n") < steps * len(processes):

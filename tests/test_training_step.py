@@ -351,3 +351,44 @@ def test_the_time_a_run_takes_is_told_once(make_shards, tmp_path: Path, monkeypa
     notes = Notes()
     maekit.pretrain(tiny_config(make_shards(7), tmp_path / "run", steps=60, run__checkpoint_every=100), notes)
     assert sum("img/s: about" in line and "steps left" in line for line in notes.lines) == 1
+
+
+def test_a_row_without_a_finite_loss_is_shown(make_shards, tmp_path: Path) -> None:
+    from maekit.cli.show import describe
+
+    assert describe({"epoch": 1.0, "loss": None, "lr": 1e-3}) == "epoch 1.00  lr 1.00e-03"
+
+
+def test_copies_of_weights_do_not_count_as_images(monkeypatch) -> None:
+    """Under autocast each weight is kept in bf16 too, once for any number of images."""
+    from maekit.training import step
+
+    monkeypatch.setattr(step, "_CPU_ACTIVATIONS", 8_000_000)
+    chosen = {}
+    for precision in ("fp32", "bf16"):
+        objective = tiny_objective(width=128, decoder_width=128)
+        forward = choose_kernels(objective.model, CPU, precision)
+        chosen[precision] = choose_micro_batch(objective, 1024, (32, 32), forward)
+    assert chosen["bf16"] >= chosen["fp32"] > 1
+
+
+def test_a_damaged_row_of_metrics_does_not_stop_a_run(make_shards, tmp_path: Path) -> None:
+    shards = make_shards(7)
+    maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=8))
+    path = tmp_path / "run/metrics.jsonl"
+    expected = path.read_bytes()
+    for damage in (b"\xff\xfe{", b"[1]\n", b'{"step": "x"}\n', b'{"loss": 1}\n'):
+        lines = expected.splitlines(keepends=True)
+        path.write_bytes(b"".join(lines[:5]) + damage + b"".join(lines[5:]))
+        (tmp_path / "run/encoder.safetensors").unlink()
+        maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=8))
+        assert path.read_bytes() == b"".join(lines[:5])
+
+
+def test_leftovers_of_a_kill_are_swept(make_shards, tmp_path: Path) -> None:
+    shards = make_shards(7)
+    config = tiny_config(shards, tmp_path / "run", steps=4)
+    maekit.pretrain(config)
+    (tmp_path / "run/encoder.safetensors").rename(tmp_path / "run/.encoder.safetensors.123.tmp")
+    maekit.pretrain(config)
+    assert not list((tmp_path / "run").glob(".*.tmp"))
