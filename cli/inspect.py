@@ -49,12 +49,16 @@ def _print(description: dict[str, Any], indent: int = 0) -> None:
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print(" " * indent + key)
             for item in value:
-                print(" " * (indent + 2) + _plain(item))
+                print(" " * (indent + 2) + (_checkpoint(item) if "problem" in item else _plain(item)))
         elif isinstance(value, dict) and value and not _is_short(value):
             print(" " * indent + key)
             _print(value, indent + 2)
         else:
             print(f"{label}{_plain(value)}".rstrip())
+
+
+def _checkpoint(item: dict[str, Any]) -> str:
+    return f"step {item['step']}, {'whole' if item['problem'] is None else 'damaged: ' + item['problem']}"
 
 
 def _is_short(value: dict[str, Any]) -> bool:

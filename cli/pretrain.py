@@ -77,7 +77,10 @@ def command(
     ] = None,
     val: Annotated[
         list[str] | None,
-        _option("Held-out shards; their loss goes into the metrics. May be given several times.", _TRAINING),
+        _option(
+            "Held-out shards: the loss on 2000 of their images at every checkpoint (data.val_images, run.val_every).",
+            _TRAINING,
+        ),
     ] = None,
     workers: Annotated[
         int | None, _option("Processes that read and decode.", _MACHINE, default="by the machine")

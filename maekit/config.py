@@ -243,6 +243,8 @@ class PretrainConfig:
         }.items():
             if value is not None and not value >= 0:
                 raise InputError(f"{key} = {value}: must not be negative")
+        if self.data.max_bad > 1:
+            raise InputError(f"data.max_bad = {self.data.max_bad}: must be a share, at most 1")
         if not 0 < self.model.mask_ratio < 1:
             raise InputError(f"model.mask_ratio = {self.model.mask_ratio}: must lie between 0 and 1")
         for key, value in {"optimizer.beta1": self.optimizer.beta1, "optimizer.beta2": self.optimizer.beta2}.items():
@@ -276,7 +278,7 @@ def parse_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not match or not any(match.groups()):
-        raise InputError(f"run.max_time = {text!r}: must be a time span such as 3h50m, 45m or 1d12h")
+        raise InputError(f"run.max_time = {text!r}: must be a time span such as 3h50m, 90s or 1d12h")
     seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
         raise InputError(f"run.max_time = {text!r}: must be greater than 0")

@@ -108,19 +108,20 @@ def test_a_signal_while_starting_exits_75_at_once(make_shards, tmp_path: Path) -
     until = time.monotonic() + 60
     while not (tmp_path / "here").exists() and time.monotonic() < until:
         time.sleep(0.01)
+    assert (tmp_path / "here").exists()
     os.kill(processes[0].pid, signal.SIGTERM)
     assert finish(processes, 5) == [75]
     assert "before the first step of this start" in (tmp_path / "log").read_text()
 
 
 def slow_start(here: Path) -> None:
-    from maekit.training import run
+    from maekit.training import prepare
 
     def never(*arguments) -> None:
         here.touch()
         time.sleep(600)
 
-    run.find_shards = never
+    prepare.find_shards = never
 
 
 def wait_for_steps(trace: Path, steps: int, processes) -> None:

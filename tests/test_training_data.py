@@ -206,6 +206,17 @@ def test_a_shard_that_goes_away_is_named(small_shards: ShardSet) -> None:
         steps_of(small_shards, Division(8, 8), first=0, last=50, workers=2)
 
 
+def test_a_shard_deleted_while_it_is_open_is_named(small_shards: ShardSet) -> None:
+    reader = small_shards.reader()
+    reader.read_image(small_shards.index(2), 0)
+    path = small_shards.shards[2].path
+    path.rename(path.with_suffix(".aside"))
+    reader.read_image(small_shards.index(2), 1)  # moved, and still there
+    path.with_suffix(".aside").unlink()
+    with pytest.raises(MaekitError, match=r"002\.tar: deleted or replaced since it was indexed"):
+        reader.read_image(small_shards.index(2), 2)
+
+
 def test_waiting_for_data_heeds_a_stop(small_shards: ShardSet, monkeypatch) -> None:
     """A request to stop is not left waiting behind a slow disk."""
     kill_at(monkeypatch, small_shards, "000004", None)

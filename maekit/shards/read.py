@@ -245,6 +245,9 @@ class MemberReader:
     def _descriptor(self, index: ShardIndex) -> int:
         descriptor = self._open.get(index.path)
         if descriptor is not None:
+            if not os.fstat(descriptor).st_nlink and not (self._remote and self._remote.owns(index.path)):
+                # Its bytes could still be read, but nobody could go on with the same data after a stop.
+                raise MaekitError(f"{index.path}: deleted or replaced since it was indexed")
             self._open.move_to_end(index.path)
             return descriptor
         if self._remote is not None and self._remote.owns(index.path):

@@ -19,20 +19,18 @@ import torch
 
 from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of, parse_duration
-from maekit.errors import DamagedShard, ElsewhereError, ImageError, InputError, MaekitError, Stopped
+from maekit.errors import ElsewhereError, ImageError, InputError, MaekitError, Stopped
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.reconstruction import reconstruct, to_pixels
-from maekit.mae.weights import encoder_bytes, fill_in, initialize_encoder, resolve_model
+from maekit.mae.weights import encoder_bytes, initialize_encoder
 from maekit.pictures import encode_png, sheet
 from maekit.progress import Progress, Silent, duration
 from maekit.random import Purpose, uniforms
 from maekit.runs import RunDirectory
 from maekit.shards.order import Order
-from maekit.shards.read import ShardSet, open_shards
-from maekit.shards.remote import RemoteCache
-from maekit.shards.spec import find_shards
+from maekit.shards.read import ShardSet
 from maekit.signals import stop_on_signal
 from maekit.training import checkpoint, distributed, metrics
 from maekit.training.board import Board
@@ -43,8 +41,20 @@ from maekit.training.distributed import World
 from maekit.training.kernels import choose_kernels
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import Schedule, make_optimizer, make_schedule
+from maekit.training.prepare import (
+    choose_device,
+    choose_precision,
+    index_shards,
+    loader_workers,
+    newest_checkpoint,
+    open_set,
+    refuse_different_data,
+    refuse_indivisible,
+    resolve,
+    total_steps,
+)
 from maekit.training.ram import DecodedSet
-from maekit.training.step import Normalizer, Objective, Step, check_micro_batch, choose_micro_batch
+from maekit.training.step import Normalizer, Objective, Step, choose_micro_batch
 from maekit.training.validation import Validation
 
 _PICTURE_IMAGES = 8
@@ -103,7 +113,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     run = RunDirectory(Path(config.out))
     files.require_utf8(run.path)
     stop = _Stop(config.run.max_time)
-    kind = _choose_device(config)
+    kind = choose_device(config)
     with (
         stop_on_signal(stop.heed) as stop.received_signal,
         _device_errors(),
@@ -116,19 +126,19 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
             """Do some work on the main process, and fail on all if it fails."""
             return world.together(lambda: work() if world.is_main else None)
 
-        main(lambda: _refuse_indivisible(config, world))
-        main(lambda: _resolve(config, run))
+        main(lambda: refuse_indivisible(config, world))
+        main(lambda: resolve(config, run))
         config = world.share(config)
-        precision = _choose_precision(config, device, world, progress)
-        shards = world.in_turn(lambda: _index(config, world, progress))
-        _refuse_different_data(shards, world)
+        precision = choose_precision(config, device, world, progress)
+        shards = world.in_turn(lambda: index_shards(config, world, progress))
+        refuse_different_data(shards, world)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         model = world.together(lambda: build_autoencoder(config.model, seed=config.seed))
         main(lambda: stack.enter_context(files.sole_owner(run.path)))
 
         # Asked inside the lock: a former process may just have saved its last checkpoint.
-        newest = main(lambda: _newest(run, progress))
+        newest = main(lambda: newest_checkpoint(run, progress))
         if source := config.model.init_from:
             main(lambda: None if newest else initialize_encoder(model.encoder, source, config.model))
         return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
@@ -270,7 +280,7 @@ class _Run:
         division = self._divide()
         validation = self._open_validation(division)
         step = self._make_step(schedule)
-        watch = Watch(workers := _workers(config, self.device, world))
+        watch = Watch(workers := loader_workers(config, self.device, world))
         crops = CropLoader(
             self.shards,
             self.order,
@@ -388,7 +398,7 @@ class _Run:
         if not self.config.data.val:
             return None
         specs = self.config.data.val
-        shards = self.world.in_turn(lambda: _open(self.config, specs, self.progress, "index held-out shards"))
+        shards = self.world.in_turn(lambda: open_set(self.config, specs, self.progress, "index held-out shards"))
         return Validation(
             shards,
             images=self.config.data.val_images,
@@ -518,9 +528,11 @@ class _Run:
         there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
             if not free and there.get(key) != value:
+                before, now = ("not set" if v is None else v for v in (there.get(key), value))
                 raise InputError(
-                    f"{self.run.path} was started with {key} = {there.get(key)}, and {value} is asked for now; "
-                    "go on with the old value or choose another --out"
+                    f"{self.run.path} was started with {key} = {before}, and now it is {now}; go on with the old value "
+                    f"(--config {self.run.config_file} has all of them), or start another --out from these weights "
+                    f"with --init-from {self.run.path}"
                 )
         if newest is not None and newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
@@ -548,134 +560,3 @@ class _Run:
         )
         shared: PretrainResult = self.world.share(result)
         return shared
-
-
-def total_steps(config: PretrainConfig, samples: int) -> int:
-    """Return the optimiser steps of the run: as given, or ceil(epochs · N / batch)."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return math.ceil(config.epochs * samples / config.batch_size)
-
-
-def _resolve(config: PretrainConfig, run: RunDirectory) -> None:
-    """Fill in what the config leaves to the model that it starts from, and refuse a directory of something else."""
-    if runs.is_run(run.path) and (begun := run.config().model).init_from == config.model.init_from:
-        # What an earlier start resolved; the weights that it began with may be gone by now.
-        fill_in(config.model, vars(begun))
-    else:
-        resolve_model(config.model)
-    _refuse_foreign_directory(run)
-
-
-def _newest(run: RunDirectory, progress: Progress) -> runs.Checkpoint | None:
-    newest = run.newest_valid(progress.note)
-    if newest is None and (lost := run.list_checkpoints()):
-        raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
-    return newest
-
-
-def _index(config: PretrainConfig, world: World, progress: Progress) -> ShardSet:
-    shards = _open(config, config.shards, progress, "index shards")
-    if world.is_main:
-        progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
-    _refuse_small_cache(config, shards)
-    return shards
-
-
-def _open(config: PretrainConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
-    found = find_shards(specs)
-    seen = 0
-
-    def on_shard(shard: object) -> None:
-        nonlocal seen
-        seen += 1
-        progress.advance(seen)
-
-    def on_damage(damage: DamagedShard) -> None:
-        if config.data.skip_damaged:
-            progress.note(f"left out: {damage}")
-
-    progress.start(what, len(found))
-    try:
-        return open_shards(
-            found,
-            skip_damaged=config.data.skip_damaged,
-            remote=RemoteCache(int(config.data.cache_gb * 1e9)),
-            on_shard=on_shard,
-            on_damage=on_damage,
-        )
-    finally:
-        progress.stop()
-
-
-def _refuse_different_data(shards: ShardSet, world: World) -> None:
-    """See that all ranks read the same data; 48 bits of the digest survive as a float."""
-    numbers = [int(number) for (number,) in world.gather([float(int(shards.digest[:12], 16))])]
-    for rank, number in enumerate(numbers):
-        if number != numbers[0]:
-            message = f"rank {rank} reads other shards than rank 0 does: each machine must see the same set"
-            raise InputError(message) if world.is_main else ElsewhereError(message, InputError.exit_code)
-
-
-def _refuse_indivisible(config: PretrainConfig, world: World) -> None:
-    size = config.batch_size
-    if size % world.size:
-        below = size // world.size * world.size
-        nearest = " and ".join(str(n) for n in (below, below + world.size) if n)
-        raise InputError(f"{world.size} processes do not divide a batch of {size}; the nearest are {nearest}")
-    if config.run.micro_batch is not None:
-        check_micro_batch(config.run.micro_batch, size // world.size)
-
-
-def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
-    """See that a window of remote shards and the next one fit into the cache; else each read would be a download."""
-    if shards.remote is None:
-        return
-    sizes = [shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url]
-    shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
-
-
-def _choose_device(config: PretrainConfig) -> str:
-    has_cuda = torch.cuda.is_available()
-    if config.run.device == "cuda" and not has_cuda:
-        raise InputError(
-            "--device cuda: PyTorch finds no CUDA device here; check `nvidia-smi` and that this is a CUDA build of "
-            f"torch (it is {torch.__version__}), or use --device cpu"
-        )
-    return "cuda" if has_cuda and config.run.device != "cpu" else "cpu"
-
-
-def _choose_precision(config: PretrainConfig, device: torch.device, world: World, progress: Progress) -> str:
-    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
-    precision = config.run.precision
-    if precision == "auto":
-        precision = "bf16" if able else "fp32"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    why = "" if config.run.device != "auto" or device.type == "cuda" else " (no CUDA device found)"
-    no_bf16 = " (no bf16 arithmetic in this hardware)" if config.run.precision == "auto" and not able else ""
-    if world.is_main:
-        many = f"{world.size} processes, each on " if world.size > 1 else ""
-        progress.note(f"device: {many}{name}{why}; precision: {precision}{no_bf16}")
-    return precision
-
-
-def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 on a CPU is emulated, and slower than fp32.
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
-
-def _workers(config: PretrainConfig, device: torch.device, world: World) -> int:
-    if config.data.workers is not None:
-        return config.data.workers
-    # On a CPU the model itself needs the cores; one worker keeps ahead of it.
-    return min(16, world.cores) if device.type == "cuda" else 1
-
-
-def _refuse_foreign_directory(run: RunDirectory) -> None:
-    if run.path.is_dir() and not runs.is_run(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new --out")
-    elif run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; --out names a directory")
