@@ -156,6 +156,22 @@ def read_trace(trace: Path) -> dict[tuple[int, int], str]:
     return steps
 
 
+class Wrapped:
+    """A file whose writes are about to go wrong; all else is passed on."""
+
+    def __init__(self, file) -> None:
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._file.close()
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
 def kill_in_checkpoint(number: int, after: bool) -> None:
     """Sabotage: SIGKILL at the n-th thing that the checkpoint's thread does to the disk, before it or after it."""
     import builtins
@@ -178,20 +194,8 @@ def kill_in_checkpoint(number: int, after: bool) -> None:
 
         return called
 
-    class HalfWritten:
+    class HalfWritten(Wrapped):
         """A file of which the deadly write leaves a half."""
-
-        def __init__(self, file) -> None:
-            self._file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception) -> None:
-            self._file.close()
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
 
         def write(self, data) -> int:
             nonlocal count
@@ -221,19 +225,7 @@ def fill_disk(folder: Path, number: int) -> None:
 
     count = 0
 
-    class Full:
-        def __init__(self, file) -> None:
-            self._file = file
-
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *exception) -> None:
-            self._file.close()
-
-        def __getattr__(self, name):
-            return getattr(self._file, name)
-
+    class Full(Wrapped):
         def write(self, data) -> int:
             nonlocal count
             count += 1

@@ -59,6 +59,7 @@ class Board:
         """Write what is left."""
         try:
             self._writer.close()
-            threading.excepthook = self._excepthook
         except OSError as error:
             raise files.write_failure(self._folder, error) from error
+        finally:
+            threading.excepthook = self._excepthook

@@ -132,7 +132,7 @@ class Step:
         for number, chunks in enumerate(micro_batches, 1):
             images, flips, noise = self._upload(chunks)
             # Gradients are sent once, with the last micro-batch.
-            with self._averaged() if number == len(micro_batches) else self._summed():
+            with nullcontext() if number == len(micro_batches) else self._summed():
                 with self._forward():
                     loss = self._loss(images, flips, noise) / len(micro_batches)
                 loss.backward()
@@ -146,9 +146,6 @@ class Step:
         self._optimizer.step()
         # ----------------------------------------------------------------------------------------------------------
         return torch.stack(losses).sum(), norm
-
-    def _averaged(self) -> AbstractContextManager[Any]:
-        return nullcontext()
 
     def _summed(self) -> AbstractContextManager[Any]:
         return self._wrapped.no_sync() if isinstance(self._wrapped, DistributedDataParallel) else nullcontext()
