@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import maekit
-from maekit.cli import check, demo, embed, export, inspect, pack, pretrain
+from maekit.cli import check, demo, doctor, embed, export, inspect, pack, pretrain
 from maekit.errors import ElsewhereError, MaekitError
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ _add("pretrain", "Workflow", pretrain.command)
 _add("export", "Workflow", export.command)
 _add("embed", "Workflow", embed.command)
 _add("inspect", "Look", inspect.command)
+_add("doctor", "Look", doctor.command)
 _add("demo", "Look", demo.command)
 
 

@@ -148,7 +148,9 @@ def describe(row: dict[str, Any]) -> str:
         parts.append(f"{row['images_per_second']:.1f} img/s")
     if "data_wait" in row:
         parts.append(f"data-wait {row['data_wait']:.0%}" + (", the loader binds" if row["data_wait"] > 0.2 else ""))
-    if "binds" in row:
+    if row.get("rates"):
+        parts.append("alone: " + ", ".join(f"{stage} {rate:.0f}" for stage, rate in row["rates"].items() if rate))
+    if row.get("binds"):
         parts.append(f"{row['binds']} binds")
     if row.get("bad") or row.get("errors"):
         parts.append(f"{row.get('bad') or row.get('errors')} bad samples")

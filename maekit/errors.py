@@ -40,7 +40,10 @@ class ImageError(MaekitError):
         reason: a short code that output files carry, one of `REASONS`.
     """
 
-    REASONS = ("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode", "checksum")
+    REASONS = (
+        *("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode", "checksum"),
+        *("unreadable", "crashed"),
+    )
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(detail)

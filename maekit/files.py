@@ -67,6 +67,33 @@ def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) ->
         file.write(data)
 
 
+def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
+    """Write `data` under `path` where nothing is yet, whole or not at all; return False where another was first.
+
+    Raises:
+        MaekitError: the disk is full or the place is not writable; names the path.
+    """
+    whole = scratch / f".{path.name}.{os.getpid()}.new"
+    write_atomically(whole, data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(whole, path)  # unlike renaming, it never replaces
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
+                raise
+            os.replace(whole, path)  # a file system without links
+        fsync_directory(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            whole.unlink()
+    return True
+
+
 def cache_directory() -> Path:
     """Return where maekit caches what it can make again: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache."""
     if own := os.environ.get("MAEKIT_CACHE"):

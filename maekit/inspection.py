@@ -39,15 +39,16 @@ def _inspect_embeddings(path: Path) -> dict[str, Any]:
     totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
     damaged = []
     for record in sorted((path / "_maekit").rglob("*.json")):
-        if record.name.startswith("."):
+        if any(part.startswith(".") for part in record.relative_to(path).parts):
             continue
         there = _parsed(record.read_text(encoding="utf-8"))
         if not isinstance(there, dict) or "rows" not in there:
             damaged.append(str(record))
             continue
         totals["shards"] += 1
-        for key, name in (("rows", "rows"), ("errors", "errors"), ("bytes", "output_bytes")):
-            totals[key] += there[name]
+        totals["rows"] += there["rows"]
+        totals["errors"] += there["errors"]
+        totals["bytes"] += sum(file["bytes"] for file in there["outputs"])
     options = json.loads((path / "_maekit" / ".output.json").read_text(encoding="utf-8"))
     return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
 

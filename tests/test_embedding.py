@@ -264,7 +264,7 @@ def test_a_damaged_shard_does_not_stop_the_others(trained: Path, tmp_path: Path)
 
 
 def test_a_shard_that_changes_meanwhile_does_not_stop_the_others(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import maekit.embedding.run as module
+    import maekit.embedding.inputs as module
 
     for name in "abc":
         write_shard(tmp_path / "shards" / f"{name}.tar", {f"{name}{i}": {"jpg": jpeg(i)} for i in range(20)})
@@ -396,7 +396,8 @@ def test_embed_refuses(trained: Path, tmp_path: Path) -> None:
 
 
 def test_cuda_asked_for_and_not_there_is_refused_with_the_fix(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import maekit.embedding.session as module
+    import maekit.embedding.providers as module
+    from maekit.embedding.session import EncoderSession
 
     class NoDevice:
         def cuInit(self, flags):
@@ -411,20 +412,21 @@ def test_cuda_asked_for_and_not_there_is_refused_with_the_fix(trained: Path, tmp
             sabotage(patch)
             with pytest.raises(InputError, match=said):
                 embed(embed_config(trained, tmp_path / "out", device="cuda"))
-            session = module.EncoderSession(trained / "encoder.onnx", device="auto")
+            session = EncoderSession(trained / "encoder.onnx", device="auto")
             assert session.provider == module.CPU
             assert "auto" in session.reason
 
 
 def test_cuda_that_silently_became_cpu_is_caught(trained: Path, monkeypatch) -> None:
     """The driver is fine, the provider's libraries are not: ONNX Runtime gives a CPU session without a word."""
-    import maekit.embedding.session as module
+    import maekit.embedding.providers as module
+    from maekit.embedding.session import EncoderSession
 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or torch.cuda.is_available():
         pytest.skip("needs an onnxruntime-gpu whose CUDA provider cannot work")
-    monkeypatch.setattr(module, "_cuda_problem", lambda: None)
+    monkeypatch.setattr(module, "cuda_problem", lambda number: None)
     with pytest.raises(InputError, match="CUDA provider does not load"):
-        module.EncoderSession(trained / "encoder.onnx", device="cuda")
+        EncoderSession(trained / "encoder.onnx", device="cuda")
 
 
 EMBED = """

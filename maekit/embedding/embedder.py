@@ -1,7 +1,9 @@
 """`maekit.Embedder`: the exported encoder as a Python object, with the same preprocessing to the bit."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +14,40 @@ from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.errors import InputError
 from maekit.images import Pixels, upright_rgb
+from maekit.machine import cores
 
 _BATCH = 16
 
 
 class Embedder:
-    """Embeds single images or many.
+    """Embeds single images or many. May be called from several threads at once.
 
     Args:
         path: the ONNX file that `maekit export` wrote.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        provider_options: of the CUDA provider, in place of the usual ones.
+
+    Attributes:
+        dim: length of an embedding.
+        provider: where the model runs.
 
     Raises:
         InputError: no such file, or the provider asked for does not work.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, device: str = "auto") -> None:
-        self._session = EncoderSession(Path(path), device=device)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self._session = EncoderSession(Path(path), device=device, provider_options=provider_options)
         self.dim = self._session.description.dim
         self.provider = self._session.provider
 
     def __call__(self, images: Any) -> Embeddings:
-        """Embed one image or a sequence of them.
+        """Embed one image, or as many as an iterable gives; they are decoded ahead, in threads.
 
         Args:
             images: each a path, an image file's bytes, a Pillow image, or uint8 `[H, W, 3]` RGB.
@@ -48,12 +62,38 @@ class Embedder:
         single = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim == 3
         )
-        items: Sequence[Any] = [images] if single else _listed(images)
-        parts = [
-            embed_padded(self._session, [self._prepare(item) for item in items[i : i + _BATCH]], _BATCH)
-            for i in range(0, len(items), _BATCH)
-        ]
+        if single:
+            return self._embed([self._prepare(images)])
+        parts: list[Embeddings] = []
+        batch: list[Pixels] = []
+        for pixels in self._prepared(_iterated(images)):
+            batch.append(pixels)
+            if len(batch) == _BATCH:
+                parts.append(self._embed(batch))
+                batch = []
+        if batch:
+            parts.append(self._embed(batch))
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
+
+    def _embed(self, images: list[Pixels]) -> Embeddings:
+        pixels = np.empty((_BATCH, *images[0].shape), np.uint8)
+        np.stack(images, out=pixels[: len(images)])
+        return embed_padded(self._session, pixels, len(images))
+
+    def _prepared(self, images: Iterator[Any]) -> Iterator[Pixels]:
+        """Yield images ready for the model, in order, two batches ahead (Pillow decodes without Python's lock)."""
+        with ThreadPoolExecutor(cores(), "decode") as pool:
+            flying: deque[Future[Pixels]] = deque()
+            try:
+                for image in images:
+                    flying.append(pool.submit(self._prepare, image))
+                    if len(flying) > 2 * _BATCH:
+                        yield flying.popleft().result()
+                while flying:
+                    yield flying.popleft().result()
+            finally:
+                for future in flying:
+                    future.cancel()
 
     def _prepare(self, item: Any) -> Pixels:
         preprocess = self._session.description.preprocess
@@ -72,7 +112,7 @@ class Embedder:
         raise InputError(f"an image is a path, bytes, a Pillow image or uint8 [H, W, 3], not {what}")
 
 
-def _listed(images: Any) -> list[Any]:
+def _iterated(images: Any) -> Iterator[Any]:
     if not isinstance(images, Iterable):
         raise InputError(f"an image is a path, bytes, a Pillow image or uint8 [H, W, 3], not {type(images).__name__}")
-    return list(images)
+    return iter(images)

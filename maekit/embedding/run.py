@@ -1,30 +1,43 @@
-"""`maekit embed`: from shards to embeddings, one committed file per shard."""
+"""`maekit embed`: from images to embeddings, shard by shard, each committed whole."""
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from maekit import files
-from maekit.embedding.pipeline import EmbeddingPipeline, ShardResult, content_of
-from maekit.embedding.session import CPU, EncoderSession
-from maekit.embedding.writer import DTYPES, CommitRecord, OutputDirectory, OutputOptions, check_output_names
-from maekit.errors import DamagedShard, InputError, MaekitError, Stopped
+from maekit.embedding.devices import DeviceOptions, Devices, ManyDevices, OneDevice
+from maekit.embedding.formats import DTYPES, FORMATS
+from maekit.embedding.inputs import Part, Scope, TarPart, find_inputs
+from maekit.embedding.output import (
+    CommitRecord,
+    OutputDirectory,
+    OutputOptions,
+    batch_size_of,
+    check_output_names,
+)
+from maekit.embedding.pipeline import Timing
+from maekit.embedding.providers import CPU, check_device, gpu_count
+from maekit.embedding.splits import Split, find_split
+from maekit.embedding.verify import Verdict, verify
+from maekit.embedding.work import Outcome, Task
+from maekit.errors import InputError, MaekitError, Stopped
+from maekit.images import Preprocess
 from maekit.machine import cores
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
-from maekit.shards.index import ShardIndex, load_index
-from maekit.shards.read import MemberReader
+from maekit.shards.index import load_index
 from maekit.shards.remote import RemoteCache
-from maekit.shards.spec import ShardFile, find_shards
 from maekit.signals import stop_on_signal
 
-# On a CPU larger batches only fall out of the caches; a GPU wants to be filled.
-_CPU_BATCH, _GPU_BATCH = 16, 256
-_AHEAD = 4  # shards fetched and indexed before their turn
+# On a CPU larger batches only fall out of the caches; a GPU wants to be filled. Of small images a batch holds more, so
+# that what a batch costs besides its arithmetic stays small.
+_CPU_BATCH, _GPU_BATCH, _LARGEST_BATCH = 16, 256, 1024
+_USUAL_PIXELS = 224 * 224
+_LOOKING = 16  # shards whose version is asked for at once
+# Shards of one device that are in use at once: fetched ahead, being embedded, and at the end of it.
+_IN_USE = 6
 
 
 @dataclass
@@ -33,13 +46,22 @@ class EmbedConfig:
 
     Attributes:
         model: the ONNX file that `maekit export` wrote.
-        shards: input specs: directories, tars, globs, brace patterns, URLs.
+        shards: input specs: directories, tars, globs, brace patterns, URLs; or one directory of images.
         out: the output directory.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        devices: several of them, which share the work; in place of `device`.
+        provider_options: of the CUDA provider, in place of the usual ones.
+        format: `parquet` or `npy`.
         dtype: of the stored embeddings, `float32` or `float16`.
-        batch_size: images per run of the model; None is 16 on a CPU and 256 on a GPU.
-        workers: decoding threads; None is one per CPU core.
+        keep: extensions of members that become columns, such as `json` and `cls`.
+        limit: embed only the first so many samples of the input.
+        select: embed only samples whose key matches this glob.
+        batch_size: images per run of the model; None is what the output has, else a size that fits device and images.
+        workers: decoding processes; None is one per CPU core.
+        num_splits: of the input, for as many runs on one output; None is what SLURM or torchrun says, else 1.
+        split: which of them this run embeds, from 0.
         overwrite: delete what another model or other options left in `out`.
+        verify: at the end, read everything again and see that it is whole.
         cache_gb: gigabytes of disk for shards fetched from remote.
     """
 
@@ -47,10 +69,19 @@ class EmbedConfig:
     shards: tuple[str, ...]
     out: str
     device: str = "auto"
+    devices: tuple[str, ...] = ()
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    format: str = "parquet"
     dtype: str = "float32"
+    keep: tuple[str, ...] = ()
+    limit: int | None = None
+    select: str | None = None
     batch_size: int | None = None
     workers: int | None = None
+    num_splits: int | None = None
+    split: int | None = None
     overwrite: bool = False
+    verify: bool = False
     cache_gb: float = 50.0
 
 
@@ -60,16 +91,21 @@ class EmbedResult:
 
     Attributes:
         out: the output directory.
-        rows: keys with an embedding, in all shards of the input, those of earlier runs included.
+        rows: keys with an embedding, in all shards of this split, those of earlier runs included.
         errors: keys without.
         shards: shards embedded now.
         skipped: shards that were committed already.
         damaged: one line for each shard that cannot be read or trusted; of these only what was embedded earlier counts.
+        elsewhere: shards that another run has in hand.
         images_per_second: of this run.
-        limit_share: on a CPU, the share of the cores' time that this process used; on a GPU, the share of the time that
-            the slower of decoding and model was at work.
-        binds: the slower of the two.
+        limit_share: what that is of the limit that decoding and model set. On a CPU they share the cores:
+            1 / (1 / decode + 1 / model); on a GPU, the slower of the two.
+        rates: images per second of each stage, were it alone: `decode`, `model`, `write`.
+        binds: the stage that costs most.
         provider: where the model ran.
+        batch_size: images per run of the model.
+        split: which of how many, such as `all` or `0-of-8`.
+        verified: what `--verify` found; None where it was not asked for.
     """
 
     out: str
@@ -78,10 +114,15 @@ class EmbedResult:
     shards: int
     skipped: int
     damaged: list[str]
+    elsewhere: list[str]
     images_per_second: float
     limit_share: float
+    rates: dict[str, float]
     binds: str
     provider: str
+    batch_size: int
+    split: str
+    verified: Verdict | None = None
 
 
 def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
@@ -93,32 +134,31 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         MaekitError: failed while working.
     """
     progress = progress or Silent()
-    _check(config)
-    shards = find_shards(config.shards)
-    check_output_names(shards)
-    session = EncoderSession(Path(config.model), device=config.device)
-    progress.note(f"provider: {session.provider} ({session.reason})")
-    batch_size = config.batch_size or (_CPU_BATCH if session.provider == CPU else _GPU_BATCH)
-    options = OutputOptions(session.description.sha256, config.dtype, batch_size, session.provider)
-    output = OutputDirectory(Path(config.out), session.description, options)
-    output.refuse_foreign()
-    with files.sole_owner(output.bookkeeping):
-        remote = RemoteCache(int(config.cache_gb * 1e9))
-        pipeline = EmbeddingPipeline(session, batch_size=batch_size, workers=config.workers or cores(), remote=remote)
-        job = _Job(output, progress, remote)
-        job.look(shards)
-        output.claim(overwrite=config.overwrite)
-        todo = job.plan(shards)
-        started, started_cpu = time.perf_counter(), time.process_time()
-        job.embed(todo, pipeline)
-        if not (job.rows or job.errors or job.damaged):
-            raise InputError(f"the {len(shards)} shards hold no sample at all")
-        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
-    timing = pipeline.timing
-    if session.provider == CPU:
-        share = cpu_seconds / (seconds * cores())
-    else:
-        share = max(timing.running, timing.waiting) / seconds
+    split = _check(config)
+    remote = RemoteCache(int(config.cache_gb * 1e9))
+    with _devices(config, split, remote) as devices:
+        running = devices.running
+        progress.note(f"provider: {running.provider} ({running.reason})")
+        if on_cpu := running.nodes.get(CPU) if running.provider != CPU else None:
+            progress.note(f"{on_cpu} of {sum(running.nodes.values())} nodes of the model run on the CPU")
+        if split.count > 1:
+            progress.note(f"split {split.number} of {split.count}, numbered from 0 (from {split.origin})")
+        parts = find_inputs(config.shards)
+        output = _output(config, split, devices)
+        output.refuse_foreign()
+        with output.sole_run():
+            job = _Job(output, progress, remote)
+            job.look(parts, max(1, len(config.devices)))
+            output.claim([part.name for part in parts], overwrite=config.overwrite)
+            check_output_names(output, parts)
+            todo = job.plan(parts, split, Scope(config.select, config.limit))
+            started = time.perf_counter()
+            job.embed(todo, devices)
+            seconds = time.perf_counter() - started
+            verdict = verify(output, job.tasks, remote, progress) if config.verify else None
+        if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
+            raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
+        speed = Speed.of(devices.timing, seconds, devices.workers, running.provider)
     return EmbedResult(
         out=config.out,
         rows=job.rows,
@@ -126,19 +166,39 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         shards=job.shards,
         skipped=job.skipped,
         damaged=job.damaged,
-        images_per_second=round(timing.images / seconds, 2) if timing.images else 0.0,
-        limit_share=round(share, 4) if timing.images else 0.0,
-        binds=timing.binds,
-        provider=session.provider,
+        elsewhere=job.elsewhere,
+        images_per_second=round(speed.images_per_second, 2),
+        limit_share=round(speed.limit_share, 4),
+        rates={stage: round(rate, 2) for stage, rate in speed.rates.items()},
+        binds=speed.binds,
+        provider=running.provider,
+        batch_size=output.options.batch_size,
+        split=split.name,
+        verified=verdict,
     )
 
 
-def _check(config: EmbedConfig) -> None:
+def _check(config: EmbedConfig) -> Split:
+    """Refuse what cannot be, before anything starts."""
     if config.dtype not in DTYPES:
         raise InputError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
-    for option, value in (("--batch-size", config.batch_size), ("--workers", config.workers)):
+    if config.format not in FORMATS:
+        raise InputError(f"--format {config.format}: must be one of {', '.join(FORMATS)}")
+    numbers = (("--batch-size", config.batch_size), ("--workers", config.workers), ("--limit", config.limit))
+    for option, value in numbers:
         if value is not None and value < 1:
             raise InputError(f"{option} {value}: must be at least 1")
+    for extension in config.keep:
+        if not extension or extension in ("key", "shard", "index", "embedding"):
+            raise InputError(f"--keep {extension or repr(extension)}: must be the extension of a member, such as json")
+        if config.keep.count(extension) > 1:
+            raise InputError(f"--keep {extension}: given twice")
+    if config.devices and config.device != "auto":
+        raise InputError(f"--device {config.device} and --devices {','.join(config.devices)}: give one of them")
+    for device in config.devices or (config.device,):
+        check_device(device)
+    if "auto" in config.devices:
+        raise InputError("--devices: name each of them, such as 0,1")
     if not config.cache_gb > 0:
         raise InputError(f"--cache-gb {config.cache_gb:g}: must be greater than 0")
     if "://" in config.model:
@@ -148,28 +208,93 @@ def _check(config: EmbedConfig) -> None:
         raise InputError(
             f"--out {config.out}: write to a local or mounted directory, then copy it (aws s3 sync, gsutil)"
         )
+    split = find_split(config.split, config.num_splits)
+    if config.overwrite and split.count > 1:
+        raise InputError("--overwrite with several splits: each would delete what the others wrote; delete --out first")
+    if config.limit is not None and split.count > 1:
+        raise InputError("--limit with several splits: run it as one")
+    return split
+
+
+def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
+    """Return what embeds, with the cores of this machine divided among its devices and its other splits."""
+    device = config.device
+    if split.local_count > 1 and device in ("auto", "cuda"):
+        with contextlib.suppress(OSError):  # no driver; told where it is asked for
+            if (there := gpu_count() or 0) > 1:
+                device = f"cuda:{split.local_number % there}"
+    names = config.devices or (device,)
+    share = max(1, cores() // (split.local_count * len(names)))
+    workers = max(1, config.workers // len(names)) if config.workers else share
+    options = [DeviceOptions(Path(config.model), name, config.provider_options, share, workers) for name in names]
+    return ManyDevices(options, remote) if len(options) > 1 else OneDevice(options[0], remote)
+
+
+def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirectory:
+    running = devices.running
+    description = running.description
+    earlier = None if config.overwrite else batch_size_of(Path(config.out))
+    options = OutputOptions(
+        model=description.sha256,
+        provider=running.provider,
+        provider_options=dict(sorted(config.provider_options.items())),
+        format=config.format,
+        dtype=config.dtype,
+        keep=config.keep,
+        select=config.select,
+        limit=config.limit,
+        batch_size=config.batch_size or earlier or _usual_batch_size(description.preprocess, running.provider),
+    )
+    return OutputDirectory(Path(config.out), description, options, split.name)
+
+
+def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
+    """Return images per batch: as many pixels as 16 (on a GPU 256) images of 224 x 224 have, a power of two."""
+    pixels = preprocess.size[0] * preprocess.size[1]
+    usual = _CPU_BATCH if provider == CPU else _GPU_BATCH
+    size = max(1, usual * _USUAL_PIXELS // pixels)
+    return min(_LARGEST_BATCH, 1 << (size.bit_length() - 1))
+
+
+def _narrowed(config: EmbedConfig) -> str:
+    return f" whose key matches {config.select}" if config.select is not None else ""
 
 
 @dataclass(frozen=True)
-class _Arrival:
-    """A shard whose turn has come.
+class Speed:
+    """How fast it went, and what set the limit.
 
     Attributes:
-        shard: the shard, on this machine and sound.
-        index: what is in it.
-        version: the mark of its version.
-        record: its commit record, where it still holds what was embedded.
+        images_per_second: as a whole.
+        rates: images per second of each stage, were it alone: `decode`, `model`, `write`.
+        limit_share: share of the limit that decoding and model set.
+        binds: the stage that costs most, in words.
     """
 
-    shard: ShardFile
-    index: ShardIndex
-    version: str | None
-    record: CommitRecord | None = None
+    images_per_second: float
+    rates: dict[str, float]
+    limit_share: float
+    binds: str
+
+    @classmethod
+    def of(cls, timing: Timing, seconds: float, workers: int, provider: str) -> "Speed":
+        """Return the speed of work that took so many seconds with so many decoding processes."""
+        decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
+        model = timing.images / timing.running if timing.running else 0.0
+        write = timing.rows / timing.writing if timing.writing else 0.0
+        whole = timing.images / seconds if seconds else 0.0
+        rates = {"decode": decode, "model": model, "write": write}
+        known = {stage: rate for stage, rate in rates.items() if rate}
+        if not (decode and model):
+            return cls(whole, rates, 0.0, "")
+        limit = 1 / (1 / decode + 1 / model) if provider == CPU else min(decode, model)
+        names = {"decode": "decoding", "model": "the model", "write": "writing"}
+        return cls(whole, rates, whole / limit, names[min(known, key=known.__getitem__)])
 
 
 @dataclass
 class _Job:
-    """The work on one output directory, and its account.
+    """The account of one run.
 
     Attributes:
         output: where rows and records go.
@@ -180,8 +305,10 @@ class _Job:
         shards: committed now.
         skipped: shards committed earlier.
         damaged: one line for each shard left out.
-        sizes: bytes of each shard, as far as they are known.
-        versions: the mark of each shard's version when the run began, likewise.
+        elsewhere: names of the shards that another run has in hand.
+        tasks: all shards of this run.
+        sizes: bytes of each part, as far as they are known.
+        versions: the mark of each part's version when the run began, likewise.
     """
 
     output: OutputDirectory
@@ -192,190 +319,165 @@ class _Job:
     shards: int = 0
     skipped: int = 0
     damaged: list[str] = field(default_factory=list)
-    sizes: dict[ShardFile, int] = field(default_factory=dict)
-    versions: dict[ShardFile, str | None] = field(default_factory=dict)
+    elsewhere: list[str] = field(default_factory=list)
+    tasks: list[Task] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
 
-    def look(self, shards: list[ShardFile]) -> None:
-        """Learn size and version of each shard, without reading it.
+    def look(self, parts: Sequence[Part], devices: int) -> None:
+        """Learn size and version of each part, without reading it.
 
         Raises:
             InputError: the cache is too small for the remote ones.
         """
-        for shard, version in zip(shards, map_in_threads(self._version, shards, threads=_AHEAD), strict=True):
-            self.versions[shard] = version
-        if distant := [self.sizes.get(shard, 0) for shard in shards if shard.url is not None]:
-            self.remote.refuse_if_too_small(min(len(distant), _AHEAD + 2), max(distant))
+        looks = map_in_threads(lambda part: part.look(self.remote), parts, threads=_LOOKING)
+        for part, (version, size) in zip(parts, looks, strict=True):
+            self.versions[part.name], self.sizes[part.name] = version, size
+        if distant := [self.sizes[part.name] for part in parts if part.is_remote]:
+            self.remote.refuse_if_too_small(min(len(distant), _IN_USE * devices), max(distant))
 
-    def plan(self, shards: list[ShardFile]) -> list[ShardFile]:
-        """Return the shards that are not known to be committed: those that are new, or look changed.
+    def plan(self, parts: Sequence[Part], split: Split, scope: Scope) -> list[Task]:
+        """Return the shards of this split that are not known to be committed: those that are new, or look changed.
 
         Raises:
             InputError: a shard is committed under another name.
         """
+        self._refuse_renamed(parts)
+        scopes = self._scopes(parts, scope)
+        self.tasks = [
+            Task(part, self.versions[part.name], scopes[part.name]) for part in split.of(parts) if part.name in scopes
+        ]
         todo = []
-        for shard in shards:
-            record = self.output.committed(shard)
-            if record is not None and self.versions[shard] and record.input_version == self.versions[shard]:
-                self._skip(record)
+        for task in self.tasks:
+            record = self.output.committed(task.part.name, task.scope.first)
+            if record is not None and task.version and record.input_version == task.version:
+                self._settle(Outcome(task.part.name, "skipped", record))
             else:
-                todo.append(shard)
-        self._refuse_renamed(shards, todo)
+                todo.append(task)
         if self.skipped:
-            self.progress.note(f"{self.skipped} of {len(shards)} shards are committed already")
+            self.progress.note(f"{self.skipped} of {len(self.tasks)} shards are committed already")
         return todo
 
-    def _refuse_renamed(self, shards: list[ShardFile], todo: list[ShardFile]) -> None:
+    def _scopes(self, parts: Sequence[Part], scope: Scope) -> dict[str, Scope]:
+        """Return which samples of each part are meant; with a limit, the first ones of the whole input."""
+        if scope.first is None:
+            return {part.name: scope for part in parts}
+        scopes: dict[str, Scope] = {}
+        left = scope.first
+        for part in parts:
+            if not left:
+                break
+            try:
+                images = part.open(self.remote)
+            except MaekitError:
+                scopes[part.name] = Scope(scope.select, left)  # told when its turn comes; it gives nothing
+                continue
+            try:
+                count = len(Scope(scope.select).ordinals(images))
+            finally:
+                images.close()
+            scopes[part.name] = Scope(scope.select, left if count > left else None)
+            left -= min(count, left)
+        return scopes
+
+    def _refuse_renamed(self, parts: Sequence[Part]) -> None:
         """Refuse shards that were embedded under other names: their rows would stand twice in the output.
 
         Raises:
             InputError: names one of them.
         """
-        orphans = self.output.orphans(shards)
+        orphans = self.output.orphans([part.name for part in parts])
         known = {(Path(r.shard).name, r.input_version): r for r in orphans if r.input_version}
-        for shard in todo:
-            earlier = known.get((Path(shard.name).name, self.versions[shard] or ""))
-            if earlier is None or self.output.committed(shard) is not None:
+        for part in parts:
+            earlier = known.get((Path(part.name).name, self.versions[part.name] or ""))
+            if earlier is None or self.output.committed(part.name, earlier.first) is not None:
                 continue
-            if shard.url is None and not _has_digest(shard, earlier.input_digest):
+            if not _has_digest(part, earlier):
                 continue  # another one of the same name, size and time
             raise InputError(
-                f"the shard {earlier.shard} of an earlier run would be {shard.name} now, and stand twice in "
+                f"the shard {earlier.shard} of an earlier run would be {part.name} now, and stand twice in "
                 f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
                 "another --out"
             )
         for record in orphans:
             self.progress.note(
-                f"{record.shard} was embedded earlier and is not in the input now; its file stays where it is"
+                f"{record.shard} was embedded earlier and is not in the input now; its rows stay where they are"
             )
 
-    def embed(self, todo: list[ShardFile], pipeline: EmbeddingPipeline) -> None:
+    def embed(self, todo: list[Task], devices: Devices) -> None:
         """Embed and commit shard by shard; each is fetched and judged when its turn comes.
 
         Raises:
             Stopped: SIGTERM or SIGINT came.
             MaekitError: the model failed, or the output cannot be written.
         """
-        arrived: dict[int, _Arrival] = {}
-        self.progress.start("embed", sum(self.sizes.get(shard, 0) for shard in todo), unit="bytes")
+        self.progress.start("embed", sum(self.sizes[task.part.name] for task in todo), unit="bytes")
         started = time.perf_counter()
-        timing = pipeline.timing
         try:
             # Downloads are told at once: the main thread may be waiting for one.
             with stop_on_signal(self.remote.stop) as stopped_by:
-                for result in pipeline.run(self._arrivals(todo, arrived, stopped_by)):
-                    if result is not None:
-                        self._settle(arrived.pop(result.number), result)
-                    rate = timing.images / (time.perf_counter() - started)
-                    self.progress.advance(int(timing.bytes))
-                    self.progress.figures({"images_per_second": rate, "binds": timing.binds, "errors": self.errors})
-                    if stopped_by():
-                        break
+                batch_size = self.output.options.batch_size
+                for _ in devices.run(todo, self.output, batch_size, self._settle, self.progress.note, stopped_by):
+                    self._show(devices, time.perf_counter() - started)
+                self._show(devices, time.perf_counter() - started)
                 if signal_name := stopped_by():
                     raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
         finally:
             self.progress.stop()
 
-    def _arrivals(
-        self, todo: list[ShardFile], arrived: "dict[int, _Arrival]", stopped_by: Callable[[], str | None]
-    ) -> Iterator[ShardIndex]:
-        """Yield the index of each shard that is sound and not committed after all; `arrived` says which it was."""
-        number = 0
-        for shard, arrival in zip(todo, map_in_threads(self._arrive, todo, threads=_AHEAD), strict=True):
-            if stopped_by():
-                return
-            if isinstance(arrival, MaekitError):
-                self._leave_out(shard, arrival)
-            elif arrival.record is not None:
-                self.output.renew(arrival.record, arrival.version)
-                self._skip(arrival.record)
-            elif not arrival.index.samples:
-                self._settle(arrival, ShardResult(-1, [], np.empty((0, 0), np.float32), []))
-            else:
-                arrived[number] = arrival
-                number += 1
-                yield arrival.index
+    def _show(self, devices: Devices, seconds: float) -> None:
+        timing = devices.timing
+        speed = Speed.of(timing, seconds, devices.workers, devices.running.provider)
+        self.progress.advance(int(timing.bytes))
+        self.progress.figures(
+            {
+                "images_per_second": speed.images_per_second,
+                "rates": speed.rates,
+                "binds": speed.binds,
+                "errors": self.errors,
+            }
+        )
 
-    def _arrive(self, shard: ShardFile) -> "_Arrival | MaekitError":
-        """Fetch and index a shard, and see whether it holds what its commit record says."""
-        try:
-            for attempt in range(3):
-                version = self.remote.fetch(shard) if shard.url is not None else self._version(shard)
-                if shard.url is None or shard.path.exists() or attempt == 2:
-                    break  # else another process has just needed the room
-            try:
-                index = load_index(shard.path)
-            except DamagedShard:
-                if shard.url is None:
-                    raise
-                version = self.remote.fetch_anew(shard)  # the copy here may be what is damaged
-                index = load_index(shard.path)
-            record = self.output.committed(shard)
-            if record is not None and (record.input_digest, record.input_bytes) == (index.digest, index.size):
-                # Only its time or its mark is another: a copy, or a shard that was changed or mended.
-                with contextlib.closing(MemberReader(remote=self.remote)) as reader:
-                    is_same = content_of(index, reader) == record.input_content
-                return _Arrival(shard, index, version, record if is_same else None)
-            return _Arrival(shard, index, version)
-        except DamagedShard as damage:
-            return DamagedShard(shard.url or damage.path, damage.offset, damage.reason)
-        except MaekitError as error:
-            return error
-
-    def _version(self, shard: ShardFile) -> str | None:
-        """Return a mark that changes with the shard, without reading it; None where there is none."""
-        try:
-            if shard.url is not None:
-                there = self.remote.describe(shard)
-                self.sizes[shard] = there.size or 0
-                return there.version or None
-            status = shard.path.stat()
-            self.sizes[shard] = status.st_size
-            return f"{status.st_size} bytes, {status.st_mtime_ns} ns"
-        except (MaekitError, OSError):
-            return None  # told when its turn comes
-
-    def _settle(self, arrival: "_Arrival", result: ShardResult) -> None:
-        if self.remote.is_stopped and result.failure is not None:
-            return  # a signal came; the next run goes on with it
-        if result.failure is not None:
-            self._leave_out(arrival.shard, MaekitError(result.failure))
-        else:
+    def _settle(self, outcome: Outcome) -> None:
+        """Enter what became of a shard."""
+        if outcome.record is not None:
+            self.rows += outcome.record.rows
+            self.errors += outcome.record.errors
+        if outcome.kind == "embedded":
             self.shards += 1
-            self._count(self.output.write(arrival.shard, arrival.index, result, arrival.version))
-
-    def _count(self, record: CommitRecord) -> None:
-        self.rows += record.rows
-        self.errors += record.errors
-
-    def _skip(self, record: CommitRecord) -> None:
-        self.skipped += 1
-        self._count(record)
-
-    def _leave_out(self, shard: ShardFile, error: MaekitError) -> None:
-        """Go on without a shard. What was embedded from it while it was sound stays, and counts."""
-        reason = str(error)
-        record = self.output.committed(shard)
-        if record is not None:
-            self._count(record)
-            reason += " (its earlier embeddings stay)"
+        elif outcome.kind == "skipped":
+            self.skipped += 1
+        elif outcome.kind == "elsewhere":
+            self.elsewhere.append(outcome.name)
+            self.progress.note(f"{outcome.name} is in the hands of {outcome.reason}")
         else:
-            self.output.write_damage(shard, reason)
-        self.damaged.append(reason)
-        self.progress.note(f"left out: {reason}")
+            self.damaged.append(outcome.reason)
+            self.progress.note(f"left out: {outcome.reason}")
 
 
-def _has_digest(shard: ShardFile, digest: str) -> bool:
+def _has_digest(part: Part, record: CommitRecord) -> bool:
+    """Whether a part holds what was embedded; of a remote one only its version is known, and is the same."""
+    if not isinstance(part, TarPart) or part.is_remote:
+        return part.is_remote
     try:
-        return load_index(shard.path).digest == digest
+        return load_index(part.shard.path).digest == record.input_digest
     except MaekitError:
         return False  # told when its turn comes
 
 
-def raise_if_damaged(result: EmbedResult) -> None:
-    """Raise where shards were left out: the work is done as far as it can be, and that is not all of it.
+def raise_if_incomplete(result: EmbedResult) -> None:
+    """Raise where shards were left out or are not what they must be: the work is done as far as it can be.
 
     Raises:
         MaekitError: names the first of them.
     """
     if result.damaged:
         raise MaekitError(f"{len(result.damaged)} shards were left out: {result.damaged[0]}")
+    if result.elsewhere:
+        raise MaekitError(
+            f"{len(result.elsewhere)} shards are in the hands of another run: {result.elsewhere[0]}; run the command "
+            "again when it has ended"
+        )
+    if result.verified is not None and result.verified.problems:
+        problems = result.verified.problems
+        raise MaekitError(f"--verify: {len(problems)} problems, the first: {problems[0]}")

@@ -1,30 +1,35 @@
 """The model file in ONNX Runtime, on the provider that was asked for and on no other."""
 
-import contextlib
-import ctypes
 import json
-from collections.abc import Iterator
+import re
+import threading
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from maekit import files
+from maekit.embedding.providers import CUDA, check_device, first_line, open_cpu, open_cuda
 from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels, Preprocess
 from maekit.machine import cores
 
 METADATA_KEY = "maekit"
-CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
-_QUIET, _USUAL = 4, 2  # ONNX Runtime's log severities: fatal only; warnings
+_INPUT, _OUTPUT = "images", "embeddings"
+# What ONNX Runtime, CUDA, cuBLAS and the C++ library say when memory runs out.
+_OUT_OF_MEMORY = re.compile(
+    r"Failed to allocate memory|out of memory|bad_alloc|ALLOC_FAILED|Available memory of", re.IGNORECASE
+)
 
 Embeddings = NDArray[np.float32]
 
-# Nothing about other people's images or machines is sent anywhere.
-ort.disable_telemetry_events()
+
+class OutOfMemory(MaekitError):
+    """A batch does not fit into the memory of the device."""
 
 
 @dataclass(frozen=True)
@@ -49,130 +54,104 @@ class ModelDescription:
 
 
 class EncoderSession:
-    """An exported encoder, loaded and checked.
+    """An exported encoder, loaded and checked. May be called from several threads at once.
 
     Args:
         path: the ONNX file that `maekit export` wrote.
-        device: `auto`, `cpu` or `cuda`.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
         threads: CPU threads for the model; None is one per core.
+        provider_options: of the CUDA provider, in place of the usual ones.
 
     Attributes:
         description: what the file says of itself.
         provider: where its nodes really run.
         reason: why this provider, in a few words.
+        registered: all providers of the session, first choice first.
+        nodes: how many nodes of the model each provider took.
 
     Raises:
         InputError: no such file, not from maekit, or the provider asked for does not work; says how to mend it.
     """
 
-    def __init__(self, path: Path, *, device: str = "auto", threads: int | None = None) -> None:
-        if device not in ("auto", "cpu", "cuda"):
-            raise InputError(f"--device {device}: must be auto, cpu or cuda")
+    def __init__(
+        self,
+        path: Path,
+        *,
+        device: str = "auto",
+        threads: int | None = None,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
+        check_device(device)
         if path.is_dir():
             raise InputError(f"{path} is a directory; ENCODER.ONNX is the file that `maekit export` wrote")
         if not path.is_file():
             raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
-        session = None
-        problem = None
+        threads = threads or cores()
+        opened = None
+        self.reason = "asked for"
         if device != "cpu":
-            problem = _cuda_problem()
-            if problem is None:
-                session, problem = _open_cuda(path, threads)
-            if problem and device == "cuda":
-                raise InputError(f"--device cuda: {problem.what}; {problem.fix}")
-        if session is None or problem:
-            self._session = _open(path, CPU, threads)
-            self.reason = f"chosen by auto: {problem.what}" if problem else "asked for"
-        else:
-            self._session = session
-            self.reason = "a CUDA device works here"
-        self.provider: str = self._session.get_providers()[0]
+            opened = open_cuda(path, "cuda" if device == "auto" else device, threads=threads, options=provider_options)
+            if opened.problem and device != "auto":
+                raise InputError(f"--device {device}: {opened.problem.what}; {opened.problem.fix}")
+            if device == "auto":
+                said = opened.problem.what if opened.problem else "a CUDA device works here"
+                self.reason = f"chosen by auto: {said}"
+        if opened is None or opened.problem:
+            if provider_options:
+                raise InputError(f"--provider-option sets what the CUDA provider does, and {path} runs on the CPU here")
+            opened = open_cpu(path, threads=threads)
+        self._session = opened.session
+        self.provider, self.registered, self.nodes = opened.provider, opened.registered, opened.nodes
+        self._device = ("cuda", int(device.partition(":")[2] or 0)) if self.provider == CUDA else ("cpu", 0)
+        self._own = threading.local()
         self.description = _describe(path, self._session)
 
     def __call__(self, images: Pixels) -> Embeddings:
-        """Embed a batch: uint8 `[B, H, W, 3]` -> float32 `[B, dim]`.
+        """Embed a batch: uint8 `[B, H, W, 3]`, C order -> float32 `[B, dim]`.
 
         Raises:
+            OutOfMemory: the batch is too large for the device.
             MaekitError: ONNX Runtime failed.
         """
         try:
-            result: Embeddings = self._session.run(None, {"images": images})[0]
+            return self._run(images)
         except Exception as error:  # onnxruntime's own exception types have no common base
-            raise MaekitError(f"{self.description.path} failed on {self.provider}: {_first_line(error)}") from error
-        return result
+            message = f"{self.description.path} failed on {self.provider}: {first_line(error)}"
+            if _OUT_OF_MEMORY.search(str(error)) or isinstance(error, MemoryError):
+                raise OutOfMemory(message) from error
+            raise MaekitError(message) from error
+
+    def _run(self, images: Pixels) -> Embeddings:
+        """Run on buffers of this thread's own, which stay bound for each size of batch."""
+        sets: dict[int, _Buffers] = self._own.__dict__.setdefault("sets", {})
+        buffers = sets.get(len(images))
+        if buffers is None:
+            buffers = _Buffers(self._session, images.shape, self.description.dim, self._device)
+            sets[len(images)] = buffers
+        return buffers.run(images)
 
 
-class _Problem(NamedTuple):
-    what: str
-    fix: str
+class _Buffers:
+    """A batch's input and output in the memory of the device, bound to the session once and used again and again."""
 
+    def __init__(self, session: Any, shape: tuple[int, ...], dim: int, device: tuple[str, int]) -> None:
+        self._session, self._binding, self._is_cpu = session, session.io_binding(), device[0] == "cpu"
+        if not self._is_cpu:
+            self._input = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, *device)
+            self._binding.bind_ortvalue_input(_INPUT, self._input)
+        self._output = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], dim], np.float32, *device)
+        self._binding.bind_ortvalue_output(_OUTPUT, self._output)
 
-def _open(path: Path, provider: str, threads: int | None) -> Any:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or cores()
-    # Threads that spin while they wait would take the cores from decoding.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    options.log_severity_level = 3
-    providers: list[Any] = [provider]
-    if provider == CUDA:
-        # Without the heuristic search the first batch of each size tries out every convolution algorithm.
-        providers = [(CUDA, {"cudnn_conv_algo_search": "HEURISTIC"}), CPU]
-    try:
-        return ort.InferenceSession(path, options, providers=providers, enable_fallback=0)
-    except Exception as error:
-        raise InputError(f"{path}: ONNX Runtime cannot load this file: {_first_line(error)}") from error
-
-
-def _open_cuda(path: Path, threads: int | None) -> tuple[Any, _Problem | None]:
-    """Return a session, and why it does not run on CUDA; ONNX Runtime itself falls back to the CPU in silence."""
-    ort.preload_dlls()
-    with _quiet():
-        session = _open(path, CUDA, threads)
-    if session.get_providers()[0] != CUDA:
-        return session, _Problem(
-            f"the CUDA provider does not load ({_missing_library()})", "pip install 'maekit[cuda]'"
-        )
-    on_cuda = sum(
-        len(part.get_nodes()) for part in session.get_provider_graph_assignment_info() if part.ep_name == CUDA
-    )
-    if not on_cuda:
-        return session, _Problem("the CUDA provider loads but takes no node of this model", "use --device cpu")
-    return session, None
-
-
-def _cuda_problem() -> _Problem | None:
-    """Return why CUDA cannot work here, as far as that shows without loading the provider; None if nothing shows."""
-    if CUDA not in ort.get_available_providers():
-        fix = "pip uninstall onnxruntime onnxruntime-gpu, then pip install 'maekit[cuda]'"
-        return _Problem("this onnxruntime is a build without CUDA", fix)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return _Problem("no NVIDIA driver here (libcuda.so.1 is missing)", "install the driver, or use --device cpu")
-    count = ctypes.c_int(0)
-    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
-        fix = "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
-        return _Problem("the NVIDIA driver sees no device", fix)
-    return None
-
-
-def _missing_library() -> str:
-    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
-    try:
-        ctypes.CDLL(str(provider))
-    except OSError as error:
-        return str(error)
-    return "no reason given"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    ort.set_default_logger_severity(_QUIET)
-    try:
-        yield
-    finally:
-        ort.set_default_logger_severity(_USUAL)
+    def run(self, images: Pixels) -> Embeddings:
+        if self._is_cpu:
+            self._binding.bind_cpu_input(_INPUT, images)  # read where it lies
+        else:
+            self._input.update_inplace(images)
+            self._binding.synchronize_inputs()
+        self._session.run_with_iobinding(self._binding)
+        self._binding.synchronize_outputs()
+        rows: Embeddings = self._output.numpy()
+        return rows.copy() if self._is_cpu else rows  # on the CPU it is a view of the buffer
 
 
 def _describe(path: Path, session: Any) -> ModelDescription:
@@ -191,7 +170,3 @@ def _describe(path: Path, session: Any) -> ModelDescription:
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -214,21 +214,7 @@ class MemberReader:
             ImageError: the member is larger than 256 MiB, or its bytes are not those of the CRC-32 in the index.
             MaekitError: the shard cannot be read, or is no longer the file that was indexed.
         """
-        descriptor = self._descriptor(index)
-        if member.size > MAX_MEMBER_BYTES:
-            raise ImageError("too_large", f"a member of {member.size} bytes (at most {MAX_MEMBER_BYTES} are read)")
-        try:
-            data = os.pread(descriptor, member.size, member.offset)
-            while len(data) < member.size:  # network file systems may return less than was asked for
-                more = os.pread(descriptor, member.size - len(data), member.offset + len(data))
-                if not more:
-                    raise MaekitError(f"{index.path}: shorter than when it was indexed")
-                data += more
-        except OSError as error:
-            raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
-        if member.crc is not None and zlib.crc32(data) != member.crc:
-            raise ImageError("checksum", "the bytes are not those of the CRC-32 in the index")
-        return data
+        return read_bytes(self._descriptor(index), str(index.path), member.offset, member.size, member.crc)
 
     def read_image(self, index: ShardIndex, ordinal: int) -> bytes:
         """Return the bytes of a sample's image.
@@ -250,17 +236,7 @@ class MemberReader:
                 raise MaekitError(f"{index.path}: deleted or replaced since it was indexed")
             self._open.move_to_end(index.path)
             return descriptor
-        if self._remote is not None and self._remote.owns(index.path):
-            descriptor = self._remote.open(index)
-        else:
-            try:
-                descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
-            except OSError as error:
-                raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
-            if not index.matches(os.fstat(descriptor)):
-                os.close(descriptor)
-                raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")
-        self._open[index.path] = descriptor
+        descriptor = self._open[index.path] = open_shard(index, self._remote)
         if len(self._open) > self._max_open:
             os.close(self._open.popitem(last=False)[1])
         return descriptor
@@ -269,3 +245,67 @@ class MemberReader:
         """Close all files."""
         while self._open:
             os.close(self._open.popitem()[1])
+
+
+def open_shard(index: ShardIndex, remote: RemoteCache | None = None) -> int:
+    """Return a descriptor of the shard that was indexed; a remote one is fetched where need be.
+
+    Raises:
+        MaekitError: it cannot be read, or is no longer the file that was indexed.
+    """
+    if remote is not None and remote.owns(index.path):
+        return remote.open(index)
+    try:
+        descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
+    if not index.matches(os.fstat(descriptor)):
+        os.close(descriptor)
+        raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")
+    return descriptor
+
+
+def read_bytes(descriptor: int, name: str, offset: int, size: int, crc: int | None) -> bytes:
+    """Return the bytes of one member of an open shard.
+
+    Args:
+        descriptor: of the shard.
+        name: of the shard, for messages.
+        offset: in bytes.
+        size: in bytes.
+        crc: the CRC-32 of its index, where there is one.
+
+    Raises:
+        ImageError: it is larger than 256 MiB, or its bytes are not those of the CRC-32.
+        MaekitError: the shard cannot be read.
+    """
+    if size > MAX_MEMBER_BYTES:
+        raise ImageError("too_large", f"a member of {size} bytes (at most {MAX_MEMBER_BYTES} are read)")
+    try:
+        data = os.pread(descriptor, size, offset)
+        while len(data) < size:  # network file systems may return less than was asked for
+            more = os.pread(descriptor, size - len(data), offset + len(data))
+            if not more:
+                raise MaekitError(f"{name}: shorter than when it was indexed")
+            data += more
+    except OSError as error:
+        raise MaekitError(f"cannot read {name}: {error.strerror or error}") from error
+    if crc is not None and zlib.crc32(data) != crc:
+        raise ImageError("checksum", "the bytes are not those of the CRC-32 in the index")
+    return data
+
+
+def read_file(path: str) -> bytes:
+    """Return the bytes of an image that is a file of its own.
+
+    Raises:
+        ImageError: it is larger than 256 MiB, or cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MAX_MEMBER_BYTES:
+                raise ImageError("too_large", f"a file of {size} bytes (at most {MAX_MEMBER_BYTES} are read)")
+            return file.read()
+    except OSError as error:
+        raise ImageError("unreadable", f"{error.strerror or error}") from error

@@ -104,11 +104,11 @@ def _expand_remote(spec: str) -> tuple[Path, list[str]]:
         raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
     urls: list[str] = []
     for pattern in _braces(spec):
-        urls += [pattern] if _is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
+        urls += [pattern] if is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
     behind = _behind_host(spec)
     before = spec.removesuffix(behind)
     fixed = before + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
-    is_directory = not _is_shard(_file_name(spec)) and not any(c in behind for c in "*[{")
+    is_directory = not is_shard(_file_name(spec)) and not any(c in behind for c in "*[{")
     root = _place(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
     return root, urls
 
@@ -120,7 +120,7 @@ def _listed(pattern: str) -> list[str]:
         if _has_wildcard(pattern):
             found = [name for name in filesystem.glob(path) if not _is_index(name)]
         else:
-            found = [name for name in filesystem.find(path) if _is_shard(_file_name(name))]
+            found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
     except Exception as error:  # each protocol raises its own kinds
         raise InputError(f"{pattern}: cannot be listed: {error or type(error).__name__}") from error
     if not found:
@@ -160,7 +160,7 @@ def _expand(spec: str) -> tuple[Path, list[Path]]:
     """Return the root and the files of one spec, as absolute paths."""
     path = Path(os.path.abspath(spec))
     if path.is_dir():
-        found = [p for p in files.walk_files(path) if _is_shard(p.name)]
+        found = [p for p in files.walk_files(path) if is_shard(p.name)]
         if not found:
             raise InputError(f"{spec}: no .tar file in this directory ({_contents(path)})")
         return path, found
@@ -195,7 +195,8 @@ def _matches(pattern: str, spec: str) -> list[str]:
     return found
 
 
-def _is_shard(file_name: str) -> bool:
+def is_shard(file_name: str) -> bool:
+    """Whether a file of this name is taken for a shard where a directory is searched."""
     return file_name.lower().endswith((TAR, *COMPRESSED_TARS)) and not file_name.startswith(".")
 
 

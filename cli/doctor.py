@@ -1,0 +1,92 @@
+"""`maekit doctor`."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from maekit.doctor import Finding, Rates
+
+
+def command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="ENCODER.ONNX",
+            help="Measure this model in place of a ViT-S/16; what `maekit export` wrote.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    """Say what this machine has, what does not work on it and what mends that, and how fast it is.
+
+    Runs a small model on every provider of ONNX Runtime and compares the numbers, writes into every folder that maekit
+    needs, and measures for about five seconds how many images this machine decodes and embeds. Exits 1 when there is a
+    problem; having no GPU is none.
+    """
+    from rich.console import Console
+
+    from maekit.cli.show import print_json
+    from maekit.doctor import examine
+
+    # On a terminal alone, and gone with the result.
+    with Console(stderr=True).status("looking and measuring, about five seconds"):
+        diagnosis = examine(model)
+    _print_findings(diagnosis.findings)
+    if diagnosis.rates:
+        _print_rates(diagnosis.rates)
+    _print_problems(diagnosis.problems)
+    if as_json:
+        print_json(diagnosis.summary())
+    if diagnosis.problems:
+        raise typer.Exit(1)
+
+
+def _print_findings(findings: "list[Finding]") -> None:
+    from maekit.cli.show import print_table
+
+    print_table(
+        ("this machine", "", ""),
+        [(finding.subject, finding.value, "problem" if finding.problem else "") for finding in findings],
+    )
+    print()
+
+
+def _print_rates(rates: "Rates") -> None:
+    from maekit.cli.show import print_table
+
+    def of(cores: object) -> str:
+        return f"{cores} core{'' if cores == 1 else 's'}"
+
+    rows = [("decode", "decode_one_core", of(1), "a JPEG of 500 x 375 pixels")]
+    if rates["cores"] != 1:
+        rows.append(("decode", "decode_all_cores", of(rates["cores"]), ""))
+    if "session" in rates:
+        model = f"{rates['model']}, batches of {rates['batch_size']}"
+        rows.append(("model", "session", of(rates["cores"]), model))
+        rows.append(("embed at most", "limit", of(rates["cores"]), "this model on this CPU, decoding included"))
+    print_table(
+        ("images per second", "", "", ""),
+        [(what, _number(float(rates[key])), where, remark) for what, key, where, remark in rows],
+        right=(1,),
+    )
+    print()
+
+
+def _number(rate: float) -> str:
+    return f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" if rate >= 1 else f"{rate:.2f}"
+
+
+def _print_problems(problems: "list[Finding]") -> None:
+    import sys
+
+    from rich.console import Console
+
+    if not problems:
+        print("no problem found")
+    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+    for finding in problems:
+        console.print(f"problem  {finding.subject}: {finding.problem}")
+        # Never folded: it is there to be copied.
+        print(f"    fix  {finding.fix}")

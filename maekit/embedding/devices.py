@@ -1,0 +1,378 @@
+"""The processes that embed: this one alone, or one for each of several devices, which take shards from one queue.
+
+A process of its own opens its session, says what it is, waits until the output is claimed, then asks for one shard
+after the other. When it dies, the shards that it had are handed to the others.
+"""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any, Protocol
+
+from maekit.embedding.decoding import DecodePool
+from maekit.embedding.output import OutputDirectory
+from maekit.embedding.pipeline import Timing
+from maekit.embedding.session import EncoderSession, ModelDescription
+from maekit.embedding.work import DeviceWork, Outcome, Task
+from maekit.errors import MaekitError
+from maekit.parallel import follow_parent
+from maekit.shards.remote import RemoteCache
+
+_TELL_SECONDS = 0.5
+_ASK_SECONDS = 0.001
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where the model runs.
+
+    Attributes:
+        description: what the model's file says of itself.
+        provider: where its nodes run.
+        reason: why there.
+        nodes: how many nodes of the model each provider took.
+    """
+
+    description: ModelDescription
+    provider: str
+    reason: str
+    nodes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """How one device is used.
+
+    Attributes:
+        model: the ONNX file.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        provider_options: of the CUDA provider.
+        threads: of the model, where it runs on the CPU.
+        workers: decoding processes.
+    """
+
+    model: Path
+    device: str
+    provider_options: Mapping[str, str]
+    threads: int
+    workers: int
+
+    def open_session(self) -> EncoderSession:
+        """Load the model on the device.
+
+        Raises:
+            InputError: as `EncoderSession`.
+        """
+        return EncoderSession(
+            self.model, device=self.device, threads=self.threads, provider_options=self.provider_options
+        )
+
+
+class Devices(Protocol):
+    """What embeds; a context manager.
+
+    Attributes:
+        running: where the model runs, once it is entered.
+        workers: decoding processes, over all devices.
+    """
+
+    running: Running
+    workers: int
+
+    def __enter__(self) -> "Devices":
+        """Open the sessions."""
+
+    def __exit__(self, *exception: object) -> None:
+        """End the processes."""
+
+    @property
+    def timing(self) -> Timing:
+        """Where the time went, over all of them."""
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        output: OutputDirectory,
+        batch_size: int,
+        report: Callable[[Outcome], None],
+        note: Callable[[str], None],
+        stopped: Callable[[], object],
+    ) -> Iterator[None]:
+        """Embed all tasks, yielding now and then; `report` gets each outcome.
+
+        Raises:
+            MaekitError: the model failed, or the output cannot be written.
+        """
+
+
+class OneDevice:
+    """The model in this process.
+
+    Args:
+        options: how the device is used.
+        remote: where remote shards come from.
+    """
+
+    running: Running
+
+    def __init__(self, options: DeviceOptions, remote: RemoteCache) -> None:
+        self._options, self._remote, self.workers = options, remote, options.workers
+        self._work: DeviceWork | None = None
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "OneDevice":
+        with contextlib.ExitStack() as stack:
+            # Forked first: a child must not begin with half of the threads of ONNX Runtime.
+            self._pool = stack.enter_context(DecodePool(self._options.workers))
+            self._session = self._options.open_session()
+            self.running = _running(self._session)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    @property
+    def timing(self) -> Timing:
+        """Where the time went."""
+        return self._work.timing if self._work else Timing()
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        output: OutputDirectory,
+        batch_size: int,
+        report: Callable[[Outcome], None],
+        note: Callable[[str], None],
+        stopped: Callable[[], object],
+    ) -> Iterator[None]:
+        """Embed all tasks here."""
+        self._work = DeviceWork(
+            self._session,
+            self._pool,
+            output,
+            self._remote,
+            batch_size=batch_size,
+            ahead=4 if any(task.part.is_remote for task in tasks) else 2,
+            report=report,
+            note=note,
+            stopped=stopped,
+        )
+        yield from self._work.run(tasks)
+
+
+def _running(session: EncoderSession) -> Running:
+    return Running(session.description, session.provider, session.reason, session.nodes)
+
+
+@dataclass
+class _Child:
+    """A process and what it has in hand.
+
+    Attributes:
+        device: its device.
+        process: the process.
+        connection: to it.
+        in_hand: numbers of the tasks that it was given and has not reported.
+        timing: as it last told.
+        has_ended: whether it has no more to do.
+    """
+
+    device: str
+    process: Any
+    connection: Connection
+    in_hand: set[int]
+    timing: Timing
+    has_ended: bool = False
+
+
+class ManyDevices:
+    """One process for each device.
+
+    Args:
+        options: how each device is used.
+        remote: where remote shards come from.
+    """
+
+    running: Running
+
+    def __init__(self, options: Sequence[DeviceOptions], remote: RemoteCache) -> None:
+        self._options, self._remote = options, remote
+        self.workers = sum(device.workers for device in options)
+        self._children: list[_Child] = []
+        self._stop = mmap.mmap(-1, 1)  # shared with the children
+
+    def __enter__(self) -> "ManyDevices":
+        context = multiprocessing.get_context("fork")
+        try:
+            for options in self._options:
+                connection, end = context.Pipe()
+                others = [child.connection for child in self._children]
+                arguments = (end, [connection, *others], options, self._remote, self._stop, os.getpid())
+                process = context.Process(target=_serve, args=arguments, name=f"maekit-{options.device}")
+                process.start()
+                end.close()
+                self._children.append(_Child(options.device, process, connection, set(), Timing()))
+            ready = [self._receive(child) for child in self._children]
+            self.running = ready[0]
+            for child, running in zip(self._children, ready, strict=True):
+                if running.provider != self.running.provider:
+                    raise MaekitError(f"{child.device} runs on {running.provider}, not on {self.running.provider}")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for child in self._children:
+            child.process.kill()
+            child.process.join()
+            child.connection.close()
+
+    @property
+    def timing(self) -> Timing:
+        """Where the time went, summed over the devices."""
+        total = Timing()
+        for child in self._children:
+            total = total + child.timing
+        return total
+
+    def run(
+        self,
+        tasks: Sequence[Task],
+        output: OutputDirectory,
+        batch_size: int,
+        report: Callable[[Outcome], None],
+        note: Callable[[str], None],
+        stopped: Callable[[], object],
+    ) -> Iterator[None]:
+        """Hand out the tasks as the devices ask for them."""
+        todo = deque(range(len(tasks)))
+        asking: list[_Child] = []
+        numbers = {task.part.name: number for number, task in enumerate(tasks)}
+        for child in self._children:
+            child.connection.send((output, batch_size))
+        while live := [child for child in self._children if not child.has_ended]:
+            if stopped():
+                self._stop[0] = 1
+                todo.clear()
+            in_hand = any(child.in_hand for child in live)
+            while asking and (todo or not in_hand or stopped()):
+                child = asking.pop()
+                task = todo.popleft() if todo else None
+                if task is not None:
+                    child.in_hand.add(task)
+                    in_hand = True
+                with contextlib.suppress(OSError):  # it has died; that is seen below
+                    child.connection.send(None if task is None else tasks[task])
+            for ready in wait([child.connection for child in live], timeout=_TELL_SECONDS):
+                child = next(child for child in live if child.connection is ready)
+                try:
+                    message = self._receive(child)
+                except EOFError:
+                    self._bury(child, todo, note)
+                    if child in asking:
+                        asking.remove(child)
+                    continue
+                if isinstance(message, Outcome):
+                    child.in_hand.discard(numbers[message.name])
+                    report(message)
+                elif isinstance(message, Timing):
+                    child.timing = message
+                elif isinstance(message, str):
+                    note(f"{child.device}: {message}")
+                elif message is True:
+                    asking.append(child)
+                else:
+                    child.has_ended = True
+            yield
+        if todo:
+            raise MaekitError("the processes of all devices were killed (out of memory?); run the command again")
+
+    def _bury(self, child: _Child, todo: deque[int], note: Callable[[str], None]) -> None:
+        """Take the shards of a process that died; they come first now."""
+        child.process.join()
+        child.has_ended = True
+        todo.extendleft(sorted(child.in_hand, reverse=True))
+        note(f"the process of {child.device} died; its {len(child.in_hand)} shards go to the others")
+        child.in_hand.clear()
+
+    def _receive(self, child: _Child) -> Any:
+        message = child.connection.recv()
+        if isinstance(message, MaekitError):
+            raise message
+        return message
+
+
+def _serve(
+    connection: Connection,
+    others: list[Connection],
+    options: DeviceOptions,
+    remote: RemoteCache,
+    stop: mmap.mmap,
+    parent: int,
+) -> None:
+    """Be the process of one device."""
+    follow_parent(parent)
+    for other in others:
+        other.close()
+    sending = threading.Lock()
+
+    def tell(message: object) -> None:
+        with sending:
+            connection.send(message)
+
+    def ask() -> Iterator[Task | None]:
+        while not stop[0]:
+            tell(True)
+            while not connection.poll(_ASK_SECONDS):
+                yield None  # what is in hand goes on meanwhile
+            task = connection.recv()
+            if task is None:
+                return
+            yield task
+
+    try:
+        with DecodePool(options.workers) as pool:
+            session = options.open_session()
+            tell(_running(session))
+            output, batch_size = connection.recv()
+            work = DeviceWork(
+                session,
+                pool,
+                output,
+                remote,
+                batch_size=batch_size,
+                ahead=2,
+                report=tell,
+                note=tell,
+                stopped=lambda: stop[0],
+            )
+            ended = threading.Event()
+            threading.Thread(target=_tell_regularly, args=(work, tell, stop, remote, ended), daemon=True).start()
+            for _ in work.run(ask()):
+                pass
+            ended.set()
+            tell(work.timing)
+        tell(False)
+    except MaekitError as error:
+        tell(error)
+    except (EOFError, OSError):  # the parent is gone
+        os._exit(1)
+
+
+def _tell_regularly(
+    work: DeviceWork, tell: Callable[[object], None], stop: mmap.mmap, remote: RemoteCache, ended: threading.Event
+) -> None:
+    with contextlib.suppress(OSError):
+        while not ended.wait(_TELL_SECONDS):
+            tell(work.timing)
+            if stop[0]:
+                remote.stop()  # downloads give up

@@ -1,0 +1,368 @@
+"""What is embedded: tar shards, or a folder of plain images divided into parts, each as a row of images with keys.
+
+A `Part` is known by name before it is looked at; opened, it is `Images`, which decoding reads from.
+"""
+
+import contextlib
+import fnmatch
+import hashlib
+import itertools
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from maekit import files
+from maekit.embedding.decoding import Place
+from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.shards.index import IMAGE_EXTENSIONS, ShardIndex, load_index
+from maekit.shards.read import open_shard, read_bytes, read_file
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import ShardFile, find_shards, is_shard
+
+IMAGES_PER_PART = 4096
+_numbers = itertools.count()
+
+
+class Images(Protocol):
+    """The images of an opened part, by ordinal. Also a `Source` of decoding.
+
+    Attributes:
+        name: of the part.
+        number: tells opened parts apart.
+        samples: how many keys it has.
+        size: in bytes.
+        digest: SHA-256 that names its keys and sizes, hexadecimal.
+        version: a mark that changes with its content, None where there is none.
+        descriptor: an open file, None where images are files of their own.
+    """
+
+    name: str
+    number: int
+    samples: int
+    size: int
+    digest: str
+    version: str | None
+
+    @property
+    def descriptor(self) -> int | None:
+        """An open file that places refer to, or None where they are paths."""
+
+    def key(self, ordinal: int) -> str:
+        """Return the key of a sample."""
+
+    def place(self, ordinal: int) -> Place | None:
+        """Return where the image of a sample lies; None where it has none."""
+
+    def riding(self, ordinal: int, extension: str) -> bytes | None:
+        """Return another member of a sample; None where it has none.
+
+        Raises:
+            ImageError: its bytes are not those of the CRC-32 in the index.
+            MaekitError: it cannot be read.
+        """
+
+    def changed(self) -> str | None:
+        """Return how it is no longer what was opened, or None."""
+
+    def close(self) -> None:
+        """Close what is open."""
+
+
+class Part(Protocol):
+    """A piece of the input that becomes one piece of the output."""
+
+    @property
+    def name(self) -> str:
+        """The path relative to the input's root; it names the part in every output."""
+
+    @property
+    def where(self) -> str:
+        """The path or URL, for messages."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it is fetched before it is read."""
+
+    def look(self, remote: RemoteCache) -> tuple[str | None, int]:
+        """Return the mark of its version, None where there is none, and its size in bytes, without reading it."""
+
+    def open(self, remote: RemoteCache) -> Images:
+        """Fetch, index and open it.
+
+        Raises:
+            MaekitError: it cannot be read, or is damaged.
+        """
+
+
+def find_inputs(specs: Sequence[str]) -> list[Part]:
+    """Return the parts that the input specs name, in the order of their names.
+
+    Raises:
+        InputError: nothing is there; says what was asked and what there is.
+    """
+    folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := _pictures(Path(spec)))}
+    if not folders:
+        return [TarPart(shard) for shard in find_shards(specs)]
+    if len(specs) > 1:
+        raise InputError(f"{next(iter(folders))} is a folder of images: give it alone, or `maekit pack` it into shards")
+    root = Path(os.path.abspath(specs[0]))
+    found = folders[specs[0]]
+    for name in found:
+        files.require_utf8(Path(name))
+    return [
+        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]))
+        for start in range(0, len(found), IMAGES_PER_PART)
+    ]
+
+
+@dataclass(frozen=True)
+class TarPart:
+    """A tar shard."""
+
+    shard: ShardFile
+
+    @property
+    def name(self) -> str:
+        """The shard's name."""
+        return self.shard.name
+
+    @property
+    def where(self) -> str:
+        """Its path or URL."""
+        return self.shard.url or str(self.shard.path)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has a URL."""
+        return self.shard.url is not None
+
+    def look(self, remote: RemoteCache) -> tuple[str | None, int]:
+        """Ask the file system, or the far side."""
+        try:
+            if self.shard.url is not None:
+                there = remote.describe(self.shard)
+                return there.version or None, there.size or 0
+            status = self.shard.path.stat()
+            return f"{status.st_size} bytes, {status.st_mtime_ns} ns", status.st_size
+        except (MaekitError, OSError):
+            return None, 0  # told when its turn comes
+
+    def open(self, remote: RemoteCache) -> "TarImages":
+        """Fetch, index and open the shard."""
+        try:
+            version, index = self._index(remote)
+            return TarImages(self.name, self.where, version, index, open_shard(index, remote))
+        except DamagedShard as damage:
+            raise DamagedShard(self.where, damage.offset, damage.reason) from damage
+
+    def _index(self, remote: RemoteCache) -> tuple[str | None, ShardIndex]:
+        if self.shard.url is None:
+            return self.look(remote)[0], load_index(self.shard.path)
+        for attempt in range(3):
+            version = remote.fetch(self.shard)
+            if self.shard.path.exists() or attempt == 2:
+                break  # else another process has just needed the room
+        try:
+            return version, load_index(self.shard.path)
+        except DamagedShard:
+            version = remote.fetch_anew(self.shard)  # the copy here may be what is damaged
+            return version, load_index(self.shard.path)
+
+
+class TarImages:
+    """An opened shard."""
+
+    def __init__(self, name: str, where: str, version: str | None, index: ShardIndex, descriptor: int) -> None:
+        self.name, self.version, self.number = name, version, next(_numbers)
+        self.samples, self.size, self.digest = index.samples, index.size, index.digest
+        self.descriptor: int | None = descriptor
+        self._where, self._index, self._descriptor = where, index, descriptor
+
+    def key(self, ordinal: int) -> str:
+        """Return the key of a sample."""
+        return self._index.key(ordinal)
+
+    def place(self, ordinal: int) -> Place | None:
+        """Return offset, size and CRC-32 of the image; None where there is none."""
+        member = self._index.image(ordinal)
+        return None if member is None else (member.offset, member.size, member.crc)
+
+    def riding(self, ordinal: int, extension: str) -> bytes | None:
+        """Return the member of this extension; None where there is none."""
+        for member in self._index.members(ordinal):
+            if member.extension == extension:
+                return read_bytes(self._descriptor, self._where, member.offset, member.size, member.crc)
+        return None
+
+    def changed(self) -> str | None:
+        """Whether the file that is open has been written to."""
+        if self._index.matches(os.fstat(self._descriptor)):
+            return None
+        return f"{self._where}: changed since it was indexed; run the command again"
+
+    def close(self) -> None:
+        """Close the shard."""
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+            self.descriptor = None
+
+
+@dataclass(frozen=True)
+class FolderPart:
+    """Some images of a folder.
+
+    Attributes:
+        name: `images-` and its number.
+        root: the folder.
+        paths: of the images relative to it, in order: they are the keys.
+    """
+
+    name: str
+    root: Path
+    paths: tuple[str, ...]
+
+    @property
+    def where(self) -> str:
+        """The folder and the first and last of the images."""
+        return f"{self.root} ({self.paths[0]} to {self.paths[-1]})"
+
+    @property
+    def is_remote(self) -> bool:
+        """Never."""
+        return False
+
+    def look(self, remote: RemoteCache) -> tuple[str | None, int]:
+        """Sum up sizes and times."""
+        return self.version(), sum(self._status()[0])
+
+    def version(self) -> str:
+        """Return a digest of names, sizes and times."""
+        sizes, times = self._status()
+        digest = hashlib.sha256()
+        for path, size, changed in zip(self.paths, sizes, times, strict=True):
+            digest.update(f"{path}\0{size} {changed}\n".encode())
+        return digest.hexdigest()
+
+    def open(self, remote: RemoteCache) -> "FolderImages":
+        """List the images; each is opened when it is read."""
+        version, size = self.look(remote)
+        digest = hashlib.sha256()
+        for path, bytes_ in zip(self.paths, self._status()[0], strict=True):
+            digest.update(f"{path}\0{bytes_}\n".encode())
+        return FolderImages(self, version, size, digest.hexdigest())
+
+    def _status(self) -> tuple[list[int], list[int]]:
+        sizes, times = [], []
+        for path in self.paths:
+            try:
+                status = os.stat(self.root / path)
+                sizes.append(status.st_size)
+                times.append(status.st_mtime_ns)
+            except OSError:  # told when it is read
+                sizes.append(0)
+                times.append(0)
+        return sizes, times
+
+
+class FolderImages:
+    """The images of a part of a folder."""
+
+    descriptor: int | None = None
+
+    def __init__(self, part: FolderPart, version: str | None, size: int, digest: str) -> None:
+        self.name, self.version, self.size, self.digest = part.name, version, size, digest
+        self.number, self.samples = next(_numbers), len(part.paths)
+        self._part = part
+
+    def key(self, ordinal: int) -> str:
+        """Return the path of an image relative to the folder."""
+        return self._part.paths[ordinal]
+
+    def place(self, ordinal: int) -> Place | None:
+        """Return the path of an image."""
+        return str(self._part.root / self._part.paths[ordinal])
+
+    def riding(self, ordinal: int, extension: str) -> bytes | None:
+        """Return the file of the same name with another extension; None where there is none."""
+        path = Path(str(self.place(ordinal))).with_suffix(f".{extension}")
+        return read_file(str(path)) if path.is_file() else None
+
+    def changed(self) -> str | None:
+        """Whether sizes or times are others now."""
+        if self._part.version() == self.version:
+            return None
+        return f"{self._part.where}: changed while it was embedded; run the command again"
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Which samples of a part are embedded.
+
+    Attributes:
+        select: a glob of keys, or None for all.
+        first: at most so many of them, or None for all.
+    """
+
+    select: str | None = None
+    first: int | None = None
+
+    def ordinals(self, images: Images) -> Sequence[int]:
+        """Return the samples of a part that are meant, in order."""
+        chosen: Sequence[int] = range(images.samples)
+        if self.select is not None:
+            matches = re.compile(fnmatch.translate(self.select)).match
+            chosen = [ordinal for ordinal in chosen if matches(images.key(ordinal))]
+        return chosen if self.first is None else chosen[: self.first]
+
+
+def content_of(images: Images, ordinals: Sequence[int], keep: Sequence[str]) -> int:
+    """Return the CRC-32 over the CRC-32s of all images, then of all members kept: whether they are what they were.
+
+    Raises:
+        MaekitError: they cannot be read.
+    """
+    crcs = np.zeros((1 + len(keep), len(ordinals)), "<u4")
+    for position, ordinal in enumerate(ordinals):
+        place = images.place(ordinal)
+        if place is not None:
+            with contextlib.suppress(ImageError):  # 0, as when it was embedded
+                crcs[0, position] = zlib.crc32(_read(images, place))
+        for row, extension in enumerate(keep, 1):
+            crcs[row, position] = riding_crc(images, ordinal, extension)
+    return zlib.crc32(crcs.tobytes())
+
+
+def riding_crc(images: Images, ordinal: int, extension: str) -> int:
+    """Return the CRC-32 of another member of a sample, 0 where there is none or it cannot be read."""
+    try:
+        return zlib.crc32(images.riding(ordinal, extension) or b"")
+    except ImageError:
+        return 0
+
+
+def _read(images: Images, place: Place) -> bytes:
+    if isinstance(place, str):
+        return read_file(place)
+    assert images.descriptor is not None
+    return read_bytes(images.descriptor, images.name, *place)
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Return the paths of the images in a folder, relative to it; none where it holds shards."""
+    found = list(files.walk_files(folder))
+    if any(is_shard(path.name) for path in found):
+        return []
+    return [path.relative_to(folder).as_posix() for path in found if _is_image(path.name)]
+
+
+def _is_image(name: str) -> bool:
+    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS

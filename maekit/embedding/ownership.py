@@ -1,0 +1,167 @@
+"""Locks that several processes and machines hold on one output directory: each run's, and each shard's.
+
+On one machine the kernel decides (`lockf`): a lock ends with its process, and forked workers do not inherit it. Where a
+file system does not carry locks between machines, a heartbeat decides: the file's time, judged by the clock of the file
+system itself.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from maekit import files
+from maekit.errors import InputError, MaekitError
+
+HEARTBEAT_SECONDS = 15.0
+# A machine that has not given a sign for so long is taken for gone.
+STALE_SECONDS = 120.0
+_mutex = threading.Lock()
+_held: dict[Path, IO[str]] = {}
+
+
+class Held(MaekitError):
+    """Somebody else holds the lock.
+
+    Attributes:
+        owner: who, in words.
+    """
+
+    def __init__(self, owner: str) -> None:
+        super().__init__(f"held by {owner}")
+        self.owner = owner
+
+
+@contextlib.contextmanager
+def owned(path: Path) -> Iterator[None]:
+    """Hold the lock of this name. The file must not be opened by others of this process: closing it ends the lock.
+
+    Raises:
+        Held: another process holds it, or another thread of this one.
+        MaekitError: the lock cannot be written.
+    """
+    path = path.absolute()
+    file = _acquire(path)
+    try:
+        yield
+    finally:
+        with _mutex:
+            _held.pop(path, None)
+        with contextlib.suppress(OSError):
+            path.unlink()  # while it is held, so that nobody else's is removed
+        with contextlib.suppress(OSError):  # a full disk was told of before
+            file.close()
+
+
+def still_owns(path: Path) -> bool:
+    """Whether a lock that this process took is still its own: while it stood still, another may have taken it."""
+    file = _held.get(path.absolute())
+    try:
+        return file is not None and _is_same(file, path)
+    except OSError:
+        return False
+
+
+def _acquire(path: Path) -> IO[str]:
+    me = f"process {os.getpid()} on {socket.gethostname()}"
+    with _mutex:
+        if path in _held:
+            raise Held(me)
+        while True:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                # Opened for appending: what the owner wrote must stand until the lock is had.
+                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+            except OSError as error:
+                raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+            try:
+                _lock(file, path)
+                if _is_same(file, path):
+                    break
+                file.close()  # its owner has just removed it
+            except BaseException:
+                file.close()
+                raise
+        try:
+            file.truncate(0)
+            file.write(me + "\n")
+            file.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.close()
+            raise files.write_failure(path, error) from error
+        _held[path] = file
+        _start_heart()
+        return file
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EAGAIN, errno.EACCES):
+            raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
+        raise Held(_read(file) or "another process") from error
+    owner = _read(file)
+    if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
+        # The kernel let it pass, but perhaps only because this file system's locks end at the machine.
+        raise Held(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
+
+
+def _read(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip()
+
+
+def _age(file: IO[str], path: Path) -> float:
+    """Return how many seconds ago a lock was last touched, by the clock that gives files their times."""
+    probe = path.with_name(f".{path.name}.{os.getpid()}.now")
+    try:
+        probe.touch()
+        return probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return 0.0  # no sign that it is stale
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+
+
+def _is_same(file: IO[str], path: Path) -> bool:
+    try:
+        there, mine = os.stat(path), os.fstat(file.fileno())
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
+
+
+def _forget() -> None:
+    """A forked child holds nothing, and a thread of its parent may have had the mutex."""
+    global _mutex
+    _mutex = threading.Lock()
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_forget)
+_heart: threading.Thread | None = None
+
+
+def _start_heart() -> None:
+    global _heart
+    if _heart is None or not _heart.is_alive():
+        _heart = threading.Thread(target=_beat, name="heartbeat", daemon=True)
+        _heart.start()
+
+
+def _beat() -> None:
+    while True:
+        time.sleep(HEARTBEAT_SECONDS)
+        with _mutex:
+            for path in _held:
+                with contextlib.suppress(OSError):
+                    os.utime(path)

@@ -1,0 +1,205 @@
+"""Execution providers of ONNX Runtime: which of them really work here, and the fix where one does not.
+
+ONNX Runtime lists a provider that cannot load, and a session asked for it silently becomes a CPU session. Here a
+session is on the provider that was asked for, or the reason why not is known.
+"""
+
+import contextlib
+import ctypes
+import importlib.metadata
+import io
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import onnxruntime as ort
+
+from maekit.errors import InputError
+
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_QUIET, _USUAL = 4, 2  # ONNX Runtime's log severities: fatal only; warnings
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
+_RUNTIME = re.compile(r"onnxruntime|ort[-_]nightly", re.IGNORECASE)
+# Without the heuristic search, the first batch of each size tries out every convolution algorithm.
+_CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1"}
+
+# Nothing about other people's images or machines is sent anywhere.
+ort.disable_telemetry_events()
+
+
+class Problem(NamedTuple):
+    """Why a provider does not work here, and what mends it."""
+
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A session and where it runs.
+
+    Attributes:
+        session: of ONNX Runtime.
+        provider: the one that was asked for, where it works; else the CPU's.
+        registered: the session's providers, first choice first.
+        nodes: how many nodes of the model each provider took.
+        problem: why the provider asked for is not the session's; None if it is.
+    """
+
+    session: Any
+    provider: str
+    registered: tuple[str, ...]
+    nodes: dict[str, int]
+    problem: Problem | None = None
+
+
+def check_device(device: str) -> None:
+    """See that a device's name is one.
+
+    Raises:
+        InputError: it is not.
+    """
+    if not _DEVICE.fullmatch(device):
+        raise InputError(f"--device {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU")
+
+
+def open_cpu(model: Path | bytes, *, threads: int) -> Opened:
+    """Load a model for the CPU.
+
+    Raises:
+        InputError: it is no model that ONNX Runtime can load.
+    """
+    return _opened(_load(model, [CPU], threads))
+
+
+def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mapping[str, str] | None = None) -> Opened:
+    """Load a model for a CUDA device; where that cannot be, the result says why.
+
+    Args:
+        model: an ONNX file, or its bytes.
+        device: `cuda` or `cuda:N`.
+        threads: for the nodes that stay on the CPU.
+        options: of the CUDA provider, in place of the usual ones.
+
+    Raises:
+        InputError: it is no model that ONNX Runtime can load, or an option that the provider does not know.
+    """
+    number = int(device.partition(":")[2] or 0)
+    if problem := cuda_problem(number):
+        return Opened(None, CPU, (), {}, problem)
+    chosen = {"device_id": str(number), **_CUDA_OPTIONS, **(options or {})}
+    try:
+        with _quiet():
+            ort.preload_dlls()
+            opened = _opened(_load(model, [(CUDA, chosen), CPU], threads))
+    except InputError as error:
+        open_cpu(model, threads=threads)  # raises where it is the model that is wrong
+        if options and any(key in str(error) for key in options):
+            raise
+        said = str(error).rpartition("load this file: ")[2]
+        return Opened(None, CPU, (), {}, Problem(f"the CUDA provider fails: {said}", "update the NVIDIA driver"))
+    if opened.registered[0] != CUDA:
+        library = _missing_library()
+        is_driver = "libcuda.so" in library or "undefined symbol: cu" in library
+        fix = "update the NVIDIA driver" if is_driver else "pip install 'maekit[cuda]' brings the CUDA libraries"
+        problem = Problem(f"the CUDA provider does not load ({library})", fix)
+    elif not opened.nodes.get(CUDA):
+        problem = Problem("the CUDA provider loads but takes no node of this model", "use --device cpu")
+    else:
+        return opened
+    return Opened(None, CPU, opened.registered, opened.nodes, problem)
+
+
+def cuda_problem(number: int = 0) -> Problem | None:
+    """Return why CUDA cannot work here, as far as that shows without loading the provider; None if nothing shows."""
+    if CUDA not in ort.get_available_providers():
+        installed = installed_runtimes()
+        if len(installed) > 1:
+            return Problem(f"{' and '.join(installed)} overwrite each other's files", reinstall_command(installed))
+        return Problem("this onnxruntime is a build without CUDA", reinstall_command(installed))
+    try:
+        count = gpu_count()
+    except OSError:
+        return Problem("no NVIDIA driver here (libcuda.so.1 is missing)", "install the driver, or use --device cpu")
+    if count is None:
+        return Problem("the NVIDIA driver does not start", "nvidia-smi says why; update or restart the driver")
+    if not count:
+        return Problem(
+            "the NVIDIA driver sees no device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+        )
+    if number >= count:
+        return Problem(f"there is no GPU number {number}", f"this machine has {count}, numbered from 0")
+    return None
+
+
+def gpu_count() -> int | None:
+    """Return how many GPUs the NVIDIA driver lets this process see; None where it does not start.
+
+    Raises:
+        OSError: there is no driver.
+    """
+    driver = ctypes.CDLL("libcuda.so.1")
+    count = ctypes.c_int(0)
+    if (code := driver.cuInit(0)) or driver.cuDeviceGetCount(ctypes.byref(count)):
+        return 0 if code == _NO_DEVICE else None
+    return count.value
+
+
+def installed_runtimes() -> list[str]:
+    """Return the installed distributions that bring the module `onnxruntime`; two of them break each other."""
+    names = {str(found.metadata["Name"]) for found in importlib.metadata.distributions() if found.metadata["Name"]}
+    return sorted(name for name in names if _RUNTIME.match(name) and not name.lower().startswith("onnxruntime-ext"))
+
+
+def reinstall_command(installed: list[str]) -> str:
+    """Return the commands that leave one ONNX Runtime with CUDA."""
+    return f"pip uninstall -y {' '.join(installed)}; pip install 'maekit[cuda]'"
+
+
+def _load(model: Path | bytes, providers: list[Any], threads: int) -> Any:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that spin while they wait would take the cores from decoding.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+    except Exception as error:  # onnxruntime's own exception types have no common base
+        name = "the model" if isinstance(model, bytes) else model
+        raise InputError(f"{name}: ONNX Runtime cannot load this file: {first_line(error)}") from error
+
+
+def _opened(session: Any) -> Opened:
+    registered = tuple(session.get_providers())
+    nodes: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
+    return Opened(session, registered[0], registered, nodes)
+
+
+def _missing_library() -> str:
+    provider = Path(ort.__file__).parent / "capi" / "libonnxruntime_providers_cuda.so"
+    try:
+        ctypes.CDLL(str(provider))
+    except OSError as error:
+        return str(error)
+    return "no reason given"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    ort.set_default_logger_severity(_QUIET)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # preload_dlls prints what it does not find
+            yield
+    finally:
+        ort.set_default_logger_severity(_USUAL)
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, in one line."""
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

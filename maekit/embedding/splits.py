@@ -1,0 +1,79 @@
+"""Which part of the input this process embeds: one of several splits, and on which GPU of its machine."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from maekit.errors import InputError
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One of `count` splits of the input.
+
+    Attributes:
+        number: from 0.
+        count: how many there are.
+        origin: who said so: `options`, `SLURM`, `a SLURM array`, `torchrun`; empty where there is one split.
+        local_number: among the processes of this machine.
+        local_count: processes on this machine.
+    """
+
+    number: int = 0
+    count: int = 1
+    origin: str = ""
+    local_number: int = 0
+    local_count: int = 1
+
+    @property
+    def name(self) -> str:
+        """What the split is called in the output's bookkeeping."""
+        return "all" if self.count == 1 else f"{self.number}-of-{self.count}"
+
+    def of(self, items: Sequence[Item]) -> list[Item]:
+        """Return this split's share: every `count`-th, so that large neighbours are spread."""
+        return list(items[self.number :: self.count])
+
+
+def find_split(number: int | None, count: int | None) -> Split:
+    """Return the split that was asked for, or that a launcher says this process is.
+
+    Args:
+        number: `--split`.
+        count: `--num-splits`.
+
+    Raises:
+        InputError: an impossible split.
+    """
+    if (number is None) != (count is None):
+        raise InputError("--split and --num-splits go together: --num-splits 8 --split 0 to 7")
+    if number is not None and count is not None:
+        if not 0 <= number < count:
+            raise InputError(f"--split {number}: must be 0 to {count - 1} with --num-splits {count}")
+        return Split(number, count, "options" if count > 1 else "")
+    for origin, names in (
+        ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
+        ("SLURM", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
+    ):
+        rank, world, local, local_world = (_number(name) for name in names)
+        if rank is not None and world is not None and 0 <= rank < world and world > 1:
+            # Under srun the tasks of a node have CPUs of their own, as a rule; torchrun divides nothing.
+            local_count = (local_world or 1) if origin == "torchrun" else 1
+            return Split(rank, world, origin, local or 0, local_count)
+    task, first, tasks = (_number(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "COUNT"))
+    last, step = _number("SLURM_ARRAY_TASK_MAX"), _number("SLURM_ARRAY_TASK_STEP") or 1
+    if task is not None and first is not None and tasks is not None and last is not None and tasks > 1:
+        if last - first != (tasks - 1) * step:
+            raise InputError("this SLURM array has gaps: give --num-splits and --split")
+        return Split((task - first) // step, tasks, "a SLURM array")
+    return Split()
+
+
+def _number(name: str) -> int | None:
+    try:
+        return int(os.environ.get(name, ""))
+    except ValueError:
+        return None
