@@ -72,6 +72,14 @@ def make_shards(tmp_path: Path) -> MakeShards:
     return make
 
 
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `shards`, a `run` of a tiny model on them, and its export, `encoder.onnx`."""
+    from models import train
+
+    return train(tmp_path_factory.mktemp("trained"))
+
+
 @pytest.fixture
 def python() -> list[str]:
     """Return the command that starts a fresh interpreter."""

@@ -1,4 +1,4 @@
-"""Training in processes of their own that start in no time: forked from a server that has imported torch once."""
+"""Training and embedding in processes that start in no time: forked from a server that has imported torch once."""
 
 import hashlib
 import multiprocessing
@@ -13,6 +13,7 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 from maekit.config import PretrainConfig, set_value
+from maekit.embedding.run import EmbedConfig, raise_if_incomplete
 
 TINY = {
     "model.name": "vit_tiny_patch16_224",
@@ -56,12 +57,12 @@ def warm_up() -> None:
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maekit.training.run"])
+    context.set_forkserver_preload(["maekit.training.run", "maekit.embedding.run"])
     return context
 
 
 def start(
-    config: PretrainConfig,
+    config: PretrainConfig | EmbedConfig,
     log: Path,
     *,
     world: int = 1,
@@ -103,7 +104,7 @@ def finish(processes: list[ForkServerProcess], seconds: float = 60) -> list[int]
     return [process.exitcode for process in processes]
 
 
-def _main(config: PretrainConfig, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
+def _main(config: PretrainConfig | EmbedConfig, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
     import maekit
     from maekit.errors import ElsewhereError, MaekitError
     from maekit.progress import Silent
@@ -116,11 +117,14 @@ def _main(config: PretrainConfig, environment: dict, log: Path, trace: Path | No
             print(text, file=sys.stderr, flush=True)
 
     if trace is not None:
-        _trace(trace)
+        (_trace if isinstance(config, PretrainConfig) else _trace_shards)(trace)
     if sabotage is not None:
         sabotage[0](*sabotage[1])
     try:
-        maekit.pretrain(config, Notes())
+        if isinstance(config, PretrainConfig):
+            maekit.pretrain(config, Notes())
+        else:
+            raise_if_incomplete(maekit.embed(config, Notes()))
     except MaekitError as error:
         if not isinstance(error, ElsewhereError):
             print(f"maekit: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -145,6 +149,25 @@ def _trace(trace: Path) -> None:
         return result
 
     Step.__call__ = traced
+
+
+def _trace_shards(trace: Path) -> None:
+    """Note when a shard's rows begin to be written, and when it is committed, with the process that did it."""
+    from maekit.embedding.output import OutputDirectory
+
+    descriptor = os.open(trace, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    begin, commit = OutputDirectory.begin, OutputDirectory.commit
+
+    def begun(self, name):
+        os.write(descriptor, f"begin {os.getpid()} {name}\n".encode())
+        return begin(self, name)
+
+    def committed(self, images, work, record):
+        done = commit(self, images, work, record)
+        os.write(descriptor, f"commit {os.getpid()} {images.name}\n".encode())
+        return done
+
+    OutputDirectory.begin, OutputDirectory.commit = begun, committed
 
 
 def read_trace(trace: Path) -> dict[tuple[int, int], str]:
@@ -218,6 +241,54 @@ def kill_in_checkpoint(number: int, after: bool) -> None:
     Path.mkdir = deadly(Path.mkdir)
 
 
+def kill_at_disk(folder: Path, number: int, after: bool) -> None:
+    """Sabotage: SIGKILL at the n-th thing that is done to the disk below a folder, before it, after it or within it."""
+    import builtins
+    import shutil
+
+    count = 0
+
+    def deadly(function):
+        def called(*arguments, **options):
+            nonlocal count
+            first = arguments[0]
+            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
+            if not path.startswith(str(folder)):
+                return function(*arguments, **options)
+            count += 1
+            if count == number and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            result = function(*arguments, **options)
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        return called
+
+    class HalfWritten(Wrapped):
+        def write(self, data) -> int:
+            nonlocal count
+            count += 1
+            if count == number:
+                self._file.write(
+                    data[: len(data) // 2] if isinstance(data, str) else memoryview(data)[: len(data) // 2]
+                )
+                self._file.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self._file.write(data)
+
+    plain_open = builtins.open
+
+    def open_file(path, mode="r", *arguments, **options):
+        file = plain_open(path, mode, *arguments, **options)
+        is_ours = not isinstance(path, int) and str(path).startswith(str(folder)) and "/.locks/" not in str(path)
+        return HalfWritten(file) if is_ours and mode[0] in "wa" else file
+
+    builtins.open = open_file
+    for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (shutil, "rmtree"), (Path, "unlink")):
+        setattr(module, name, deadly(getattr(module, name)))
+
+
 def fill_disk(folder: Path, number: int) -> None:
     """Sabotage: the n-th write below a folder, and all that follow, find the disk full."""
     import builtins
@@ -238,6 +309,7 @@ def fill_disk(folder: Path, number: int) -> None:
     def open_file(path, mode="r", *arguments, **options):
         file = plain_open(path, mode, *arguments, **options)
         is_ours = not isinstance(path, int) and str(path).startswith(str(folder)) and not str(path).endswith(".lock")
+        is_ours = is_ours and "/.locks/" not in str(path)
         return Full(file) if is_ours and mode[0] in "wa" else file
 
     builtins.open = open_file

@@ -1,3 +1,5 @@
+"""`maekit embed`: which rows and errors come of which shards, and what a rerun does."""
+
 import json
 import os
 import signal
@@ -7,149 +9,23 @@ import time
 from pathlib import Path
 
 import numpy as np
-import onnx
-import onnxruntime
 import pyarrow.parquet as pq
 import pytest
-import torch
 from conftest import jpeg, write_shard
+from models import embed_config, timm_embeddings
 from PIL import Image
-from test_training import tiny_config
 
 import maekit
-from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.embedding.run import EmbedConfig, embed
-from maekit.errors import ImageError, InputError, MaekitError
+from maekit.embedding.run import embed
+from maekit.errors import ImageError, InputError
 from maekit.exporters.export import export
 from maekit.inspection import inspect
 from maekit.shards.index import build_index
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with shards, a run of a tiny model on them, and its export."""
-    folder = tmp_path_factory.mktemp("trained")
-    for shard, count in enumerate((9, 1, 20)):
-        samples = {f"s{shard}k{i}": {"jpg": jpeg(100 * shard + i), "cls": b"1"} for i in range(count)}
-        write_shard(folder / "shards" / f"{shard}.tar", samples)
-    maekit.pretrain(tiny_config(folder / "shards", folder / "run"))
-    export(folder / "run", folder / "encoder.onnx")
-    return folder
-
-
 def rows(out: Path) -> dict[str, list]:
     tables = [pq.read_table(path) for path in sorted(out.rglob("*.parquet"))]
     return {name: [v for t in tables for v in t[name].to_pylist()] for name in ("key", "shard", "index", "embedding")}
-
-
-def timm_embeddings(folder: Path, data: list[bytes], pool: str = "avg") -> np.ndarray:
-    """Return embeddings by timm's own model, forward pass and transform: the oracle."""
-    import io
-
-    import timm
-    from safetensors.torch import load_file
-    from timm.data import create_transform
-
-    encoder = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2, num_classes=0
-    ).eval()
-    encoder.load_state_dict(load_file(folder / "run" / "encoder.safetensors"), strict=True)
-    # Below 128 pixels there is no margin around the crop.
-    transform = create_transform(
-        (3, 32, 32), interpolation="bicubic", crop_pct=1.0, mean=IMAGENET_MEAN, std=IMAGENET_STD
-    )
-    images = torch.stack([transform(Image.open(io.BytesIO(d)).convert("RGB")) for d in data])
-    with torch.no_grad():
-        tokens = encoder.forward_features(images)
-    pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(1)
-    return torch.nn.functional.normalize(pooled, dim=-1).numpy()
-
-
-def test_the_graph_is_lean_and_describes_itself(trained: Path) -> None:
-    description = inspect(str(trained / "encoder.onnx"))
-    nodes = description["nodes"]
-    assert nodes["Attention"] == 2
-    assert not {"Shape", "Expand", "Softmax"} & set(nodes)
-    assert description["inputs"] == {"images": "uint8 [batch, 32, 32, 3]"}
-    assert description["outputs"] == {"embeddings": "float [batch, 32]"}
-    assert description["opset"]["ai.onnx"] == 23
-    own = description["maekit"]
-    assert own["preprocess"]["size"] == [32, 32]
-    assert own["preprocess"]["interpolation"] == "bicubic"
-    assert (own["pool"], own["dim"], own["normalize"], own["precision"]) == ("avg", 32, True, "fp32")
-    assert own["parity"]["max_relative_difference"] <= 1e-4
-    assert own["parity"]["batch_sizes"] == [1, 3, 16]
-    onnx.checker.check_model(onnx.load(trained / "encoder.onnx"), full_check=True)
-
-
-def test_no_machine_path_in_the_file(trained: Path) -> None:
-    data = (trained / "encoder.onnx").read_bytes()
-    assert b"site-packages" not in data
-    assert str(Path(maekit.__file__).parent).encode() not in data
-
-
-def test_the_same_run_exports_the_same_bytes(trained: Path, tmp_path: Path) -> None:
-    export(trained / "run", tmp_path / "again.onnx")
-    assert (tmp_path / "again.onnx").read_bytes() == (trained / "encoder.onnx").read_bytes()
-
-
-@pytest.mark.parametrize(("pool", "normalize"), [("avg", True), ("cls", True), ("avg", False), ("cls", False)])
-def test_export_equals_timm(trained: Path, tmp_path: Path, pool: str, normalize: bool) -> None:
-    export(trained / "run", tmp_path / "e.onnx", pool=pool, normalize=normalize)
-    data = [jpeg(i) for i in range(20)]
-    got = maekit.Embedder(tmp_path / "e.onnx", device="cpu")(data)
-    norms = np.linalg.norm(got, axis=1)
-    assert np.allclose(norms, 1, atol=1e-5) == normalize
-    np.testing.assert_allclose(got / norms[:, None], timm_embeddings(trained, data, pool), atol=2e-5)
-
-
-def test_runs_with_numpy_and_onnxruntime_alone(trained: Path) -> None:
-    session = onnxruntime.InferenceSession(trained / "encoder.onnx", providers=["CPUExecutionProvider"])
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    together = session.run(None, {"images": images})[0]
-    alone = np.concatenate([session.run(None, {"images": images[i : i + 1]})[0] for i in range(5)])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
-
-
-def test_a_file_that_differs_from_pytorch_is_not_kept(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import maekit.exporters.export as module
-
-    original = module._to_onnx
-
-    def disturbed(*args):
-        proto = original(*args)
-        tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4)
-        tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.01, tensor.name))
-        return proto
-
-    monkeypatch.setattr(module, "_to_onnx", disturbed)
-    with pytest.raises(MaekitError, match="differs from PyTorch"):
-        export(trained / "run", tmp_path / "e.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_export_refuses(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a run nor a checkpoint"):
-        export(trained / "shards", tmp_path / "e.onnx")
-    with pytest.raises(InputError, match="does not exist"):
-        export(trained / "nothing", tmp_path / "e.onnx")
-    with pytest.raises(InputError, match=r"ends in \.onnx"):
-        export(trained / "run", tmp_path / "e.bin")
-    with pytest.raises(InputError, match="--pool max"):
-        export(trained / "run", tmp_path / "e.onnx", pool="max")
-    with pytest.raises(InputError, match="no such file"):
-        export(trained / "run", tmp_path / "e.onnx", parity=[str(tmp_path / "none")])
-
-
-def test_export_of_one_checkpoint(trained: Path, tmp_path: Path) -> None:
-    older = trained / "run" / "checkpoints" / "step-000000006"
-    export(older, tmp_path / "e.onnx")
-    assert inspect(str(tmp_path / "e.onnx"))["maekit"]["checkpoint"]["step"] == 6
-
-
-def embed_config(trained: Path, out: Path, **changes) -> EmbedConfig:
-    settings = {"shards": (str(trained / "shards"),), "device": "cpu", "batch_size": 8, **changes}
-    return EmbedConfig(model=str(trained / "encoder.onnx"), out=str(out), **settings)
 
 
 def test_rows_are_keys_in_tar_order(trained: Path, tmp_path: Path) -> None:
@@ -393,40 +269,6 @@ def test_embed_refuses(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot load"):
         embed(config)
     assert not (tmp_path / "out").exists()
-
-
-def test_cuda_asked_for_and_not_there_is_refused_with_the_fix(trained: Path, tmp_path: Path, monkeypatch) -> None:
-    import maekit.embedding.providers as module
-    from maekit.embedding.session import EncoderSession
-
-    class NoDevice:
-        def cuInit(self, flags):
-            return 100
-
-    for sabotage, said in (
-        (lambda m: m.setattr(module.ort, "get_available_providers", lambda: [module.CPU]), r"maekit\[cuda\]"),
-        (lambda m: m.setattr(module.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError(name))), "driver"),
-        (lambda m: m.setattr(module.ctypes, "CDLL", lambda name: NoDevice()), "nvidia-smi"),
-    ):
-        with monkeypatch.context() as patch:
-            sabotage(patch)
-            with pytest.raises(InputError, match=said):
-                embed(embed_config(trained, tmp_path / "out", device="cuda"))
-            session = EncoderSession(trained / "encoder.onnx", device="auto")
-            assert session.provider == module.CPU
-            assert "auto" in session.reason
-
-
-def test_cuda_that_silently_became_cpu_is_caught(trained: Path, monkeypatch) -> None:
-    """The driver is fine, the provider's libraries are not: ONNX Runtime gives a CPU session without a word."""
-    import maekit.embedding.providers as module
-    from maekit.embedding.session import EncoderSession
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or torch.cuda.is_available():
-        pytest.skip("needs an onnxruntime-gpu whose CUDA provider cannot work")
-    monkeypatch.setattr(module, "cuda_problem", lambda number: None)
-    with pytest.raises(InputError, match="CUDA provider does not load"):
-        EncoderSession(trained / "encoder.onnx", device="cuda")
 
 
 EMBED = """

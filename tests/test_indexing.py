@@ -153,8 +153,9 @@ def test_the_npy_layout(embedded: Embedded) -> None:
 
 def test_no_reader_sees_the_bookkeeping(embedded: Embedded, tmp_path: Path) -> None:
     """Nothing below `_maekit` is taken for rows, nor what a killed run leaves there."""
-    for layout in ("parquet", "npy"):
+    for layout, names in (("parquet", {"a", "b", "z.parquet"}), ("npy", {"img_emb", "metadata"})):
         out = shutil.copytree(getattr(embedded, layout), tmp_path / layout)
+        assert {path.name for path in out.iterdir()} == {"_maekit", *names}
         assert not [file for file in (out / "_maekit").rglob("*") if file.suffix in (".parquet", ".npy")]
         (out / "_maekit" / ".tmp").mkdir(exist_ok=True)
         for name in ("000.parquet", "img_emb_00000.npy", "metadata_00000.parquet"):

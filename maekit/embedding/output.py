@@ -13,11 +13,15 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from maekit import files
 from maekit.embedding.formats import Layout, ShardFiles
@@ -28,6 +32,7 @@ from maekit.errors import InputError, MaekitError
 from maekit.shards.spec import TAR
 
 BOOKKEEPING = "_maekit"
+_NPY_LAYOUT = re.compile(r"img_emb/img_emb_(?P<number>\d+)\.npy|metadata/metadata_(?P<number_>\d+)\.parquet")
 _OUTPUT = ".output.json"
 
 
@@ -205,6 +210,7 @@ class OutputDirectory:
             )
         if self.options.format == "npy":
             self._number(names)
+        self._remove_unrecorded()
 
     @contextlib.contextmanager
     def sole_owner_of(self, name: str) -> Iterator[None]:
@@ -297,6 +303,8 @@ class OutputDirectory:
         Raises:
             MaekitError: the record cannot be written.
         """
+        for path in self.paths_of(name):  # of a run that was killed before its record
+            _unlink(self.path / path)
         text = json.dumps({"shard": name, "damaged": reason}, indent=1)
         files.write_atomically(self._record(name), text.encode(), scratch=self.scratch)
 
@@ -324,11 +332,32 @@ class OutputDirectory:
         """
         path = self.bookkeeping / "errors" / f"{name}.jsonl"
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            # Keys may hold what Python takes for the end of a line besides the newline.
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
         except FileNotFoundError:
             return []
         except (OSError, ValueError) as error:
             raise MaekitError(f"{path}: cannot be read: {error}") from error
+
+    def _remove_unrecorded(self) -> None:
+        """Remove the files of shards whose commit record was never written: a run was killed before it could.
+
+        They would be taken for output, and where only one of two files is there, readers of the npy layout would pair
+        the others wrongly.
+        """
+        by_number = {number: name for name, number in self._numbers.items()}
+        for path in self.unaccounted():
+            if match := _NPY_LAYOUT.fullmatch(path):
+                names = [by_number.get(int(match["number"] or match["number_"]), path)]
+            elif _is_ours(self.path / path):
+                names = [path.removesuffix(".parquet") + suffix for suffix in (TAR, "")]
+            else:
+                continue
+            with contextlib.suppress(Held), contextlib.ExitStack() as stack:
+                for name in names:
+                    stack.enter_context(self.sole_owner_of(name))
+                if path in self.unaccounted():  # nobody has committed it meanwhile
+                    _unlink(self.path / path)
 
     def _first_of(self, name: str) -> int | None:
         first = (_read_json(self._record(name)) or {}).get("first")
@@ -424,18 +453,30 @@ def batch_size_of(directory: Path) -> int | None:
     return size if isinstance(size, int) and size > 0 else None
 
 
-def check_output_names(output: OutputDirectory, parts: Sequence[Part]) -> None:
-    """Refuse two parts that would write one file, such as `x` and `x.tar`.
+def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
+    """Refuse two parts that would write one file, such as `x` and `x.tar`, and what would lie among the bookkeeping.
 
     Raises:
-        InputError: names both.
+        InputError: names them.
     """
     owners: dict[str, Part] = {}
     for part in parts:
-        for path in output.paths_of(part.name):
+        if part.name.partition("/")[0] == BOOKKEEPING:
+            raise InputError(f"{part.where}: a folder named {BOOKKEEPING} is no input; it holds what embed notes")
+        if layout.format == "npy":
+            continue  # a number for each
+        for path in layout.paths(part.name.removesuffix(TAR), None):
             owner = owners.setdefault(path, part)
             if owner is not part:
                 raise InputError(f"{owner.where} and {part.where} would both write {path}; rename one of them")
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a parquet file was written here."""
+    try:
+        return b"maekit" in (pq.read_schema(path).metadata or {})
+    except (OSError, pa.ArrowException):
+        return False
 
 
 def _unlink(path: Path) -> None:

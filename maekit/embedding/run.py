@@ -151,6 +151,10 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             job.look(parts, max(1, len(config.devices)))
             output.claim([part.name for part in parts], overwrite=config.overwrite)
             check_output_names(output, parts)
+            if hidden := [part.name for part in parts if any(p.startswith("_") for p in part.name.split("/"))]:
+                progress.note(
+                    f"{hidden[0]}: readers of folders, such as pyarrow.dataset, pass over names with a leading _"
+                )
             todo = job.plan(parts, split, Scope(config.select, config.limit))
             started = time.perf_counter()
             job.embed(todo, devices)

@@ -142,6 +142,7 @@ class DeviceWork:
             for part in parts:
                 if part is not None:
                     writer.put(part)
+                writer.check()
                 yield
                 if self._stopped():
                     break

@@ -65,12 +65,21 @@ class Writer:
         Raises:
             MaekitError: an earlier part could not be written.
         """
-        while self._error is None:
+        while True:
+            self.check()
             try:
                 return self._queue.put(part, timeout=0.2)
             except queue.Full:
                 continue
-        raise self._error
+
+    def check(self) -> None:
+        """See that all is well: nothing more may come that would be put.
+
+        Raises:
+            MaekitError: a part could not be written.
+        """
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Write what was handed over, leave out a shard that is not complete, and end.
