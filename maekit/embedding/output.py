@@ -172,7 +172,10 @@ class OutputDirectory:
         is_new = not self.bookkeeping.exists()
         try:
             with owned(self._run_lock(self._owner)):
-                yield
+                try:
+                    yield
+                finally:
+                    self._sweep()
         except Held as held:
             raise InputError(
                 f"{self.path} is in use by {held.owner}; wait for it to end or choose another --out"
@@ -425,12 +428,16 @@ class OutputDirectory:
             raise InputError(f"--overwrite: {self.path} is in use by {held.owner}; wait for it to end") from held
 
     def _sweep(self) -> None:
-        """Remove what this run's killed predecessors left, and those of other runs that are no longer at work."""
+        """Remove what killed processes of this run left, and those of other runs that are no longer at work."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         for left in (self.bookkeeping / ".tmp").glob("*"):
             if left.name != self._owner:
                 with contextlib.suppress(MaekitError), owned(self._run_lock(left.name)):
                     shutil.rmtree(left, ignore_errors=True)
+        for lock in (self.bookkeeping / ".locks" / "shards").rglob("*"):
+            if lock.is_file():
+                with contextlib.suppress(MaekitError), owned(lock):
+                    pass  # whoever had it is dead, and taking it removes it
 
     @property
     def scratch(self) -> Path:

@@ -146,15 +146,13 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         parts = find_inputs(config.shards)
         output = _output(config, split, devices)
         output.refuse_foreign()
+        check_output_names(output.layout, parts)
         with output.sole_run():
             job = _Job(output, progress, remote)
             job.look(parts, max(1, len(config.devices)))
             output.claim([part.name for part in parts], overwrite=config.overwrite)
-            check_output_names(output, parts)
             if hidden := [part.name for part in parts if any(p.startswith("_") for p in part.name.split("/"))]:
-                progress.note(
-                    f"{hidden[0]}: readers of folders, such as pyarrow.dataset, pass over names with a leading _"
-                )
+                progress.note(f"{hidden[0]}: pyarrow.dataset and others pass over files and folders with a leading _")
             todo = job.plan(parts, split, Scope(config.select, config.limit))
             started = time.perf_counter()
             job.embed(todo, devices)
