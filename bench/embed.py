@@ -1,74 +1,167 @@
-"""Embedding against its own limit: decoding alone, the session alone, and the whole pipeline, in one run.
+"""Embedding against its own limit: decoding alone, the session alone, and the whole, in one run, on a CPU.
 
-    python bench/embed.py encoder.onnx SHARDS [--repeat 3] [--json FILE]
+    python bench/embed.py encoder.onnx SHARDS [--repeat 3] [--limit N] [--json FILE]
 
 Decoding and session share the cores of a CPU, so the limit there is 1 / (1/decode + 1/session). Medians over repeats.
+The whole is measured from the first shard to the last commit, and as a command with its start. Also: what importing
+`maekit.embedding` costs, the time from start to the first batch, and the memory of the command and its decoders.
 """
 
 import argparse
 import json
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
+
+from maekit.embedding.decoding import Chunk, DecodePool, Ring
+from maekit.embedding.inputs import Images, Scope, find_inputs
 from maekit.embedding.pipeline import embed_padded
-from maekit.embedding.run import EmbedConfig, embed
 from maekit.embedding.session import EncoderSession
 from maekit.machine import cores as available_cores
-from maekit.shards.read import open_shards
-from maekit.shards.spec import find_shards
+from maekit.shards.remote import RemoteCache
+
+FIRST_BATCH = """
+import sys, time
+import maekit.embedding.session as session
+run = session.EncoderSession._run
+def first(self, images):
+    print(time.time())
+    sys.stdout.flush()
+    import os, signal
+    os.kill(os.getpid(), signal.SIGKILL)
+session.EncoderSession._run = first
+from maekit.embedding.run import EmbedConfig, embed
+embed(EmbedConfig(sys.argv[1], (sys.argv[2],), sys.argv[3], device="cpu"))
+"""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("shards")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--limit", type=int)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     cores = available_cores()
-    session = EncoderSession(options.model, device="cpu")
-    shards = open_shards(find_shards(options.shards))
-    rates: dict[str, list[float]] = {"decode": [], "session": [], "end_to_end": []}
-    for _ in range(options.repeat):
-        images, seconds = _decode_all(session, shards, cores)
-        rates["decode"].append(len(images) / seconds)
-        before = time.perf_counter()
-        for start in range(0, len(images), options.batch_size):
-            embed_padded(session, images[start : start + options.batch_size], options.batch_size)
-        rates["session"].append(len(images) / (time.perf_counter() - before))
-        with tempfile.TemporaryDirectory() as out:
-            config = EmbedConfig(str(options.model), (options.shards,), out, "cpu", batch_size=options.batch_size)
+    rates: dict[str, list[float]] = {"decode": [], "session": [], "end_to_end": [], "command": []}
+    peaks = []
+    with DecodePool(cores) as pool:  # forked before the session has threads
+        session = EncoderSession(options.model, device="cpu")
+        parts = [part.open(RemoteCache()) for part in find_inputs([options.shards])]
+        for _ in range(options.repeat):
+            whole = _embed(options)
+            batch_size = whole["batch_size"]
+            count = whole["rows"] + whole["errors"]
+            rates["end_to_end"].append(whole["images_per_second"])
+            rates["command"].append(count / whole["seconds"])
+            peaks.append(whole["peak_mb"])
+            decoded, seconds = _decode(pool, session, parts, count, batch_size)
+            rates["decode"].append(count / seconds)
             before = time.perf_counter()
-            embed(config)
-            rates["end_to_end"].append(len(images) / (time.perf_counter() - before))
-    decode, alone, whole = (statistics.median(rates[name]) for name in ("decode", "session", "end_to_end"))
+            for start in range(0, count, batch_size):
+                embed_padded(session, decoded[start : start + batch_size], min(batch_size, count - start))
+            rates["session"].append(count / (time.perf_counter() - before))
+    decode, alone, whole_rate, command = (statistics.median(rates[name]) for name in rates)
     limit = 1 / (1 / decode + 1 / alone)
-    for name, value in (("decode alone", decode), ("session alone", alone), ("limit", limit), ("end to end", whole)):
+    shown = (("decode alone", decode), ("session alone", alone), ("limit", limit), ("end to end", whole_rate))
+    for name, value in (*shown, ("whole command", command)):
         print(f"{name:<14} {value:9.1f} img/s")
-    print(f"end to end / limit: {whole / limit:.3f}   ({shards.samples} images, {cores} cores)")
+    share = statistics.median(
+        rate / (1 / (1 / d + 1 / s))
+        for rate, d, s in zip(rates["end_to_end"], rates["decode"], rates["session"], strict=True)
+    )
+    print(f"end to end / limit: {share:.3f}   ({count} images, batches of {batch_size}, {cores} cores)")
+    first, imported = _first_batch(options), _import()
+    print(
+        f"start to first batch: {first:.2f} s; import maekit.embedding.run: {imported[0]:.2f} s, {imported[1]:.0f} MB"
+    )
+    print(f"peak memory of the command and its decoders: {max(peaks):.0f} MB")
     if options.json:
-        figures = {"cores": cores, "images": shards.samples, "limit": limit, "share": whole / limit, "rates": rates}
+        figures = {
+            **{"cores": cores, "images": count, "batch_size": batch_size, "limit": limit, "share": share},
+            **{"first_batch_seconds": first, "import_seconds": imported[0], "import_mb": imported[1]},
+            **{"peak_mb": max(peaks), "rates": rates},
+        }
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _decode_all(session: EncoderSession, shards, cores: int):
-    reader = shards.reader()  # positional reads need no lock
-    places = [shards.locate(number) for number in range(shards.samples)]
-    prepare = session.description.preprocess
+def _embed(options: argparse.Namespace) -> dict:
+    """Run `maekit embed` as a command; return its summary, with seconds and memory."""
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "maekit", "embed", str(options.model), options.shards, "--out", out]
+        command += ["--device", "cpu", "--json"]
+        command += ["--limit", str(options.limit)] if options.limit else []
+        command += ["--batch-size", str(options.batch_size)] if options.batch_size else []
+        before = time.perf_counter()
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            peak = 0.0
+            while process.poll() is None:
+                peak = max(peak, _proportional_mb(process.pid))
+                time.sleep(0.2)
+            seconds = time.perf_counter() - before
+            assert process.stdout is not None
+            summary = json.loads(process.stdout.read().splitlines()[-1])
+    return {**summary, "seconds": seconds, "peak_mb": peak}
+
+
+def _proportional_mb(pid: int) -> float:
+    """Return the memory of a process and its children; what they share counts once."""
+    total = 0.0
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        for one in (str(pid), *children):
+            text = Path(f"/proc/{one}/smaps_rollup").read_text()
+            total += int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) / 1024
+    except (OSError, StopIteration):
+        return 0.0
+    return total
+
+
+def _decode(pool: DecodePool, session: EncoderSession, parts: list[Images], count: int, batch_size: int):
+    """Decode all images with the decoders of embedding: -> uint8 `[count, H, W, 3]`, seconds."""
+    preprocess = session.description.preprocess
+    ring = Ring(1, count, preprocess.size)
+    pool.use(ring, preprocess, yielding=False)
+    size = min(32, max(4, batch_size // 8))
     before = time.perf_counter()
-    with ThreadPoolExecutor(cores) as pool:
-        images = list(
-            pool.map(lambda place: prepare(reader.read_image(shards.index(place[0]), place[1])), places, chunksize=8)
-        )
+    done, flying = 0, []
+    for part in parts:
+        ordinals = list(Scope(None, count - done).ordinals(part))
+        for start in range(0, len(ordinals), size):
+            places = [place for ordinal in ordinals[start : start + size] if (place := part.place(ordinal)) is not None]
+            flying.append(pool.submit(Chunk(0, done + start, part, places)))
+        done += len(ordinals)
+    for future in flying:
+        future.result()
     seconds = time.perf_counter() - before
-    reader.close()
-    return images, seconds
+    ring.close()
+    return np.array(ring.batches[0]), seconds
+
+
+def _first_batch(options: argparse.Namespace) -> float:
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-c", FIRST_BATCH, str(options.model), options.shards, out]
+        before = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return float(done.stdout) - before
+
+
+def _import() -> tuple[float, float]:
+    script = "import resource; import maekit.embedding.run; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    before = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return time.perf_counter() - before, int(done.stdout) / 1024
 
 
 if __name__ == "__main__":
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     main()

@@ -5,7 +5,7 @@
 
 maekit          `maekit embed ENCODER.onnx SHARDS --out DIR --device cpu --json`, with its defaults, from tar shards
 lightly-train   `lightly-train embed` in an environment of its own, fp32 and bf16-mixed
-timm            timm's transform and model, torch's DataLoader, fp32 and bf16 (`peers/timm_loop.py`)
+timm            timm's transform and model, torch's DataLoader, fp32 and bf16 by autocast (`peers/timm_loop.py`)
 transformers    its image processor and ViTModel, torch's DataLoader, fp32 and bf16 (`peers/transformers_loop.py`)
 onnxruntime     the file that maekit reads too, decoded by Pillow in the same thread (`peers/onnxruntime_loop.py`)
   threads       the same with threads that decode ahead
@@ -13,7 +13,7 @@ onnxruntime     the file that maekit reads too, decoded by Pillow in the same th
 Each is a process started anew; its time is from its start to its end, with all rows written. The others get the
 images as files in a folder. They take turns; times are medians over the rounds. `net` is what a contestant prints of
 itself, without its start. `busy` is its share of the time of all cores: low where it waits, and where something else
-is running on the machine.
+is running on the machine (the threads of ONNX Runtime and of torch spin for a while before they sleep).
 
 Before the rounds each runs once, not timed, on 16 images that all of them prepare alike: `cosine` is the lowest there
 to maekit's rows, and shows that the weights are the same. `images` is the lowest on the images that are measured:
@@ -58,8 +58,8 @@ IMAGES = {"tiny": 668, "small": 334, "base": 128}  # about as long for each
 ALIKE = 16  # images of the check
 ENOUGH = 0.999
 LONGEST = 1800.0  # seconds that one command may take
-# The better ones of 16, 32, 64 and 128 images, and of 1 and 2 workers, on two cores.
-BATCH, WORKERS = 16, 2
+# The best of 8, 16, 32, 64 and 128 images, and of 1 and 2 workers, on two cores; several are equally good.
+TORCH_BATCH, ORT_BATCH, WORKERS = 32, 16, 2
 FILES = ("jpg", "jpeg", "png", "webp")
 
 
@@ -243,7 +243,7 @@ def prepare(options: argparse.Namespace, model: str, images: Images, folder: Pat
             run([options.lightly_python, HERE / "peers/lightly_checkpoint.py", checkpoint, *converted], folder)
             command = options.lightly_python.with_name("lightly-train")
             contestants += [lightly(command, checkpoint, precision) for precision in ("fp32", "bf16")]
-    usual = ["--threads", cores(), "--workers", WORKERS, "--batch-size", BATCH]
+    usual = ["--threads", cores(), "--workers", WORKERS, "--batch-size", TORCH_BATCH]
     if wanted(options, "timm"):
         for precision in ("fp32", "bf16"):
             arguments = [*converted, "--precision", precision, *usual]
@@ -258,7 +258,7 @@ def prepare(options: argparse.Namespace, model: str, images: Images, folder: Pat
                 contestants.append(loop("transformers", precision, "transformers_loop", [pretrained], arguments))
     if wanted(options, "onnxruntime"):
         for precision, file in loops:
-            batch = ["--batch-size", BATCH]
+            batch = ["--batch-size", ORT_BATCH]
             contestants.append(loop("onnxruntime", precision, "onnxruntime_loop", [file], batch))
             threads = [*batch, "--decoders", cores()]
             contestants.append(loop("onnxruntime threads", precision, "onnxruntime_loop", [file], threads))
@@ -289,7 +289,7 @@ def lightly(program: Path, checkpoint: Path, precision: str) -> Contestant:
             "format=torch",
             "accelerator=cpu",
             f"precision={theirs}",
-            f"batch_size={BATCH}",
+            f"batch_size={TORCH_BATCH}",
             f"num_workers={WORKERS}",
         ]
 

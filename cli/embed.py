@@ -82,8 +82,8 @@ def command(
         str,
         typer.Option(
             metavar="N|auto",
-            help="Images per run of the model. auto: what --out has; else as many pixels as 16 images of 224 x 224 on "
-            "a CPU, 256 on a GPU. Halved where memory is short.",
+            help="Images per run of the model. auto: what --out has; else 8 on a CPU, where more only fall out of the "
+            "caches, and as many pixels as 256 images of 224 x 224 on a GPU. Halved where memory is short.",
             rich_help_panel="Hardware",
         ),
     ] = "auto",

@@ -149,7 +149,8 @@ def describe(row: dict[str, Any]) -> str:
     if "data_wait" in row:
         parts.append(f"data-wait {row['data_wait']:.0%}" + (", the loader binds" if row["data_wait"] > 0.2 else ""))
     if row.get("rates"):
-        parts.append("alone: " + ", ".join(f"{stage} {rate:.0f}" for stage, rate in row["rates"].items() if rate))
+        known = [f"{stage} {rate:.0f}" for stage, rate in row["rates"].items() if rate]
+        parts += [f"({', '.join(known)} alone)"] if known else []
     if row.get("binds"):
         parts.append(f"{row['binds']} binds")
     if row.get("bad") or row.get("errors"):

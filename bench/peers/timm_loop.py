@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = timm.create_model(options.model, num_classes=0).eval()

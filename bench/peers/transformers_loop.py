@@ -44,19 +44,20 @@ def main() -> None:
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=32)
     options = parser.parse_args()
     if options.convert:
         convert(options.convert, options.preprocess, options.model)
         return
     torch.set_num_threads(options.threads)
-    model = ViTModel.from_pretrained(options.model, add_pooling_layer=False).eval()
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[options.precision]
+    model = ViTModel.from_pretrained(options.model, add_pooling_layer=False, dtype=dtype).eval()
     dataset = Images(sorted(options.images.iterdir()), AutoImageProcessor.from_pretrained(options.model))
     before = time.perf_counter()
     rows = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=options.precision == "bf16"):
+    with torch.inference_mode():
         for batch in DataLoader(dataset, options.batch_size, num_workers=options.workers):
-            tokens = model(pixel_values=batch).last_hidden_state
+            tokens = model(pixel_values=batch.to(dtype)).last_hidden_state
             rows.append(F.normalize(tokens[:, 1:].float().mean(1), dim=-1).numpy())
     seconds = time.perf_counter() - before
     np.save(options.out, np.concatenate(rows))

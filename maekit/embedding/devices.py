@@ -80,10 +80,12 @@ class Devices(Protocol):
 
     Attributes:
         running: where the model runs, once it is entered.
+        count: how many there are.
         workers: decoding processes, over all devices.
     """
 
     running: Running
+    count: int
     workers: int
 
     def __enter__(self) -> "Devices":
@@ -121,6 +123,7 @@ class OneDevice:
     """
 
     running: Running
+    count = 1
 
     def __init__(self, options: DeviceOptions, remote: RemoteCache) -> None:
         self._options, self._remote, self.workers = options, remote, options.workers
@@ -205,7 +208,7 @@ class ManyDevices:
 
     def __init__(self, options: Sequence[DeviceOptions], remote: RemoteCache) -> None:
         self._options, self._remote = options, remote
-        self.workers = sum(device.workers for device in options)
+        self.count, self.workers = len(options), sum(device.workers for device in options)
         self._children: list[_Child] = []
         self._stop = mmap.mmap(-1, 1)  # shared with the children
 

@@ -31,10 +31,17 @@ ort.disable_telemetry_events()
 
 
 class Problem(NamedTuple):
-    """Why a provider does not work here, and what mends it."""
+    """Why a provider does not work here, and what mends it.
+
+    Attributes:
+        what: in words.
+        fix: in words, or a command.
+        is_absent: whether there simply is no such hardware, as far as can be seen.
+    """
 
     what: str
     fix: str
+    is_absent: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,8 @@ def cuda_problem(number: int = 0) -> Problem | None:
     try:
         count = gpu_count()
     except OSError:
-        return Problem("no NVIDIA driver here (libcuda.so.1 is missing)", "install the driver, or use --device cpu")
+        fix = "install the driver, or use --device cpu"
+        return Problem("no NVIDIA driver here (libcuda.so.1 is missing)", fix, is_absent=True)
     if count is None:
         return Problem("the NVIDIA driver does not start", "nvidia-smi says why; update or restart the driver")
     if not count:

@@ -31,9 +31,10 @@ from maekit.shards.index import load_index
 from maekit.shards.remote import RemoteCache
 from maekit.signals import stop_on_signal
 
-# On a CPU larger batches only fall out of the caches; a GPU wants to be filled. Of small images a batch holds more, so
-# that what a batch costs besides its arithmetic stays small.
-_CPU_BATCH, _GPU_BATCH, _LARGEST_BATCH = 16, 256, 1024
+# On a CPU larger batches only fall out of the caches: of 4 to 64 images, the small batches are the fast ones, for
+# models of 65 and of 197 tokens. A GPU wants to be filled, with more images where they are small. Not measured when the
+# run starts: the size changes the last bits of the arithmetic, and must not change with the noise of a measurement.
+_CPU_BATCH, _GPU_BATCH, _LARGEST_GPU_BATCH = 8, 256, 1024
 _USUAL_PIXELS = 224 * 224
 _LOOKING = 16  # shards whose version is asked for at once
 # Shards of one device that are in use at once: fetched ahead, being embedded, and at the end of it.
@@ -160,7 +161,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             verdict = verify(output, job.tasks, remote, progress) if config.verify else None
         if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
             raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
-        speed = Speed.of(devices.timing, seconds, devices.workers, running.provider)
+        speed = Speed.of(devices.timing, seconds, devices)
     return EmbedResult(
         out=config.out,
         rows=job.rows,
@@ -251,11 +252,11 @@ def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirect
 
 
 def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
-    """Return images per batch: as many pixels as 16 (on a GPU 256) images of 224 x 224 have, a power of two."""
-    pixels = preprocess.size[0] * preprocess.size[1]
-    usual = _CPU_BATCH if provider == CPU else _GPU_BATCH
-    size = max(1, usual * _USUAL_PIXELS // pixels)
-    return min(_LARGEST_BATCH, 1 << (size.bit_length() - 1))
+    """Return images per batch: few on a CPU; on a GPU as many pixels as 256 images of 224 x 224 have."""
+    if provider == CPU:
+        return _CPU_BATCH
+    size = max(1, _GPU_BATCH * _USUAL_PIXELS // (preprocess.size[0] * preprocess.size[1]))
+    return min(_LARGEST_GPU_BATCH, 1 << (size.bit_length() - 1))
 
 
 def _narrowed(config: EmbedConfig) -> str:
@@ -279,11 +280,12 @@ class Speed:
     binds: str
 
     @classmethod
-    def of(cls, timing: Timing, seconds: float, workers: int, provider: str) -> "Speed":
-        """Return the speed of work that took so many seconds with so many decoding processes."""
+    def of(cls, timing: Timing, seconds: float, devices: Devices) -> "Speed":
+        """Return the speed of work that took so many seconds."""
+        workers, provider = devices.workers, devices.running.provider
         decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
-        model = timing.images / timing.running if timing.running else 0.0
-        write = timing.rows / timing.writing if timing.writing else 0.0
+        model = timing.images * devices.count / timing.running if timing.running else 0.0
+        write = timing.rows * devices.count / timing.writing if timing.writing else 0.0
         whole = timing.images / seconds if seconds else 0.0
         rates = {"decode": decode, "model": model, "write": write}
         known = {stage: rate for stage, rate in rates.items() if rate}
@@ -429,7 +431,7 @@ class _Job:
 
     def _show(self, devices: Devices, seconds: float) -> None:
         timing = devices.timing
-        speed = Speed.of(timing, seconds, devices.workers, devices.running.provider)
+        speed = Speed.of(timing, seconds, devices)
         self.progress.advance(int(timing.bytes))
         self.progress.figures(
             {

@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from maekit import files
-from maekit.embedding.providers import CUDA, check_device, first_line, open_cpu, open_cuda
+from maekit.embedding.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
 from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels, Preprocess
 from maekit.machine import cores
@@ -94,8 +94,7 @@ class EncoderSession:
             if opened.problem and device != "auto":
                 raise InputError(f"--device {device}: {opened.problem.what}; {opened.problem.fix}")
             if device == "auto":
-                said = opened.problem.what if opened.problem else "a CUDA device works here"
-                self.reason = f"chosen by auto: {said}"
+                self.reason = f"chosen by auto: {_said(opened.problem)}"
         if opened is None or opened.problem:
             if provider_options:
                 raise InputError(f"--provider-option sets what the CUDA provider does, and {path} runs on the CPU here")
@@ -152,6 +151,13 @@ class _Buffers:
         self._binding.synchronize_outputs()
         rows: Embeddings = self._output.numpy()
         return rows.copy() if self._is_cpu else rows  # on the CPU it is a view of the buffer
+
+
+def _said(problem: Problem | None) -> str:
+    """Return why `auto` chose what it chose, with the fix where there is a GPU to be had."""
+    if problem is None:
+        return "a CUDA device works here"
+    return problem.what if problem.is_absent else f"{problem.what}; {problem.fix}"
 
 
 def _describe(path: Path, session: Any) -> ModelDescription:
