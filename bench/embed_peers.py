@@ -1,6 +1,6 @@
 """`maekit embed` on a CPU against its peers: whole commands on the same images and the same weights, in one run.
 
-    python bench/embed_peers.py [SHARDS] [--models tiny small base] [--images 668 334 128] [--rounds 3]
+    python bench/embed_peers.py [SHARDS] [--models tiny small base] [--images 501 200 96] [--rounds 3]
                                 [--encoders FOLDER] [--lightly-python PATH] [--int8 ARGUMENTS] [--json FILE]
 
 maekit          `maekit embed ENCODER.onnx SHARDS --out DIR --device cpu --json`, with its defaults, from tar shards
@@ -54,7 +54,7 @@ from maekit.machine import cores
 from maekit.shards.spec import find_shards
 
 HERE = Path(__file__).resolve().parent
-IMAGES = {"tiny": 668, "small": 334, "base": 128}  # about as long for each
+IMAGES = {"tiny": 501, "small": 200, "base": 96}  # about as long for each
 ALIKE = 16  # images of the check
 ENOUGH = 0.999
 LONGEST = 1800.0  # seconds that one command may take

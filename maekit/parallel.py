@@ -1,6 +1,8 @@
 """Work divided among processes or threads on one machine, results in order."""
 
+import contextlib
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -33,7 +35,8 @@ class Workers:
             # Forked children start at once and see what is loaded here; elsewhere than on Linux, libraries forbid it.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._pool = ProcessPoolExecutor(count, context, follow_parent, (os.getpid(),))
-            self._pool.submit(os.getpid)  # forks now, before the work that follows starts threads
+            with forking():
+                self._pool.submit(os.getpid)  # forks now, before the work that follows starts threads
 
     def __enter__(self) -> "Workers":
         return self
@@ -86,6 +89,22 @@ def _run_ahead(
             yield flying.popleft().result()
     while flying:
         yield flying.popleft().result()
+
+
+@contextlib.contextmanager
+def forking() -> Iterator[None]:
+    """Fork within this: a child's garbage collector leaves alone what is garbage here.
+
+    Destroying what belongs to threads of the parent, such as a session of ONNX Runtime, would wait for them for ever:
+    they do not exist in the child.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
 
 
 def follow_parent(parent: int) -> None:

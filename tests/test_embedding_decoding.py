@@ -325,3 +325,32 @@ def test_stopping_takes_no_longer_than_a_batch(trained: Path, tmp_path: Path) ->
         assert finish([process]) == [75], (tmp_path / "log").read_text()
         assert time.monotonic() - before < 5
         assert "stopped by SIGTERM; finished shards are committed" in (tmp_path / "log").read_text()
+
+
+def test_a_child_leaves_its_parents_garbage_alone(tmp_path: Path, ring: Ring, monkeypatch) -> None:
+    """A session that is garbage here, destroyed in a forked child, would wait for its threads for ever."""
+    destroyed = tmp_path / "destroyed"
+
+    class Session:
+        def __init__(self) -> None:
+            self.me = self
+
+        def __del__(self) -> None:
+            with open(destroyed, "a") as file:
+                file.write(f"{os.getpid()}\n")
+
+    gc.collect()
+    gc.disable()
+    try:
+        Session()
+        plain = Preprocess.__call__
+        monkeypatch.setattr(Preprocess, "__call__", lambda self, data: (gc.collect(), plain(self, data))[1])
+        source = File.of(tmp_path / "images", [jpeg(0)])
+        with DecodePool(1) as pool:
+            pool.use(ring, PREPROCESS, yielding=False)
+            assert not pool.submit(Chunk(0, 0, source, source.places)).result().refused
+        assert not destroyed.exists()
+        gc.collect()
+        assert destroyed.read_text() == f"{os.getpid()}\n"
+    finally:
+        gc.enable()

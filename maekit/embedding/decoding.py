@@ -28,7 +28,7 @@ import numpy as np
 
 from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, Preprocess
-from maekit.parallel import follow_parent
+from maekit.parallel import follow_parent, forking
 from maekit.shards.read import read_bytes, read_file
 
 _OPEN_SHARDS = 4  # descriptors that a process keeps
@@ -249,7 +249,7 @@ class _Process:
         self._known: _Work | None = None  # to the process
         self._open: OrderedDict[int, None] = OrderedDict()  # shards that it has
         context = multiprocessing.get_context("fork")
-        with self._forking:
+        with self._forking, forking():
             self._connection, end = context.Pipe()
             self._ends.add(self._connection)
             self._process = context.Process(target=_serve, args=(end, os.getpid()), name="maekit-decode", daemon=True)

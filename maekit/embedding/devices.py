@@ -22,7 +22,7 @@ from maekit.embedding.pipeline import Timing
 from maekit.embedding.session import EncoderSession, ModelDescription
 from maekit.embedding.work import DeviceWork, Outcome, Task
 from maekit.errors import MaekitError
-from maekit.parallel import follow_parent
+from maekit.parallel import follow_parent, forking
 from maekit.shards.remote import RemoteCache
 
 _TELL_SECONDS = 0.5
@@ -220,7 +220,8 @@ class ManyDevices:
                 others = [child.connection for child in self._children]
                 arguments = (end, [connection, *others], options, self._remote, self._stop, os.getpid())
                 process = context.Process(target=_serve, args=arguments, name=f"maekit-{options.device}")
-                process.start()
+                with forking():
+                    process.start()
                 end.close()
                 self._children.append(_Child(options.device, process, connection, set(), Timing()))
             ready = [self._receive(child) for child in self._children]
