@@ -40,7 +40,7 @@ test-wheel: setup
 	cp -r tests build/wheel/run/tests && cp pyproject.toml build/wheel/run/
 	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest
 
-# The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing and of training; half an hour.
+# The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding; an hour.
 campaigns: setup
 	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns tests/test_pack.py -s
 
