@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,7 @@ def main() -> None:
     rates: dict[str, list[float]] = {"decode": [], "session": [], "end_to_end": [], "command": []}
     peaks = []
     with DecodePool(cores) as pool:  # forked before the session has threads
-        session = EncoderSession(options.model, device="cpu")
+        session = EncoderSession(options.model, device="cpu", threads=1)
         parts = [part.open(RemoteCache()) for part in find_inputs([options.shards])]
         for _ in range(options.repeat):
             whole = _embed(options)
@@ -66,9 +67,11 @@ def main() -> None:
             peaks.append(whole["peak_mb"])
             decoded, seconds = _decode(pool, session, parts, count, batch_size)
             rates["decode"].append(count / seconds)
+            starts = range(0, count, batch_size)
             before = time.perf_counter()
-            for start in range(0, count, batch_size):
-                embed_padded(session, decoded[start : start + batch_size], min(batch_size, count - start))
+            with ThreadPoolExecutor(cores) as lanes:  # as embed runs it: one batch on each core
+                batches = [decoded[start : start + batch_size] for start in starts]
+                list(lanes.map(lambda batch: embed_padded(session, batch, len(batch)), batches))
             rates["session"].append(count / (time.perf_counter() - before))
     decode, alone, whole_rate, command = (statistics.median(rates[name]) for name in rates)
     limit = 1 / (1 / decode + 1 / alone)

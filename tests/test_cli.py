@@ -185,7 +185,7 @@ def test_pack_of_a_folder(tmp_path: Path) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["samples"] == 2
 
 
-@pytest.mark.parametrize("command", ["pack", "check", "pretrain", "export", "embed", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["pack", "check", "pretrain", "export", "embed", "inspect", "doctor", "demo"])
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
     shown = run(tmp_path, command, "--help").stdout
     assert "Usage" in shown

@@ -19,12 +19,14 @@ from typing import Any, Protocol
 from maekit.embedding.decoding import DecodePool
 from maekit.embedding.output import OutputDirectory
 from maekit.embedding.pipeline import Timing
+from maekit.embedding.providers import CPU
 from maekit.embedding.session import EncoderSession, ModelDescription
 from maekit.embedding.work import DeviceWork, Outcome, Task
 from maekit.errors import MaekitError
 from maekit.parallel import follow_parent, forking
 from maekit.shards.remote import RemoteCache
 
+_GPU_LANES = 2
 _TELL_SECONDS = 0.5
 _ASK_SECONDS = 0.001
 
@@ -54,14 +56,14 @@ class DeviceOptions:
         model: the ONNX file.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider_options: of the CUDA provider.
-        threads: of the model, where it runs on the CPU.
+        cores: of the CPU that it may use.
         workers: decoding processes.
     """
 
     model: Path
     device: str
     provider_options: Mapping[str, str]
-    threads: int
+    cores: int
     workers: int
 
     def open_session(self) -> EncoderSession:
@@ -70,9 +72,15 @@ class DeviceOptions:
         Raises:
             InputError: as `EncoderSession`.
         """
-        return EncoderSession(
-            self.model, device=self.device, threads=self.threads, provider_options=self.provider_options
-        )
+        return EncoderSession(self.model, device=self.device, threads=1, provider_options=self.provider_options)
+
+    def lanes(self, provider: str) -> int:
+        """Return how many batches are in the session at once.
+
+        On a CPU, one for each core, each in one thread: none waits for another, and a row has the same bits whatever
+        the number of cores. On a GPU two, so that one is copied while the other is computed.
+        """
+        return self.cores if provider == CPU else _GPU_LANES
 
 
 class Devices(Protocol):
@@ -81,11 +89,13 @@ class Devices(Protocol):
     Attributes:
         running: where the model runs, once it is entered.
         count: how many there are.
+        lanes: batches in sessions at once, over all devices.
         workers: decoding processes, over all devices.
     """
 
     running: Running
     count: int
+    lanes: int
     workers: int
 
     def __enter__(self) -> "Devices":
@@ -124,6 +134,7 @@ class OneDevice:
 
     running: Running
     count = 1
+    lanes: int
 
     def __init__(self, options: DeviceOptions, remote: RemoteCache) -> None:
         self._options, self._remote, self.workers = options, remote, options.workers
@@ -136,6 +147,7 @@ class OneDevice:
             self._pool = stack.enter_context(DecodePool(self._options.workers))
             self._session = self._options.open_session()
             self.running = _running(self._session)
+            self.lanes = self._options.lanes(self._session.provider)
             self._stack = stack.pop_all()
         return self
 
@@ -163,6 +175,7 @@ class OneDevice:
             output,
             self._remote,
             batch_size=batch_size,
+            lanes=self.lanes,
             ahead=4 if any(task.part.is_remote for task in tasks) else 2,
             report=report,
             note=note,
@@ -205,6 +218,7 @@ class ManyDevices:
     """
 
     running: Running
+    lanes: int
 
     def __init__(self, options: Sequence[DeviceOptions], remote: RemoteCache) -> None:
         self._options, self._remote = options, remote
@@ -226,6 +240,7 @@ class ManyDevices:
                 self._children.append(_Child(options.device, process, connection, set(), Timing()))
             ready = [self._receive(child) for child in self._children]
             self.running = ready[0]
+            self.lanes = sum(options.lanes(self.running.provider) for options in self._options)
             for child, running in zip(self._children, ready, strict=True):
                 if running.provider != self.running.provider:
                     raise MaekitError(f"{child.device} runs on {running.provider}, not on {self.running.provider}")
@@ -354,6 +369,7 @@ def _serve(
                 output,
                 remote,
                 batch_size=batch_size,
+                lanes=options.lanes(session.provider),
                 ahead=2,
                 report=tell,
                 note=tell,

@@ -115,19 +115,19 @@ class EmbeddingPipeline:
         session: the encoder.
         pool: decodes.
         batch_size: images per run of the session.
-        in_flight: batches in the session at once; two on a GPU, so that one is copied while the other is computed.
+        lanes: batches in the session at once.
 
     Raises:
         MaekitError: there is no memory for the ring.
     """
 
-    def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, in_flight: int = 1) -> None:
-        self._session, self._pool, self._batch_size, self._in_flight = session, pool, batch_size, in_flight
+    def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, lanes: int = 1) -> None:
+        self._session, self._pool, self._batch_size, self._lanes = session, pool, batch_size, lanes
         self._chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, batch_size // 8))
         # Besides those in the session: one being filled, and enough for each process to have the next chunk waiting.
         ahead = 1 + max(2, -(-2 * pool.workers * self._chunk // batch_size))
-        self._ring = Ring(in_flight + ahead, batch_size, session.description.preprocess.size)
-        self._free = deque(range(in_flight + ahead))
+        self._ring = Ring(lanes + ahead, batch_size, session.description.preprocess.size)
+        self._free = deque(range(lanes + ahead))
         self._failed: set[int] = set()
         self._decoding: deque[_Batch] = deque()
         self._running: deque[tuple[_Batch, list[Decoded], Future[Embeddings]]] = deque()
@@ -144,7 +144,7 @@ class EmbeddingPipeline:
             OutOfMemory: a batch is too large for the device.
             MaekitError: the session failed, or decoding processes keep dying.
         """
-        with ThreadPoolExecutor(self._in_flight, "session") as runner:
+        with ThreadPoolExecutor(self._lanes, "session") as runner:
             try:
                 for shard in shards:
                     if shard is None:
@@ -193,7 +193,7 @@ class EmbeddingPipeline:
 
     def _advance(self, runner: ThreadPoolExecutor) -> Part | None:
         """Bring the oldest batches one step further."""
-        if self._running and (len(self._running) == self._in_flight or not self._decoding):
+        if self._running and (len(self._running) == self._lanes or not self._decoding):
             batch, decoded, future = self._running.popleft()
             embeddings = future.result()
             return self._finish(batch, decoded, embeddings)

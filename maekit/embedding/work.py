@@ -16,7 +16,6 @@ from maekit.embedding.inputs import Part, Scope, content_of
 from maekit.embedding.output import CommitRecord, OutputDirectory
 from maekit.embedding.ownership import Held
 from maekit.embedding.pipeline import EmbeddingPipeline, Opened, Timing
-from maekit.embedding.providers import CPU
 from maekit.embedding.session import EncoderSession, OutOfMemory
 from maekit.embedding.writing import Writer, Written
 from maekit.errors import MaekitError
@@ -75,6 +74,7 @@ class DeviceWork:
         output: where rows and records go.
         remote: where remote shards come from.
         batch_size: images per run of the model.
+        lanes: batches in the session at once.
         ahead: shards that are fetched and indexed before their turn.
         report: called once for each shard, from any thread.
         note: called with what is worth telling.
@@ -89,13 +89,14 @@ class DeviceWork:
         remote: RemoteCache,
         *,
         batch_size: int,
+        lanes: int,
         ahead: int,
         report: Callable[[Outcome], None],
         note: Callable[[str], None],
         stopped: Callable[[], object],
     ) -> None:
         self._session, self._pool, self._output, self._remote = session, pool, output, remote
-        self._batch_size, self._ahead = batch_size, ahead
+        self._batch_size, self._lanes, self._ahead = batch_size, lanes, ahead
         self._report, self._note, self._stopped = report, note, stopped
         self._under_way: dict[int, _UnderWay] = {}
         self._past = Timing()
@@ -133,8 +134,7 @@ class DeviceWork:
 
     def _embed(self, shards: Iterable[Opened | None]) -> Iterator[None]:
         self._past, self._timing = self.timing, Timing()
-        in_flight = 1 if self._session.provider == CPU else 2
-        pipeline = EmbeddingPipeline(self._session, self._pool, batch_size=self._batch_size, in_flight=in_flight)
+        pipeline = EmbeddingPipeline(self._session, self._pool, batch_size=self._batch_size, lanes=self._lanes)
         self._timing = pipeline.timing
         writer = Writer(self._output, self._blank, self._settle, pipeline.timing)
         parts = pipeline.run(shards)
