@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import socket
 import stat
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import IO
 
 from maekit.errors import InputError, MaekitError
+
+_temporaries = itertools.count()
 
 
 def fsync_directory(directory: Path) -> None:
@@ -44,7 +47,8 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
         MaekitError: the disk is full or the place is not writable; names the path.
     """
     # The unfinished name ends in .tmp, so that no glob over *.parquet or *.onnx ever sees it.
-    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    # The number keeps threads apart that write files of one name, for different folders, by way of one scratch.
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +77,7 @@ def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
     Raises:
         MaekitError: the disk is full or the place is not writable; names the path.
     """
-    whole = scratch / f".{path.name}.{os.getpid()}.new"
+    whole = scratch / f".{path.name}.{os.getpid()}.{next(_temporaries)}.new"
     write_atomically(whole, data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -235,7 +235,9 @@ def test_which_split_a_launcher_means(monkeypatch) -> None:
     assert split(2, 5) == Split(2, 5, "options")
     torchrun = split(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
     assert torchrun == Split(5, 8, "torchrun", 1, 4)
-    slurm = split(SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1")
+    tasks = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
+    assert split(**tasks) == Split()  # the script of a job, not one of its tasks
+    slurm = split(**tasks, SLURM_STEP_ID="0")
     assert (slurm.number, slurm.count, slurm.origin) == (3, 4, "SLURM")
     array = dict(zip(("ID", "MIN", "MAX", "COUNT", "STEP"), ("7", "1", "10", "4", "3"), strict=True))
     found = split(**{f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}, SLURM_NTASKS="1")
@@ -352,7 +354,8 @@ def test_what_a_killed_run_published_without_a_record_goes(trained: Path, tmp_pa
     for gone in ((tmp_path / "in" / "b.tar").unlink, lambda: (tmp_path / "in" / "b.tar").write_bytes(b"cut")):
         write_shard(tmp_path / "in" / "b.tar", {"b": {"jpg": jpeg(1)}})
         embed(config)
-        (out / "_maekit" / "b.tar.json").unlink()
+        paths = [str(path) for path in published if "b" in path.stem or "1" in path.stem]
+        (out / "_maekit" / "b.tar.json").write_text(json.dumps({"shard": "b.tar", "about_to_write": paths}))
         for path in published:
             if "00001" in path.name and out / path != mine:
                 (out / path).unlink()

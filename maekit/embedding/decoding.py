@@ -28,6 +28,7 @@ import numpy as np
 
 from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, Preprocess
+from maekit.machine import available_memory
 from maekit.parallel import follow_parent, forking
 from maekit.shards.read import read_bytes, read_file
 
@@ -122,21 +123,27 @@ class Ring:
     def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
         self.shape = (slots, batch_size, *size, 3)
         count = int(np.prod(self.shape))
+        if count > available_memory():
+            raise _too_large(count, slots, batch_size, "not so much is free")
         self.descriptor = os.memfd_create("maekit-batches")
         try:
             os.posix_fallocate(self.descriptor, 0, count)  # else a lack shows when a page is touched, as SIGBUS
             self._memory = mmap.mmap(self.descriptor, count)
         except OSError as error:
             os.close(self.descriptor)
-            raise MaekitError(
-                f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images "
-                f"({error.strerror}); choose a smaller --batch-size"
-            ) from error
+            raise _too_large(count, slots, batch_size, error.strerror) from error
         self.batches: Pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
 
     def close(self) -> None:
         """Give the memory back as soon as no array looks at it."""
         os.close(self.descriptor)
+
+
+def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> MaekitError:
+    return MaekitError(
+        f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({reason}); choose a smaller "
+        "--batch-size"
+    )
 
 
 class DecodePool:
@@ -149,21 +156,34 @@ class DecodePool:
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
-        self._all = [_Process() for _ in range(workers)]
-        for process in self._all:
-            self._idle.put(process)
-        self._threads = ThreadPoolExecutor(workers, "decode")
+        self._all: list[_Process] = []
         self._work: _Work | None = None
         self._crashes = 0
+        self._is_aborted = False
+        self._threads = ThreadPoolExecutor(workers, "decode")
+        try:
+            for _ in range(workers):
+                self._all.append(_Process())
+                self._idle.put(self._all[-1])
+        except MaekitError:
+            self.__exit__()
+            raise
 
     def __enter__(self) -> "DecodePool":
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self.abort()
+        self._threads.shutdown(wait=True)
+        for process in self._all:
+            process.close()
+
+    def abort(self) -> None:
+        """End the processes, whatever they are at: what they have not decoded will not be."""
+        self._is_aborted = True
         for process in self._all:
             process.kill()
-        self._threads.shutdown(wait=True)
 
     def use(self, ring: Ring, preprocess: Preprocess, *, yielding: bool) -> None:
         """Decode into this ring from now on.
@@ -192,7 +212,7 @@ class DecodePool:
             try:
                 return process.decode(chunk)
             except _Died:
-                process.start_anew()
+                self._replace(process)
                 return self._one_by_one(process, chunk)
         finally:
             self._idle.put(process)
@@ -214,11 +234,18 @@ class DecodePool:
                 return process.decode(one)
             except _Died as died:
                 how = str(died)
-                process.start_anew()
+                self._replace(process)
         self._crashes += 1
         if self._crashes > _MOST_CRASHES:
             raise MaekitError(f"decoding processes keep dying ({how}; out of memory?); run the command again")
         return Decoded([0], [Refusal(one.row, "crashed", f"two processes died of it ({how})")])
+
+    def _replace(self, process: "_Process") -> None:
+        if self._is_aborted:
+            raise MaekitError("stopped while decoding")
+        process.start_anew()
+        if self._is_aborted:
+            process.kill()  # it was started while the others were ended
 
 
 class _Work(NamedTuple):
@@ -249,25 +276,42 @@ class _Process:
         self._known: _Work | None = None  # to the process
         self._open: OrderedDict[int, None] = OrderedDict()  # shards that it has
         context = multiprocessing.get_context("fork")
-        with self._forking, forking():
-            self._connection, end = context.Pipe()
-            self._ends.add(self._connection)
-            self._process = context.Process(target=_serve, args=(end, os.getpid()), name="maekit-decode", daemon=True)
-            self._process.start()
-            end.close()
+        try:
+            with self._forking, forking():
+                self._connection, end = context.Pipe()
+                self._ends.add(self._connection)
+                self._process = context.Process(
+                    target=_serve, args=(end, os.getpid()), name="maekit-decode", daemon=True
+                )
+                try:
+                    self._process.start()
+                finally:
+                    end.close()
+        except OSError as error:
+            raise MaekitError(
+                f"no decoding process can be started ({error.strerror}); choose fewer --workers, or raise the limits "
+                "of open files and processes (ulimit -n, ulimit -u)"
+            ) from error
 
     def start_anew(self) -> None:
         self.kill()
+        self.close()
         self._start()
 
     def kill(self) -> None:
+        """End the process; who waits for its answer learns of it."""
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+
+    def close(self) -> None:
         self._ends.discard(self._connection)
-        self._process.kill()
-        self._process.join()
         self._connection.close()
 
     def decode(self, chunk: Chunk) -> Decoded:
-        source = chunk.source
+        source, descriptor = chunk.source, chunk.source.descriptor
+        if descriptor is None and not isinstance(chunk.places[0], str):
+            return Decoded(failure=f"{source.name}: was closed")  # it has been given up meanwhile
         assert self.wanted is not None
         try:
             if self._known is not self.wanted:
@@ -275,18 +319,17 @@ class _Process:
                 ring, preprocess, yielding = self.wanted
                 self._connection.send(("work", ring.shape, preprocess, yielding))
                 self._hand_over(ring.descriptor)
-            if source.descriptor is not None and source.number not in self._open:
+            if descriptor is not None and source.number not in self._open:
                 gone = self._open.popitem(last=False)[0] if len(self._open) == _OPEN_SHARDS else None
                 self._open[source.number] = None
                 self._connection.send(("open", source.number, gone))
-                self._hand_over(source.descriptor)
-            number = None if source.descriptor is None else source.number
+                self._hand_over(descriptor)
+            number = None if descriptor is None else source.number
             self._connection.send(("decode", chunk.slot, chunk.row, number, source.name, chunk.places))
             decoded: Decoded = self._connection.recv()
             return decoded
         except (EOFError, OSError) as error:
-            self._process.kill()  # where it is not dead already
-            self._process.join()
+            self.kill()  # where it is not dead already
             code = self._process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise _Died(how) from error

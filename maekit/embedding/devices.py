@@ -238,7 +238,7 @@ class ManyDevices:
                     process.start()
                 end.close()
                 self._children.append(_Child(options.device, process, connection, set(), Timing()))
-            ready = [self._receive(child) for child in self._children]
+            ready = [self._receive_first(child) for child in self._children]
             self.running = ready[0]
             self.lanes = sum(options.lanes(self.running.provider) for options in self._options)
             for child, running in zip(self._children, ready, strict=True):
@@ -273,11 +273,27 @@ class ManyDevices:
         stopped: Callable[[], object],
     ) -> Iterator[None]:
         """Hand out the tasks as the devices ask for them."""
+        try:
+            yield from self._run(tasks, output, batch_size, report, note, stopped)
+        except BaseException:
+            self.__exit__()  # before what they hold is cleared up
+            raise
+
+    def _run(
+        self,
+        tasks: Sequence[Task],
+        output: OutputDirectory,
+        batch_size: int,
+        report: Callable[[Outcome], None],
+        note: Callable[[str], None],
+        stopped: Callable[[], object],
+    ) -> Iterator[None]:
         todo = deque(range(len(tasks)))
         asking: list[_Child] = []
         numbers = {task.part.name: number for number, task in enumerate(tasks)}
         for child in self._children:
-            child.connection.send((output, batch_size))
+            with contextlib.suppress(OSError):  # it has died; that is seen below
+                child.connection.send((output, batch_size))
         while live := [child for child in self._children if not child.has_ended]:
             if stopped():
                 self._stop[0] = 1
@@ -322,6 +338,17 @@ class ManyDevices:
         todo.extendleft(sorted(child.in_hand, reverse=True))
         note(f"the process of {child.device} died; its {len(child.in_hand)} shards go to the others")
         child.in_hand.clear()
+
+    def _receive_first(self, child: _Child) -> Running:
+        try:
+            running: Running = self._receive(child)
+            return running
+        except EOFError as error:
+            child.process.join()
+            raise MaekitError(
+                f"the process of {child.device} ended while it loaded the model (exit code {child.process.exitcode}; "
+                "negative: killed by that signal, perhaps for lack of memory)"
+            ) from error
 
     def _receive(self, child: _Child) -> Any:
         message = child.connection.recv()
@@ -384,8 +411,10 @@ def _serve(
         tell(False)
     except MaekitError as error:
         tell(error)
-    except (EOFError, OSError):  # the parent is gone
+    except (EOFError, BrokenPipeError):  # the parent is gone
         os._exit(1)
+    except OSError as error:
+        tell(MaekitError(f"{options.device}: {error}"))
 
 
 def _tell_regularly(

@@ -25,6 +25,7 @@ DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 FORMATS = ("parquet", "npy")
 # Of a fixed size, so that files do not depend on the size of batches.
 _GROUP = 4096
+_GROUP_BYTES = 64 << 20  # of members kept
 # Members of these extensions are text; all others are kept as bytes.
 _TEXT = frozenset(("json", "jsonl", "txt", "text", "cls", "caption", "url", "id", "html", "xml", "csv", "tsv", "yaml"))
 
@@ -57,6 +58,15 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def group(self) -> int | None:
+        """Return how many of the rows make a group; None where they do not yet. It depends on the rows alone."""
+        taken = 0
+        for row, members in enumerate(zip(*self.kept.values(), strict=True), 1):
+            taken += sum(len(member) for member in members if member is not None)
+            if row == _GROUP or taken >= _GROUP_BYTES:
+                return row
+        return _GROUP if len(self) >= _GROUP else None
 
     def split(self, count: int) -> tuple["Rows", "Rows"]:
         """Return the first `count` rows, and the others."""
@@ -146,8 +156,8 @@ class ShardFiles:
         self.rows += len(rows)
         if len(rows):
             self._waiting.append(rows.keys, rows.ordinals, np.concatenate(rows.embeddings), rows.kept)
-        while len(self._waiting) >= _GROUP:
-            group, self._waiting = self._waiting.split(_GROUP)
+        while (count := self._waiting.group()) is not None:
+            group, self._waiting = self._waiting.split(count)
             self._write(group)
 
     def complete(self) -> None:

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -100,8 +100,12 @@ class Part(Protocol):
         """
 
 
-def find_inputs(specs: Sequence[str]) -> list[Part]:
+def find_inputs(specs: Sequence[str], keep: tuple[str, ...] = ()) -> list[Part]:
     """Return the parts that the input specs name, in the order of their names.
+
+    Args:
+        specs: directories, tars, globs, brace patterns, URLs; or one directory of images.
+        keep: extensions of the files that ride along.
 
     Raises:
         InputError: nothing is there; says what was asked and what there is.
@@ -116,7 +120,7 @@ def find_inputs(specs: Sequence[str]) -> list[Part]:
     for name in found:
         files.require_utf8(Path(name))
     return [
-        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]))
+        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]), keep)
         for start in range(0, len(found), IMAGES_PER_PART)
     ]
 
@@ -221,11 +225,13 @@ class FolderPart:
         name: `images-` and its number.
         root: the folder.
         paths: of the images relative to it, in order: they are the keys.
+        keep: extensions of the files that ride along.
     """
 
     name: str
     root: Path
     paths: tuple[str, ...]
+    keep: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -239,13 +245,14 @@ class FolderPart:
 
     def look(self, remote: RemoteCache) -> tuple[str | None, int]:
         """Sum up sizes and times."""
-        return self.version(), sum(self._status()[0])
+        return self.version(), sum(self._status(self.paths)[0])
 
     def version(self) -> str:
         """Return a digest of names, sizes and times."""
-        sizes, times = self._status()
+        beside = [str(Path(path).with_suffix(f".{extension}")) for extension in self.keep for path in self.paths]
+        paths = [*self.paths, *beside]
         digest = hashlib.sha256()
-        for path, size, changed in zip(self.paths, sizes, times, strict=True):
+        for path, size, changed in zip(paths, *self._status(paths), strict=True):
             digest.update(f"{path}\0{size} {changed}\n".encode())
         return digest.hexdigest()
 
@@ -253,13 +260,13 @@ class FolderPart:
         """List the images; each is opened when it is read."""
         version, size = self.look(remote)
         digest = hashlib.sha256()
-        for path, bytes_ in zip(self.paths, self._status()[0], strict=True):
+        for path, bytes_ in zip(self.paths, self._status(self.paths)[0], strict=True):
             digest.update(f"{path}\0{bytes_}\n".encode())
         return FolderImages(self, version, size, digest.hexdigest())
 
-    def _status(self) -> tuple[list[int], list[int]]:
+    def _status(self, paths: Sequence[str]) -> tuple[list[int], list[int]]:
         sizes, times = [], []
-        for path in self.paths:
+        for path in paths:
             try:
                 status = os.stat(self.root / path)
                 sizes.append(status.st_size)
@@ -324,14 +331,18 @@ class Scope:
         return chosen if self.first is None else chosen[: self.first]
 
 
-def content_of(images: Images, ordinals: Sequence[int], keep: Sequence[str]) -> int:
+def content_of(
+    images: Images, ordinals: Sequence[int], keep: Sequence[str], stopped: Callable[[], object] = lambda: None
+) -> int:
     """Return the CRC-32 over the CRC-32s of all images, then of all members kept: whether they are what they were.
 
     Raises:
-        MaekitError: they cannot be read.
+        MaekitError: they cannot be read, or `stopped` says so.
     """
     crcs = np.zeros((1 + len(keep), len(ordinals)), "<u4")
     for position, ordinal in enumerate(ordinals):
+        if stopped():
+            raise MaekitError("stopped while reading")
         place = images.place(ordinal)
         if place is not None:
             with contextlib.suppress(ImageError):  # 0, as when it was embedded

@@ -13,15 +13,11 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from maekit import files
 from maekit.embedding.formats import Layout, ShardFiles
@@ -32,7 +28,7 @@ from maekit.errors import InputError, MaekitError
 from maekit.shards.spec import TAR
 
 BOOKKEEPING = "_maekit"
-_NPY_LAYOUT = re.compile(r"img_emb/img_emb_(?P<number>\d+)\.npy|metadata/metadata_(?P<number_>\d+)\.parquet")
+_INTENT = "about_to_write"
 _OUTPUT = ".output.json"
 
 
@@ -101,6 +97,28 @@ class CommitRecord:
     errors: int
     outputs: list[dict[str, Any]]
 
+    @classmethod
+    def from_json(cls, raw: dict[str, Any] | None, name: str) -> "CommitRecord | None":
+        """Return the record of a shard from what its file holds; None where it is none, or was edited into nonsense."""
+        try:
+            record = cls(**(raw or {}))
+        except TypeError:
+            return None
+        texts = (record.shard, record.input_digest)
+        numbers = (record.input_bytes, record.input_content, record.keys, record.rows, record.errors)
+        is_sound = (
+            record.shard == name
+            and all(isinstance(text, str) for text in texts)
+            and all(type(number) is int for number in numbers)
+            and (record.input_version is None or isinstance(record.input_version, str))
+            and (record.first is None or type(record.first) is int)
+            and isinstance(record.options, dict)
+            and isinstance(record.outputs, list)
+            and all(_is_output(output) for output in record.outputs)
+            and record.rows + record.errors == record.keys
+        )
+        return record if is_sound else None
+
 
 @dataclass(frozen=True)
 class ErrorRow:
@@ -157,8 +175,14 @@ class OutputDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; --out names a directory")
+        for place in (".", ".tmp", ".locks", ".locks/runs", ".locks/shards", ".numbers", "errors"):
+            if (self.bookkeeping / place).is_symlink():
+                raise InputError(f"{self.bookkeeping / place} is a link; embed notes nothing outside its output")
         if self.path.is_dir() and not self.bookkeeping.is_dir():
-            names = sorted(p.name for p in self.path.iterdir())
+            try:
+                names = sorted(p.name for p in self.path.iterdir())
+            except OSError as error:
+                raise InputError(f"cannot read {self.path}: {error.strerror}") from error
             if names:
                 raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new --out")
 
@@ -213,7 +237,7 @@ class OutputDirectory:
             )
         if self.options.format == "npy":
             self._number(names)
-        self._remove_unrecorded()
+        self._remove_uncommitted()
 
     @contextlib.contextmanager
     def sole_owner_of(self, name: str) -> Iterator[None]:
@@ -232,9 +256,8 @@ class OutputDirectory:
             name: of the shard.
             first: how many samples of it are within the run's limit.
         """
-        try:
-            record = CommitRecord(**(_read_json(self._record(name)) or {}))
-        except TypeError:
+        record = self.recorded(name)
+        if record is None:
             return None
         # A batch that did not fit into memory was halved: the size may be smaller than what was asked for.
         if {**record.options, "batch_size": self.options.batch_size} != self.options.to_json() or record.first != first:
@@ -244,6 +267,10 @@ class OutputDirectory:
             if not file.is_file() or file.stat().st_size != output["bytes"]:
                 return None
         return record
+
+    def recorded(self, name: str) -> CommitRecord | None:
+        """Return a shard's commit record, whatever it was made with."""
+        return CommitRecord.from_json(_read_json(self._record(name)), name)
 
     def renew(self, record: CommitRecord, version: str | None) -> None:
         """Note that a shard looks different now and holds the same: the next run need not read it.
@@ -276,8 +303,10 @@ class OutputDirectory:
         work.files.complete()
         if not still_owns(self._shard_lock(images.name)):
             raise MaekitError(f"another run took over {images.name} while this one stood still; run the command again")
-        # Rows of another version of the shard must not be taken for those of the earlier record.
-        _unlink(self._record(images.name))
+        # In place of an earlier record, whose rows these are not; a run that is killed here leaves files that nobody
+        # has committed, and the next one must know which.
+        intent = json.dumps({"shard": images.name, _INTENT: work.paths}, indent=1)
+        files.write_atomically(self._record(images.name), intent.encode(), scratch=self.scratch)
         work.files.publish()
         if not work.files.rows:
             for path in work.paths:
@@ -297,6 +326,10 @@ class OutputDirectory:
             for path in (work.paths if work.files.rows else [])
         ]
         record = dataclasses.replace(record, rows=work.files.rows, errors=len(work.errors), outputs=outputs)
+        if record.rows + record.errors != record.keys:
+            raise MaekitError(
+                f"{images.name}: {record.rows} rows, {record.errors} errors, {record.keys} keys: an error in maekit"
+            )
         self._write_record(record)
         return record
 
@@ -336,31 +369,43 @@ class OutputDirectory:
         path = self.bookkeeping / "errors" / f"{name}.jsonl"
         try:
             # Keys may hold what Python takes for the end of a line besides the newline.
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return [{**row, "index": int(row["index"]), "key": str(row["key"])} for row in rows]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
-            raise MaekitError(f"{path}: cannot be read: {error}") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MaekitError(f"{path}: cannot be read: {error!r}") from error
 
-    def _remove_unrecorded(self) -> None:
+    def _remove_uncommitted(self) -> None:
         """Remove the files of shards whose commit record was never written: a run was killed before it could.
 
         They would be taken for output, and where only one of two files is there, readers of the npy layout would pair
         the others wrongly.
         """
-        by_number = {number: name for name, number in self._numbers.items()}
-        for path in self.unaccounted():
-            if match := _NPY_LAYOUT.fullmatch(path):
-                names = [by_number.get(int(match["number"] or match["number_"]), path)]
-            elif _is_ours(self.path / path):
-                names = [path.removesuffix(".parquet") + suffix for suffix in (TAR, "")]
-            else:
-                continue
-            with contextlib.suppress(Held), contextlib.ExitStack() as stack:
-                for name in names:
-                    stack.enter_context(self.sole_owner_of(name))
-                if path in self.unaccounted():  # nobody has committed it meanwhile
-                    _unlink(self.path / path)
+        for name in self._recorded():
+            if self._intended(name):
+                with contextlib.suppress(Held), owned(self._shard_lock(name), sweeping=True):
+                    for path in self._intended(name):  # nobody has committed it meanwhile
+                        _unlink(self.path / path)
+                        _unlink(self._record(name))
+
+    def _intended(self, name: str) -> list[str]:
+        """Return the files that a run was about to publish for a shard when it was killed."""
+        paths = (_read_json(self._record(name)) or {}).get(_INTENT)
+        return [path for path in paths if _is_below(path)] if isinstance(paths, list) else []
+
+    def forget(self, name: str) -> None:
+        """Remove a shard that is no more: its files, its errors and its record.
+
+        Raises:
+            MaekitError: they cannot be removed.
+        """
+        with contextlib.suppress(Held), self.sole_owner_of(name):
+            record = self.recorded(name)
+            for output in record.outputs if record is not None else []:
+                _unlink(self.path / output["path"])
+            _unlink(self.bookkeeping / "errors" / f"{name}.jsonl")
+            _unlink(self._record(name))
 
     def _first_of(self, name: str) -> int | None:
         first = (_read_json(self._record(name)) or {}).get("first")
@@ -385,8 +430,11 @@ class OutputDirectory:
         """
         while True:
             self._numbers, generations = {}, 0
-            while (there := _read_json(self._generation(generations))) is not None:
-                for name in there["shards"]:
+            while (path := self._generation(generations)).exists():
+                there = (_read_json(path) or {}).get("shards")
+                if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
+                    raise InputError(f"{path} is damaged, and with it the numbers of shards; choose another --out")
+                for name in there:
                     self._numbers.setdefault(name, len(self._numbers))
                 generations += 1
             new = [name for name in names if name not in self._numbers]
@@ -409,10 +457,10 @@ class OutputDirectory:
                 with self._refused(lock.name):
                     pass
         for name in self._recorded():
-            for output in (_read_json(self._record(name)) or {}).get("outputs") or []:
-                path = Path(str(output.get("path")))
-                if ".." not in path.parts and not path.is_absolute():
-                    _unlink(self.path / path)
+            record = self.recorded(name)
+            outputs = [output["path"] for output in record.outputs] if record is not None else self._intended(name)
+            for path in outputs:
+                _unlink(self.path / path)
         for child in self.bookkeeping.iterdir():
             if child.is_dir() and child.name != ".locks":
                 shutil.rmtree(child)
@@ -432,11 +480,11 @@ class OutputDirectory:
         shutil.rmtree(self.scratch, ignore_errors=True)
         for left in (self.bookkeeping / ".tmp").glob("*"):
             if left.name != self._owner:
-                with contextlib.suppress(MaekitError), owned(self._run_lock(left.name)):
+                with contextlib.suppress(MaekitError), owned(self._run_lock(left.name), sweeping=True):
                     shutil.rmtree(left, ignore_errors=True)
-        for lock in (self.bookkeeping / ".locks" / "shards").rglob("*"):
-            if lock.is_file():
-                with contextlib.suppress(MaekitError), owned(lock):
+        for lock in (self.bookkeeping / ".locks").rglob("*"):
+            if lock.is_file() and not lock.is_symlink() and lock != self._run_lock(self._owner):
+                with contextlib.suppress(MaekitError), owned(lock, sweeping=True):
                     pass  # whoever had it is dead, and taking it removes it
 
     @property
@@ -468,8 +516,13 @@ def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
     """
     owners: dict[str, Part] = {}
     for part in parts:
-        if part.name.partition("/")[0] == BOOKKEEPING:
+        pieces = part.name.split("/")
+        if pieces[0] == BOOKKEEPING:
             raise InputError(f"{part.where}: a folder named {BOOKKEEPING} is no input; it holds what embed notes")
+        if any(piece.startswith(".") for piece in pieces):
+            raise InputError(
+                f"{part.where} would be named {part.name}: a hidden name, or one that leads out of the output"
+            )
         if layout.format == "npy":
             continue  # a number for each
         for path in layout.paths(part.name.removesuffix(TAR), None):
@@ -478,12 +531,19 @@ def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
                 raise InputError(f"{owner.where} and {part.where} would both write {path}; rename one of them")
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a parquet file was written here."""
-    try:
-        return b"maekit" in (pq.read_schema(path).metadata or {})
-    except (OSError, pa.ArrowException):
-        return False
+def _is_output(output: Any) -> bool:
+    return (
+        isinstance(output, dict)
+        and _is_below(output.get("path"))
+        and isinstance(output.get("sha256"), str)
+        and type(output.get("bytes")) is int
+    )
+
+
+def _is_below(path: Any) -> bool:
+    """Whether a path that a record names lies in the output and not among the bookkeeping."""
+    parts = Path(path).parts if isinstance(path, str) else ()
+    return bool(parts) and ".." not in parts and parts[0] not in ("/", BOOKKEEPING)
 
 
 def _unlink(path: Path) -> None:

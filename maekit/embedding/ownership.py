@@ -8,13 +8,14 @@ system itself.
 import contextlib
 import errno
 import fcntl
+import itertools
 import os
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple
 
 from maekit import files
 from maekit.errors import InputError, MaekitError
@@ -23,7 +24,17 @@ HEARTBEAT_SECONDS = 15.0
 # A machine that has not given a sign for so long is taken for gone.
 STALE_SECONDS = 120.0
 _mutex = threading.Lock()
-_held: dict[Path, IO[str]] = {}
+_held: dict[Path, "_Held"] = {}
+_tokens = itertools.count()
+_SWEEPING = "clearing up, "
+_SWEEP_SECONDS = 30.0  # that somebody else's clearing up is waited for
+
+
+class _Held(NamedTuple):
+    """An open lock and what was written into it."""
+
+    file: IO[str]
+    text: str
 
 
 class Held(MaekitError):
@@ -39,47 +50,57 @@ class Held(MaekitError):
 
 
 @contextlib.contextmanager
-def owned(path: Path) -> Iterator[None]:
+def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
     """Hold the lock of this name. The file must not be opened by others of this process: closing it ends the lock.
+
+    Args:
+        path: of the lock.
+        sweeping: hold it only to clear up after its last owner; others wait for that.
 
     Raises:
         Held: another process holds it, or another thread of this one.
         MaekitError: the lock cannot be written.
     """
     path = path.absolute()
-    file = _acquire(path)
+    until = time.monotonic() + _SWEEP_SECONDS
+    while True:
+        try:
+            _acquire(path, sweeping=sweeping)
+            break
+        except Held as held:
+            if not held.owner.startswith(_SWEEPING) or time.monotonic() > until:
+                raise
+            time.sleep(0.05)
     try:
         yield
     finally:
+        if still_owns(path):
+            with contextlib.suppress(OSError):
+                path.unlink()  # while it is held, so that nobody else's is removed
         with _mutex:
-            _held.pop(path, None)
-        with contextlib.suppress(OSError):
-            path.unlink()  # while it is held, so that nobody else's is removed
+            mine = _held.pop(path, None)
         with contextlib.suppress(OSError):  # a full disk was told of before
-            file.close()
+            if mine is not None:
+                mine.file.close()
 
 
 def still_owns(path: Path) -> bool:
     """Whether a lock that this process took is still its own: while it stood still, another may have taken it."""
-    file = _held.get(path.absolute())
+    path = path.absolute()
+    mine = _held.get(path)
     try:
-        return file is not None and _is_same(file, path)
+        return mine is not None and _is_same(mine.file, path) and _read(mine.file) == mine.text.strip()
     except OSError:
         return False
 
 
-def _acquire(path: Path) -> IO[str]:
+def _acquire(path: Path, *, sweeping: bool) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()}"
     with _mutex:
         if path in _held:
             raise Held(me)
         while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # Opened for appending: what the owner wrote must stand until the lock is had.
-                file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
-            except OSError as error:
-                raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
+            file = _open(path)
             try:
                 _lock(file, path)
                 if _is_same(file, path):
@@ -88,17 +109,28 @@ def _acquire(path: Path) -> IO[str]:
             except BaseException:
                 file.close()
                 raise
+        # The token tells this owner from an earlier one of the same process number.
+        text = f"{_SWEEPING if sweeping else ''}{me}\n{time.time_ns()}-{next(_tokens)}\n"
         try:
             file.truncate(0)
-            file.write(me + "\n")
+            file.write(text)
             file.flush()
         except OSError as error:
             with contextlib.suppress(OSError):
                 file.close()
             raise files.write_failure(path, error) from error
-        _held[path] = file
+        _held[path] = _Held(file, text)
         _start_heart()
-        return file
+
+
+def _open(path: Path) -> IO[str]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # For appending: what the owner wrote must stand until the lock is had. A link would lead out of the directory.
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return open(os.open(path, flags, 0o666), "r+", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
 def _lock(file: IO[str], path: Path) -> None:
@@ -107,16 +139,19 @@ def _lock(file: IO[str], path: Path) -> None:
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
             raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
-        raise Held(_read(file) or "another process") from error
-    owner = _read(file)
+        raise Held(_owner(file) or "another process") from error
+    owner = _owner(file)
     if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
         # The kernel let it pass, but perhaps only because this file system's locks end at the machine.
         raise Held(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
 
 
+def _owner(file: IO[str]) -> str:
+    return _read(file).partition("\n")[0]
+
+
 def _read(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read().strip()
+    return os.pread(file.fileno(), 4096, 0).decode("utf-8", "replace").strip()
 
 
 def _age(file: IO[str], path: Path) -> float:

@@ -23,6 +23,7 @@ from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
+_GLANCE_SECONDS = 0.2  # how long is waited before looking round
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,10 @@ class EmbeddingPipeline:
                 wait([chunk for chunk in chunks if not chunk.cancel()])  # they read from shards that are closed next
                 self._ring.close()
 
+    def give_up(self, images: Images) -> None:
+        """Let nothing more come of a shard."""
+        self._failed.add(images.number)
+
     def _batches(self, shard: Opened) -> Iterator[_Batch]:
         """Yield the batches of a shard; the last one of a shard without images is empty."""
         positions: list[int] = []
@@ -194,10 +199,15 @@ class EmbeddingPipeline:
     def _advance(self, runner: ThreadPoolExecutor) -> Part | None:
         """Bring the oldest batches one step further."""
         if self._running and (len(self._running) == self._lanes or not self._decoding):
-            batch, decoded, future = self._running.popleft()
-            embeddings = future.result()
-            return self._finish(batch, decoded, embeddings)
-        batch = self._decoding.popleft()
+            batch, decoded, future = self._running[0]
+            if wait([future], _GLANCE_SECONDS).not_done:
+                return None
+            self._running.popleft()
+            return self._finish(batch, decoded, future.result())
+        batch = self._decoding[0]
+        if wait(batch.chunks, _GLANCE_SECONDS).not_done:
+            return None
+        self._decoding.popleft()
         decoded = [chunk.result() for chunk in batch.chunks]
         self.timing.decoding += sum(chunk.seconds for chunk in decoded)
         self._running.append((batch, decoded, runner.submit(self._embed, batch, decoded)))

@@ -1,15 +1,17 @@
 """`maekit embed`: from images to embeddings, shard by shard, each committed whole."""
 
 import contextlib
+import math
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from maekit import files
 from maekit.embedding.devices import DeviceOptions, Devices, ManyDevices, OneDevice
 from maekit.embedding.formats import DTYPES, FORMATS
-from maekit.embedding.inputs import Part, Scope, TarPart, find_inputs
+from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
 from maekit.embedding.output import (
     CommitRecord,
     OutputDirectory,
@@ -137,19 +139,20 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     progress = progress or Silent()
     split = _check(config)
     remote = RemoteCache(int(config.cache_gb * 1e9))
-    with _devices(config, split, remote) as devices:
+    # Downloads are told at once: the main thread may be waiting for one.
+    with stop_on_signal(remote.stop) as stopped_by, _devices(config, split, remote) as devices:
         running = devices.running
         progress.note(f"provider: {running.provider} ({running.reason})")
         if on_cpu := running.nodes.get(CPU) if running.provider != CPU else None:
             progress.note(f"{on_cpu} of {sum(running.nodes.values())} nodes of the model run on the CPU")
         if split.count > 1:
             progress.note(f"split {split.number} of {split.count}, numbered from 0 (from {split.origin})")
-        parts = find_inputs(config.shards)
+        parts = find_inputs(config.shards, config.keep)
         output = _output(config, split, devices)
         output.refuse_foreign()
         check_output_names(output.layout, parts)
         with output.sole_run():
-            job = _Job(output, progress, remote)
+            job = _Job(output, progress, remote, stopped_by)
             job.look(parts, max(1, len(config.devices)))
             output.claim([part.name for part in parts], overwrite=config.overwrite)
             if hidden := [part.name for part in parts if any(p.startswith("_") for p in part.name.split("/"))]:
@@ -158,7 +161,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             started = time.perf_counter()
             job.embed(todo, devices)
             seconds = time.perf_counter() - started
-            verdict = verify(output, job.tasks, remote, progress) if config.verify else None
+            verdict = verify(output, job.tasks, remote, progress, job.stop_if_asked) if config.verify else None
         if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
             raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
         speed = Speed.of(devices.timing, seconds, devices)
@@ -194,6 +197,8 @@ def _check(config: EmbedConfig) -> Split:
     for extension in config.keep:
         if not extension or extension in ("key", "shard", "index", "embedding"):
             raise InputError(f"--keep {extension or repr(extension)}: must be the extension of a member, such as json")
+        if "/" in extension or "\0" in extension:
+            raise InputError(f"--keep {extension!r}: no member has such an extension")
         if config.keep.count(extension) > 1:
             raise InputError(f"--keep {extension}: given twice")
     if config.devices and config.device != "auto":
@@ -202,8 +207,10 @@ def _check(config: EmbedConfig) -> Split:
         check_device(device)
     if "auto" in config.devices:
         raise InputError("--devices: name each of them, such as 0,1")
-    if not config.cache_gb > 0:
-        raise InputError(f"--cache-gb {config.cache_gb:g}: must be greater than 0")
+    if not 0 < config.cache_gb < math.inf:
+        raise InputError(f"--cache-gb {config.cache_gb:g}: must be a number greater than 0")
+    if "device_id" in config.provider_options:
+        raise InputError("--provider-option device_id: choose the GPU by --device cuda:N")
     if "://" in config.model:
         raise InputError(f"{config.model}: the model is read from a local file; download it first")
     files.require_utf8(Path(config.out))
@@ -222,7 +229,7 @@ def _check(config: EmbedConfig) -> Split:
 def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
     """Return what embeds, with the cores of this machine divided among its devices and its other splits."""
     device = config.device
-    if split.local_count > 1 and device in ("auto", "cuda"):
+    if split.local_count > 1 and not config.devices and device in ("auto", "cuda"):
         with contextlib.suppress(OSError):  # no driver; told where it is asked for
             if (there := gpu_count() or 0) > 1:
                 device = f"cuda:{split.local_number % there}"
@@ -304,6 +311,7 @@ class _Job:
         output: where rows and records go.
         progress: where to show how it goes on.
         remote: where remote shards come from.
+        stopped_by: returns the name of the signal that came, or None.
         rows: keys with an embedding, earlier ones included.
         errors: keys without, likewise.
         shards: committed now.
@@ -318,6 +326,7 @@ class _Job:
     output: OutputDirectory
     progress: Progress
     remote: RemoteCache
+    stopped_by: Callable[[], str | None]
     rows: int = 0
     errors: int = 0
     shards: int = 0
@@ -336,6 +345,7 @@ class _Job:
         """
         looks = map_in_threads(lambda part: part.look(self.remote), parts, threads=_LOOKING)
         for part, (version, size) in zip(parts, looks, strict=True):
+            self.stop_if_asked()
             self.versions[part.name], self.sizes[part.name] = version, size
         if distant := [self.sizes[part.name] for part in parts if part.is_remote]:
             self.remote.refuse_if_too_small(min(len(distant), _IN_USE * devices), max(distant))
@@ -369,6 +379,7 @@ class _Job:
         scopes: dict[str, Scope] = {}
         left = scope.first
         for part in parts:
+            self.stop_if_asked()
             if not left:
                 break
             try:
@@ -404,6 +415,9 @@ class _Job:
                 "another --out"
             )
         for record in orphans:
+            if any(isinstance(part, FolderPart) for part in parts) and re.fullmatch(r"images-\d{5,}", record.shard):
+                self.output.forget(record.shard)  # its images are in other parts now
+                continue
             self.progress.note(
                 f"{record.shard} was embedded earlier and is not in the input now; its rows stay where they are"
             )
@@ -418,16 +432,22 @@ class _Job:
         self.progress.start("embed", sum(self.sizes[task.part.name] for task in todo), unit="bytes")
         started = time.perf_counter()
         try:
-            # Downloads are told at once: the main thread may be waiting for one.
-            with stop_on_signal(self.remote.stop) as stopped_by:
-                batch_size = self.output.options.batch_size
-                for _ in devices.run(todo, self.output, batch_size, self._settle, self.progress.note, stopped_by):
-                    self._show(devices, time.perf_counter() - started)
+            batch_size = self.output.options.batch_size
+            for _ in devices.run(todo, self.output, batch_size, self._settle, self.progress.note, self.stopped_by):
                 self._show(devices, time.perf_counter() - started)
-                if signal_name := stopped_by():
-                    raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
+            self._show(devices, time.perf_counter() - started)
+            self.stop_if_asked()
         finally:
             self.progress.stop()
+
+    def stop_if_asked(self) -> None:
+        """Stop where a signal came.
+
+        Raises:
+            Stopped: it did.
+        """
+        if signal_name := self.stopped_by():
+            raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
 
     def _show(self, devices: Devices, seconds: float) -> None:
         timing = devices.timing

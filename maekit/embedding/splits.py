@@ -8,6 +8,7 @@ from typing import TypeVar
 from maekit.errors import InputError
 
 Item = TypeVar("Item")
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # such as that of the job's script
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,8 @@ def find_split(number: int | None, count: int | None) -> Split:
         ("SLURM", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
     ):
         rank, world, local, local_world = (_number(name) for name in names)
+        if origin == "SLURM" and not _is_srun():
+            continue  # the script of a job of many tasks, which runs once
         if rank is not None and world is not None and 0 <= rank < world and world > 1:
             # Under srun the tasks of a node have CPUs of their own, as a rule; torchrun divides nothing.
             local_count = (local_world or 1) if origin == "torchrun" else 1
@@ -70,6 +73,11 @@ def find_split(number: int | None, count: int | None) -> Split:
             raise InputError("this SLURM array has gaps: give --num-splits and --split")
         return Split((task - first) // step, tasks, "a SLURM array")
     return Split()
+
+
+def _is_srun() -> bool:
+    step = _number("SLURM_STEP_ID")
+    return step is not None and 0 <= step < _FIRST_SPECIAL_STEP
 
 
 def _number(name: str) -> int | None:

@@ -1,6 +1,6 @@
 """`maekit embed --verify`: read everything again, and see that rows + errors = keys, shard by shard."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,8 +42,22 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def verify(output: OutputDirectory, tasks: Sequence[Task], remote: RemoteCache, progress: Progress) -> Verdict:
-    """Hold the files of all these shards against their records and against the shards themselves."""
+def verify(
+    output: OutputDirectory,
+    tasks: Sequence[Task],
+    remote: RemoteCache,
+    progress: Progress,
+    stop_if_asked: Callable[[], None],
+) -> Verdict:
+    """Hold the files of all these shards against their records and against the shards themselves.
+
+    Args:
+        output: where the files are.
+        tasks: the shards.
+        remote: where remote shards come from.
+        progress: where to show how it goes on.
+        stop_if_asked: called for each shard; raises to stop.
+    """
     shards = rows = errors = 0
     problems: list[str] = []
 
@@ -59,6 +73,7 @@ def verify(output: OutputDirectory, tasks: Sequence[Task], remote: RemoteCache, 
     progress.start("verify", len(tasks))
     try:
         for number, (record, problem) in enumerate(map_in_threads(check, tasks, threads=cores()), 1):
+            stop_if_asked()
             if problem is not None:
                 problems.append(problem)
             elif record is not None:

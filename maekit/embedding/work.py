@@ -102,6 +102,7 @@ class DeviceWork:
         self._past = Timing()
         self._timing = Timing()
         self._lock = threading.Lock()
+        self._pipeline: EmbeddingPipeline | None = None
 
     @property
     def timing(self) -> Timing:
@@ -138,6 +139,7 @@ class DeviceWork:
         self._timing = pipeline.timing
         writer = Writer(self._output, self._blank, self._settle, pipeline.timing)
         parts = pipeline.run(shards)
+        self._pipeline = pipeline
         try:
             for part in parts:
                 if part is not None:
@@ -145,6 +147,7 @@ class DeviceWork:
                 writer.check()
                 yield
                 if self._stopped():
+                    self._pool.abort()  # an image may take long
                     break
         finally:
             parts.close()
@@ -178,7 +181,10 @@ class DeviceWork:
         with way.stack:
             if written.record is not None:
                 self._report(Outcome(written.images.name, "embedded", written.record))
-            elif not self._remote.is_stopped:  # else a signal came; the next run goes on with it
+                return
+            if self._pipeline is not None:
+                self._pipeline.give_up(written.images)
+            if not self._remote.is_stopped:  # else a signal came; the next run goes on with it
                 self._leave_out(way.task, written.failure or "")
 
     def _arrivals(self, tasks: Iterable[Task | None]) -> Generator[Opened | None, None, None]:
@@ -244,8 +250,8 @@ class DeviceWork:
         ordinals = task.scope.ordinals(images)
         if record is not None and (record.input_digest, record.input_bytes) == (images.digest, images.size):
             # Only its time or its mark is another: a copy, or a shard that was changed or mended.
-            is_same = content_of(images, ordinals, self._output.options.keep) == record.input_content
-            if is_same:
+            content = content_of(images, ordinals, self._output.options.keep, self._stopped)
+            if content == record.input_content:
                 self._output.renew(record, images.version)
                 self._report(Outcome(task.part.name, "skipped", record))
                 return None
