@@ -139,8 +139,10 @@ def test_damaged_numbers(trained: Path, shards: Path, tmp_path: Path) -> None:
 
 
 def test_names_that_lead_out(trained: Path, shards: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "other" / "z.tar", {"z": {"jpg": jpeg(1)}})
     with pytest.raises(InputError, match="leads out of the output"):
-        embed(embed_config(trained, tmp_path / "x" / "out", shards=(f"{shards}/*/../../in/b/*.tar",)))
+        embed(embed_config(trained, tmp_path / "x" / "out", shards=(f"{shards}/*/../../other/*.tar",)))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "other"]
     write_shard(tmp_path / "in" / ".c" / "0.tar", {"c": {"jpg": jpeg(1)}})
     with pytest.raises(InputError, match="a hidden name"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(shards / ".c" / "0.tar"), str(shards / "a"))))
