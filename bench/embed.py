@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from embed_memory import proportional_mb
 
 from maekit.embedding.decoding import Chunk, DecodePool, Ring
 from maekit.embedding.inputs import Images, Scope, find_inputs
@@ -108,25 +109,12 @@ def _embed(options: argparse.Namespace) -> dict:
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             peak = 0.0
             while process.poll() is None:
-                peak = max(peak, _proportional_mb(process.pid))
+                peak = max(peak, proportional_mb(process.pid))
                 time.sleep(0.2)
             seconds = time.perf_counter() - before
             assert process.stdout is not None
             summary = json.loads(process.stdout.read().splitlines()[-1])
     return {**summary, "seconds": seconds, "peak_mb": peak}
-
-
-def _proportional_mb(pid: int) -> float:
-    """Return the memory of a process and its children; what they share counts once."""
-    total = 0.0
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        for one in (str(pid), *children):
-            text = Path(f"/proc/{one}/smaps_rollup").read_text()
-            total += int(next(line for line in text.splitlines() if line.startswith("Pss:")).split()[1]) / 1024
-    except (OSError, StopIteration):
-        return 0.0
-    return total
 
 
 def _decode(pool: DecodePool, session: EncoderSession, parts: list[Images], count: int, batch_size: int):

@@ -83,6 +83,27 @@ class DeviceOptions:
         return self.cores if provider == CPU else _GPU_LANES
 
 
+@dataclass(frozen=True)
+class Assignment:
+    """What devices are to do.
+
+    Attributes:
+        tasks: the shards.
+        output: where rows and records go.
+        batch_size: images per run of the model.
+        report: called once for each shard, from any thread.
+        note: called with what is worth telling.
+        stopped: whether to stop; finished shards stay.
+    """
+
+    tasks: Sequence[Task]
+    output: OutputDirectory
+    batch_size: int
+    report: Callable[[Outcome], None]
+    note: Callable[[str], None]
+    stopped: Callable[[], object]
+
+
 class Devices(Protocol):
     """What embeds; a context manager.
 
@@ -108,16 +129,8 @@ class Devices(Protocol):
     def timing(self) -> Timing:
         """Where the time went, over all of them."""
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        output: OutputDirectory,
-        batch_size: int,
-        report: Callable[[Outcome], None],
-        note: Callable[[str], None],
-        stopped: Callable[[], object],
-    ) -> Iterator[None]:
-        """Embed all tasks, yielding now and then; `report` gets each outcome.
+    def run(self, job: Assignment) -> Iterator[None]:
+        """Embed all shards of the job, yielding now and then.
 
         Raises:
             MaekitError: the model failed, or the output cannot be written.
@@ -159,29 +172,21 @@ class OneDevice:
         """Where the time went."""
         return self._work.timing if self._work else Timing()
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        output: OutputDirectory,
-        batch_size: int,
-        report: Callable[[Outcome], None],
-        note: Callable[[str], None],
-        stopped: Callable[[], object],
-    ) -> Iterator[None]:
+    def run(self, job: Assignment) -> Iterator[None]:
         """Embed all tasks here."""
         self._work = DeviceWork(
             self._session,
             self._pool,
-            output,
+            job.output,
             self._remote,
-            batch_size=batch_size,
+            batch_size=job.batch_size,
             lanes=self.lanes,
-            ahead=4 if any(task.part.is_remote for task in tasks) else 2,
-            report=report,
-            note=note,
-            stopped=stopped,
+            ahead=4 if any(task.part.is_remote for task in job.tasks) else 2,
+            report=job.report,
+            note=job.note,
+            stopped=job.stopped,
         )
-        yield from self._work.run(tasks)
+        yield from self._work.run(job.tasks)
 
 
 def _running(session: EncoderSession) -> Running:
@@ -263,66 +268,50 @@ class ManyDevices:
             total = total + child.timing
         return total
 
-    def run(
-        self,
-        tasks: Sequence[Task],
-        output: OutputDirectory,
-        batch_size: int,
-        report: Callable[[Outcome], None],
-        note: Callable[[str], None],
-        stopped: Callable[[], object],
-    ) -> Iterator[None]:
+    def run(self, job: Assignment) -> Iterator[None]:
         """Hand out the tasks as the devices ask for them."""
         try:
-            yield from self._run(tasks, output, batch_size, report, note, stopped)
+            yield from self._run(job)
         except BaseException:
             self.__exit__()  # before what they hold is cleared up
             raise
 
-    def _run(
-        self,
-        tasks: Sequence[Task],
-        output: OutputDirectory,
-        batch_size: int,
-        report: Callable[[Outcome], None],
-        note: Callable[[str], None],
-        stopped: Callable[[], object],
-    ) -> Iterator[None]:
-        todo = deque(range(len(tasks)))
+    def _run(self, job: Assignment) -> Iterator[None]:
+        todo = deque(range(len(job.tasks)))
         asking: list[_Child] = []
-        numbers = {task.part.name: number for number, task in enumerate(tasks)}
+        numbers = {task.part.name: number for number, task in enumerate(job.tasks)}
         for child in self._children:
             with contextlib.suppress(OSError):  # it has died; that is seen below
-                child.connection.send((output, batch_size))
+                child.connection.send((job.output, job.batch_size))
         while live := [child for child in self._children if not child.has_ended]:
-            if stopped():
+            if job.stopped():
                 self._stop[0] = 1
                 todo.clear()
             in_hand = any(child.in_hand for child in live)
-            while asking and (todo or not in_hand or stopped()):
+            while asking and (todo or not in_hand or job.stopped()):
                 child = asking.pop()
                 task = todo.popleft() if todo else None
                 if task is not None:
                     child.in_hand.add(task)
                     in_hand = True
                 with contextlib.suppress(OSError):  # it has died; that is seen below
-                    child.connection.send(None if task is None else tasks[task])
+                    child.connection.send(None if task is None else job.tasks[task])
             for ready in wait([child.connection for child in live], timeout=_TELL_SECONDS):
                 child = next(child for child in live if child.connection is ready)
                 try:
                     message = self._receive(child)
                 except EOFError:
-                    self._bury(child, todo, note)
+                    self._bury(child, todo, job.note)
                     if child in asking:
                         asking.remove(child)
                     continue
                 if isinstance(message, Outcome):
                     child.in_hand.discard(numbers[message.name])
-                    report(message)
+                    job.report(message)
                 elif isinstance(message, Timing):
                     child.timing = message
                 elif isinstance(message, str):
-                    note(f"{child.device}: {message}")
+                    job.note(f"{child.device}: {message}")
                 elif message is True:
                     asking.append(child)
                 else:

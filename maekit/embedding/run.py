@@ -9,18 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maekit import files
-from maekit.embedding.devices import DeviceOptions, Devices, ManyDevices, OneDevice
+from maekit.embedding.devices import Assignment, DeviceOptions, Devices, ManyDevices, OneDevice
 from maekit.embedding.formats import DTYPES, FORMATS
 from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
-from maekit.embedding.output import (
-    CommitRecord,
-    OutputDirectory,
-    OutputOptions,
-    batch_size_of,
-    check_output_names,
-)
+from maekit.embedding.output import OutputDirectory, batch_size_of, check_output_names
 from maekit.embedding.pipeline import Timing
 from maekit.embedding.providers import CPU, check_device, gpu_count
+from maekit.embedding.records import CommitRecord, OutputOptions
 from maekit.embedding.splits import Split, find_split
 from maekit.embedding.verify import Verdict, verify
 from maekit.embedding.work import Outcome, Task
@@ -433,7 +428,8 @@ class _Job:
         started = time.perf_counter()
         try:
             batch_size = self.output.options.batch_size
-            for _ in devices.run(todo, self.output, batch_size, self._settle, self.progress.note, self.stopped_by):
+            job = Assignment(todo, self.output, batch_size, self._settle, self.progress.note, self.stopped_by)
+            for _ in devices.run(job):
                 self._show(devices, time.perf_counter() - started)
             self._show(devices, time.perf_counter() - started)
             self.stop_if_asked()

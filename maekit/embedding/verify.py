@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from maekit import files
 from maekit.embedding.inputs import Images
-from maekit.embedding.output import CommitRecord, OutputDirectory
+from maekit.embedding.output import OutputDirectory
+from maekit.embedding.records import CommitRecord
 from maekit.embedding.work import Task
 from maekit.errors import MaekitError
 from maekit.machine import cores

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from maekit.embedding.decoding import DecodePool
 from maekit.embedding.inputs import Part, Scope, content_of
-from maekit.embedding.output import CommitRecord, OutputDirectory
+from maekit.embedding.output import OutputDirectory
 from maekit.embedding.ownership import Held
 from maekit.embedding.pipeline import EmbeddingPipeline, Opened, Timing
+from maekit.embedding.records import CommitRecord
 from maekit.embedding.session import EncoderSession, OutOfMemory
 from maekit.embedding.writing import Writer, Written
 from maekit.errors import MaekitError

@@ -12,8 +12,9 @@ import numpy as np
 from maekit.embedding.decoding import Refusal
 from maekit.embedding.formats import Rows
 from maekit.embedding.inputs import Images, riding_crc
-from maekit.embedding.output import CommitRecord, ErrorRow, OutputDirectory, ShardWork
+from maekit.embedding.output import OutputDirectory, ShardWork
 from maekit.embedding.pipeline import Opened, Part, Timing
+from maekit.embedding.records import CommitRecord, ErrorRow
 from maekit.errors import ImageError, MaekitError
 
 _WAITING = 8  # batches
