@@ -128,6 +128,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     sys.stdout.reconfigure(line_buffering=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the command and the files go as well
     counts = options.images or [IMAGES[name] for name in options.models]
     if len(counts) != len(options.models):
         parser.error("--images takes one number for each model")

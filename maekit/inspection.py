@@ -7,6 +7,7 @@ from typing import Any
 from maekit import runs
 from maekit.check import CheckReport, check_shards
 from maekit.config import fields_of
+from maekit.embedding.records import BOOKKEEPING, CommitRecord
 from maekit.errors import InputError
 from maekit.runs import RunDirectory
 from maekit.shards.spec import TAR, find_shards
@@ -26,7 +27,7 @@ def inspect(thing: str) -> dict[str, Any]:
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
-    if (path / "_maekit" / ".output.json").is_file():
+    if (path / BOOKKEEPING / ".output.json").is_file():
         return _inspect_embeddings(path)
     if path.is_file() and not path.name.endswith(TAR):
         raise InputError(f"{thing} is none of the things maekit knows: a run, a checkpoint, an .onnx file, or shards")
@@ -38,18 +39,22 @@ def _inspect_embeddings(path: Path) -> dict[str, Any]:
     """Sum up the commit records of an output directory."""
     totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
     damaged = []
-    for record in sorted((path / "_maekit").rglob("*.json")):
-        if any(part.startswith(".") for part in record.relative_to(path).parts):
+    folder = path / BOOKKEEPING
+    for file in sorted(folder.rglob("*.json")):
+        name = file.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):
             continue
-        there = _parsed(record.read_text(encoding="utf-8"))
-        if not isinstance(there, dict) or "rows" not in there:
-            damaged.append(str(record))
+        there = _parsed(file.read_text(encoding="utf-8"))
+        shard = name.as_posix().removesuffix(".json")
+        record = CommitRecord.from_json(there if isinstance(there, dict) else None, shard)
+        if record is None:
+            damaged.append(str(file))
             continue
         totals["shards"] += 1
-        totals["rows"] += there["rows"]
-        totals["errors"] += there["errors"]
-        totals["bytes"] += sum(file["bytes"] for file in there["outputs"])
-    options = json.loads((path / "_maekit" / ".output.json").read_text(encoding="utf-8"))
+        totals["rows"] += record.rows
+        totals["errors"] += record.errors
+        totals["bytes"] += sum(output["bytes"] for output in record.outputs)
+    options = _parsed((folder / ".output.json").read_text(encoding="utf-8"))
     return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
 
 
