@@ -204,7 +204,7 @@ def test_a_gpu_without_cuda_in_the_runtime_is_a_problem_and_no_gpu_is_none(monke
     problem = Problem("this onnxruntime is a build without CUDA", "pip install 'maekit[cuda]'")
     monkeypatch.setattr(providers, "cuda_problem", lambda number=0: problem)
     finding = doctor._cuda_provider(providers, GPU)
-    assert (finding.problem, finding.fix) == problem
+    assert (finding.problem, finding.fix) == (problem.what, problem.fix)
     for driver in (None, doctor._Driver("", (12, 4), [], code=100)):
         assert doctor._cuda_provider(providers, driver).problem is None
 

@@ -75,6 +75,19 @@ def test_the_output_does_not_depend_on_workers_or_history(trained: Path, tmp_pat
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
 
 
+def test_the_output_does_not_depend_on_the_number_of_cores(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    """Each batch runs in one thread, so another machine writes the same bits."""
+    import maekit.embedding.run as module
+
+    for cores in (1, 2, 5):
+        monkeypatch.setattr(module, "cores", lambda cores=cores: cores)
+        embed(embed_config(trained, tmp_path / f"{cores}"))
+    for path in (tmp_path / "1").rglob("*.*"):
+        if path.is_file():
+            for other in "25":
+                assert path.read_bytes() == (tmp_path / other / path.relative_to(tmp_path / "1")).read_bytes()
+
+
 def test_a_rerun_does_only_what_is_left(trained: Path, tmp_path: Path) -> None:
     config = embed_config(trained, tmp_path / "out")
     embed(config)

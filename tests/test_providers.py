@@ -88,7 +88,7 @@ def old_driver(patch) -> None:
         if providers == [module.CPU]:
             return load(model, providers, threads)
         raise InputError(
-            f"{model}: ONNX Runtime cannot load this file: CUDA failure 35: driver version is insufficient"
+            f"{model}: ONNX Runtime cannot load this file: CUDA failure 35: the driver is too old"
         )
 
     opening(patch, open_)

@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,14 @@ class EncoderSession:
         if not path.is_file():
             raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
         threads = threads or cores()
+        # Hundreds of megabytes: hashed while ONNX Runtime reads them.
+        with ThreadPoolExecutor(1) as hashing:
+            digest = hashing.submit(files.sha256_file, path)
+            self._load(path, device, threads, provider_options)
+            self.description = _describe(path, self._session, digest.result())
+
+    def _load(self, path: Path, device: str, threads: int, provider_options: Mapping[str, str] | None) -> None:
+        """Open the model on the device, or on the CPU where `auto` finds no other that works."""
         opened = None
         self.reason = "asked for"
         if device != "cpu":
@@ -103,7 +112,6 @@ class EncoderSession:
         self.provider, self.registered, self.nodes = opened.provider, opened.registered, opened.nodes
         self._device = ("cuda", int(device.partition(":")[2] or 0)) if self.provider == CUDA else ("cpu", 0)
         self._own = threading.local()
-        self.description = _describe(path, self._session)
 
     def __call__(self, images: Pixels) -> Embeddings:
         """Embed a batch: uint8 `[B, H, W, 3]`, C order -> float32 `[B, dim]`.
@@ -160,7 +168,7 @@ def _said(problem: Problem | None) -> str:
     return problem.what if problem.is_absent else f"{problem.what}; {problem.fix}"
 
 
-def _describe(path: Path, session: Any) -> ModelDescription:
+def _describe(path: Path, session: Any, sha256: str) -> ModelDescription:
     raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
     if raw is None:
         raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
@@ -168,7 +176,7 @@ def _describe(path: Path, session: Any) -> ModelDescription:
         spec = json.loads(raw)
         return ModelDescription(
             path,
-            files.sha256_file(path),
+            sha256,
             Preprocess.from_json(spec["preprocess"]),
             int(spec["dim"]),
             str(spec["pool"]),
