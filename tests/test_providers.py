@@ -87,9 +87,7 @@ def old_driver(patch) -> None:
     def open_(load, model, providers, threads):
         if providers == [module.CPU]:
             return load(model, providers, threads)
-        raise InputError(
-            f"{model}: ONNX Runtime cannot load this file: CUDA failure 35: the driver is too old"
-        )
+        raise InputError(f"{model}: ONNX Runtime cannot load this file: CUDA failure 35: the driver is too old")
 
     opening(patch, open_)
 
