@@ -147,6 +147,7 @@ def test_limit_and_select(trained: Path, shards: Path, tmp_path: Path) -> None:
         run("limit", limit=10)
     with pytest.raises(InputError, match="hold no sample at all whose key matches dog"):
         run("none", select="dog*")
+    assert not list((tmp_path / "none").iterdir())  # a slip does not decide what the directory is for
 
 
 def test_a_folder_of_images(trained: Path, tmp_path: Path, monkeypatch) -> None:

@@ -68,6 +68,7 @@ class OutputDirectory:
         }
         self.layout = Layout(options.format, options.dtype, model.dim, options.keep, footer)
         self._numbers: dict[str, int] = {}
+        self._is_new = False
 
     def refuse_foreign(self) -> None:
         """See that the directory is new, empty, or an output of embedding.
@@ -122,6 +123,7 @@ class OutputDirectory:
             MaekitError: it cannot be written.
         """
         mark = self.bookkeeping / _OUTPUT
+        self._is_new = overwrite or not mark.is_file()
         if overwrite and mark.is_file():
             self._clear()
         self._sweep()
@@ -140,6 +142,11 @@ class OutputDirectory:
         if self.options.format == "npy":
             self._number(names)
         self._remove_uncommitted()
+
+    def discard_if_new(self) -> None:
+        """Take back what this run has claimed, where it made the directory: a slip must not decide its options."""
+        if self._is_new:
+            self._clear()
 
     @contextlib.contextmanager
     def sole_owner_of(self, name: str) -> Iterator[None]:

@@ -156,9 +156,10 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             started = time.perf_counter()
             job.embed(todo, devices)
             seconds = time.perf_counter() - started
+            if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
+                output.discard_if_new()
+                raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
             verdict = verify(output, job.tasks, remote, progress, job.stop_if_asked) if config.verify else None
-        if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
-            raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
         speed = Speed.of(devices.timing, seconds, devices)
     return EmbedResult(
         out=config.out,
