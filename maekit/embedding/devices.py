@@ -340,7 +340,10 @@ class ManyDevices:
             ) from error
 
     def _receive(self, child: _Child) -> Any:
-        message = child.connection.recv()
+        try:
+            message = child.connection.recv()
+        except ConnectionResetError as error:  # it died before it had read all that was sent to it
+            raise EOFError from error
         if isinstance(message, MaekitError):
             raise message
         return message

@@ -189,7 +189,9 @@ class ShardFiles:
 
     def _write(self, group: Rows) -> None:
         if not self._files:
-            self._files = [self._open(path) for path in self._paths]
+            for path in self._paths:
+                with self._told(path):  # formats write their first bytes when they are opened
+                    self._files.append(self._open(path))
         for path, file in zip(self._paths, self._files, strict=True):
             with self._told(path):
                 file.write(group)
