@@ -147,7 +147,8 @@ def _first_batch(options: argparse.Namespace) -> float:
 
 
 def _import() -> tuple[float, float]:
-    script = "import resource; import maekit.embedding.run; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    # The largest size since exec; that of getrusage is the parent's where it was larger.
+    script = "import maekit.embedding.run; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     before = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return time.perf_counter() - before, int(done.stdout) / 1024
