@@ -13,9 +13,9 @@ from maekit.embedding.devices import Assignment, DeviceOptions, Devices, ManyDev
 from maekit.embedding.formats import DTYPES, FORMATS
 from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
 from maekit.embedding.output import OutputDirectory, batch_size_of, check_output_names
-from maekit.embedding.pipeline import Timing
 from maekit.embedding.providers import CPU, check_device, gpu_count
 from maekit.embedding.records import CommitRecord, OutputOptions
+from maekit.embedding.speed import Speed
 from maekit.embedding.splits import Split, find_split
 from maekit.embedding.verify import Verdict, verify
 from maekit.embedding.work import Outcome, Task
@@ -264,39 +264,6 @@ def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
 
 def _narrowed(config: EmbedConfig) -> str:
     return f" whose key matches {config.select}" if config.select is not None else ""
-
-
-@dataclass(frozen=True)
-class Speed:
-    """How fast it went, and what set the limit.
-
-    Attributes:
-        images_per_second: as a whole.
-        rates: images per second of each stage, were it alone: `decode`, `model`, `write`.
-        limit_share: share of the limit that decoding and model set.
-        binds: the stage that costs most, in words.
-    """
-
-    images_per_second: float
-    rates: dict[str, float]
-    limit_share: float
-    binds: str
-
-    @classmethod
-    def of(cls, timing: Timing, seconds: float, devices: Devices) -> "Speed":
-        """Return the speed of work that took so many seconds."""
-        workers, provider = devices.workers, devices.running.provider
-        decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
-        model = timing.images * devices.lanes / timing.running if timing.running else 0.0
-        write = timing.rows * devices.count / timing.writing if timing.writing else 0.0
-        whole = timing.images / seconds if seconds else 0.0
-        rates = {"decode": decode, "model": model, "write": write}
-        known = {stage: rate for stage, rate in rates.items() if rate}
-        if not (decode and model):
-            return cls(whole, rates, 0.0, "")
-        limit = 1 / (1 / decode + 1 / model) if provider == CPU else min(decode, model)
-        names = {"decode": "decoding", "model": "the model", "write": "writing"}
-        return cls(whole, rates, whole / limit, names[min(known, key=known.__getitem__)])
 
 
 @dataclass
