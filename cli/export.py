@@ -1,38 +1,183 @@
 """`maekit export`."""
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from maekit.cli.show import make_progress, print_json
+
+_COMPUTES, _PROVES = "What it computes", "What it is held against"
+
 
 def command(
-    run: Annotated[Path, typer.Argument(help="A run, or one of its checkpoints.", show_default=False)],
-    out: Annotated[Path, typer.Option(help="The ONNX file.", show_default=False)],
-    pool: Annotated[str, typer.Option(help="avg: mean of the patch tokens; cls: the class token.")] = "avg",
-    normalize: Annotated[bool, typer.Option(help="Divide each embedding by its L2 norm.")] = True,
+    source: Annotated[
+        str | None,
+        typer.Argument(
+            help="A run, one of its checkpoints, timm:NAME, a file of weights (under timm's names, or the reference "
+            "implementation's .pth), or a directory of transformers' ViTMAE.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The ONNX file.", show_default=False)] = None,
+    pool: Annotated[
+        str,
+        typer.Option(
+            help="avg: mean of the patch tokens; cls: the class token; avg+cls: both; tokens: all patch tokens.",
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = "avg",
+    whiten: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SHARDS",
+            help="Fit a whitening on images of these shards and bake it in: recommended for cosine search.",
+            show_default=False,
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = None,
+    whiten_dim: Annotated[
+        int | None,
+        typer.Option(
+            help="Length of a whitened embedding; by default as many as the images vary in.",
+            show_default=False,
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = None,
+    whiten_images: Annotated[
+        int, typer.Option(help="Images to fit the whitening on, evenly spread.", rich_help_panel=_COMPUTES)
+    ] = 5000,
+    normalize: Annotated[
+        bool, typer.Option(help="Divide each embedding by its L2 norm.", rich_help_panel=_COMPUTES)
+    ] = True,
+    precision: Annotated[
+        str, typer.Option(help="fp32; fp16, for CUDA; int8, for CPUs.", rich_help_panel=_COMPUTES)
+    ] = "fp32",
+    opset: Annotated[
+        int,
+        typer.Option(
+            help="Of ONNX, 18 to 23; below 23 attention is written in older operators, for older runtimes.",
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = 23,
+    format: Annotated[
+        str,
+        typer.Option(
+            help="onnx; or timm: a directory that timm.create_model('local-dir:DIR') loads, the encoder alone.",
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = "onnx",
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="timm's name of the architecture, for a file of weights that does not tell; with a tag "
+            "(vit_base_patch16_224.mae), also its normalisation.",
+            show_default=False,
+            rich_help_panel=_COMPUTES,
+        ),
+    ] = None,
     parity: Annotated[
         list[str] | None,
-        typer.Option(metavar="SHARDS", help="Images to compare on; the run's own by default.", show_default=False),
+        typer.Option(
+            metavar="SHARDS",
+            help="Images to compare on, and to calibrate int8 on; those of the training by default.",
+            show_default=False,
+            rich_help_panel=_PROVES,
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep a file that differs too much.", rich_help_panel=_PROVES)
+    ] = False,
+    verify: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write nothing: hold an exported file, on this machine, against what it gave when it was exported, "
+            "and against PyTorch where SOURCE is named.",
+            show_default=False,
+            rich_help_panel=_PROVES,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(help="For --verify: auto, cpu, cuda or cuda:N.", show_default="auto", rich_help_panel=_PROVES),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
-    r"""Export the encoder of a run to one ONNX file, verified against PyTorch.
+    r"""Export an encoder to one ONNX file, verified against PyTorch.
 
-    Input `images`, uint8 \[batch, height, width, 3]; output `embeddings`, float32 \[batch, dim]. The written file is
-    run in ONNX Runtime on real images and compared; beyond a difference of 1e-4 of the largest value no file is left.
+    Input `images`, uint8 \[batch, height, width, 3]; output `embeddings`, float32 \[batch, dim] (or `tokens`,
+    \[batch, tokens, dim]). The written file is run in ONNX Runtime on real images, and kept if it agrees with PyTorch
+    in fp32: fp32 within 1e-4 of the largest value, fp16 with a cosine of at least 0.999 for each image, int8 with one
+    of 0.99 on average. Its metadata hold the figures, the preprocessing and where the weights come from.
     """
-    import dataclasses
+    from maekit.errors import InputError
 
-    from maekit.cli.show import make_progress, print_json
-    from maekit.exporters.export import export
+    if verify is not None:
+        others = {"--out": out, "--whiten": whiten, "--whiten-dim": whiten_dim, "--force": force}
+        if given := [name for name, value in others.items() if value]:
+            raise InputError(f"{given[0]} does not go with --verify, which writes nothing")
+        _verify(verify, source, device or "auto", parity or (), model, as_json)
+        return
+    if source is None or out is None:
+        raise InputError("export needs a source and --out FILE: maekit export RUN --out encoder.onnx")
+    if device is not None:
+        raise InputError("--device is for --verify")
+    _export(
+        source,
+        out,
+        as_json,
+        pool=pool,
+        normalize=normalize,
+        whiten=tuple(whiten or ()),
+        whiten_dim=whiten_dim,
+        whiten_images=whiten_images,
+        precision=precision,
+        opset=opset,
+        format=format,
+        model=model,
+        parity=tuple(parity or ()),
+        force=force,
+    )
+
+
+def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
+    from maekit.exporters.export import ExportOptions, export
     from maekit.files import describe_bytes
 
-    result = export(run, out, pool=pool, normalize=normalize, parity=parity or (), progress=make_progress())
-    print(
-        f"{result.path}: {describe_bytes(result.bytes)}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
-        f"{result.parity.max_relative_difference:.1e} on {result.parity.images} images"
-    )
-    print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
+    progress = make_progress()
+    result = export(source, out, ExportOptions(**options), progress=progress)
+    size = describe_bytes(result.bytes)
+    if result.parity is None:
+        print(f"{result.path}: {size}, dim {result.dim}; timm.create_model('local-dir:{result.path}', pretrained=True)")
+    else:
+        print(
+            f"{result.path}: {size}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
+            f"{result.parity.max_relative_difference:.1e} and smallest cosine {result.parity.min_cosine:.5f} on "
+            f"{result.parity.images} images"
+        )
+        if result.warning:
+            progress.note(f"kept by --force, although it differs from PyTorch: {result.warning}")
+        if options["pool"] != "tokens":
+            print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
     if as_json:
         print_json(dataclasses.asdict(result))
+
+
+def _verify(file: Path, source: str | None, device: str, parity: Any, model: str | None, as_json: bool) -> None:
+    from maekit.errors import MaekitError
+    from maekit.exporters.verify import verify
+
+    result = verify(file, source, device=device, parity=parity, model=model, progress=make_progress())
+    for name, figures in (("as exported", result.probe), ("as PyTorch", result.parity)):
+        if figures is not None:
+            print(
+                f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, smallest cosine "
+                f"{figures.min_cosine:.5f}, {figures.images} images"
+            )
+    if as_json:
+        print_json(dataclasses.asdict(result))
+    if result.problems:
+        raise MaekitError(f"{file} on {result.provider}: {result.problems[0]}")
+    print(f"{file} is sound on {result.provider}")

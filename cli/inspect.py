@@ -10,16 +10,21 @@ from maekit.cli.curve import draw
 
 def command(
     thing: Annotated[str, typer.Argument(help="A run, a checkpoint, an .onnx file, or shards.", show_default=False)],
+    providers: Annotated[
+        bool,
+        typer.Option("--providers", help="Of an .onnx file: which provider takes which nodes on this machine."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
 ) -> None:
     """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged.
 
-    Of a run, the loss is drawn as well.
+    Of a run, the loss is drawn as well. Of an ONNX file: input, output, preprocessing, where its weights come from, how
+    close to PyTorch it was measured, and its nodes.
     """
     from maekit.cli.show import print_json
     from maekit.inspection import inspect
 
-    description = inspect(thing)
+    description = inspect(thing, providers=providers)
     if as_json:
         print_json(description)
     else:

@@ -1,31 +1,94 @@
-"""`maekit export`: a run -> one verified ONNX file that holds preprocessing, encoder and pooling, and says so."""
+"""`maekit export`: a model -> one verified ONNX file that holds preprocessing, encoder and pooling, and says so."""
 
-import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Sequence
-from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import onnx
 import torch
 
 import maekit
-from maekit import files
+from maekit.encoder_file import EMBEDDINGS, METADATA_KEY, TOKENS
 from maekit.errors import InputError, MaekitError
-from maekit.exporters.graph import POOLINGS, EmbeddingModule, reference_embeddings
-from maekit.exporters.parity import FP32_LIMIT, Embeddings, Parity, compare, sample_images
-from maekit.images import Pixels, Preprocess
-from maekit.mae.weights import TrainedModel, load_trained
+from maekit.exporters.graph import OPSETS, POOLINGS, EmbeddingModule, check_exportable
+from maekit.exporters.parity import GATES, IMAGES, Parity, measure
+from maekit.exporters.probe import probe_images, rows_to_json
+from maekit.exporters.quantization import quantize
+from maekit.exporters.reference import reference_embeddings
+from maekit.exporters.runtime import open_encoder
+from maekit.exporters.sampling import Sample, sample_images
+from maekit.exporters.timm_format import write_timm
+from maekit.exporters.trace import node_census, to_onnx
+from maekit.exporters.whitening import Whitening, fit_whitening
+from maekit.exporters.writing import ModelFile, new_model
+from maekit.images import Pixels
+from maekit.mae.loading import TrainedEncoder, load_encoder
 from maekit.progress import Progress, Silent
 
-METADATA_KEY = "maekit"
-OPSET = 23
-_MAX_BYTES = 2_000_000_000  # protobuf's limit is 2 GiB, graph and metadata included
+PRECISIONS = tuple(GATES)
+FORMATS = ("onnx", "timm")
+_CALIBRATION_IMAGES = 64
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What the exported file computes, and what it is held against.
+
+    Attributes:
+        pool: `avg`, `cls`, `avg+cls` or `tokens`; see `EmbeddingModule`.
+        normalize: divide each embedding by its L2 norm.
+        whiten: shards with images to fit a whitening on; none where empty.
+        whiten_dim: length of a whitened embedding; None is all directions of any variance.
+        whiten_images: so many images are taken to fit it, evenly spread.
+        precision: `fp32`, `fp16` (for CUDA) or `int8` (for CPUs).
+        opset: of ONNX; below 23 attention is written as MatMul and Softmax, for older runtimes.
+        format: `onnx`, or `timm` for a directory that timm loads (encoder alone, fp32).
+        model: timm's name of the architecture, for a file of weights that does not tell.
+        parity: shards with the images to compare on, and to calibrate int8 on; by default those of the training.
+        force: keep a file that does not pass.
+    """
+
+    pool: str = "avg"
+    normalize: bool = True
+    whiten: tuple[str, ...] = ()
+    whiten_dim: int | None = None
+    whiten_images: int = 5000
+    precision: str = "fp32"
+    opset: int = 23
+    format: str = "onnx"
+    model: str | None = None
+    parity: tuple[str, ...] = ()
+    force: bool = False
+
+    def validate(self) -> None:
+        """Check every value that needs no model.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        for option, value, allowed in (
+            ("--pool", self.pool, POOLINGS),
+            ("--precision", self.precision, PRECISIONS),
+            ("--opset", self.opset, OPSETS),
+            ("--format", self.format, FORMATS),
+        ):
+            if value not in allowed:
+                raise InputError(f"{option} {value}: must be one of {', '.join(map(str, allowed))}")
+        if self.whiten_dim is not None and not self.whiten:
+            raise InputError(f"--whiten-dim {self.whiten_dim}: needs --whiten SHARDS, to fit the whitening on")
+        if self.whiten_dim is not None and self.whiten_dim < 1:
+            raise InputError(f"--whiten-dim {self.whiten_dim}: must be at least 1")
+        if self.whiten_images < 2:
+            raise InputError(f"--whiten-images {self.whiten_images}: must be at least 2")
+        if self.whiten and self.pool == "tokens":
+            raise InputError("--whiten is for embeddings; --pool tokens gives tokens")
+        if self.format == "timm":
+            changed = ("pool", "normalize", "whiten", "precision", "opset")
+            for name in changed:
+                if getattr(self, name) != getattr(ExportOptions, name):
+                    raise InputError(f"--{name} is not for --format timm, which writes the encoder alone in fp32")
 
 
 @dataclass(frozen=True)
@@ -33,150 +96,168 @@ class ExportResult:
     """What was written; `--json` prints it.
 
     Attributes:
-        path: the file.
+        path: the file, or timm's directory.
         dim: length of an embedding.
-        parity: how far it is from PyTorch.
-        bytes: size of the file.
-        nodes: how many nodes of each operator it has.
+        parity: how far it is from PyTorch; None for timm's format, which is the same bit for bit.
+        bytes: size of all that was written.
+        nodes: how many nodes of each operator the graph has.
+        whitening: what was fitted, or None.
+        warning: what the file fails in, where it was kept by force.
     """
 
     path: str
     dim: int
-    parity: Parity
+    parity: Parity | None
     bytes: int
     nodes: dict[str, int]
+    whitening: dict[str, Any] | None = None
+    warning: str | None = None
 
 
 def export(
-    run: str | os.PathLike[str],
+    source: str | os.PathLike[str],
     out: str | os.PathLike[str],
+    options: ExportOptions | None = None,
     *,
-    pool: str = "avg",
-    normalize: bool = True,
-    parity: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ExportResult:
-    """Export the encoder of a run, compare the written file with PyTorch on real images, and keep it if they agree.
+    """Export an encoder, compare the written file with PyTorch on real images, and keep it if they agree.
 
     Args:
-        run: a run (its newest valid checkpoint) or one of its checkpoints.
-        out: the ONNX file.
-        pool: `avg` or `cls`; see `EmbeddingModule`.
-        normalize: divide each embedding by its L2 norm.
-        parity: shards with the images to compare on; the run's own by default.
+        source: a run, one of its checkpoints, `timm:NAME`, a file of weights, or transformers' ViTMAE directory; see
+            `maekit.mae.sources`.
+        out: the ONNX file; the directory for timm's format.
+        options: what it computes.
         progress: where to show how it goes on.
 
     Raises:
-        InputError: no such run, no images to compare on, or an impossible option.
-        MaekitError: the file differs from PyTorch by more than 1e-4 of the largest value; none is left behind.
+        InputError: no such model, no images to compare on, or an impossible option.
+        MaekitError: the file differs from PyTorch by more than its precision may; none is left behind.
     """
-    progress = progress or Silent()
-    out = Path(out)
-    if pool not in POOLINGS:
-        raise InputError(f"--pool {pool}: must be one of {', '.join(POOLINGS)}")
-    if out.is_dir() or out.suffix != ".onnx":
+    options, progress, out = options or ExportOptions(), progress or Silent(), Path(out)
+    options.validate()
+    if options.format == "onnx" and (out.is_dir() or out.suffix != ".onnx"):
         raise InputError(f"--out {out}: must name a file that ends in .onnx")
-    trained = load_trained(Path(run), progress.note)
-    size = trained.config.model.image_size
-    preprocess = Preprocess.for_size((size, size), trained.config.data.mean, trained.config.data.std)
+    trained = load_encoder(os.fspath(source), model=options.model, on_note=progress.note)
+    check_exportable(trained.encoder, options.pool)
+    images = _comparison_images(trained, options)
+    if options.format == "timm":
+        written = write_timm(trained, out, images)
+        size = sum(file.stat().st_size for file in written)
+        return ExportResult(str(out), trained.encoder.embed_dim, None, size, {})
+    whitening = _fit(trained, options, progress) if options.whiten else None
+    return _write(trained, options, whitening, images, out, progress)
+
+
+def _comparison_images(trained: TrainedEncoder, options: ExportOptions) -> Pixels:
+    """Return images to calibrate on and to compare on, in this order."""
+    count = IMAGES + (_CALIBRATION_IMAGES if options.precision == "int8" else 0)
     try:
-        images = sample_images(parity or trained.config.shards, preprocess)
+        return sample_images(options.parity or trained.shards, trained.preprocess, count)
     except InputError as error:
-        if parity:
+        if options.parity:
             raise
-        raise InputError(f"{error}; name shards with images to compare on: --parity SHARDS") from error
-    encoder = trained.model.encoder
-    weights = sum(p.numel() * p.element_size() for p in encoder.parameters())
-    if weights > _MAX_BYTES:
-        raise InputError(f"{run}: {weights / 1e9:.1f} GB of weights do not fit into one ONNX file (at most 2 GB)")
-    progress.note(f"exporting the encoder of {trained.checkpoint.path} (step {trained.checkpoint.step})")
-    proto = _to_onnx(EmbeddingModule(encoder, preprocess, pool=pool, normalize=normalize).eval(), images)
+        said = "it does not say what it was trained on" if not trained.shards else str(error)
+        raise InputError(f"{said}; name shards with images to compare on: --parity SHARDS") from error
 
-    def reference(pixels: Pixels) -> Embeddings:
-        result: Embeddings = reference_embeddings(
-            encoder, preprocess, torch.from_numpy(pixels), pool=pool, normalize=normalize
-        ).numpy()
-        return result
 
-    measured: Parity | None = None
-    with files.atomic_file(out) as file:
+def _fit(trained: TrainedEncoder, options: ExportOptions, progress: Progress) -> Whitening:
+    """Fit the whitening, with the encoder on a GPU where PyTorch has one."""
+    trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+    sample = Sample(options.whiten, trained.preprocess, options.whiten_images)
+
+    def batches() -> Any:
+        done = 0
+        for images in sample:
+            yield reference_embeddings(trained, images, pool=options.pool, normalize=False)
+            done += len(images)
+            progress.advance(done)
+
+    progress.start("whiten", len(sample))
+    try:
+        whitening = fit_whitening(batches(), options.whiten_dim, sample.digest)
+    finally:
+        progress.stop()
+        trained.encoder.to("cpu")
+    progress.note(
+        f"whitening: {whitening.dim} directions with {whitening.explained_variance:.2%} of the variance of "
+        f"{whitening.images} images"
+    )
+    return whitening
+
+
+def _write(
+    trained: TrainedEncoder,
+    options: ExportOptions,
+    whitening: Whitening | None,
+    images: Pixels,
+    out: Path,
+    progress: Progress,
+) -> ExportResult:
+    """Write the graph, measure the written file, describe it, and give it its name."""
+    output = TOKENS if options.pool == "tokens" else EMBEDDINGS
+    module = EmbeddingModule(
+        trained.encoder,
+        trained.preprocess,
+        pool=options.pool,
+        normalize=options.normalize,
+        whitening=whitening,
+        half=options.precision == "fp16",
+        opset=options.opset,
+    )
+    progress.note(f"tracing {trained.name} at opset {options.opset}")
+    proto = to_onnx(module.eval(), images, opset=options.opset, output=output)
+    if options.precision == "int8":
+        progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")
+        proto = quantize(proto, images[:_CALIBRATION_IMAGES])
+        images = images[_CALIBRATION_IMAGES:] if len(images) > 2 * _CALIBRATION_IMAGES else images
+    expected = reference_embeddings(
+        trained, images, pool=options.pool, normalize=options.normalize, whitening=whitening
+    )
+    warning = None
+    with new_model(out, proto) as model:
         # Compared as a file, before it gets its name; the figures then go into its metadata, the graph stays.
-        file.write(proto.SerializeToString())
-        file.flush()
-        measured = compare(Path(file.name), images, reference)
-        if not measured.max_relative_difference <= FP32_LIMIT:  # a NaN does not pass either
-            raise MaekitError(
-                f"the exported file differs from PyTorch by {measured.max_relative_difference:.1e} of the largest "
-                f"value (at most {FP32_LIMIT:.0e} is accepted); no file is written"
-            )
-        _describe(proto, trained, preprocess, pool=pool, normalize=normalize, parity=measured)
-        file.seek(0)
-        file.truncate()
-        file.write(proto.SerializeToString(deterministic=True))
-    progress.note(f"parity with PyTorch: {measured.max_relative_difference:.1e} of the largest value")
-    return ExportResult(str(out), encoder.embed_dim, measured, out.stat().st_size, node_census(proto))
-
-
-def _to_onnx(module: EmbeddingModule, images: Pixels) -> onnx.ModelProto:
-    example = torch.from_numpy(images[:2])
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter prints its progress
-        warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            module,
-            (example,),
-            dynamo=True,
-            opset_version=OPSET,
-            input_names=["images"],
-            output_names=["embeddings"],
-            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
-            external_data=False,
-            verbose=False,
-        )
-    assert program is not None
-    proto: onnx.ModelProto = program.model_proto
-    # Where each node came from in the source: machine paths that help nobody who runs the file.
-    for node in proto.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        del value.metadata_props[:]
-    del proto.graph.metadata_props[:]
-    del proto.metadata_props[:]
-    return proto
+        opened = open_encoder(model.path, output, device="auto" if options.precision == "fp16" else "cpu")
+        parity = measure(opened.encode, images, expected, provider=opened.provider)
+        warning = GATES[options.precision].problem(parity)
+        if warning and not options.force:
+            raise MaekitError(f"the exported file differs from PyTorch: {warning}; none is written (--force keeps it)")
+        probe = rows_to_json(opened.encode(probe_images(trained.preprocess.size)))
+        _describe(proto, trained, options, whitening, parity, model, probe)
+        model.write(proto)
+    said = f"parity with PyTorch on {parity.images} images: {parity.max_relative_difference:.1e} of the largest value"
+    progress.note(f"{said}, smallest cosine {parity.min_cosine:.5f}")
+    dim = int(expected.shape[-1])
+    size = sum(file.stat().st_size for file in (out, *(out.with_name(name) for name in model.external)))
+    about = whitening.to_json() if whitening else None
+    return ExportResult(str(out), dim, parity, size, node_census(proto), about, warning)
 
 
 def _describe(
     proto: onnx.ModelProto,
-    trained: TrainedModel,
-    preprocess: Preprocess,
-    *,
-    pool: str,
-    normalize: bool,
+    trained: TrainedEncoder,
+    options: ExportOptions,
+    whitening: Whitening | None,
     parity: Parity,
+    model: ModelFile,
+    probe: dict[str, Any],
 ) -> None:
     """Write into the file what a reader needs to use it and to know where it comes from."""
-    state = trained.checkpoint.state()
+    output = proto.graph.output[0].type.tensor_type.shape.dim
     description = {
         "maekit": maekit.__version__,
-        "model": trained.config.model.name,
-        "preprocess": preprocess.to_json(),
-        "pool": pool,
-        "normalize": normalize,
-        "dim": trained.model.encoder.embed_dim,
-        "precision": "fp32",
-        "checkpoint": {
-            "step": trained.checkpoint.step,
-            "sha256": trained.checkpoint.digest(),
-            "data_digest": state["data_digest"],
-        },
+        "model": trained.name,
+        "preprocess": trained.preprocess.to_json(),
+        "pool": options.pool,
+        "normalize": options.normalize,
+        "whitening": whitening.to_json() if whitening else None,
+        "dim": output[-1].dim_value,
+        "precision": options.precision,
+        "checkpoint": trained.provenance,
         "parity": parity.to_json(),
+        "probe": probe,
     }
+    if model.external:
+        description["external_data"] = model.external
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(description)})
     proto.producer_name, proto.producer_version = "maekit", maekit.__version__
-
-
-def node_census(proto: onnx.ModelProto) -> dict[str, int]:
-    """Return how many nodes of each operator a graph has, most frequent first."""
-    names, counts = np.unique([node.op_type for node in proto.graph.node], return_counts=True)
-    return dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: (-item[1], item[0])))

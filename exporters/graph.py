@@ -1,83 +1,247 @@
-"""The module that becomes the ONNX graph: uint8 NHWC -> scale, normalise -> encoder -> pooling -> L2 -> float32.
+"""The module that becomes the ONNX graph: uint8 NHWC -> patches -> encoder -> pooling -> whitening -> L2 -> float32.
 
-Written so that the exporter emits few and standard nodes, with the batch as the only dynamic size: one `Attention` node
-per block on 3-D inputs (opset 23), the class token folded into the position sum (no Expand), no Shape.
+Written so that the exporter emits few and standard nodes, with the batch as the only dynamic size:
+
+    tokens are the rows of one matrix, [B·T, D], so that each linear layer is one Gemm, bias included;
+    scaling and normalisation are part of the matrix that embeds the patches (in fp16 they stay apart, in fp32);
+    class and register tokens are folded into the position sum (no Expand, no Concat);
+    query, key and value are three Gemms, which saves splitting their result;
+    attention is one `Attention` node on 3-D inputs (opset 23), or MatMul and Softmax for older runtimes.
 """
 
+import copy
 from typing import Any
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.layers.attention import Attention
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import nn
 from torch.nn import functional as F
 
+from maekit.errors import InputError
+from maekit.exporters.whitening import Whitening
 from maekit.images import Preprocess
 
-POOLINGS = ("avg", "cls")
+POOLINGS = ("avg", "cls", "avg+cls", "tokens")
+OPSETS = (18, 19, 20, 21, 22, 23)
+_WITH_ATTENTION = 23  # the first opset that has the operator
 
 
 class EmbeddingModule(nn.Module):
     """Images as bytes in, embeddings out.
 
     Args:
-        encoder: a timm VisionTransformer with a class token, in evaluation mode.
+        encoder: a timm VisionTransformer in evaluation mode; left as it is.
         preprocess: gives mean and std; resizing stays outside of the graph.
-        pool: `avg`, the mean of the patch tokens after the final LayerNorm (the class token left out; timm's own `avg`
-            pools before its norm), or `cls`, the class token after it.
-        normalize: divide each embedding by its L2 norm.
+        pool: `avg`, the mean of the patch tokens after the final LayerNorm (class and register tokens left out; timm's
+            own `avg` pools before its norm); `cls`, the class token after it; `avg+cls`, both, one after the other;
+            `tokens`, the patch tokens themselves, row by row.
+        normalize: divide each embedding (or token) by its L2 norm.
+        whitening: applied between the two.
+        half: compute the encoder in fp16; normalisation, pooling, whitening and L2 stay in fp32.
+        opset: of the graph that will be made.
+
+    Raises:
+        InputError: the encoder has no class token to pool, or is none that can be written so.
     """
 
-    def __init__(self, encoder: VisionTransformer, preprocess: Preprocess, *, pool: str, normalize: bool) -> None:
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        preprocess: Preprocess,
+        *,
+        pool: str = "avg",
+        normalize: bool = True,
+        whitening: Whitening | None = None,
+        half: bool = False,
+        opset: int = _WITH_ATTENTION,
+    ) -> None:
         super().__init__()
-        self.projection = encoder.patch_embed.proj
+        check_exportable(encoder, pool)
+        encoder = copy.deepcopy(encoder)
+        self.pool, self.normalize, self.is_half = pool, normalize, half
+        self.prefix: int = encoder.num_prefix_tokens
         self.width: int = encoder.embed_dim
-        self.patches: int = encoder.patch_embed.num_patches
-        mean, std = (torch.tensor(v, dtype=torch.float64) for v in (preprocess.mean, preprocess.std))
-        assert encoder.pos_embed is not None
-        assert encoder.cls_token is not None
-        positions = encoder.pos_embed.detach().clone()
-        positions[:, :1] += encoder.cls_token.detach()
-        self.scale = nn.Buffer((1 / (255 * std)).float())
-        self.shift = nn.Buffer((mean / std).float())
-        self.positions = nn.Buffer(positions)
-        self.blocks: Any = nn.ModuleList(encoder.blocks)
-        self.norm = encoder.norm
-        self.pool, self.normalize = pool, normalize
+        self.patch: int = encoder.patch_embed.patch_size[0]
+        self.rows, self.columns = encoder.patch_embed.grid_size
+        self.tokens: int = self.prefix + self.rows * self.columns
+        self._set_patch_embedding(encoder, preprocess)
+        self.table = nn.Buffer(_token_table(encoder))
+        self.patch_norm, self.norm_pre = encoder.patch_embed.norm, encoder.norm_pre
+        self.blocks = nn.ModuleList(
+            _in_rows(block, self.tokens, fused=opset >= _WITH_ATTENTION) for block in encoder.blocks
+        )
+        self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
+        if half:
+            for part in (self.embedding, self.patch_norm, self.norm_pre, self.blocks, self.norm):
+                part.half()
+            self.table = nn.Buffer(self.table.half())
+        self.whitening: nn.Linear | None = None
+        if whitening is not None:
+            self.whitening = nn.Linear(whitening.matrix.shape[1], whitening.dim)
+            self.whitening.weight = nn.Parameter(torch.from_numpy(whitening.matrix.copy()))
+            self.whitening.bias = nn.Parameter(torch.from_numpy(whitening.bias.copy()))
+
+    def _set_patch_embedding(self, encoder: VisionTransformer, preprocess: Preprocess) -> None:
+        """Make one linear layer of the patch convolution, over pixels in (row, column, channel) order."""
+        projection = encoder.patch_embed.proj
+        weight = projection.weight.detach().double()  # [D, C, p, p]
+        bias = torch.zeros(self.width).double() if projection.bias is None else projection.bias.detach().double()
+        mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+        scale, shift = 1 / (255 * std), mean / std  # pixel * scale - shift is the normalised pixel
+        if self.is_half:
+            pixels = (1, weight.shape[1], self.patch, self.patch)
+            self.scale, self.shift = (nn.Buffer(_by_pixel(v.expand(pixels)).float()) for v in (scale, shift))
+        else:
+            bias = bias - (weight * shift).sum(dim=(1, 2, 3))
+            weight = weight * scale
+        self.embedding = nn.Linear(weight[0].numel(), self.width)
+        self.embedding.weight = nn.Parameter(_by_pixel(weight).float())
+        self.embedding.bias = nn.Parameter(bias.float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Return embeddings: uint8 `[B, H, W, C]` -> float32 `[B, D]`."""
-        x = images.float() * self.scale - self.shift
-        x = self.projection(x.permute(0, 3, 1, 2))  # [B, H, W, C] -> [B, D, rows, columns]
-        x = x.flatten(2).transpose(1, 2)  # -> [B, N, D]
-        # A row of zeros in front becomes the class token when the positions are added.
-        x = F.pad(x, (0, 0, 1, 0)) + self.positions  # -> [B, 1 + N, D]
+        """Return embeddings: uint8 `[B, H, W, C]` -> float32 `[B, D]`; for the pooling `tokens` `[B, N, D]`."""
+        x = images.reshape(-1, self.rows, self.patch, self.columns, self.patch * 3).transpose(
+            2, 3
+        )  # [B, H, W, C] -> [B, rows, columns, p, p·C]
+        x = x.reshape(-1, self.embedding.in_features).float()  # -> [B·N, p·p·C]
+        if self.is_half:
+            x = (x * self.scale - self.shift).half()
+        x = self.patch_norm(self.embedding(x)).view(-1, self.rows * self.columns, self.width)  # -> [B, N, D]
+        # Rows of zeros in front become class and register tokens when the table is added.
+        x = F.pad(x, (0, 0, self.prefix, 0)) + self.table  # -> [B, T, D]
+        x = self.norm_pre(x.reshape(-1, self.width))  # -> [B·T, D]
         for block in self.blocks:
-            x = x + block.ls1(_attention(block.attn, block.norm1(x)))
-            x = x + block.ls2(block.mlp(block.norm2(x)))
-        x = self.norm(x)
-        x = x[:, 0] if self.pool == "cls" else x[:, 1:].mean(dim=1)  # [B, 1 + N, D] -> [B, D]
+            x = block(x)
+        x = self.norm(x).float().view(-1, self.tokens, self.width)  # -> [B, T, D]
+        x = self._pooled(x)
+        if self.whitening is not None:
+            x = self.whitening(x)
         if self.normalize:
             # F.normalize would bring Shape and Expand back.
             x = x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
         return x
 
-
-def _attention(attention: Any, x: torch.Tensor) -> torch.Tensor:
-    """Run a timm Attention through the standard ONNX operator: `[B, N, D]` -> `[B, N, D]`."""
-    if not isinstance(attention.q_norm, nn.Identity) or getattr(attention, "gate", None) is not None:
-        return attention(x)
-    heads = attention.num_heads
-    q, k, v = attention.qkv(x).chunk(3, dim=-1)
-    x, *_ = torch.onnx.ops.attention(q, k, v, q_num_heads=heads, kv_num_heads=heads, scale=attention.scale)
-    return attention.proj(attention.norm(x))
+    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
+        if self.pool == "tokens":
+            return x[:, self.prefix :]
+        parts = {"avg": lambda: x[:, self.prefix :].mean(dim=1), "cls": lambda: x[:, 0]}
+        pooled = [self.pooled_norm(parts[name]()) for name in self.pool.split("+")]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
-@torch.no_grad()
-def reference_embeddings(
-    encoder: VisionTransformer, preprocess: Preprocess, images: torch.Tensor, *, pool: str, normalize: bool
-) -> torch.Tensor:
-    """Return what the graph must give, by timm's own forward pass: uint8 `[B, H, W, C]` -> float32 `[B, D]`."""
-    mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
-    tokens = encoder.forward_features((images.permute(0, 3, 1, 2).float() / 255 - mean) / std)
-    pooled = tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
-    return F.normalize(pooled, dim=-1) if normalize else pooled
+def check_exportable(encoder: Any, pool: str) -> None:
+    """See that an encoder can be written as this graph, with this pooling.
+
+    Raises:
+        InputError: it cannot; says why.
+    """
+    if type(encoder) is not VisionTransformer:
+        raise InputError(f"a model of timm's class {type(encoder).__name__} is not known here; VisionTransformers are")
+    embedding = encoder.patch_embed
+    height, width = embedding.img_size or (0, 0)
+    wanted = {
+        "embeds its patches by more than one projection": type(embedding) is PatchEmbed,
+        "takes other than three channels": embedding.proj.weight.shape[1] == 3,
+        "has patches that are not square": len(set(embedding.patch_size)) == 1,
+        f"takes images of {height} x {width}, which its patches do not divide": height > 0
+        and not height % embedding.patch_size[0]
+        and not width % embedding.patch_size[1],
+        "drops patches": isinstance(encoder.patch_drop, nn.Identity),
+        "has no class token: use --pool avg": encoder.has_class_token or "cls" not in pool,
+    }
+    for problem, fine in wanted.items():
+        if not fine:
+            raise InputError(f"this model {problem}")
+
+
+def _by_pixel(weight: torch.Tensor) -> torch.Tensor:
+    """Flatten weights of patches to (row, column, channel) order: `[D, C, p, p]` -> `[D, p·p·C]`."""
+    return weight.permute(0, 2, 3, 1).flatten(1)
+
+
+def _token_table(encoder: VisionTransformer) -> torch.Tensor:
+    """Return what is added to the patch tokens, behind the class and register tokens: `[1, T, D]`."""
+    there = [token.detach() for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    prefix = torch.cat(there, dim=1) if there else torch.zeros(1, 0, encoder.embed_dim)
+    patches = encoder.patch_embed.num_patches
+    if encoder.pos_embed is None:
+        return torch.cat([prefix, torch.zeros(1, patches, encoder.embed_dim)], dim=1)
+    positions = encoder.pos_embed.detach()
+    if encoder.no_embed_class:
+        return torch.cat([prefix, positions], dim=1)
+    count = encoder.num_prefix_tokens
+    return torch.cat([positions[:, :count] + prefix, positions[:, count:]], dim=1)
+
+
+def _in_rows(block: Any, tokens: int, *, fused: bool) -> nn.Module:
+    """Return a block that takes tokens as the rows of one matrix."""
+    if type(block) in (Block, ResPostBlock) and type(block.attn) is Attention:
+        block.attn = _RowAttention(block.attn, tokens, fused=fused)
+        return block
+    return _AsTimmWroteIt(block, tokens)
+
+
+class _AsTimmWroteIt(nn.Module):
+    """A block of another kind, on `[B, T, D]`; its attention is whatever the exporter makes of it."""
+
+    def __init__(self, block: nn.Module, tokens: int) -> None:
+        super().__init__()
+        self.block, self.tokens = block, tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.block(x.view(-1, self.tokens, x.shape[-1])).reshape(-1, x.shape[-1])
+
+
+class _RowAttention(nn.Module):
+    """timm's Attention over the rows of one matrix, `[B·T, D]` -> `[B·T, D]`."""
+
+    def __init__(self, attention: Any, tokens: int, *, fused: bool) -> None:
+        super().__init__()
+        self.tokens, self.fused = tokens, fused
+        self.heads, self.scale, self.inner = attention.num_heads, attention.scale, attention.attn_dim
+        self.query, self.key, self.value = _thirds(attention.qkv)
+        self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
+        self.gate, self.proj = attention.gate, attention.proj
+
+    def forward(self, x: torch.Tensor, **unused: Any) -> torch.Tensor:
+        q, k, v = (self._split(part(x)) for part in (self.query, self.key, self.value))
+        out = self._attend(self._heads_normalised(self.q_norm, q), self._heads_normalised(self.k_norm, k), v)
+        out = self.norm(out.reshape(-1, self.inner))  # [B, T, h·d] -> [B·T, h·d]
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj(out)
+
+    def _split(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, self.tokens, self.inner)  # [B·T, h·d] -> [B, T, h·d]
+
+    def _heads_normalised(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if isinstance(norm, nn.Identity):
+            return x
+        heads = x.view(-1, self.tokens, self.heads, self.inner // self.heads)
+        return norm(heads).view(-1, self.tokens, self.inner)
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        if self.fused:
+            out, *_ = torch.onnx.ops.attention(
+                q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads, scale=self.scale
+            )
+            return out
+        # [B, T, h·d] -> [B, h, T, d]
+        q, k, v = (x.view(-1, self.tokens, self.heads, self.inner // self.heads).transpose(1, 2) for x in (q, k, v))
+        weights = ((q * self.scale) @ k.transpose(2, 3)).softmax(dim=-1)
+        return (weights @ v).transpose(1, 2).reshape(-1, self.tokens, self.inner)
+
+
+def _thirds(qkv: Any) -> list[nn.Linear]:
+    """Return timm's joint layer as three: query, key, value."""
+    layers = []
+    biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
+    for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        layer.weight = nn.Parameter(weight.clone())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.clone())
+        layers.append(layer)
+    return layers

@@ -1,27 +1,26 @@
-"""The proof that the written file equals the PyTorch encoder: measured on real images, at several batch sizes."""
+"""The proof that a file equals the PyTorch encoder: measured on real images, at several batch sizes, as a gate."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import ImageError, InputError, MaekitError
-from maekit.images import Pixels, Preprocess
-from maekit.shards.read import open_shards
-from maekit.shards.spec import find_shards
+from maekit.errors import MaekitError
+from maekit.images import Pixels
 
 BATCH_SIZES = (1, 3, 16)
-FP32_LIMIT = 1e-4
+IMAGES = 128
+NEIGHBOURS = 10
 
 Embeddings = NDArray[np.float32]
+Encoder = Callable[[Pixels], Embeddings]
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two sets of embeddings of the same images are apart.
+    """How far two encoders' embeddings of the same images are apart.
 
     Attributes:
         images: how many images were compared.
@@ -29,6 +28,8 @@ class Parity:
         max_relative_difference: the largest difference, relative to the largest value.
         min_cosine: over all images and batch sizes.
         mean_cosine: likewise.
+        neighbours: for each image, so many others of largest cosine were looked at.
+        neighbour_agreement: the share of them that is the same for both.
         provider: where the file ran.
     """
 
@@ -37,6 +38,8 @@ class Parity:
     max_relative_difference: float
     min_cosine: float
     mean_cosine: float
+    neighbours: int
+    neighbour_agreement: float
     provider: str
 
     def to_json(self) -> dict[str, Any]:
@@ -44,71 +47,100 @@ class Parity:
         return asdict(self)
 
 
-def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int = max(BATCH_SIZES)) -> Pixels:
-    """Return readable images spread over the shards, prepared for the model: uint8 `[count, H, W, 3]`.
+@dataclass(frozen=True)
+class Gate:
+    """What a file of some precision must reach to be kept.
 
-    A set with fewer images gives each of them several times.
-
-    Raises:
-        InputError: no shards there, or no readable image in them.
+    Attributes:
+        figure: name of the attribute of `Parity`.
+        limit: its largest value, of a difference; its smallest, of a cosine.
     """
-    shards = open_shards(find_shards(specs), skip_damaged=True)
-    reader = shards.reader()
-    images: list[Pixels] = []
-    problem = ""
-    # Three times as many places as images: some may hold none.
-    for number in np.linspace(0, shards.samples - 1, 3 * count).astype(int)[_spread(3 * count)]:
-        shard, ordinal = shards.locate(int(number))
-        try:
-            images.append(preprocess(reader.read_image(shards.index(shard), ordinal)))
-        except ImageError as error:
-            problem = str(error)
-        if len(images) == count:
-            break
-    reader.close()
-    if not images:
-        raise InputError(f"no readable image in {', '.join(specs)} to compare on {problem}".rstrip())
-    return np.stack([images[i % len(images)] for i in range(count)])
+
+    figure: str
+    limit: float
+
+    def problem(self, parity: Parity) -> str | None:
+        """Return by what the file fails, or None; a NaN fails too."""
+        value = getattr(parity, self.figure)
+        is_difference = self.figure == "max_relative_difference"
+        if value <= self.limit if is_difference else value >= self.limit:
+            return None
+        shown = f"{value:.1e}" if is_difference else f"{value:.5f}"
+        bound = f"at most {self.limit:.0e}" if is_difference else f"at least {self.limit:g}"
+        return f"{self.figure.replace('_', ' ')} {shown} ({bound} is accepted)"
 
 
-def _spread(count: int) -> NDArray[np.int64]:
-    """Return the order 0, 3, 6, …, 1, 4, 7, …: the first third is spread over the whole."""
-    return np.concatenate([np.arange(start, count, 3) for start in range(3)])
+GATES = {
+    "fp32": Gate("max_relative_difference", 1e-4),
+    "fp16": Gate("min_cosine", 0.999),
+    "int8": Gate("mean_cosine", 0.99),
+}
 
 
-def compare(path: Path, images: Pixels, reference: Callable[[Pixels], Embeddings]) -> Parity:
-    """Run the ONNX file on the CPU and compare it with a reference.
+def in_batches(encode: Encoder, images: Pixels, batch_size: int) -> Embeddings:
+    """Embed images in batches of one size, the last one filled up from the front: `[n, …]` -> `[n, …]`."""
+    count = -(-len(images) // batch_size) * batch_size
+    filled = images[np.arange(count) % len(images)]
+    rows = [encode(filled[i : i + batch_size]) for i in range(0, count, batch_size)]
+    return np.concatenate(rows)[: len(images)]
+
+
+def measure(encode: Encoder, images: Pixels, expected: Embeddings, *, provider: str) -> Parity:
+    """Compare an encoder with what it should give.
+
+    All images go through in batches of 16, the first 16 of them also in those of the other sizes.
 
     Args:
-        path: the ONNX file.
+        encode: images -> embeddings.
         images: uint8 `[n, H, W, 3]`.
-        reference: images -> float32 `[n, D]`.
+        expected: `[n, D]` or, for tokens, `[n, N, D]`.
+        provider: where it runs, for the record.
 
     Raises:
-        MaekitError: ONNX Runtime cannot load the file, or it gives values that are not finite.
+        MaekitError: other shapes, or values that are not finite.
     """
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    try:
-        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime's own exception types have no common base
-        raise MaekitError(f"ONNX Runtime cannot load what was exported: {str(error).splitlines()[0]}") from error
-    expected = reference(images)
     differences, cosines = [], []
+    largest = np.abs(expected).max()
+    got = expected
     for batch_size in BATCH_SIZES:
-        parts = [images[i : i + batch_size] for i in range(0, len(images), batch_size)]
-        got = np.concatenate([session.run(None, {"images": part})[0] for part in parts])
-        if got.shape != expected.shape or not np.isfinite(got).all():
-            raise MaekitError(f"the exported file gives {got.shape} with values that are not finite; no file written")
-        differences.append(np.abs(got - expected).max() / np.abs(expected).max())
-        norms = np.linalg.norm(got, axis=1) * np.linalg.norm(expected, axis=1)
-        cosines.append((got * expected).sum(axis=1) / np.maximum(norms, 1e-12))
+        count = len(images) if batch_size == max(BATCH_SIZES) else min(len(images), max(BATCH_SIZES))
+        got, wanted = in_batches(encode, images[:count], batch_size), expected[:count]
+        if got.shape != wanted.shape:
+            raise MaekitError(f"the file gives {list(got.shape)} where PyTorch gives {list(wanted.shape)}")
+        if not np.isfinite(got).all():
+            raise MaekitError("the file gives values that are not finite")
+        differences.append(np.abs(got - wanted).max() / max(largest, 1e-12))
+        cosines.append((_unit(got) * _unit(wanted)).sum(axis=-1).ravel())
+    every = np.concatenate(cosines)
+    neighbours = min(NEIGHBOURS, len(images) - 1)
     return Parity(
         images=len(images),
         batch_sizes=BATCH_SIZES,
-        max_relative_difference=float(np.max(differences)),
-        min_cosine=float(np.min(cosines)),
-        mean_cosine=float(np.mean(cosines)),
-        provider=session.get_providers()[0],
+        max_relative_difference=float(max(differences)),
+        min_cosine=float(every.min()),
+        mean_cosine=float(every.mean()),
+        neighbours=neighbours,
+        neighbour_agreement=_agreement(got, expected, neighbours),
+        provider=provider,
     )
+
+
+def _agreement(got: Embeddings, expected: Embeddings, neighbours: int) -> float:
+    if neighbours < 1:
+        return 1.0
+    ours, theirs = (_nearest(rows.reshape(len(rows), -1), neighbours) for rows in (got, expected))
+    return float(np.mean([len(set(a) & set(b)) / neighbours for a, b in zip(ours, theirs, strict=True)]))
+
+
+def _nearest(rows: Embeddings, count: int) -> list[list[int]]:
+    unit = _unit(rows)
+    cosine = unit @ unit.T
+    np.fill_diagonal(cosine, -np.inf)
+    nearest: list[list[int]] = np.argsort(-cosine, axis=1, kind="stable")[:, :count].tolist()
+    return nearest
+
+
+def _unit(rows: Embeddings) -> NDArray[np.float64]:
+    wide = rows.astype(np.float64)
+    unit: NDArray[np.float64] = wide / np.maximum(np.linalg.norm(wide, axis=-1, keepdims=True), 1e-12)
+    return unit

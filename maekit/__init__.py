@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from maekit.embedding.embedder import Embedder
     from maekit.embedding.run import EmbedConfig, embed
     from maekit.errors import MaekitError
-    from maekit.exporters.export import export
+    from maekit.exporters.export import ExportOptions, export
+    from maekit.exporters.verify import verify
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
     from maekit.training.run import pretrain
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EmbedConfig": "maekit.embedding.run",
     "Embedder": "maekit.embedding.embedder",
+    "ExportOptions": "maekit.exporters.export",
     "MaekitError": "maekit.errors",
     "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",
@@ -29,11 +31,13 @@ _HOMES = {
     "find_shards": "maekit.shards.spec",
     "pack": "maekit.shards.pack",
     "pretrain": "maekit.training.run",
+    "verify": "maekit.exporters.verify",
 }
 
 __all__ = [
     "EmbedConfig",
     "Embedder",
+    "ExportOptions",
     "MaekitError",
     "PackOptions",
     "PretrainConfig",
@@ -44,6 +48,7 @@ __all__ = [
     "find_shards",
     "pack",
     "pretrain",
+    "verify",
 ]
 
 

@@ -34,7 +34,7 @@ from maekit.images import Pixels, Preprocess
 from maekit.machine import available_memory, cores
 
 if TYPE_CHECKING:
-    from maekit.embedding.providers import Opened
+    from maekit.providers import Opened
 
 Rates = dict[str, float | str]
 
@@ -294,7 +294,7 @@ def _runtime() -> tuple[ModuleType | None, Finding]:
     try:
         import onnxruntime
 
-        from maekit.embedding import providers
+        from maekit import providers
     except Exception as error:  # a torn installation fails in whatever way it likes, AttributeError included
         said = f"import onnxruntime fails: {type(error).__name__}: {_first_line(error)}"
         return None, Finding("ONNX Runtime", "does not load", said, _REINSTALL)
@@ -534,7 +534,7 @@ def _own_encoder(model: str) -> _Encoder:
 
 def _usual_encoder() -> _Encoder:
     """Make an encoder of the size of ViT-S/16 with random weights."""
-    from maekit.embedding.providers import open_cpu
+    from maekit.providers import open_cpu
 
     session = open_cpu(_vit_small(), threads=cores()).session
     return _Encoder(

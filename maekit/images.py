@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.errors import ImageError
+from maekit.errors import ImageError, InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -47,6 +47,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 CROP_DRAWS = 22
 
@@ -66,7 +67,7 @@ class Preprocess:
         resize: (height, width) that the resized image just covers.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
-        interpolation: always `bicubic`, antialiased, by Pillow.
+        interpolation: `bicubic` or `bilinear`, antialiased, by Pillow.
     """
 
     size: tuple[int, int]
@@ -74,6 +75,10 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        if self.interpolation not in _RESAMPLING:
+            raise InputError(f"interpolation {self.interpolation!r}: must be one of {', '.join(_RESAMPLING)}")
 
     @classmethod
     def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocess":
@@ -103,7 +108,7 @@ class Preprocess:
         covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
         if covered[0] * covered[1] > MAX_PIXELS:
             raise ImageError("too_large", f"{image.width} x {image.height} pixels: too long for {width} x {height}")
-        resized = image.resize(covered, Image.Resampling.BICUBIC)
+        resized = image.resize(covered, _RESAMPLING[self.interpolation])
         left, top = round((covered[0] - width) / 2.0), round((covered[1] - height) / 2.0)
         return np.asarray(resized.crop((left, top, left + width, top + height)))
 

@@ -2,26 +2,37 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from maekit import runs
 from maekit.check import CheckReport, check_shards
 from maekit.config import fields_of
 from maekit.embedding.records import BOOKKEEPING, CommitRecord
+from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
 from maekit.errors import InputError
+from maekit.machine import cores
 from maekit.runs import RunDirectory
 from maekit.shards.spec import TAR, find_shards
 
+if TYPE_CHECKING:
+    from maekit.providers import Opened
 
-def inspect(thing: str) -> dict[str, Any]:
+
+def inspect(thing: str, *, providers: bool = False) -> dict[str, Any]:
     """Describe what a path names, as JSON values; the key `kind` says what it is.
+
+    Args:
+        thing: the path.
+        providers: of an ONNX file, also load it here, and say which provider takes which nodes.
 
     Raises:
         InputError: there is no such thing, or it cannot be read.
     """
     path = Path(thing)
     if path.suffix == ".onnx":
-        return _inspect_onnx(path)
+        return _inspect_onnx(path, providers=providers)
+    if providers:
+        raise InputError(f"--providers is for .onnx files, and {thing} is none")
     if runs.is_run(path):
         return _inspect_run(RunDirectory(path))
     if (path / runs.MANIFEST).is_file():
@@ -58,31 +69,50 @@ def _inspect_embeddings(path: Path) -> dict[str, Any]:
     return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
 
 
-def _inspect_onnx(path: Path) -> dict[str, Any]:
-    import onnx
-
-    try:
-        proto = onnx.load(path, load_external_data=False)
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    except Exception as error:  # protobuf's decode error has no public name
-        raise InputError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
-    if not proto.graph.node:
-        raise InputError(f"{path} is no ONNX file: it holds no graph")
+def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
+    external = check_external_data(path)
+    proto = load_graph(path)
     counts: dict[str, int] = {}
     for node in proto.graph.node:
         counts[node.op_type] = counts.get(node.op_type, 0) + 1
-    own = {entry.key: entry.value for entry in proto.metadata_props}.get("maekit")
-    return {
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
+    own = _parsed(metadata) if metadata else None
+    if isinstance(own, dict):
+        own.pop("probe", None)  # numbers for `export --verify`, thousands of them
+    description = {
         "kind": "onnx",
         "path": str(path),
-        "bytes": path.stat().st_size,
+        "bytes": sum(file.stat().st_size for file in (path, *external)),
+        **({"weights_in": [file.name for file in external]} if external else {}),
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "inputs": {value.name: _tensor_type(value) for value in proto.graph.input},
         "outputs": {value.name: _tensor_type(value) for value in proto.graph.output},
         "nodes": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-        "maekit": _parsed(own) if own else None,
+        "maekit": own,
     }
+    return {**description, "providers": _providers(path)} if providers else description
+
+
+def _providers(path: Path) -> dict[str, Any]:
+    """Return for each provider which nodes of the optimised graph it takes on this machine, or why it does not work."""
+    from maekit.providers import CPU, CUDA, open_cpu, open_cuda
+
+    threads = cores()
+    cuda = open_cuda(path, "cuda", threads=threads)
+    found: dict[str, Any] = {CPU: _by_provider(open_cpu(path, threads=threads))}
+    problem = cuda.problem
+    found[CUDA] = f"does not work here: {problem.what}; {problem.fix}" if problem else _by_provider(cuda)
+    return found
+
+
+def _by_provider(opened: "Opened") -> dict[str, dict[str, int]]:
+    nodes: dict[str, dict[str, int]] = {}
+    for part in opened.session.get_provider_graph_assignment_info():
+        counts = nodes.setdefault(part.ep_name, {})
+        for node in part.get_nodes():
+            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+            counts[name] = counts.get(name, 0) + 1
+    return {name: dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))) for name, counts in nodes.items()}
 
 
 def _parsed(text: str) -> Any:

@@ -16,12 +16,11 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from maekit import doctor
+from maekit import doctor, providers
 from maekit.doctor import Diagnosis, Finding, examine
-from maekit.embedding import providers
-from maekit.embedding.providers import CPU, CUDA, Opened, Problem
 from maekit.errors import InputError
 from maekit.images import Preprocess
+from maekit.providers import CPU, CUDA, Opened, Problem
 
 LOOK = """
 import json, sys

@@ -18,7 +18,7 @@ from PIL import Image
 import maekit
 from maekit.embedding.run import embed
 from maekit.errors import ImageError, InputError
-from maekit.exporters.export import export
+from maekit.exporters.export import ExportOptions, export
 from maekit.inspection import inspect
 from maekit.shards.index import build_index
 
@@ -254,7 +254,7 @@ def test_an_output_belongs_to_one_model_and_set_of_options(trained: Path, tmp_pa
 
 def test_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
     embed(embed_config(trained, tmp_path / "out"))
-    export(trained / "run", tmp_path / "cls.onnx", pool="cls")
+    export(trained / "run", tmp_path / "cls.onnx", ExportOptions(pool="cls"))
     other = embed_config(trained, tmp_path / "out")
     other.model = str(tmp_path / "cls.onnx")
     with pytest.raises(InputError, match="model = "):

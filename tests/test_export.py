@@ -11,7 +11,7 @@ from models import timm_embeddings
 
 import maekit
 from maekit.errors import InputError, MaekitError
-from maekit.exporters.export import export
+from maekit.exporters.export import ExportOptions, export
 from maekit.inspection import inspect
 
 
@@ -45,7 +45,7 @@ def test_the_same_run_exports_the_same_bytes(trained: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("pool", "normalize"), [("avg", True), ("cls", True), ("avg", False), ("cls", False)])
 def test_export_equals_timm(trained: Path, tmp_path: Path, pool: str, normalize: bool) -> None:
-    export(trained / "run", tmp_path / "e.onnx", pool=pool, normalize=normalize)
+    export(trained / "run", tmp_path / "e.onnx", ExportOptions(pool=pool, normalize=normalize))
     data = [jpeg(i) for i in range(20)]
     got = maekit.Embedder(tmp_path / "e.onnx", device="cpu")(data)
     norms = np.linalg.norm(got, axis=1)
@@ -64,15 +64,15 @@ def test_runs_with_numpy_and_onnxruntime_alone(trained: Path) -> None:
 def test_a_file_that_differs_from_pytorch_is_not_kept(trained: Path, tmp_path: Path, monkeypatch) -> None:
     import maekit.exporters.export as module
 
-    original = module._to_onnx
+    original = module.to_onnx
 
-    def disturbed(*args):
-        proto = original(*args)
-        tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+    def disturbed(*args, **options):
+        proto = original(*args, **options)
+        tensor = next(t for t in proto.graph.initializer if t.name == "embedding.weight")
         tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 1.01, tensor.name))
         return proto
 
-    monkeypatch.setattr(module, "_to_onnx", disturbed)
+    monkeypatch.setattr(module, "to_onnx", disturbed)
     with pytest.raises(MaekitError, match="differs from PyTorch"):
         export(trained / "run", tmp_path / "e.onnx")
     assert not list(tmp_path.iterdir())
@@ -86,9 +86,9 @@ def test_export_refuses(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"ends in \.onnx"):
         export(trained / "run", tmp_path / "e.bin")
     with pytest.raises(InputError, match="--pool max"):
-        export(trained / "run", tmp_path / "e.onnx", pool="max")
+        export(trained / "run", tmp_path / "e.onnx", ExportOptions(pool="max"))
     with pytest.raises(InputError, match="no such file"):
-        export(trained / "run", tmp_path / "e.onnx", parity=[str(tmp_path / "none")])
+        export(trained / "run", tmp_path / "e.onnx", ExportOptions(parity=(str(tmp_path / "none"),)))
 
 
 def test_export_of_one_checkpoint(trained: Path, tmp_path: Path) -> None:

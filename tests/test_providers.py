@@ -7,7 +7,7 @@ import pytest
 import torch
 from models import embed_config
 
-import maekit.embedding.providers as module
+import maekit.providers as module
 from maekit.embedding.run import embed
 from maekit.embedding.session import EncoderSession
 from maekit.errors import InputError

@@ -19,7 +19,7 @@ import maekit
 from maekit.config import ModelConfig, OptimizerConfig, set_value
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.mae.autoencoder import build_autoencoder
-from maekit.mae.weights import load_trained
+from maekit.mae.loading import load_trained
 from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.training import checkpoint
@@ -339,7 +339,8 @@ def test_init_from_run_and_file(make_shards, tmp_path: Path) -> None:
         maekit.pretrain(tiny_config(shards, out, model__init_from=str(source), steps=1, seed=5, optimizer__lr=1e-30))
         got = weights(out)
         assert all(torch.equal(got[k], donor[k]) for k in donor if k.startswith("encoder."))
-        assert not torch.equal(got["decoder.embed.weight"], donor["decoder.embed.weight"])
+        has_decoder = number == 0
+        assert torch.equal(got["decoder.embed.weight"], donor["decoder.embed.weight"]) == has_decoder
 
 
 def test_init_from_brings_its_sizes(make_shards, tmp_path: Path) -> None:
@@ -363,7 +364,7 @@ def test_init_from_what_does_not_fit(make_shards, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"missing blocks\.2"):
         maekit.pretrain(config)
     config = tiny_config(shards, tmp_path / "run", model__init_from="nowhere")
-    with pytest.raises(InputError, match="no such run or file"):
+    with pytest.raises(InputError, match="does not exist"):
         maekit.pretrain(config)
     assert not (tmp_path / "run").exists()
 

@@ -88,7 +88,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         InputError: `out` holds something that no demo made.
     """
     from maekit.embedding.run import EmbedConfig, embed
-    from maekit.exporters.export import export
+    from maekit.exporters.export import ExportOptions, export
     from maekit.runs import RunDirectory
     from maekit.training.run import pretrain
 
@@ -121,7 +121,8 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     parity = 0.0
     for name, run in (("untrained encoder", untrained.out), ("trained encoder", trained.out)):
         kind = Path(run).name.replace("run", "encoder")
-        exported = export(run, out / f"{kind}.onnx", pool="cls")
+        exported = export(run, out / f"{kind}.onnx", ExportOptions(pool="cls"))
+        assert exported.parity is not None
         parity = exported.parity.max_relative_difference
         folder = out / kind.replace("encoder", "embeddings")
         for split in shards:

@@ -19,11 +19,12 @@ from typing import Any, Protocol
 from maekit.embedding.decoding import DecodePool
 from maekit.embedding.output import OutputDirectory
 from maekit.embedding.pipeline import Timing
-from maekit.embedding.providers import CPU
-from maekit.embedding.session import EncoderSession, ModelDescription
+from maekit.embedding.session import EncoderSession
 from maekit.embedding.work import DeviceWork, Outcome, Task
+from maekit.encoder_file import EncoderDescription
 from maekit.errors import MaekitError
 from maekit.parallel import follow_parent, forking
+from maekit.providers import CPU
 from maekit.shards.remote import RemoteCache
 
 _GPU_LANES = 2
@@ -42,7 +43,7 @@ class Running:
         nodes: how many nodes of the model each provider took.
     """
 
-    description: ModelDescription
+    description: EncoderDescription
     provider: str
     reason: str
     nodes: dict[str, int]

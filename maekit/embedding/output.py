@@ -24,7 +24,7 @@ from maekit.embedding.formats import Layout, ShardFiles
 from maekit.embedding.inputs import Images, Part
 from maekit.embedding.ownership import Held, owned, still_owns
 from maekit.embedding.records import BOOKKEEPING, CommitRecord, ErrorRow, OutputOptions, is_below
-from maekit.embedding.session import ModelDescription
+from maekit.encoder_file import EncoderDescription
 from maekit.errors import InputError, MaekitError
 from maekit.shards.spec import TAR
 
@@ -57,7 +57,7 @@ class OutputDirectory:
         owner: a name for this run among those that write here at the same time.
     """
 
-    def __init__(self, path: Path, model: ModelDescription, options: OutputOptions, owner: str = "all") -> None:
+    def __init__(self, path: Path, model: EncoderDescription, options: OutputOptions, owner: str = "all") -> None:
         self.path, self.options, self._owner = path, options, owner
         self.bookkeeping = path / BOOKKEEPING
         footer = {

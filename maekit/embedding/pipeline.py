@@ -18,9 +18,9 @@ import numpy as np
 
 from maekit.embedding.decoding import Chunk, Decoded, DecodePool, Place, Refusal, Ring
 from maekit.embedding.inputs import Images
-from maekit.embedding.providers import CPU
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
+from maekit.providers import CPU
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
 _GLANCE_SECONDS = 0.2  # how long is waited before looking round

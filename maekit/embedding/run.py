@@ -13,7 +13,6 @@ from maekit.embedding.devices import Assignment, DeviceOptions, Devices, ManyDev
 from maekit.embedding.formats import DTYPES, FORMATS
 from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
 from maekit.embedding.output import OutputDirectory, batch_size_of, check_output_names
-from maekit.embedding.providers import CPU, check_device, gpu_count
 from maekit.embedding.records import CommitRecord, OutputOptions
 from maekit.embedding.speed import Speed
 from maekit.embedding.splits import Split, find_split
@@ -24,6 +23,7 @@ from maekit.images import Preprocess
 from maekit.machine import cores
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
+from maekit.providers import CPU, check_device, gpu_count
 from maekit.shards.index import load_index
 from maekit.shards.remote import RemoteCache
 from maekit.signals import stop_on_signal

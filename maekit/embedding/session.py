@@ -1,11 +1,9 @@
 """The model file in ONNX Runtime, on the provider that was asked for and on no other."""
 
-import json
 import re
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from maekit import files
-from maekit.embedding.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
+from maekit.encoder_file import EMBEDDINGS, INPUT, METADATA_KEY, EncoderDescription, check_digests, check_external_data
 from maekit.errors import InputError, MaekitError
-from maekit.images import Pixels, Preprocess
+from maekit.images import Pixels
 from maekit.machine import cores
+from maekit.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
 
-METADATA_KEY = "maekit"
-_INPUT, _OUTPUT = "images", "embeddings"
 # What ONNX Runtime, CUDA, cuBLAS and the C++ library say when memory runs out.
 _OUT_OF_MEMORY = re.compile(
     r"Failed to allocate memory|out of memory|bad_alloc|ALLOC_FAILED|Available memory of", re.IGNORECASE
@@ -31,27 +28,6 @@ Embeddings = NDArray[np.float32]
 
 class OutOfMemory(MaekitError):
     """A batch does not fit into the memory of the device."""
-
-
-@dataclass(frozen=True)
-class ModelDescription:
-    """What an exported file says of itself.
-
-    Attributes:
-        path: the file.
-        sha256: its digest, hexadecimal: it names the model in every output.
-        preprocess: from a decoded image to the input.
-        dim: length of an embedding.
-        pool: how tokens become an embedding.
-        normalize: whether embeddings have unit length.
-    """
-
-    path: Path
-    sha256: str
-    preprocess: Preprocess
-    dim: int
-    pool: str
-    normalize: bool
 
 
 class EncoderSession:
@@ -88,11 +64,18 @@ class EncoderSession:
         if not path.is_file():
             raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
         threads = threads or cores()
+        external = check_external_data(path)
         # Hundreds of megabytes: hashed while ONNX Runtime reads them.
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(files.sha256_file, path)
             self._load(path, device, threads, provider_options)
-            self.description = _describe(path, self._session, digest.result())
+            metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            self.description = EncoderDescription.from_metadata(path, metadata, digest.result())
+        check_digests(self.description, external)
+        if self.description.pool == "tokens":
+            raise InputError(
+                f"{path} gives the tokens of each image, not one vector; export it with another --pool to embed with it"
+            )
 
     def _load(self, path: Path, device: str, threads: int, provider_options: Mapping[str, str] | None) -> None:
         """Open the model on the device, or on the CPU where `auto` finds no other that works."""
@@ -145,13 +128,13 @@ class _Buffers:
         self._session, self._binding, self._is_cpu = session, session.io_binding(), device[0] == "cpu"
         if not self._is_cpu:
             self._input = ort.OrtValue.ortvalue_from_shape_and_type(list(shape), np.uint8, *device)
-            self._binding.bind_ortvalue_input(_INPUT, self._input)
+            self._binding.bind_ortvalue_input(INPUT, self._input)
         self._output = ort.OrtValue.ortvalue_from_shape_and_type([shape[0], dim], np.float32, *device)
-        self._binding.bind_ortvalue_output(_OUTPUT, self._output)
+        self._binding.bind_ortvalue_output(EMBEDDINGS, self._output)
 
     def run(self, images: Pixels) -> Embeddings:
         if self._is_cpu:
-            self._binding.bind_cpu_input(_INPUT, images)  # read where it lies
+            self._binding.bind_cpu_input(INPUT, images)  # read where it lies
         else:
             self._input.update_inplace(images)
             self._binding.synchronize_inputs()
@@ -166,21 +149,3 @@ def _said(problem: Problem | None) -> str:
     if problem is None:
         return "a CUDA device works here"
     return problem.what if problem.is_absent else f"{problem.what}; {problem.fix}"
-
-
-def _describe(path: Path, session: Any, sha256: str) -> ModelDescription:
-    raw = session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
-    if raw is None:
-        raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
-    try:
-        spec = json.loads(raw)
-        return ModelDescription(
-            path,
-            sha256,
-            Preprocess.from_json(spec["preprocess"]),
-            int(spec["dim"]),
-            str(spec["pool"]),
-            bool(spec["normalize"]),
-        )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error

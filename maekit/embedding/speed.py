@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from maekit.embedding.devices import Devices
 from maekit.embedding.pipeline import Timing
-from maekit.embedding.providers import CPU
 from maekit.machine import cores
+from maekit.providers import CPU
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 from maekit import runs
 from maekit.config import PretrainConfig
 from maekit.errors import DamagedShard, ElsewhereError, InputError
-from maekit.mae.weights import fill_in, resolve_model
+from maekit.mae.loading import fill_in, resolve_model
 from maekit.progress import Progress
 from maekit.runs import RunDirectory
 from maekit.shards.read import ShardSet, open_shards

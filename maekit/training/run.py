@@ -23,8 +23,9 @@ from maekit.errors import ElsewhereError, ImageError, InputError, MaekitError, S
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
+from maekit.mae.loading import initialize_from
 from maekit.mae.reconstruction import reconstruct, to_pixels
-from maekit.mae.weights import encoder_bytes, initialize_encoder
+from maekit.mae.weights import encoder_bytes
 from maekit.pictures import encode_png, sheet
 from maekit.progress import Progress, Silent, duration
 from maekit.random import Purpose, uniforms
@@ -140,7 +141,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         # Asked inside the lock: a former process may just have saved its last checkpoint.
         newest = main(lambda: newest_checkpoint(run, progress))
         if source := config.model.init_from:
-            main(lambda: None if newest else initialize_encoder(model.encoder, source, config.model))
+            main(lambda: None if newest else progress.note(initialize_from(model, source, config.model)))
         return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
 
 

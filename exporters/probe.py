@@ -1,0 +1,52 @@
+"""A few made-up images and what a file gave for them when it was exported: lets any machine see whether it still does.
+
+The images are integer arithmetic, so that they are the same everywhere, and nobody's own.
+"""
+
+import base64
+from typing import Any
+
+import numpy as np
+
+from maekit.exporters.parity import Embeddings
+from maekit.images import Pixels
+
+_IMAGES = 8
+
+
+def probe_images(size: tuple[int, int]) -> Pixels:
+    """Return the images: waves and edges of several sizes, uint8 `[8, H, W, 3]`."""
+    y, x = np.mgrid[: size[0], : size[1]].astype(np.int64)
+    images = []
+    for number in range(1, _IMAGES + 1):
+        channels = []
+        for channel in range(1, 4):
+            ramp = (x * number * channel + y * (9 - number)) % 256
+            waves = (x * x * channel + y * y * number + x * y) // (16 * channel) % 256
+            blocks = ((x // (4 * number) + y // (4 * channel)) % 2) * 128
+            channels.append((ramp + waves + blocks) // 3 * 6 // 5 % 256)
+        images.append(np.stack(channels, axis=-1))
+    return np.stack(images).astype(np.uint8)
+
+
+def rows_to_json(rows: Embeddings) -> dict[str, Any]:
+    """Return embeddings as JSON values; of tokens, their means."""
+    pooled = pooled_rows(rows)
+    return {"shape": list(pooled.shape), "float32": base64.b64encode(pooled.astype("<f4").tobytes()).decode()}
+
+
+def rows_from_json(value: dict[str, Any]) -> Embeddings:
+    """Return what `rows_to_json` gave: float32 `[8, D]`.
+
+    Raises:
+        ValueError: it is damaged.
+        KeyError: likewise.
+    """
+    data = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4")
+    rows: Embeddings = data.reshape(value["shape"]).astype(np.float32)
+    return rows
+
+
+def pooled_rows(rows: Embeddings) -> Embeddings:
+    """Return one row per image: embeddings as they are, tokens averaged."""
+    return rows if rows.ndim == 2 else rows.mean(axis=1, dtype=np.float64).astype(np.float32)

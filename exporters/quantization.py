@@ -1,0 +1,220 @@
+"""int8 for CPUs: static quantisation of every linear layer, in standard ONNX operators.
+
+Each Gemm becomes QuantizeLinear -> DequantizeLinear -> Gemm over int8 weights and an int32 bias, which ONNX Runtime
+fuses into one integer Gemm with float output; LayerNorm, attention, GELU, pooling, whitening and L2 stay in fp32 (Jacob
+et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 2).
+
+Activations have one scale per tensor, from calibration images, so a row does not depend on the others of its batch, as
+it does where scales are measured anew for each batch. Weights have one scale per output, and 7 bits: on CPUs without
+VNNI, ONNX Runtime adds pairs of products in 16 bits, which those of 8-bit weights overflow. What rounding does to a
+layer's output on average is taken out of its bias (Nagel et al. 2019, "Data-Free Quantization Through Weight
+Equalization and Bias Correction", section 4.2): embeddings would all move in one direction, which whitening magnifies.
+"""
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import helper, numpy_helper
+
+from maekit.encoder_file import INPUT
+from maekit.exporters.whitening import MATRIX
+from maekit.exporters.writing import new_model
+from maekit.images import Pixels
+from maekit.machine import cores
+from maekit.providers import open_cpu
+
+_WEIGHT_LIMIT = 63
+_LEVELS = 255
+_VALUES = 200_000  # of each tensor, enough for its range
+_BATCH = 16
+
+Floats = NDArray[np.float32]
+Means = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Activation:
+    """The input of a linear layer as integers, and what it is on the calibration images.
+
+    Attributes:
+        scale: of one integer step.
+        zero_point: the integer that means 0.
+        mean: of each channel, `[K]`.
+        rounded_mean: of each channel after rounding, `[K]`.
+    """
+
+    scale: float
+    zero_point: int
+    mean: Means
+    rounded_mean: Means
+
+
+def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
+    """Return the graph with its linear layers in int8.
+
+    Args:
+        proto: of an fp32 encoder, as `to_onnx` gives it.
+        images: to calibrate on, uint8 `[n, H, W, 3]`.
+    """
+    activations = _observe(proto, images)
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    casts = _casts(proto)
+    nodes: list[Any] = []
+    tensors: list[Any] = []
+    rounded: set[str] = set()
+    for node in proto.graph.node:
+        if not _is_linear(node, weights):
+            nodes.append(node)
+            continue
+        source = node.input[0]
+        made = [_integer_gemm(node, weights, activations[source])]
+        if source not in rounded:  # by one of the layers that share it
+            made.insert(0, _integers_of(source, casts.get(source), activations[source]))
+            rounded.add(source)
+        for own_nodes, own_tensors in made:
+            nodes += own_nodes
+            tensors += own_tensors
+    return _with_nodes(proto, nodes, tensors)
+
+
+def best_range(values: Floats) -> tuple[float, float]:
+    """Return the range whose 256 levels give the least mean squared error over some values.
+
+    It is the full range or a part of it: a few outliers may be worth less than finer steps for all others.
+    """
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+    if low == high:
+        return low, high
+    errors = {}
+    for part in np.linspace(0.3, 1.0, 36):
+        scale = (high - low) * part / _LEVELS
+        rounded = _rounded(values, scale, round(-low * part / scale))
+        errors[part] = float(np.mean((rounded - values) ** 2))
+    best = min(errors, key=lambda part: (errors[part], -part))
+    return low * best, high * best
+
+
+def _rounded(values: Floats, scale: float, zero_point: int) -> Floats:
+    """Return what is left of values after QuantizeLinear and DequantizeLinear."""
+    levels = np.clip(np.rint(values / np.float32(scale)) + zero_point, 0, _LEVELS)
+    rounded: Floats = ((levels - zero_point) * np.float32(scale)).astype(np.float32)
+    return rounded
+
+
+def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
+    """Return the scales of the inputs of all linear layers, and their means, in two passes over the images."""
+    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    inputs = list(dict.fromkeys(node.input[0] for node in proto.graph.node if _is_linear(node, weights)))
+    picked: dict[str, list[Floats]] = {name: [] for name in inputs}
+    share = -(-_VALUES // -(-len(images) // _BATCH))
+    for batch in _run(proto, inputs, images):
+        for name, values in batch.items():
+            flat = values.ravel()
+            # Evenly spread ones, and always the extremes.
+            picked[name] += [flat[:: max(1, len(flat) // share)], np.array([flat.min(), flat.max()])]
+    steps = {name: _steps(*best_range(np.concatenate(parts))) for name, parts in picked.items()}
+    steps |= dict.fromkeys(set(inputs) & set(_casts(proto)), (1.0, 0))  # patches are bytes already: exact
+    count, sums = dict.fromkeys(inputs, 0), {name: [0.0, 0.0] for name in inputs}
+    for batch in _run(proto, inputs, images):
+        for name, values in batch.items():
+            count[name] += len(values)
+            for number, kind in enumerate((values, _rounded(values, *steps[name]))):
+                sums[name][number] = sums[name][number] + kind.sum(axis=0, dtype=np.float64)
+    return {
+        name: Activation(*steps[name], *(np.asarray(total) / count[name] for total in sums[name])) for name in inputs
+    }
+
+
+def _steps(low: float, high: float) -> tuple[float, int]:
+    scale = max((high - low) / _LEVELS, 1e-12)
+    return scale, int(np.clip(round(-low / scale), 0, _LEVELS))
+
+
+def _run(proto: onnx.ModelProto, names: list[str], images: Pixels) -> Iterator[dict[str, Floats]]:
+    """Yield the values of inner tensors for each batch of images, as the rows of a matrix."""
+    observed = onnx.ModelProto()
+    observed.CopyFrom(proto)
+    observed.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
+    with tempfile.TemporaryDirectory() as folder, new_model(Path(folder) / "observed.onnx", observed) as model:
+        session = open_cpu(model.path, threads=cores()).session
+        for start in range(0, len(images), _BATCH):
+            yield dict(zip(names, session.run(names, {INPUT: images[start : start + _BATCH]}), strict=True))
+
+
+def _casts(proto: onnx.ModelProto) -> dict[str, str]:
+    """Return the input of each Cast by its output: the patches, before they become floats."""
+    return {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
+
+
+def _is_linear(node: Any, weights: Mapping[str, Any]) -> bool:
+    """Whether a node is a linear layer of the encoder; the whitening behind it keeps its precision."""
+    return node.op_type == "Gemm" and node.input[1] in weights and node.input[1] != MATRIX
+
+
+def _integers_of(source: str, raw: str | None, activation: Activation) -> tuple[list[Any], list[Any]]:
+    """Return the nodes that round a tensor, and their scales; `raw` names its bytes, where it has some."""
+    arrays: dict[str, NDArray[Any]] = {
+        "scale": np.array(activation.scale, np.float32),
+        "zero_point": np.array(activation.zero_point, np.uint8),
+    }
+    names = [f"{source}.{part}" for part in arrays]
+    tensors = [numpy_helper.from_array(array, name) for name, array in zip(names, arrays.values(), strict=True)]
+    nodes = []
+    if raw is None:
+        raw = f"{source}.integers"
+        nodes.append(helper.make_node("QuantizeLinear", [source, *names], [raw], name=f"{source}.quantize"))
+    output = _dequantized(source)
+    nodes.append(helper.make_node("DequantizeLinear", [raw, *names], [output], name=f"{source}.dequantize"))
+    return nodes, tensors
+
+
+def _dequantized(name: str) -> str:
+    return f"{name}.dequantized"
+
+
+def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple[list[Any], list[Any]]:
+    """Return the nodes of one linear layer over int8 weights, and its tensors."""
+    matrix = numpy_helper.to_array(weights[node.input[1]]).T  # [N, K] -> [K, N]
+    has_bias = len(node.input) > 2 and node.input[2]
+    bias = numpy_helper.to_array(weights[node.input[2]]) if has_bias else np.zeros(matrix.shape[1], np.float32)
+    scales = np.maximum(np.abs(matrix).max(axis=0) / _WEIGHT_LIMIT, 1e-12).astype(np.float32)
+    integers = np.rint(matrix / scales).astype(np.int8)
+    moved = x.mean @ matrix.astype(np.float64) - x.rounded_mean @ (integers * scales.astype(np.float64))
+    # The bias is added to integer sums, whose unit is the product of both scales.
+    bias_scales = (scales * np.float32(x.scale)).astype(np.float32)
+    bound = np.iinfo(np.int32).max // 2
+    bias_integers = np.clip(np.rint((bias + moved) / bias_scales), -bound, bound).astype(np.int32)
+    nodes, tensors, inputs = [], [], [_dequantized(node.input[0])]
+    name = node.input[1].removesuffix(".weight")
+    for kind, values, scale, axis in (("weight", integers, scales, 1), ("bias", bias_integers, bias_scales, 0)):
+        parts = {"integers": values, "scale": scale, "zero_point": np.zeros(len(scale), values.dtype)}
+        names = [f"{name}.{kind}.{part}" for part in parts]
+        tensors += [numpy_helper.from_array(array, n) for n, array in zip(names, parts.values(), strict=True)]
+        inputs.append(_dequantized(f"{name}.{kind}"))
+        nodes.append(
+            helper.make_node("DequantizeLinear", names, inputs[-1:], name=f"{name}.{kind}.dequantize", axis=axis)
+        )
+    return [*nodes, helper.make_node("Gemm", inputs, list(node.output), name=node.name)], tensors
+
+
+def _with_nodes(proto: onnx.ModelProto, nodes: list[Any], tensors: list[Any]) -> onnx.ModelProto:
+    """Return a graph with other nodes and further tensors, without what none of its nodes needs."""
+    outputs = {value.name for value in proto.graph.output}
+    while True:
+        used = outputs | {name for node in nodes for name in node.input}
+        needed = [node for node in nodes if used & set(node.output)]
+        if len(needed) == len(nodes):
+            break
+        nodes = needed
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
+    result.graph.node.extend(nodes)
+    result.graph.initializer.extend(t for t in (*proto.graph.initializer, *tensors) if t.name in used)
+    return result

@@ -1,0 +1,55 @@
+"""What an exported file must give: computed by PyTorch in fp32, through timm's own forward pass."""
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from maekit.exporters.parity import Embeddings
+from maekit.exporters.whitening import Whitening
+from maekit.images import Pixels
+from maekit.mae.loading import TrainedEncoder
+
+_BATCH = 32
+
+
+@torch.no_grad()
+def reference_embeddings(
+    trained: TrainedEncoder,
+    images: Pixels,
+    *,
+    pool: str = "avg",
+    normalize: bool = True,
+    whitening: Whitening | None = None,
+) -> Embeddings:
+    """Return embeddings, on the device that the encoder is on.
+
+    Args:
+        trained: the encoder.
+        images: uint8 `[n, H, W, 3]`.
+        pool: see `EmbeddingModule`.
+        normalize: divide by the L2 norm.
+        whitening: applied before that.
+
+    Returns:
+        float32 `[n, D]`; for the pooling `tokens` `[n, N, D]`.
+    """
+    encoder = trained.encoder
+    device = next(encoder.parameters()).device
+    mean, std = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (trained.preprocess.mean, trained.preprocess.std)
+    )
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        pixels = torch.from_numpy(images[start : start + _BATCH]).to(device).permute(0, 3, 1, 2)
+        tokens = encoder.forward_features((pixels.float() / 255 - mean) / std)
+        patches = tokens[:, encoder.num_prefix_tokens :]
+        if pool == "tokens":
+            rows = patches
+        else:
+            by_name = {"avg": patches.mean(dim=1), "cls": tokens[:, 0]}
+            rows = torch.cat([encoder.fc_norm(by_name[name]) for name in pool.split("+")], dim=-1)
+        if whitening is not None:
+            matrix, bias = (torch.from_numpy(v).to(device) for v in (whitening.matrix, whitening.bias))
+            rows = rows @ matrix.T + bias
+        parts.append((F.normalize(rows, dim=-1) if normalize else rows).cpu().numpy())
+    return np.concatenate(parts)

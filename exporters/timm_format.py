@@ -1,0 +1,88 @@
+"""`maekit export --format timm`: a directory that timm loads, `timm.create_model("local-dir:DIR", pretrained=True)`."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from maekit import files
+from maekit.errors import InputError, MaekitError
+from maekit.images import Pixels
+from maekit.mae.loading import TrainedEncoder
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+
+
+def write_timm(trained: TrainedEncoder, out: Path, images: Pixels) -> list[Path]:
+    """Write an encoder as timm's hub keeps it, once timm loads it and gives the same tokens.
+
+    Args:
+        trained: the encoder.
+        out: the directory; it may be there, and hold an earlier export.
+        images: to compare on, uint8 `[n, H, W, 3]`.
+
+    Returns:
+        the files.
+
+    Raises:
+        InputError: the directory holds something else.
+        MaekitError: timm does not load it, or what it loads differs; the disk is full.
+    """
+    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {CONFIG, WEIGHTS}):
+        raise InputError(f"--out {out}: must be a new directory, or one of an earlier `export --format timm`")
+    config = json.dumps(_config(trained), indent=2).encode()
+    tensors = {name: tensor.detach().contiguous() for name, tensor in trained.encoder.state_dict().items()}
+    weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    with tempfile.TemporaryDirectory() as folder:
+        trial = Path(folder)
+        (trial / CONFIG).write_bytes(config)
+        (trial / WEIGHTS).write_bytes(weights)
+        _compare(trained, trial, images)
+        shutil.rmtree(trial)
+        trial.mkdir()
+    # The weights first: a directory with a config is one that can be loaded.
+    files.write_atomically(out / WEIGHTS, weights)
+    files.write_atomically(out / CONFIG, config)
+    return [out / CONFIG, out / WEIGHTS]
+
+
+def _config(trained: TrainedEncoder) -> dict[str, Any]:
+    preprocess = trained.preprocess
+    return {
+        "architecture": trained.name,
+        "num_classes": 0,
+        "num_features": trained.encoder.embed_dim,
+        "global_pool": trained.encoder.global_pool,
+        "model_args": {key: value for key, value in trained.arguments.items() if key != "num_classes"},
+        "pretrained_cfg": {
+            "input_size": [3, *preprocess.size],
+            "fixed_input_size": True,
+            "interpolation": preprocess.interpolation,
+            "crop_pct": preprocess.size[0] / preprocess.resize[0],
+            "crop_mode": "center",
+            "mean": list(preprocess.mean),
+            "std": list(preprocess.std),
+            "num_classes": 0,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": "head",
+        },
+        "maekit": trained.provenance,
+    }
+
+
+@torch.no_grad()
+def _compare(trained: TrainedEncoder, folder: Path, images: Pixels) -> None:
+    import timm
+
+    try:
+        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    except Exception as error:  # whatever timm raises
+        raise MaekitError(f"timm cannot load what was exported: {error}") from error
+    pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2).float() / 255
+    if not torch.equal(loaded.forward_features(pixels), trained.encoder.forward_features(pixels)):
+        raise MaekitError("what timm loads from the exported directory gives other tokens; nothing is written")

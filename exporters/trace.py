@@ -1,0 +1,57 @@
+"""From the module to the ONNX graph, by PyTorch's exporter; nothing of this machine is left in it."""
+
+import io
+import logging
+import warnings
+from contextlib import redirect_stdout
+
+import numpy as np
+import onnx
+import torch
+
+from maekit.encoder_file import INPUT
+from maekit.exporters.graph import EmbeddingModule
+from maekit.images import Pixels
+
+
+def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str) -> onnx.ModelProto:
+    """Trace the module and return its graph, with the batch as the only dynamic size.
+
+    Args:
+        module: in evaluation mode.
+        images: two or more, uint8 `[B, H, W, 3]`.
+        opset: of the graph.
+        output: name of its output.
+    """
+    example = torch.from_numpy(images[:2])
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter prints its progress
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            opset_version=opset,
+            input_names=[INPUT],
+            output_names=[output],
+            dynamic_shapes={INPUT: {0: torch.export.Dim("batch")}},
+            external_data=False,
+            verbose=False,
+        )
+    assert program is not None
+    proto: onnx.ModelProto = program.model_proto
+    # Where each node came from in the source: machine paths that help nobody who runs the file.
+    for node in proto.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del value.metadata_props[:]
+    del proto.graph.metadata_props[:]
+    del proto.metadata_props[:]
+    return proto
+
+
+def node_census(proto: onnx.ModelProto) -> dict[str, int]:
+    """Return how many nodes of each operator a graph has, most frequent first."""
+    names, counts = np.unique([node.op_type for node in proto.graph.node], return_counts=True)
+    return dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: (-item[1], item[0])))

@@ -1,0 +1,130 @@
+"""`maekit export --verify`: is the file here, on this machine and provider, what it was when it was exported?"""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maekit import files
+from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_digests, check_external_data, load_graph
+from maekit.errors import InputError
+from maekit.exporters.parity import GATES, IMAGES, Gate, Parity, measure
+from maekit.exporters.probe import pooled_rows, probe_images, rows_from_json
+from maekit.exporters.runtime import OpenedEncoder, open_encoder
+from maekit.exporters.sampling import sample_images
+from maekit.images import Pixels
+from maekit.progress import Progress, Silent
+
+# From one machine to the next, not from PyTorch to the file: integers stay what they are, and fp16 nearly.
+_SAME = {"fp32": GATES["fp32"], "fp16": Gate("min_cosine", 0.999), "int8": Gate("min_cosine", 0.999)}
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a file does here; `--json` prints it.
+
+    Attributes:
+        path: the file.
+        provider: where it ran.
+        probe: against what it gave itself when it was exported, on made-up images.
+        parity: against PyTorch on real images, where the source of its weights was named.
+        problems: what it fails in; empty if all is well.
+    """
+
+    path: str
+    provider: str
+    probe: Parity
+    parity: Parity | None
+    problems: tuple[str, ...]
+
+
+def verify(
+    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | None = None,
+    *,
+    device: str = "auto",
+    parity: Sequence[str] = (),
+    model: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Run an exported file on a provider and hold it against what it gave when it was exported, and against PyTorch.
+
+    Needs torch only where a source is named.
+
+    Args:
+        path: the ONNX file.
+        source: of its weights, as for `export`; None compares with the recorded embeddings of made-up images alone.
+        device: `auto`, `cpu`, `cuda` or `cuda:N`.
+        parity: shards with the images to compare on; by default those of the training.
+        model: timm's name of the architecture, for a file of weights that does not tell.
+        progress: where to show how it goes on.
+
+    Raises:
+        InputError: no such file, not from maekit, a device that does not work, or a source of other weights.
+        MaekitError: the file gives other shapes, or values that are not finite.
+    """
+    path, progress = Path(path), progress or Silent()
+    external = check_external_data(path)
+    proto = load_graph(path)
+    metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
+    description = EncoderDescription.from_metadata(path, metadata, files.sha256_file(path))
+    check_digests(description, external)
+    spec: dict[str, Any] = json.loads(metadata or "{}")
+    opened = open_encoder(path, description.output, device=device)
+    progress.note(f"{path} runs on {opened.provider}")
+    problems = []
+    try:
+        precision = str(spec["precision"])
+        gate, same = GATES[precision], _SAME[precision]
+        probe = _probe(opened, description, spec["probe"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged or older than --verify: {error!r}") from error
+    if problem := same.problem(probe):
+        problems.append(f"it is not what it was when it was exported: {problem}")
+    measured = None
+    if source is not None:
+        measured = _against_pytorch(opened, proto, description, spec, os.fspath(source), parity, model, progress)
+        if problem := gate.problem(measured):
+            problems.append(f"it differs from PyTorch: {problem}")
+    elif parity:
+        raise InputError("--parity needs the source of the weights, to compute what the file must give")
+    return Verification(str(path), opened.provider, probe, measured, tuple(problems))
+
+
+def _probe(opened: OpenedEncoder, description: EncoderDescription, recorded: dict[str, Any]) -> Parity:
+    def encode(images: Pixels) -> Any:
+        return pooled_rows(opened.encode(images))
+
+    images = probe_images(description.preprocess.size)
+    return measure(encode, images, rows_from_json(recorded), provider=opened.provider)
+
+
+def _against_pytorch(
+    opened: OpenedEncoder,
+    proto: Any,
+    description: EncoderDescription,
+    spec: dict[str, Any],
+    source: str,
+    parity: Sequence[str],
+    model: str | None,
+    progress: Progress,
+) -> Parity:
+    from maekit.exporters.reference import reference_embeddings
+    from maekit.exporters.whitening import Whitening
+    from maekit.mae.loading import load_encoder
+
+    trained = load_encoder(source, model=model, on_note=progress.note)
+    recorded, here = spec["checkpoint"].get("sha256"), trained.provenance.get("sha256")
+    if recorded != here:
+        raise InputError(f"{description.path} was exported from other weights ({recorded}) than {source} has ({here})")
+    images = sample_images(parity or trained.shards, description.preprocess, IMAGES)
+    expected = reference_embeddings(
+        trained,
+        images,
+        pool=description.pool,
+        normalize=description.normalize,
+        whitening=Whitening.from_graph(proto, description.path.parent, spec.get("whitening")),
+    )
+    return measure(opened.encode, images, expected, provider=opened.provider)

@@ -1,0 +1,146 @@
+"""The exported ONNX file as a contract: its names, what it says of itself, what is checked before it is loaded.
+
+Needs no torch; onnx itself is imported for the rare file that keeps its weights in a second one.
+"""
+
+import json
+import mmap
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from maekit import files
+from maekit.errors import InputError
+from maekit.images import Preprocess
+
+METADATA_KEY = "maekit"
+INPUT = "images"
+EMBEDDINGS, TOKENS = "embeddings", "tokens"
+# The key under which every external tensor keeps the name of its file (onnx.proto, TensorProto.external_data). The
+# bytes of a string stand together in a protobuf, so a file without them has no external tensor.
+_LOCATION = b"location"
+
+
+@dataclass(frozen=True)
+class EncoderDescription:
+    """What an exported file says of itself.
+
+    Attributes:
+        path: the file.
+        sha256: its digest, hexadecimal: it names the model in every output.
+        preprocess: from a decoded image to the input.
+        dim: length of an embedding.
+        pool: how tokens become an embedding; `tokens` are not pooled.
+        normalize: whether embeddings have unit length.
+        external: digest of each file of weights beside it, by name.
+    """
+
+    path: Path
+    sha256: str
+    preprocess: Preprocess
+    dim: int
+    pool: str
+    normalize: bool
+    external: dict[str, str]
+
+    @property
+    def output(self) -> str:
+        """Name of the graph's output."""
+        return TOKENS if self.pool == "tokens" else EMBEDDINGS
+
+    @classmethod
+    def from_metadata(cls, path: Path, metadata: str | None, sha256: str) -> "EncoderDescription":
+        """Read what `maekit export` wrote into the metadata of a file.
+
+        Raises:
+            InputError: it is not from maekit, or its metadata is damaged.
+        """
+        if metadata is None:
+            raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
+        try:
+            spec = json.loads(metadata)
+            return cls(
+                path,
+                sha256,
+                Preprocess.from_json(spec["preprocess"]),
+                int(spec["dim"]),
+                str(spec["pool"]),
+                bool(spec["normalize"]),
+                {str(name): str(digest) for name, digest in spec.get("external_data", {}).items()},
+            )
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, InputError) as error:
+            raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error
+
+
+def check_external_data(path: Path) -> list[Path]:
+    """Return the files in which a model keeps its weights, each of them a plain file beside it; usually none.
+
+    ONNX Runtime itself refuses names that lead out and symbolic links, and follows hard links.
+
+    Raises:
+        InputError: the file cannot be read, is no ONNX file, or names something that it must not.
+    """
+    try:
+        with open(path, "rb") as file:
+            if not file.seek(0, 2):
+                raise InputError(f"{path} is no ONNX file: it is empty")
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                if content.find(_LOCATION) < 0:
+                    return []
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    found = []
+    for name in dict.fromkeys(_locations(load_graph(path))):
+        beside = path.parent / name
+        if not name or name != Path(name).name or name in (".", ".."):
+            raise InputError(f"{path} keeps weights in {name!r}, which is no name of a file beside it")
+        try:
+            there = beside.lstat()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} keeps weights in {name!r}, and there is no such file beside it") from error
+        if not stat.S_ISREG(there.st_mode) or there.st_nlink != 1:
+            raise InputError(f"{path} keeps weights in {name!r}, which is a link or no plain file")
+        found.append(beside)
+    return found
+
+
+def check_digests(description: EncoderDescription, external: list[Path]) -> None:
+    """See that the files of weights beside a model are those it was exported with.
+
+    Raises:
+        InputError: one of them is not.
+    """
+    for file in external:
+        if files.sha256_file(file) != description.external.get(file.name):
+            raise InputError(f"{file} is not the file that {description.path} was exported with")
+
+
+def load_graph(path: Path) -> Any:
+    """Return the graph of an ONNX file as onnx's ModelProto; tensors in other files stay there.
+
+    Raises:
+        InputError: the file cannot be read or is no ONNX file.
+    """
+    import onnx
+
+    try:
+        proto = onnx.load(path, load_external_data=False)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except Exception as error:  # protobuf's decode error has no public name
+        raise InputError(f"{path} is no ONNX file: {str(error).splitlines()[0]}") from error
+    if not proto.graph.node:
+        raise InputError(f"{path} is no ONNX file: it holds no graph")
+    return proto
+
+
+def _locations(message: Any) -> Iterator[str]:
+    """Yield the names of all files that tensors anywhere in a protobuf message lie in."""
+    if message.DESCRIPTOR.name == "TensorProto":
+        yield from (entry.value for entry in message.external_data if entry.key == "location")
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if hasattr(value, "__iter__") else (value,):
+                yield from _locations(part)

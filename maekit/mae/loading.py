@@ -1,0 +1,195 @@
+"""Models built and filled with the weights of a source: to export, to reconstruct with, to start a training from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from maekit import runs
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, PretrainConfig
+from maekit.errors import InputError
+from maekit.images import Preprocess
+from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
+from maekit.mae.encoder import DEFAULT_MODEL, build_encoder, timm_arguments
+from maekit.mae.sources import (
+    TIMM_NAMES,
+    TIMM_PREFIX,
+    Note,
+    create_timm,
+    fetch_timm,
+    read_source,
+    timm_preprocess,
+    without_head,
+)
+from maekit.mae.weights import load_strictly, read_safetensors
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder that is ready for use, and what is known of it.
+
+    Attributes:
+        encoder: on the CPU, in evaluation mode.
+        name: of the model, timm's.
+        preprocess: from a decoded image to its input.
+        arguments: with which `timm.create_model(name, …)` builds it.
+        provenance: JSON values that name the weights.
+        shards: what it was trained on, where that is known.
+    """
+
+    encoder: VisionTransformer
+    name: str
+    preprocess: Preprocess
+    arguments: dict[str, Any]
+    provenance: dict[str, Any]
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A masked autoencoder with the weights of one checkpoint.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        config: of its run.
+        checkpoint: where the weights come from.
+    """
+
+    model: MaskedAutoencoder
+    config: PretrainConfig
+    checkpoint: runs.Checkpoint
+
+
+def load_trained(path: Path, on_damage: Note = lambda text: None) -> TrainedModel:
+    """Load the model of a run (its newest valid checkpoint) or of one checkpoint directory.
+
+    Raises:
+        InputError: no run, no valid checkpoint, or weights that do not fit the run's config.
+    """
+    run, checkpoint = runs.find_checkpoint(path, on_damage)
+    config = run.config()
+    model = build_autoencoder(config.model, seed=config.seed)
+    load_strictly(model, read_safetensors(checkpoint.path / runs.MODEL), str(checkpoint.path))
+    return TrainedModel(model.eval(), config, checkpoint)
+
+
+def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> TrainedEncoder:
+    """Load the encoder that a source names.
+
+    Args:
+        name: the source; see the top of this file.
+        model: timm's name of the architecture, for a file of weights: any plain ViT, with or without a tag; a tag
+            (`vit_base_patch16_224.mae`) also says how its images are prepared. Without it, the weights tell.
+        on_note: is told of damaged checkpoints, of what is left out and of what is assumed.
+
+    Raises:
+        InputError: no such source, or it does not fit the model.
+    """
+    if name.startswith(TIMM_PREFIX):
+        if model:
+            raise InputError(f"--model {model}: {name} says itself which model it is")
+        return _published(name.removeprefix(TIMM_PREFIX))
+    source = read_source(name, model=model, on_note=on_note)
+    config = source.config()
+    config.name = config.name or DEFAULT_MODEL
+    arguments = timm_arguments(config)
+    encoder = create_timm(config.name, arguments) if source.sizes.get("is_any_vit") else build_encoder(config)
+    load_strictly(encoder, source.encoder, name)
+    set_norm_eps(encoder, source.norm_eps)
+    preprocess = source.preprocess
+    if preprocess is None:
+        on_note(f"{name} does not say how its images were normalised: taken are ImageNet's mean and std")
+        preprocess = Preprocess.for_size((config.image_size, config.image_size), IMAGENET_MEAN, IMAGENET_STD)
+    return TrainedEncoder(encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards)
+
+
+def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> tuple[MaskedAutoencoder, Preprocess]:
+    """Load the whole autoencoder that a source names, on the CPU and in evaluation mode.
+
+    Raises:
+        InputError: no such source, it holds no decoder, or it does not fit.
+    """
+    source = None if name.startswith(TIMM_PREFIX) else read_source(name, on_note=on_note)
+    if source is None or not source.decoder:
+        raise InputError(f"{name} holds no decoder")
+    config = source.config()
+    model = build_autoencoder(config, seed=0)
+    load_strictly(model.encoder, source.encoder, name)
+    load_strictly(model.decoder, source.decoder, f"the decoder of {name}")
+    set_norm_eps(model, source.norm_eps)
+    size = (config.image_size, config.image_size)
+    return model.eval(), source.preprocess or Preprocess.for_size(size, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) -> str:
+    """Give a new model the weights that `--init-from` names: the encoder's, and the decoder's where it is the same.
+
+    Args:
+        model: changed in place; its positions become the source's as well.
+        name: the source; see the top of this file.
+        config: of the model that is built.
+
+    Returns:
+        what was taken, in words.
+
+    Raises:
+        InputError: no such source, or it does not fit.
+    """
+    said = f"--init-from {name}"
+    if name.startswith(TIMM_PREFIX):
+        donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
+        load_strictly(model.encoder, without_head(donor.state_dict()), said)
+        return f"the encoder starts from {name}"
+    source = read_source(name, model=config.name)
+    load_strictly(model.encoder, source.encoder, said)
+    if not source.decoder:
+        return f"the encoder starts from {name}"
+    own = vars(config)
+    differing = [key for key in ("decoder_heads", "norm_pixel") if source.sizes.get(key, own[key]) != own[key]]
+    shapes = {key: tensor.shape for key, tensor in model.decoder.state_dict().items()}
+    if differing or shapes != {key: tensor.shape for key, tensor in source.decoder.items()}:
+        return f"the encoder starts from {name}, the decoder anew: it is not the one of these settings"
+    load_strictly(model.decoder, source.decoder, said)
+    return f"encoder and decoder start from {name}"
+
+
+def resolve_model(config: ModelConfig) -> None:
+    """Fill in what `init_from` says of the encoder and the config leaves open: name, patch size, width, depth, heads.
+
+    `timm:NAME` tells the name alone; without any source the name is the default.
+    """
+    if config.init_from is not None:
+        if config.init_from.startswith(TIMM_PREFIX):
+            config.name = config.name or config.init_from.removeprefix(TIMM_PREFIX).split(".")[0]
+        else:
+            fill_in(config, read_source(config.init_from, model=config.name).sizes)
+    config.name = config.name or DEFAULT_MODEL
+
+
+def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
+    """Take the sizes that `config` leaves open from a donor of the same name."""
+    if config.name not in (None, donor.get("name")):
+        return  # another model was asked for; whether the weights fit it shows when they are loaded
+    for name in ("name", *TIMM_NAMES):
+        if getattr(config, name) is None:
+            setattr(config, name, donor.get(name))
+
+
+def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
+    """Set the epsilon of every LayerNorm; None leaves them as they are."""
+    for part in module.modules():
+        if eps is not None and isinstance(part, torch.nn.LayerNorm):
+            part.eps = eps
+
+
+def _published(name: str) -> TrainedEncoder:
+    """Fetch published weights with timm, in the model that they were published for."""
+    encoder = fetch_timm(name, {"num_classes": 0}, f"{TIMM_PREFIX}{name}")
+    cfg = encoder.pretrained_cfg
+    arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
+    provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+    preprocess = timm_preprocess(cfg, arguments["img_size"])
+    return TrainedEncoder(encoder.eval(), name.split(".")[0], preprocess, arguments, provenance)
