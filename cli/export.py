@@ -173,8 +173,8 @@ def _verify(file: Path, source: str | None, device: str, parity: Any, model: str
     for name, figures in (("as exported", result.probe), ("as PyTorch", result.parity)):
         if figures is not None:
             print(
-                f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, smallest cosine "
-                f"{figures.min_cosine:.5f}, {figures.images} images"
+                f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, "
+                f"smallest cosine {figures.min_cosine:.5f}, {figures.images} images"
             )
     if as_json:
         print_json(dataclasses.asdict(result))

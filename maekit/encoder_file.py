@@ -142,5 +142,5 @@ def _locations(message: Any) -> Iterator[str]:
         yield from (entry.value for entry in message.external_data if entry.key == "location")
     for field, value in message.ListFields():
         if field.message_type is not None:
-            for part in value if hasattr(value, "__iter__") else (value,):
+            for part in [value] if hasattr(value, "DESCRIPTOR") else value:
                 yield from _locations(part)
