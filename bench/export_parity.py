@@ -22,7 +22,8 @@ import timm
 import torch
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.exporters.graph import POOLINGS, EmbeddingModule
+from maekit.exporters.graph import EmbeddingModule
+from maekit.exporters.options import POOLINGS
 from maekit.exporters.parity import GATES, measure
 from maekit.exporters.quantization import quantize
 from maekit.exporters.reference import reference_embeddings
@@ -52,8 +53,8 @@ def main() -> None:
             row |= one(trained, images[:half], images[half:], expected[pool], precision, opset, pool)
             rows.append(row)
             print(
-                f"{size:6} {precision} opset {opset} {pool:8} checked, {row['nodes']} nodes, {row['attention']} Attention, "
-                f"difference {row['difference']:.1e}, cosine {row['min_cosine']:.6f} / {row['mean_cosine']:.6f}, "
+                f"{size:6} {precision} opset {opset} {pool:8} checked, {row['nodes']} nodes, {row['attention']} of "
+                f"attention, difference {row['difference']:.1e}, cosine {row['min_cosine']:.6f} or more, "
                 f"{'passes' if row['passes'] else 'FAILS'}",
                 flush=True,
             )

@@ -7,7 +7,9 @@ from typing import Annotated, Any
 import typer
 
 from maekit.cli.show import make_progress, print_json
+from maekit.exporters.options import ExportOptions
 
+_DEFAULT = ExportOptions()
 _COMPUTES, _PROVES = "What it computes", "What it is held against"
 
 
@@ -27,7 +29,7 @@ def command(
             help="avg: mean of the patch tokens; cls: the class token; avg+cls: both; tokens: all patch tokens.",
             rich_help_panel=_COMPUTES,
         ),
-    ] = "avg",
+    ] = _DEFAULT.pool,
     whiten: Annotated[
         list[str] | None,
         typer.Option(
@@ -47,27 +49,27 @@ def command(
     ] = None,
     whiten_images: Annotated[
         int, typer.Option(help="Images to fit the whitening on, evenly spread.", rich_help_panel=_COMPUTES)
-    ] = 5000,
+    ] = _DEFAULT.whiten_images,
     normalize: Annotated[
         bool, typer.Option(help="Divide each embedding by its L2 norm.", rich_help_panel=_COMPUTES)
     ] = True,
     precision: Annotated[
         str, typer.Option(help="fp32; fp16, for CUDA; int8, for CPUs.", rich_help_panel=_COMPUTES)
-    ] = "fp32",
+    ] = _DEFAULT.precision,
     opset: Annotated[
         int,
         typer.Option(
             help="Of ONNX, 18 to 23; below 23 attention is written in older operators, for older runtimes.",
             rich_help_panel=_COMPUTES,
         ),
-    ] = 23,
+    ] = _DEFAULT.opset,
     format: Annotated[
         str,
         typer.Option(
             help="onnx; or timm: a directory that timm.create_model('local-dir:DIR') loads, the encoder alone.",
             rich_help_panel=_COMPUTES,
         ),
-    ] = "onnx",
+    ] = _DEFAULT.format,
     model: Annotated[
         str | None,
         typer.Option(
@@ -114,36 +116,34 @@ def command(
     """
     from maekit.errors import InputError
 
+    options = {
+        "pool": pool,
+        "normalize": normalize,
+        "whiten": tuple(whiten or ()),
+        "whiten_dim": whiten_dim,
+        "whiten_images": whiten_images,
+        "precision": precision,
+        "opset": opset,
+        "format": format,
+        "force": force,
+    }
     if verify is not None:
-        others = {"--out": out, "--whiten": whiten, "--whiten-dim": whiten_dim, "--force": force}
-        if given := [name for name, value in others.items() if value]:
-            raise InputError(f"{given[0]} does not go with --verify, which writes nothing")
+        given = [name for name, value in options.items() if value != getattr(_DEFAULT, name)] + ["out"] * (
+            out is not None
+        )
+        if given:
+            raise InputError(f"--{given[0].replace('_', '-')} does not go with --verify, which writes nothing")
         _verify(verify, source, device or "auto", parity or (), model, as_json)
         return
     if source is None or out is None:
         raise InputError("export needs a source and --out FILE: maekit export RUN --out encoder.onnx")
     if device is not None:
         raise InputError("--device is for --verify")
-    _export(
-        source,
-        out,
-        as_json,
-        pool=pool,
-        normalize=normalize,
-        whiten=tuple(whiten or ()),
-        whiten_dim=whiten_dim,
-        whiten_images=whiten_images,
-        precision=precision,
-        opset=opset,
-        format=format,
-        model=model,
-        parity=tuple(parity or ()),
-        force=force,
-    )
+    _export(source, out, as_json, model=model, parity=tuple(parity or ()), **options)
 
 
 def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
-    from maekit.exporters.export import ExportOptions, export
+    from maekit.exporters.export import export
     from maekit.files import describe_bytes
 
     progress = make_progress()
@@ -161,6 +161,8 @@ def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
             progress.note(f"kept by --force, although it differs from PyTorch: {result.warning}")
         if options["pool"] != "tokens":
             print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
+    if result.parity and not result.whitening and options["pool"] != "tokens":
+        progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
     if as_json:
         print_json(dataclasses.asdict(result))
 
@@ -176,8 +178,9 @@ def _verify(file: Path, source: str | None, device: str, parity: Any, model: str
                 f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, "
                 f"smallest cosine {figures.min_cosine:.5f}, {figures.images} images"
             )
+    if not result.problems:
+        print(f"{file} is sound on {result.provider}")
     if as_json:
         print_json(dataclasses.asdict(result))
     if result.problems:
-        raise MaekitError(f"{file} on {result.provider}: {result.problems[0]}")
-    print(f"{file} is sound on {result.provider}")
+        raise MaekitError(f"{file} on {result.provider}: {'; '.join(result.problems)}")

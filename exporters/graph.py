@@ -20,12 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from maekit.errors import InputError
+from maekit.exporters.options import OPSET_WITH_ATTENTION
 from maekit.exporters.whitening import Whitening
 from maekit.images import Preprocess
-
-POOLINGS = ("avg", "cls", "avg+cls", "tokens")
-OPSETS = (18, 19, 20, 21, 22, 23)
-_WITH_ATTENTION = 23  # the first opset that has the operator
 
 
 class EmbeddingModule(nn.Module):
@@ -55,7 +52,7 @@ class EmbeddingModule(nn.Module):
         normalize: bool = True,
         whitening: Whitening | None = None,
         half: bool = False,
-        opset: int = _WITH_ATTENTION,
+        opset: int = OPSET_WITH_ATTENTION,
     ) -> None:
         super().__init__()
         check_exportable(encoder, pool)
@@ -70,7 +67,7 @@ class EmbeddingModule(nn.Module):
         self.table = nn.Buffer(_token_table(encoder))
         self.patch_norm, self.norm_pre = encoder.patch_embed.norm, encoder.norm_pre
         self.blocks = nn.ModuleList(
-            _in_rows(block, self.tokens, fused=opset >= _WITH_ATTENTION) for block in encoder.blocks
+            _in_rows(block, self.tokens, fused=opset >= OPSET_WITH_ATTENTION) for block in encoder.blocks
         )
         self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
         if half:

@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from maekit.embedding.embedder import Embedder
     from maekit.embedding.run import EmbedConfig, embed
     from maekit.errors import MaekitError
-    from maekit.exporters.export import ExportOptions, export
+    from maekit.exporters.export import export
+    from maekit.exporters.options import ExportOptions
     from maekit.exporters.verify import verify
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EmbedConfig": "maekit.embedding.run",
     "Embedder": "maekit.embedding.embedder",
-    "ExportOptions": "maekit.exporters.export",
+    "ExportOptions": "maekit.exporters.options",
     "MaekitError": "maekit.errors",
     "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",

@@ -18,7 +18,8 @@ from PIL import Image
 import maekit
 from maekit.embedding.run import embed
 from maekit.errors import ImageError, InputError
-from maekit.exporters.export import ExportOptions, export
+from maekit.exporters.export import export
+from maekit.exporters.options import ExportOptions
 from maekit.inspection import inspect
 from maekit.shards.index import build_index
 

@@ -17,7 +17,8 @@ import maekit
 import maekit.exporters.writing as writing
 from maekit.encoder_file import METADATA_KEY, check_external_data
 from maekit.errors import InputError, MaekitError
-from maekit.exporters.export import ExportOptions, export
+from maekit.exporters.export import export
+from maekit.exporters.options import ExportOptions
 from maekit.exporters.verify import verify
 from maekit.inspection import inspect
 

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import InputError
-from maekit.exporters.graph import POOLINGS, EmbeddingModule, check_exportable
+from maekit.exporters.graph import EmbeddingModule
+from maekit.exporters.options import POOLINGS, check_exportable
 from maekit.exporters.quantization import best_range, quantize
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.exporters.whitening import Whitening

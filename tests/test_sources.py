@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 import maekit
 from maekit.config import ModelConfig
 from maekit.errors import InputError
-from maekit.exporters.export import ExportOptions, export
+from maekit.exporters.export import export
+from maekit.exporters.options import ExportOptions
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.loading import load_autoencoder, load_encoder
 from maekit.mae.sources import read_source

@@ -88,7 +88,8 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         InputError: `out` holds something that no demo made.
     """
     from maekit.embedding.run import EmbedConfig, embed
-    from maekit.exporters.export import ExportOptions, export
+    from maekit.exporters.export import export
+    from maekit.exporters.options import ExportOptions
     from maekit.runs import RunDirectory
     from maekit.training.run import pretrain
 

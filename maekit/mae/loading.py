@@ -88,11 +88,11 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     Raises:
         InputError: no such source, or it does not fit the model.
     """
-    if name.startswith(TIMM_PREFIX):
-        if model:
-            raise InputError(f"--model {model}: {name} says itself which model it is")
+    source = None if name.startswith(TIMM_PREFIX) else read_source(name, model=model, on_note=on_note)
+    if model and (source is None or source.is_named):
+        raise InputError(f"--model {model}: {name} says itself which model it is")
+    if source is None:
         return _published(name.removeprefix(TIMM_PREFIX))
-    source = read_source(name, model=model, on_note=on_note)
     config = source.config()
     config.name = config.name or DEFAULT_MODEL
     arguments = timm_arguments(config)

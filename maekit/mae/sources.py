@@ -55,6 +55,7 @@ class Source:
         norm_eps: of the LayerNorms, where it is not the published one.
         provenance: JSON values that name the weights.
         shards: what they were trained on, where that is known.
+        is_named: whether the source itself says which model it is; else its name is told or guessed from the weights.
     """
 
     encoder: dict[str, torch.Tensor]
@@ -64,6 +65,7 @@ class Source:
     norm_eps: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     shards: tuple[str, ...] = ()
+    is_named: bool = True
 
     def config(self) -> ModelConfig:
         """Return the model that these weights belong to."""
@@ -116,7 +118,8 @@ def _from_file(path: Path, model: str | None, on_note: Note) -> Source:
     description = file_description(path) if path.suffix == ".safetensors" else {}
     provenance = {"source": "file", "file": path.name, "sha256": files.sha256_file(path)}
     preprocess = None
-    if "timm_arguments" in description:
+    is_named = "timm_arguments" in description
+    if is_named:
         arguments = description["timm_arguments"]
         sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
         sizes |= {"name": description["model"], "image_size": arguments["img_size"]}
@@ -126,7 +129,8 @@ def _from_file(path: Path, model: str | None, on_note: Note) -> Source:
         sizes = _told_by_weights(path, parts, model)
         if model and "." in model:
             preprocess = timm_preprocess(_pretrained_cfg(model), sizes["image_size"])
-    return Source(_dropped(parts.encoder, on_note), parts.decoder, sizes, preprocess, None, provenance)
+    encoder = _dropped(parts.encoder, on_note)
+    return Source(encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
 
 
 def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, Any]:
