@@ -37,7 +37,7 @@ test-wheel: setup
 	rm -rf build/wheel build/lib && mkdir -p build/wheel/site build/wheel/run
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
-	cp -r tests build/wheel/run/tests && cp pyproject.toml build/wheel/run/
+	cp -r tests build/wheel/run/tests && cp pyproject.toml README.md build/wheel/run/
 	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest
 
 # The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding; an hour.

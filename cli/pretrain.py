@@ -44,7 +44,10 @@ def command(
     ] = None,
     init_from: Annotated[
         str | None,
-        _option("Start the encoder from timm:NAME (published weights), a run, or a weights file.", _MODEL),
+        _option(
+            "Start from timm:NAME (published weights), a run, a file of weights, or transformers' ViTMAE directory.",
+            _MODEL,
+        ),
     ] = None,
     epochs: Annotated[float | None, _option("Passes over the data.", _TRAINING, default=f"{DEFAULT_EPOCHS:g}")] = None,
     steps: Annotated[int | None, _option("Optimiser steps, instead of epochs.", _TRAINING)] = None,
