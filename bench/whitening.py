@@ -51,7 +51,8 @@ def main() -> None:
         print(f"{what:34} d {dim:5}  variance {variance}  kNN {100 * knn:5.1f} %  mAP {100 * found:5.1f} %", flush=True)
 
     def whitened(what: str, rows: dict[str, Rows], dims: list[int | None], fit: int) -> None:
-        add(what, rows["train"].shape[1], rows)
+        if fit == options.fit:
+            add(what, rows["train"].shape[1], rows)
         picked = np.linspace(0, len(rows["train"]) - 1, fit).astype(int)
         for dim in dims:
             made = fit_whitening([rows["train"][picked]], dim, hashlib.sha256())
@@ -62,30 +63,28 @@ def main() -> None:
     pixels = {split: np.stack([decode(d).ravel() / 255 for d in data]) for split, (data, _) in sets.items()}
     whitened("raw pixels", {k: v.astype(np.float32) for k, v in pixels.items()}, [64], options.fit)
     with tempfile.TemporaryDirectory() as folder:
-        for pool in ("avg", "cls", "avg+cls"):
-            export(options.run, f"{folder}/raw.onnx", ExportOptions(pool=pool, normalize=False))
-            rows = embedded(f"{folder}/raw.onnx", sets)
+        made_file = export(options.run, f"{folder}/raw.onnx", ExportOptions(pool="avg+cls", normalize=False))
+        both, width = embedded(made_file.path, sets), made_file.dim // 2
+        for pool, part in (("avg", slice(0, width)), ("cls", slice(width, None)), ("avg+cls", slice(None))):
+            rows = {split: values[:, part] for split, values in both.items()}
             whitened(pool, rows, dims, options.fit)
             if pool == "avg":
                 for fit in (500, 1000, 2000):
-                    picked = np.linspace(0, len(rows["train"]) - 1, fit).astype(int)
-                    made = fit_whitening([rows["train"][picked]], None, hashlib.sha256())
-                    turned = {split: values @ made.matrix.T + made.bias for split, values in rows.items()}
-                    add(f"avg, whitened on {fit}", made.dim, turned, made.explained_variance)
-        for precision in ("fp32", "fp16", "int8"):
-            for whiten in ((), (options.train,)):
-                file = f"{folder}/{precision}.onnx"
-                made_file = export(
-                    options.run,
-                    file,
-                    ExportOptions(precision=precision, whiten=whiten, whiten_images=options.fit, force=True),
-                )
-                what = f"avg, exported in {precision}{', --whiten' if whiten else ''}"
-                add(what, made_file.dim, embedded(file, sets))
-                assert made_file.parity is not None
-                table[-1]["mean_cosine"] = made_file.parity.mean_cosine
-                table[-1]["warning"] = made_file.warning
-                print(f"    mean cosine to PyTorch {made_file.parity.mean_cosine:.5f}; {made_file.warning or 'passes'}")
+                    whitened(pool, rows, [None], fit)
+        for precision, whiten in (("fp32", (options.train,)), ("int8", ()), ("int8", (options.train,))):
+            settings = ExportOptions(precision=precision, whiten=whiten, whiten_images=options.fit, force=True)
+            made_file = export(options.run, f"{folder}/{precision}.onnx", settings)
+            add(
+                f"export --precision {precision}{' --whiten' if whiten else ''}",
+                made_file.dim,
+                embedded(made_file.path, sets),
+            )
+            assert made_file.parity is not None
+            table[-1] |= {"mean_cosine": made_file.parity.mean_cosine, "warning": made_file.warning}
+            print(
+                f"    mean cosine to PyTorch {made_file.parity.mean_cosine:.5f}; {made_file.warning or 'passes'}",
+                flush=True,
+            )
     if options.json:
         options.json.write_text(json.dumps({"what": "whitening", "fit": options.fit, "rows": table}, indent=1) + "\n")
 
