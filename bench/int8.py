@@ -77,9 +77,8 @@ def main() -> None:
     rates = measured_rates(sessions, images[: options.batch], options.rounds)
     table = []
     for name, session in sessions.items():
-        figures = measure(
-            lambda batch, s=session: s.run(None, {"images": batch})[0], images, rows["fp32"], provider="CPU"
-        )
+        encode = functools.partial(once, session)
+        figures = measure(encode, images, rows["fp32"], provider="CPU")
         white, reference = (values @ whitening.matrix.T + whitening.bias for values in (rows[name], rows["fp32"]))
         row = {
             "way": name,
@@ -94,8 +93,8 @@ def main() -> None:
         }
         table.append(row)
         print(
-            f"{name:24} {row['images_per_second']:7.1f} img/s  {row['speed']:.2f} x  cosine mean {row['mean_cosine']:.5f} "
-            f"min {row['min_cosine']:.5f}  whitened {row['whitened_cosine']:.4f}  neighbours "
+            f"{name:24} {row['images_per_second']:7.1f} img/s  {row['speed']:.2f} x  cosine mean "
+            f"{row['mean_cosine']:.5f} min {row['min_cosine']:.5f}  whitened {row['whitened_cosine']:.4f}  neighbours "
             f"{row['neighbour_agreement']:.3f}  by batch {row['batch_dependence']:.0e}  {row['bytes'] / 1e6:.1f} MB"
         )
     if options.json:
@@ -142,6 +141,10 @@ def session_of(path: Path, threads: int) -> Any:
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads, settings.log_severity_level = threads, 3
     return onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
+
+
+def once(session: Any, images: Pixels) -> Any:
+    return session.run(None, {"images": images})[0]
 
 
 def run(session: Any, images: Pixels, batch: int) -> Any:
