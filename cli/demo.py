@@ -13,7 +13,8 @@ def command(
     """Run the whole loop on pictures it draws itself, in under 3 minutes on a CPU.
 
     Draws a small labelled set, packs and checks it, pre-trains a tiny ViT, exports it, embeds every picture, and
-    compares how well neighbours tell the class: by raw pixels, by the untrained encoder, and by the trained one.
+    compares how well neighbours tell the class: by raw pixels, by the untrained encoder, and by the trained one, as it is
+    and whitened.
     """
     import dataclasses
 
@@ -29,6 +30,7 @@ def command(
         ("raw pixels", result.knn_pixels),
         ("untrained encoder", result.knn_untrained),
         ("trained encoder", result.knn_trained),
+        ("trained, whitened", result.knn_whitened),
     ):
         print(f"  {name:<18} {accuracy:6.1%}  {'█' * round(accuracy * 40)}")
     print(f"\n{result.seconds:.0f} seconds")

@@ -51,7 +51,7 @@ def test_the_whole_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(2):
         result = demo.run_demo(tmp_path / "demo")
     assert result.parity <= 1e-4
-    assert all(0 <= a <= 1 for a in (result.knn_pixels, result.knn_untrained, result.knn_trained))
+    assert all(0 <= a <= 1 for a in (result.knn_pixels, result.knn_untrained, result.knn_trained, result.knn_whitened))
     for name in ("pictures", "shards", "run", "encoder.onnx", "embeddings/train/00000.parquet"):
         assert (tmp_path / "demo" / name).exists()
     (tmp_path / "mine").mkdir()

@@ -37,6 +37,7 @@ class DemoResult:
         knn_pixels: share of test pictures whose class the neighbours tell, by raw pixels.
         knn_untrained: likewise by the encoder as initialised.
         knn_trained: likewise by the trained encoder.
+        knn_whitened: likewise by the trained encoder with whitened embeddings.
         chance: what guessing gives.
         loss_first: mean loss of the first logged steps.
         loss_last: mean loss of the last logged steps.
@@ -48,6 +49,7 @@ class DemoResult:
     knn_pixels: float
     knn_untrained: float
     knn_trained: float
+    knn_whitened: float
     chance: float
     loss_first: float
     loss_last: float
@@ -120,12 +122,16 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
 
     accuracy = {"raw pixels": _accuracy(shards, _pixels)}
     parity = 0.0
-    for name, run in (("untrained encoder", untrained.out), ("trained encoder", trained.out)):
-        kind = Path(run).name.replace("run", "encoder")
-        exported = export(run, out / f"{kind}.onnx", ExportOptions(pool="cls"))
+    whitening = (str(out / "shards" / "train"),)
+    for name, run, ending, whiten in (
+        ("untrained encoder", untrained.out, "-untrained", ()),
+        ("trained encoder", trained.out, "", ()),
+        ("trained, whitened", trained.out, "-whitened", whitening),
+    ):
+        exported = export(run, out / f"encoder{ending}.onnx", ExportOptions(pool="cls", whiten=whiten))
         assert exported.parity is not None
         parity = exported.parity.max_relative_difference
-        folder = out / kind.replace("encoder", "embeddings")
+        folder = out / f"embeddings{ending}"
         for split in shards:
             embed(EmbedConfig(exported.path, (str(out / "shards" / split),), str(folder / split), device="cpu"))
         accuracy[name] = _accuracy(shards, _embeddings(folder))
@@ -136,6 +142,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         knn_pixels=accuracy["raw pixels"],
         knn_untrained=accuracy["untrained encoder"],
         knn_trained=accuracy["trained encoder"],
+        knn_whitened=accuracy["trained, whitened"],
         chance=1 / len(CLASSES),
         loss_first=rows[0]["loss"],
         loss_last=rows[-1]["loss"],
