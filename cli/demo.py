@@ -13,8 +13,8 @@ def command(
     """Run the whole loop on pictures it draws itself, in under 3 minutes on a CPU.
 
     Draws a small labelled set, packs and checks it, pre-trains a tiny ViT, exports it, embeds every picture, and
-    compares how well neighbours tell the class: by raw pixels, by the untrained encoder, by the trained one, and by the trained
-    one with whitened embeddings.
+    compares how well neighbours tell the class: by raw pixels, by the untrained encoder, by the trained one, and by
+    the trained one with whitened embeddings.
     """
     import dataclasses
 
