@@ -5,8 +5,8 @@
 Embeddings come from exported files. The whitening is fitted without labels on images of the training shards, evenly
 spread. kNN: share of test images whose 20 nearest training images (cosine, temperature 0.07) vote for their class.
 Retrieval, of test images that look for their class among the other test images: the share of right ones among the first
-10 (P@10), and the mean average precision over all of them (mAP), which is about the far end of the list as well. The last
-rows are files as `maekit export --whiten` writes them, in each precision. Raw pixels stand beside.
+10 (P@10), and the mean average precision over all of them (mAP), which is about the far end of the list as well. The
+last rows are files as `maekit export --whiten` writes them, in each precision. Raw pixels stand beside.
 """
 
 import argparse

@@ -145,9 +145,11 @@ def command(
 def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from maekit.exporters.export import export
     from maekit.files import describe_bytes
+    from maekit.signals import stop_on_signal
 
     progress = make_progress()
-    result = export(source, out, ExportOptions(**options), progress=progress)
+    with stop_on_signal(_interrupt):
+        result = export(source, out, ExportOptions(**options), progress=progress)
     size = describe_bytes(result.bytes)
     if result.parity is None:
         print(f"{result.path}: {size}, dim {result.dim}; timm.create_model('local-dir:{result.path}', pretrained=True)")
@@ -165,6 +167,11 @@ def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
         progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
     if as_json:
         print_json(dataclasses.asdict(result))
+
+
+def _interrupt() -> None:
+    """End a SIGTERM as Ctrl-C ends: what is unfinished is removed."""
+    raise KeyboardInterrupt
 
 
 def _verify(file: Path, source: str | None, device: str, parity: Any, model: str | None, as_json: bool) -> None:

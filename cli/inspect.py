@@ -50,11 +50,13 @@ def _print(description: dict[str, Any], indent: int = 0) -> None:
     """Print nested values, one a line; short tables of numbers on one line."""
     width = max((len(key) for key in description), default=0)
     for key, value in description.items():
+        key = _plain(key)
         label = " " * indent + f"{key:<{width}}  "
         if isinstance(value, list) and value and isinstance(value[0], dict):
             print(" " * indent + key)
             for item in value:
-                print(" " * (indent + 2) + (_checkpoint(item) if "problem" in item else _plain(item)))
+                is_checkpoint = isinstance(item, dict) and {"step", "problem"} <= set(item)
+                print(" " * (indent + 2) + (_checkpoint(item) if is_checkpoint else _plain(item)))
         elif isinstance(value, dict) and value and not _is_short(value):
             print(" " * indent + key)
             _print(value, indent + 2)
@@ -79,4 +81,5 @@ def _plain(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "–" if value is None else str(value)
+    # A file's own words may hold what moves the cursor or sets the title of a terminal.
+    return "–" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))

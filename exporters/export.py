@@ -10,6 +10,7 @@ import onnx
 import torch
 
 import maekit
+from maekit import files
 from maekit.encoder_file import EMBEDDINGS, METADATA_KEY, TOKENS
 from maekit.errors import InputError, MaekitError
 from maekit.exporters.graph import EmbeddingModule, check_exportable
@@ -20,7 +21,7 @@ from maekit.exporters.quantization import quantize
 from maekit.exporters.reference import reference_embeddings
 from maekit.exporters.runtime import open_encoder
 from maekit.exporters.sampling import Sample, sample_images
-from maekit.exporters.timm_format import write_timm
+from maekit.exporters.timm_format import refuse_foreign_directory, write_timm
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.exporters.whitening import Whitening, fit_whitening
 from maekit.exporters.writing import ModelFile, new_model
@@ -71,18 +72,21 @@ def export(
         progress: where to show how it goes on.
 
     Raises:
-        InputError: no such model, no images to compare on, or an impossible option.
+        InputError: no such model, no images to compare on, an impossible option, or a place that is not writable.
         MaekitError: the file differs from PyTorch by more than its precision may; none is left behind.
     """
     options, progress, out = options or ExportOptions(), progress or Silent(), Path(out)
     options.validate()
     if options.format == "onnx" and (out.is_dir() or out.suffix != ".onnx"):
         raise InputError(f"--out {out}: must name a file that ends in .onnx")
+    if options.format == "timm":
+        refuse_foreign_directory(out)
+    files.require_writable(out.parent)
     trained = load_encoder(os.fspath(source), model=options.model, on_note=progress.note)
     check_exportable(trained.encoder, options.pool)
     images = _comparison_images(trained, options)
     if options.format == "timm":
-        written = write_timm(trained, out, images)
+        written = write_timm(trained, out, images, progress.note)
         size = sum(file.stat().st_size for file in written)
         return ExportResult(str(out), trained.encoder.embed_dim, None, size, {})
     whitening = _fit(trained, options, progress) if options.whiten else None
@@ -150,7 +154,12 @@ def _write(
     if options.precision == "int8":
         progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")
         proto = quantize(proto, images[:_CALIBRATION_IMAGES])
-        images = images[_CALIBRATION_IMAGES:] if len(images) > 2 * _CALIBRATION_IMAGES else images
+        if len(images) >= 2 * _CALIBRATION_IMAGES:
+            images = images[_CALIBRATION_IMAGES:]
+        else:
+            progress.note(f"only {len(images)} images: int8 is compared on those it is calibrated on as well")
+    elif len(images) < IMAGES:
+        progress.note(f"compared on {len(images)} images only, there are no more")
     expected = reference_embeddings(
         trained, images, pool=options.pool, normalize=options.normalize, whitening=whitening
     )

@@ -59,12 +59,14 @@ class ExportOptions:
             raise InputError(f"--whiten-dim {self.whiten_dim}: needs --whiten SHARDS, to fit the whitening on")
         if self.whiten_dim is not None and self.whiten_dim < 1:
             raise InputError(f"--whiten-dim {self.whiten_dim}: must be at least 1")
+        if self.whiten_images != ExportOptions.whiten_images and not self.whiten:
+            raise InputError(f"--whiten-images {self.whiten_images}: needs --whiten SHARDS, to take them from")
         if self.whiten_images < 2:
             raise InputError(f"--whiten-images {self.whiten_images}: must be at least 2")
         if self.whiten and self.pool == "tokens":
             raise InputError("--whiten is for embeddings; --pool tokens gives tokens")
         if self.format == "timm":
-            changed = ("pool", "normalize", "whiten", "precision", "opset")
+            changed = ("pool", "normalize", "whiten", "precision", "opset", "force")
             for name in changed:
                 if getattr(self, name) != getattr(ExportOptions, name):
                     raise InputError(f"--{name} is not for --format timm, which writes the encoder alone in fp32")

@@ -11,6 +11,7 @@ layer's output on average is taken out of its bias (Nagel et al. 2019, "Data-Fre
 Equalization and Bias Correction", section 4.2): embeddings would all move in one direction, which whitening magnifies.
 """
 
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from maekit.encoder_file import INPUT
+from maekit.errors import InputError
 from maekit.exporters.whitening import MATRIX
 from maekit.exporters.writing import new_model
 from maekit.images import Pixels
@@ -32,7 +34,8 @@ from maekit.providers import open_cpu
 _WEIGHT_LIMIT = 63
 _LEVELS = 255
 _VALUES = 200_000  # of each tensor, enough for its range
-_BATCH = 16
+_BATCH = 2  # all inner tensors of so many images are held at a time: 0.3 GB for ViT-L
+_MAX_BIAS = 2.0**30  # of int32, with room for the sum it is added to
 
 Floats = NDArray[np.float32]
 Means = NDArray[np.float64]
@@ -61,9 +64,14 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
     Args:
         proto: of an fp32 encoder, as `to_onnx` gives it.
         images: to calibrate on, uint8 `[n, H, W, 3]`.
+
+    Raises:
+        InputError: the graph has linear layers of another form.
     """
     activations = _observe(proto, images)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
+    if any(node.op_type == "MatMul" and node.input[1] in weights for node in proto.graph.node):
+        raise InputError("--precision int8: this model has blocks whose linear layers are not known here")
     casts = _casts(proto)
     nodes: list[Any] = []
     tensors: list[Any] = []
@@ -116,8 +124,11 @@ def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
     for batch in _run(proto, inputs, images):
         for name, values in batch.items():
             flat = values.ravel()
-            # Evenly spread ones, and always the extremes.
-            picked[name] += [flat[:: max(1, len(flat) // share)], np.array([flat.min(), flat.max()])]
+            # Evenly spread ones, over all channels, and always the extremes.
+            step = max(1, len(flat) // share)
+            while math.gcd(step, values.shape[-1]) > 1:
+                step += 1
+            picked[name] += [flat[::step].copy(), np.array([flat.min(), flat.max()])]
     steps = {name: _steps(*best_range(np.concatenate(parts))) for name, parts in picked.items()}
     steps |= dict.fromkeys(set(inputs) & set(_casts(proto)), (1.0, 0))  # patches are bytes already: exact
     count, sums = dict.fromkeys(inputs, 0), {name: [0.0, 0.0] for name in inputs}
@@ -132,7 +143,7 @@ def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
 
 
 def _steps(low: float, high: float) -> tuple[float, int]:
-    scale = max((high - low) / _LEVELS, 1e-12)
+    scale = (high - low) / _LEVELS or 1.0
     return scale, int(np.clip(round(-low / scale), 0, _LEVELS))
 
 
@@ -183,13 +194,15 @@ def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple
     matrix = numpy_helper.to_array(weights[node.input[1]]).T  # [N, K] -> [K, N]
     has_bias = len(node.input) > 2 and node.input[2]
     bias = numpy_helper.to_array(weights[node.input[2]]) if has_bias else np.zeros(matrix.shape[1], np.float32)
-    scales = np.maximum(np.abs(matrix).max(axis=0) / _WEIGHT_LIMIT, 1e-12).astype(np.float32)
+    # Weights that are next to nothing are given up rather than their bias, which is an integer in their unit.
+    shift = np.abs(bias) + np.abs(x.mean @ matrix.astype(np.float64))
+    smallest = np.maximum(shift / (_MAX_BIAS * x.scale), 1e-30)
+    scales = np.maximum(np.abs(matrix).max(axis=0) / _WEIGHT_LIMIT, smallest).astype(np.float32)
     integers = np.rint(matrix / scales).astype(np.int8)
     moved = x.mean @ matrix.astype(np.float64) - x.rounded_mean @ (integers * scales.astype(np.float64))
     # The bias is added to integer sums, whose unit is the product of both scales.
     bias_scales = (scales * np.float32(x.scale)).astype(np.float32)
-    bound = np.iinfo(np.int32).max // 2
-    bias_integers = np.clip(np.rint((bias + moved) / bias_scales), -bound, bound).astype(np.int32)
+    bias_integers = np.rint((bias + moved) / bias_scales).astype(np.int32)
     nodes, tensors, inputs = [], [], [_dequantized(node.input[0])]
     name = node.input[1].removesuffix(".weight")
     for kind, values, scale, axis in (("weight", integers, scales, 1), ("bias", bias_integers, bias_scales, 0)):

@@ -1,7 +1,7 @@
 """`maekit export --format timm`: a directory that timm loads, `timm.create_model("local-dir:DIR", pretrained=True)`."""
 
+import contextlib
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -12,42 +12,60 @@ import torch
 from maekit import files
 from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels
-from maekit.mae.loading import TrainedEncoder
+from maekit.mae.loading import TrainedEncoder, norm_eps, set_norm_eps
+from maekit.mae.sources import Note
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_timm(trained: TrainedEncoder, out: Path, images: Pixels) -> list[Path]:
+def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note = lambda text: None) -> list[Path]:
     """Write an encoder as timm's hub keeps it, once timm loads it and gives the same tokens.
 
     Args:
         trained: the encoder.
         out: the directory; it may be there, and hold an earlier export.
         images: to compare on, uint8 `[n, H, W, 3]`.
+        on_note: is told what timm's format cannot say.
 
     Returns:
         the files.
 
     Raises:
-        InputError: the directory holds something else.
         MaekitError: timm does not load it, or what it loads differs; the disk is full.
     """
-    if out.exists() and (not out.is_dir() or {path.name for path in out.iterdir()} - {CONFIG, WEIGHTS}):
-        raise InputError(f"--out {out}: must be a new directory, or one of an earlier `export --format timm`")
     config = json.dumps(_config(trained), indent=2).encode()
     tensors = {name: tensor.detach().contiguous() for name, tensor in trained.encoder.state_dict().items()}
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Path(folder)
-        (trial / CONFIG).write_bytes(config)
-        (trial / WEIGHTS).write_bytes(weights)
-        _compare(trained, trial, images)
-        shutil.rmtree(trial)
-        trial.mkdir()
-    # The weights first: a directory with a config is one that can be loaded.
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            for name, data in ((CONFIG, config), (WEIGHTS, weights)):
+                (Path(folder) / name).write_bytes(data)
+            _compare(trained, Path(folder), images, on_note)
+    except OSError as error:
+        raise files.write_failure(Path(error.filename or tempfile.gettempdir()), error) from error
+    # The config last, and none in between: a directory with a config is one that can be loaded.
+    with contextlib.suppress(FileNotFoundError):
+        (out / CONFIG).unlink()
     files.write_atomically(out / WEIGHTS, weights)
     files.write_atomically(out / CONFIG, config)
     return [out / CONFIG, out / WEIGHTS]
+
+
+def refuse_foreign_directory(out: Path) -> None:
+    """See that a directory is new, or an earlier export of maekit's.
+
+    Raises:
+        InputError: it holds something else.
+    """
+    if not out.exists():
+        return
+    there = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} if out.is_dir() else {""}
+    try:
+        own = not there or "maekit" in json.loads((out / CONFIG).read_bytes())
+    except (OSError, ValueError, TypeError):
+        own = False
+    if not own or there - {CONFIG, WEIGHTS}:
+        raise InputError(f"--out {out}: must be a new directory, or one of an earlier `export --format timm`")
 
 
 def _config(trained: TrainedEncoder) -> dict[str, Any]:
@@ -63,7 +81,7 @@ def _config(trained: TrainedEncoder) -> dict[str, Any]:
             "fixed_input_size": True,
             "interpolation": preprocess.interpolation,
             "crop_pct": preprocess.size[0] / preprocess.resize[0],
-            "crop_mode": "center",
+            "crop_mode": preprocess.crop_mode,
             "mean": list(preprocess.mean),
             "std": list(preprocess.std),
             "num_classes": 0,
@@ -76,13 +94,17 @@ def _config(trained: TrainedEncoder) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _compare(trained: TrainedEncoder, folder: Path, images: Pixels) -> None:
+def _compare(trained: TrainedEncoder, folder: Path, images: Pixels, on_note: Note) -> None:
     import timm
 
     try:
         loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # whatever timm raises
         raise MaekitError(f"timm cannot load what was exported: {error}") from error
+    eps, theirs = (norm_eps(module) for module in (trained.encoder, loaded))
+    if eps != theirs:
+        on_note(f"this model has a LayerNorm epsilon of {eps}, which timm's config cannot say: timm takes {theirs}")
+        set_norm_eps(loaded, eps)
     pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2).float() / 255
     if not torch.equal(loaded.forward_features(pixels), trained.encoder.forward_features(pixels)):
         raise MaekitError("what timm loads from the exported directory gives other tokens; nothing is written")

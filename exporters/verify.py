@@ -14,6 +14,7 @@ from maekit.exporters.parity import GATES, IMAGES, Gate, Parity, measure
 from maekit.exporters.probe import pooled_rows, probe_images, rows_from_json
 from maekit.exporters.runtime import OpenedEncoder, open_encoder
 from maekit.exporters.sampling import sample_images
+from maekit.exporters.whitening import Whitening
 from maekit.images import Pixels
 from maekit.progress import Progress, Silent
 
@@ -78,18 +79,26 @@ def verify(
     try:
         precision = str(spec["precision"])
         gate, same = GATES[precision], _SAME[precision]
+        recorded = spec["checkpoint"].get("sha256")
+        whitening = Whitening.from_graph(proto, path.parent, spec["whitening"])
+        dims = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
+        if dims[1:3] != list(description.preprocess.size):
+            raise ValueError(f"images of {description.preprocess.size}, and the graph takes {dims[1:3]}")
         probe = _probe(opened, description, spec["probe"])
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged or older than --verify: {error!r}") from error
     if problem := same.problem(probe):
         problems.append(f"it is not what it was when it was exported: {problem}")
     measured = None
     if source is not None:
-        measured = _against_pytorch(opened, proto, description, spec, os.fspath(source), parity, model, progress)
+        measured = _against_pytorch(
+            opened, description, recorded, whitening, os.fspath(source), parity, model, progress
+        )
         if problem := gate.problem(measured):
             problems.append(f"it differs from PyTorch: {problem}")
-    elif parity:
-        raise InputError("--parity needs the source of the weights, to compute what the file must give")
+    elif parity or model:
+        option = "--parity" if parity else "--model"
+        raise InputError(f"{option} needs the source of the weights, to compute what the file must give")
     return Verification(str(path), opened.provider, probe, measured, tuple(problems))
 
 
@@ -103,20 +112,19 @@ def _probe(opened: OpenedEncoder, description: EncoderDescription, recorded: dic
 
 def _against_pytorch(
     opened: OpenedEncoder,
-    proto: Any,
     description: EncoderDescription,
-    spec: dict[str, Any],
+    recorded: str | None,
+    whitening: Whitening | None,
     source: str,
     parity: Sequence[str],
     model: str | None,
     progress: Progress,
 ) -> Parity:
     from maekit.exporters.reference import reference_embeddings
-    from maekit.exporters.whitening import Whitening
     from maekit.mae.loading import load_encoder
 
     trained = load_encoder(source, model=model, on_note=progress.note)
-    recorded, here = spec["checkpoint"].get("sha256"), trained.provenance.get("sha256")
+    here = trained.provenance.get("sha256")
     if recorded != here:
         raise InputError(f"{description.path} was exported from other weights ({recorded}) than {source} has ({here})")
     images = sample_images(parity or trained.shards, description.preprocess, IMAGES)
@@ -125,6 +133,6 @@ def _against_pytorch(
         images,
         pool=description.pool,
         normalize=description.normalize,
-        whitening=Whitening.from_graph(proto, description.path.parent, spec.get("whitening")),
+        whitening=whitening,
     )
     return measure(opened.encode, images, expected, provider=opened.provider)

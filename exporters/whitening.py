@@ -93,6 +93,8 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
         count, total, products = count + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
     if count < 2:
         raise InputError(f"--whiten needs at least 2 readable images, there is {count}")
+    if not np.isfinite(products).all():
+        raise InputError("--whiten: the model gives values that are not finite")
     mean = total / count
     variances, directions = np.linalg.eigh(products / count - np.outer(mean, mean))
     variances, directions = variances[::-1], directions[:, ::-1]  # largest first

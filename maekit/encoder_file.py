@@ -21,6 +21,8 @@ EMBEDDINGS, TOKENS = "embeddings", "tokens"
 # The key under which every external tensor keeps the name of its file (onnx.proto, TensorProto.external_data). The
 # bytes of a string stand together in a protobuf, so a file without them has no external tensor.
 _LOCATION = b"location"
+# What metadata of another kind than expected leads to.
+_MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class EncoderDescription:
                 bool(spec["normalize"]),
                 {str(name): str(digest) for name, digest in spec.get("external_data", {}).items()},
             )
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, InputError) as error:
+        except (*_MALFORMED, InputError) as error:
             raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error
 
 

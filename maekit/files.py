@@ -8,6 +8,7 @@ import itertools
 import os
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -27,6 +28,20 @@ def fsync_directory(directory: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def require_writable(directory: Path) -> None:
+    """See that a file can be made in a directory, which is made if need be; before long work whose result goes there.
+
+    Raises:
+        InputError: it cannot; names the directory.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
 def fsync_file(path: Path) -> None:

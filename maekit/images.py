@@ -47,6 +47,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_LARGEST_SIDE = 16384
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 CROP_DRAWS = 22
@@ -68,6 +69,11 @@ class Preprocess:
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         interpolation: `bicubic` or `bilinear`, antialiased, by Pillow.
+        crop_mode: `center`, as above; `squash` resizes to `resize` exactly, whatever the image's proportions, before it
+            is cut (timm's name for it).
+
+    Raises:
+        InputError: impossible values.
     """
 
     size: tuple[int, int]
@@ -75,10 +81,20 @@ class Preprocess:
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     interpolation: str = "bicubic"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        if self.interpolation not in _RESAMPLING:
-            raise InputError(f"interpolation {self.interpolation!r}: must be one of {', '.join(_RESAMPLING)}")
+        for name, value, allowed in (
+            ("interpolation", self.interpolation, _RESAMPLING),
+            ("crop mode", self.crop_mode, ("center", "squash")),
+        ):
+            if value not in allowed:
+                raise InputError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+        if not all(0 < side <= covered <= _LARGEST_SIDE for side, covered in zip(self.size, self.resize, strict=True)):
+            raise InputError(f"images resized to {self.resize} and cut to {self.size}: impossible sizes")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                raise InputError(f"{name} {values}: must be three finite numbers, those of std greater than 0")
 
     @classmethod
     def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocess":
@@ -108,6 +124,8 @@ class Preprocess:
         covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
         if covered[0] * covered[1] > MAX_PIXELS:
             raise ImageError("too_large", f"{image.width} x {image.height} pixels: too long for {width} x {height}")
+        if self.crop_mode == "squash":
+            covered = (self.resize[1], self.resize[0])
         resized = image.resize(covered, _RESAMPLING[self.interpolation])
         left, top = round((covered[0] - width) / 2.0), round((covered[1] - height) / 2.0)
         return np.asarray(resized.crop((left, top, left + width, top + height)))
@@ -120,7 +138,8 @@ class Preprocess:
     def from_json(cls, spec: dict[str, Any]) -> "Preprocess":
         """Return the spec from what `to_json` gave."""
         size, resize = (int(spec["size"][0]), int(spec["size"][1])), (int(spec["resize"][0]), int(spec["resize"][1]))
-        return cls(size, resize, tuple(spec["mean"]), tuple(spec["std"]), spec["interpolation"])
+        mean, std = (tuple(float(value) for value in spec[name]) for name in ("mean", "std"))
+        return cls(size, resize, mean, std, str(spec["interpolation"]), str(spec.get("crop_mode", "center")))
 
 
 def decode(data: bytes) -> Pixels:

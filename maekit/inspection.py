@@ -88,7 +88,7 @@ def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
         "inputs": {value.name: _tensor_type(value) for value in proto.graph.input},
         "outputs": {value.name: _tensor_type(value) for value in proto.graph.output},
         "nodes": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
-        "maekit": own,
+        "maekit": own if isinstance(own, dict) or own is None else f"damaged: {str(own)[:60]!r}",
     }
     return {**description, "providers": _providers(path)} if providers else description
 
@@ -118,7 +118,7 @@ def _by_provider(opened: "Opened") -> dict[str, dict[str, int]]:
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"damaged: {text[:60]!r}"
 
 
@@ -126,7 +126,8 @@ def _tensor_type(value: Any) -> str:
     import onnx
 
     tensor = value.type.tensor_type
-    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower()
+    known = onnx.TensorProto.DataType.values()
+    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if tensor.elem_type in known else "unknown"
     shape = [d.dim_param or str(d.dim_value) for d in tensor.shape.dim]
     return f"{name} [{', '.join(shape)}]"
 

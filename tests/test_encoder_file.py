@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -267,3 +268,105 @@ def test_tokens_are_not_embedded(trained: Path, tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(tmp_path / "t.onnx", providers=["CPUExecutionProvider"])
     (tokens,) = session.run(["tokens"], {"images": np.zeros((2, 32, 32, 3), np.uint8)})
     np.testing.assert_allclose(np.linalg.norm(tokens, axis=-1), 1, atol=1e-5)
+
+
+def test_weights_that_another_model_needs_stay(trained: Path, divided: Path, monkeypatch) -> None:
+    """A copy of the file beside it names the same weights."""
+    shutil.copy(divided, divided.with_name("copy.onnx"))
+    export(trained / "run" / "checkpoints" / "step-000000006", divided)
+    maekit.Embedder(divided.with_name("copy.onnx"), device="cpu")
+    assert len(list(divided.parent.glob("*.data"))) == 2
+    divided.with_name("copy.onnx").unlink()
+    # An export that fails while another one to the same name has finished takes nothing from it.
+    original = writing.files.atomic_file
+
+    def interrupted(path, **options):
+        if path == divided:
+            raise MaekitError("interrupted")
+        return original(path, **options)
+
+    monkeypatch.setattr(writing.files, "atomic_file", interrupted)
+    with pytest.raises(MaekitError, match="interrupted"):
+        export(trained / "run" / "checkpoints" / "step-000000006", divided)
+    maekit.Embedder(divided, device="cpu")
+
+
+def test_what_a_killed_export_left_is_removed_in_time(trained: Path, tmp_path: Path) -> None:
+    left = [tmp_path / ".e.onnx.77.0.tmp", tmp_path / "e-0123456789abcdef.onnx.data"]
+    others = [tmp_path / ".f.onnx.77.0.tmp", tmp_path / "e-mine.onnx.data", tmp_path / "e.onnx.data"]
+    for path in (*left, *others):
+        path.write_bytes(b"x")
+    export(trained / "run", tmp_path / "e.onnx")
+    assert all(path.exists() for path in left)  # it may be at work yet
+    for path in (*left, *others):
+        os.utime(path, (0, 0))
+    export(trained / "run", tmp_path / "e.onnx")
+    assert not any(path.exists() for path in left)
+    assert all(path.exists() for path in others)
+
+
+def test_a_terminated_export_leaves_nothing(trained: Path, tmp_path: Path, python: list[str]) -> None:
+    code = (
+        "import os, signal, maekit.exporters.export as module; from maekit.cli.app import main; import sys; "
+        "module.measure = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM); "
+        f"sys.argv = ['maekit', 'export', {str(trained / 'run')!r}, '--out', 'e.onnx']; main()"
+    )
+    done = subprocess.run([*python, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def metadata(change) -> object:
+    def edit(proto) -> None:
+        entry = proto.metadata_props[0]
+        spec = json.loads(entry.value)
+        entry.value = change if isinstance(change, str) else json.dumps({**spec, **change})
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "[" * 100_000,
+        "[1]",
+        "nonsense",
+        {"dim": float("inf")},
+        {"preprocess": None},
+        {"preprocess": {"size": [float("inf"), 1]}},
+        {"preprocess": {"size": [30000, 30000], "resize": [30000, 30000], "mean": [0] * 3, "std": [1] * 3}},
+        {"checkpoint": "x"},
+        {"checkpoint": None},
+        {"whitening": {}},
+        {"whitening": "x"},
+        {"probe": {"shape": [8, 32], "float32": "AAAA"}},
+        {"probe": {"shape": [8, 32], "float32": "%%"}},
+        {"precision": "fp4"},
+    ],
+    ids=lambda change: str(change)[:40],
+)
+def test_metadata_of_another_kind(trained: Path, tmp_path: Path, change, capsys) -> None:
+    """Every command says so in one line, whatever stands there."""
+    path = edited(trained / "encoder.onnx", tmp_path / "e.onnx", metadata(change))
+    with pytest.raises(InputError, match=METADATA_KEY):
+        verify(path, trained / "run", device="cpu")
+    inspect(str(path))
+    if isinstance(change, str) or {"dim", "preprocess"} & set(change):
+        with pytest.raises(InputError, match=METADATA_KEY):
+            maekit.Embedder(path, device="cpu")
+
+
+def test_inspect_of_odd_files(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from maekit.cli.inspect import command
+
+    odd = ['[{"a": 1}, 2]', '[{"problem": 1}]', json.dumps({"model": "\x1b]0;owned\x07", "\x1b[2J": 1}), "[" * 9000]
+    for number, text in enumerate(odd):
+        command(str(edited(trained / "encoder.onnx", tmp_path / f"{number}.onnx", metadata(text))), as_json=False)
+    assert "\x1b" not in capsys.readouterr().out
+
+    def of_type_99(proto) -> None:
+        proto.graph.input[0].type.tensor_type.elem_type = 99
+
+    described = inspect(str(edited(trained / "encoder.onnx", tmp_path / "t.onnx", of_type_99)))
+    assert described["inputs"]["images"].startswith("unknown")

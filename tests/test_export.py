@@ -159,6 +159,8 @@ def test_whitening_leaves_out_what_has_no_variance() -> None:
     assert fit_whitening([rows[:4]], None, hashlib.sha256()).dim == 3
     with pytest.raises(InputError, match="vary in 3 directions"):
         fit_whitening([rows[:4]], 4, hashlib.sha256())
+    with pytest.raises(InputError, match="not finite"):
+        fit_whitening([np.full((5, 3), np.nan, np.float32)], None, hashlib.sha256())
     with pytest.raises(InputError, match="all the same"):
         fit_whitening([np.ones((5, 3), np.float32)], None, hashlib.sha256())
     with pytest.raises(InputError, match="at least 2 readable images"):
@@ -262,6 +264,8 @@ def test_samples_are_spread_and_skip_what_cannot_be_read(tmp_path: Path) -> None
         ({"whiten_dim": 5}, "--whiten-dim 5: needs --whiten SHARDS"),
         ({"whiten": ("x",), "whiten_dim": 0}, "must be at least 1"),
         ({"whiten": ("x",), "whiten_images": 1}, "--whiten-images 1"),
+        ({"whiten_images": 100}, "--whiten-images 100: needs --whiten SHARDS"),
+        ({"format": "timm", "force": True}, "--force is not for --format timm"),
         ({"whiten": ("x",), "pool": "tokens"}, "--whiten is for embeddings"),
         ({"model": "vit_tiny_patch16_224"}, "says itself which model it is"),
     ],

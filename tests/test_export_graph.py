@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import InputError
-from maekit.exporters.graph import EmbeddingModule
-from maekit.exporters.options import POOLINGS, check_exportable
+from maekit.exporters.graph import EmbeddingModule, check_exportable
+from maekit.exporters.options import POOLINGS
 from maekit.exporters.quantization import best_range, quantize
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.exporters.whitening import Whitening
@@ -248,3 +248,24 @@ def test_openvino_gives_the_same_numbers(tmp_path: Path) -> None:
         if precision == "fp32":
             np.testing.assert_allclose(got, run(proto, images), atol=2e-6)
         assert cosines(got, run(proto, images)).min() > 0.9999
+
+
+def test_int8_of_channels_without_weights() -> None:
+    """A bias survives where its weights are zero or next to it; so does a layer that never sees anything but zeros."""
+    for size in (0.0, 1e-7, 1e-6):
+        encoder = vit()
+        layer = encoder.blocks[1].mlp.fc2
+        layer.weight.data[:4] = size * torch.randn(4, layer.in_features)
+        layer.bias.data[:4] = 3.0
+        images = pictures(4)
+        assert cosines(run(export(encoder, precision="int8"), images), oracle(encoder, images, "avg")).min() > 0.999
+    silent = vit()
+    silent.blocks[0].mlp.fc1.weight.data.zero_()
+    silent.blocks[0].mlp.fc1.bias.data.zero_()
+    images = pictures(4)
+    assert cosines(run(export(silent, precision="int8"), images), oracle(silent, images, "avg")).min() > 0.999
+
+
+def test_int8_refuses_layers_that_it_would_leave() -> None:
+    with pytest.raises(InputError, match="linear layers are not known"):
+        export(vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), precision="int8")

@@ -1,6 +1,7 @@
 """Weights of others: the reference implementation's, transformers', timm's; read strictly, and without running code."""
 
 import argparse
+import io
 import json
 import os
 from pathlib import Path
@@ -9,6 +10,8 @@ import numpy as np
 import pytest
 import timm
 import torch
+from conftest import jpeg
+from PIL import Image
 from processes import tiny_config
 from safetensors.torch import save_file
 
@@ -17,8 +20,9 @@ from maekit.config import ModelConfig
 from maekit.errors import InputError
 from maekit.exporters.export import export
 from maekit.exporters.options import ExportOptions
+from maekit.images import Preprocess
 from maekit.mae.autoencoder import build_autoencoder
-from maekit.mae.loading import load_autoencoder, load_encoder
+from maekit.mae.loading import initialize_from, load_autoencoder, load_encoder
 from maekit.mae.sources import read_source
 from maekit.runs import RunDirectory
 
@@ -324,10 +328,141 @@ def test_weights_that_are_not_finite_are_not_exported(model, make_shards, tmp_pa
     weights = reference_names(model)
     weights["norm.bias"] = torch.full_like(weights["norm.bias"], np.nan)
     torch.save(weights, tmp_path / "mae.pth")
-    with pytest.raises(maekit.MaekitError, match="not finite"):
+    with pytest.raises(InputError, match=r"norm\.bias holds values that are not finite"):
         export(
             str(tmp_path / "mae.pth"),
             tmp_path / "e.onnx",
             ExportOptions(parity=(str(make_shards(5)),), force=True),
         )
     assert not (tmp_path / "e.onnx").exists()
+
+
+def timm_directory(folder: Path, encoder, **config) -> Path:
+    """What timm's hub keeps: weights, and what the model is built with."""
+    folder.mkdir()
+    save_file(encoder.state_dict(), folder / "model.safetensors")
+    cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9, "interpolation": "bilinear"}
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    whole = {"architecture": "vit_base_patch16_224", "model_args": sizes, "pretrained_cfg": cfg, **config}
+    whole["model_args"] = {**sizes, **config.get("model_args", {})} if isinstance(whole["model_args"], dict) else 1
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"act_layer": "quick_gelu"}, {"reg_tokens": 4}, {"qk_norm": True}, {"global_pool": "avg"}, {"pre_norm": True}],
+)
+def test_all_that_timm_builds_a_model_with_counts(tmp_path: Path, images, arguments: dict) -> None:
+    """An activation does not show in the weights: the model would be another one, without a word."""
+    encoder = timm_vit(**arguments)
+    loaded = load_encoder(str(timm_directory(tmp_path / "m", encoder, model_args=arguments)))
+    assert torch.equal(tokens(loaded.encoder, images), tokens(encoder, images))
+    assert torch.equal(loaded.encoder(images), encoder(images))
+    assert (loaded.preprocess.resize, loaded.preprocess.interpolation) == ((35, 35), "bilinear")
+    model = build_autoencoder(ModelConfig(**{**SIZES, "width": 48}), seed=0)
+    with pytest.raises(InputError, match=f"was built with {next(iter(arguments))}"):
+        initialize_from(model, str(tmp_path / "m"), ModelConfig(**{**SIZES, "width": 48}))
+
+
+def test_preprocessing_of_timm_is_what_timm_does(tmp_path: Path) -> None:
+    """Its crop modes, on an image that is no square."""
+    encoder = timm_vit()
+    image = Image.open(io.BytesIO(jpeg(3, (90, 40))))
+    for mode in ("center", "squash"):
+        cfg = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.9}
+        cfg |= {"interpolation": "bicubic", "crop_mode": mode}
+        loaded = load_encoder(str(timm_directory(tmp_path / mode, encoder, pretrained_cfg=cfg)))
+        transform = timm.data.create_transform(**{**cfg, "input_size": (3, 32, 32)})
+        theirs = (transform(image) * 0.5 + 0.5).permute(1, 2, 0).numpy() * 255
+        np.testing.assert_allclose(loaded.preprocess.prepare(image), theirs, atol=1.01)
+        assert Preprocess.from_json(loaded.preprocess.to_json()) == loaded.preprocess
+    bordered = timm_directory(tmp_path / "border", encoder, pretrained_cfg={**cfg, "crop_mode": "border"})
+    with pytest.raises(InputError, match="crop mode 'border'"):
+        load_encoder(str(bordered))
+
+
+def test_a_norm_behind_the_pooling_is_no_classifier(tmp_path: Path, images) -> None:
+    name = "vit_base_patch16_reg4_gap_256"
+    encoder = timm.create_model(name, img_size=32, num_classes=3).eval()
+    assert "fc_norm.weight" in encoder.state_dict()
+    save_file(encoder.state_dict(), tmp_path / "gap.safetensors")
+    loaded = load_encoder(str(tmp_path / "gap.safetensors"), model=name).encoder
+    assert torch.equal(loaded(images), encoder.forward_head(encoder.forward_features(images), pre_logits=True))
+
+
+def test_no_foreign_model_is_overwritten(trained: Path, vit_mae, tmp_path: Path) -> None:
+    _, folder = vit_mae
+    (tmp_path / "m").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "m" / name).write_bytes((folder / name).read_bytes())
+    before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
+    for source in (trained / "run", tmp_path / "m"):
+        with pytest.raises(InputError, match="must be a new directory"):
+            export(source, tmp_path / "m", ExportOptions(format="timm", parity=(str(trained / "shards"),)))
+    assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
+
+
+def test_timm_format_of_another_epsilon(vit_mae, trained: Path, tmp_path: Path) -> None:
+    """transformers' epsilon cannot be said in timm's config: the weights are right, and the difference is told."""
+    from maekit.progress import Silent
+
+    class Notes(Silent):
+        def __init__(self) -> None:
+            self.lines: list[str] = []
+
+        def note(self, text: str) -> None:
+            self.lines.append(text)
+
+    notes = Notes()
+    options = ExportOptions(format="timm", parity=(str(trained / "shards"),))
+    export(vit_mae[1], tmp_path / "t", options, progress=notes)
+    assert any("epsilon of 0.001" in line for line in notes.lines)
+
+
+MALFORMED = [
+    {"model_args": 3},
+    {"pretrained_cfg": [1]},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 4, "std": [0.5] * 4}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.0] * 3}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1e-310}},
+    {"pretrained_cfg": {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": -1}},
+    {"model_args": {"img_size": float("inf")}},
+    {"model_args": {"num_heads": 0}},
+    {"model_args": {"patch_size": 0}},
+    {"architecture": "vit_immense"},
+    {"architecture": "resnet18"},
+]
+
+
+@pytest.mark.parametrize("change", MALFORMED, ids=str)
+def test_malformed_configs_of_timm(tmp_path: Path, change: dict) -> None:
+    folder = timm_directory(tmp_path / "m", timm_vit(), **change)
+    with pytest.raises(InputError):
+        export(folder, tmp_path / "e.onnx", ExportOptions(parity=("nowhere",)))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    ['{"timm_arguments": []}', '{"timm_arguments": {"img_size": 32}, "model": "vit_tiny_patch16_224"}', "[" * 100_000],
+)
+def test_malformed_metadata_of_an_encoder(tmp_path: Path, metadata: str) -> None:
+    save_file(timm_vit().state_dict(), tmp_path / "e.safetensors", metadata={"maekit": metadata})
+    with pytest.raises(InputError):
+        load_encoder(str(tmp_path / "e.safetensors"))
+    with pytest.raises(InputError, match="cannot read"):
+        load_encoder("x" * 5000)
+
+
+def test_tensors_that_are_no_weights(model, tmp_path: Path) -> None:
+    for tensor in (torch.zeros(192, device="meta"), torch.zeros(192).to_sparse(), torch.zeros(192, dtype=torch.cfloat)):
+        torch.save({**reference_names(model), "norm.bias": tensor}, tmp_path / "mae.pth")
+        with pytest.raises(InputError, match=r"norm\.bias is no plain tensor"):
+            load_encoder(str(tmp_path / "mae.pth"))
+
+
+def test_published_models_of_another_kind(monkeypatch) -> None:
+    other = timm.create_model("resnet18")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: other)
+    with pytest.raises(InputError, match="is a ResNet; VisionTransformers are known"):
+        load_encoder("timm:resnet18")

@@ -69,7 +69,10 @@ class EncoderSession:
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(files.sha256_file, path)
             self._load(path, device, threads, provider_options)
-            metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            try:
+                metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error}") from error
             self.description = EncoderDescription.from_metadata(path, metadata, digest.result())
         check_digests(self.description, external)
         if self.description.pool == "tokens":

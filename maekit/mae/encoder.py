@@ -47,7 +47,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         raise InputError(f"unknown model {name!r}{hint}")
     try:
         encoder: Any = timm.create_model(name, pretrained=False, **timm_arguments(config))
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever impossible sizes lead to
         raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {error}") from error
     _check_maskable(name, encoder)
     patch = encoder.patch_embed.patch_size[0]

@@ -95,9 +95,9 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
         return _published(name.removeprefix(TIMM_PREFIX))
     config = source.config()
     config.name = config.name or DEFAULT_MODEL
-    arguments = timm_arguments(config)
+    arguments = source.timm_arguments or timm_arguments(config)
     encoder = create_timm(config.name, arguments) if source.sizes.get("is_any_vit") else build_encoder(config)
-    load_strictly(encoder, source.encoder, name)
+    load_strictly(encoder, without_head(source.encoder, encoder, on_note), name)
     set_norm_eps(encoder, source.norm_eps)
     preprocess = source.preprocess
     if preprocess is None:
@@ -141,10 +141,13 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     said = f"--init-from {name}"
     if name.startswith(TIMM_PREFIX):
         donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
-        load_strictly(model.encoder, without_head(donor.state_dict()), said)
+        load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
-    load_strictly(model.encoder, source.encoder, said)
+    plain = {*TIMM_NAMES.values(), "img_size", "num_classes"}
+    if unknown := [key for key in source.timm_arguments or {} if key not in plain]:
+        raise InputError(f"{said} was built with {', '.join(unknown)}; pretrain builds plain ViTs only")
+    load_strictly(model.encoder, without_head(source.encoder, model.encoder), said)
     if not source.decoder:
         return f"the encoder starts from {name}"
     own = vars(config)
@@ -178,6 +181,11 @@ def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
             setattr(config, name, donor.get(name))
 
 
+def norm_eps(module: torch.nn.Module) -> float | None:
+    """Return the epsilon of the first LayerNorm; None where there is none."""
+    return next((float(part.eps) for part in module.modules() if isinstance(part, torch.nn.LayerNorm)), None)
+
+
 def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
     """Set the epsilon of every LayerNorm; None leaves them as they are."""
     for part in module.modules():
@@ -188,6 +196,9 @@ def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
 def _published(name: str) -> TrainedEncoder:
     """Fetch published weights with timm, in the model that they were published for."""
     encoder = fetch_timm(name, {"num_classes": 0}, f"{TIMM_PREFIX}{name}")
+    kind = type(encoder)
+    if kind is not VisionTransformer:
+        raise InputError(f"{TIMM_PREFIX}{name} is a {kind.__name__}; VisionTransformers are known")
     cfg = encoder.pretrained_cfg
     arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
     provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}

@@ -31,8 +31,10 @@ Note = Callable[[str], None]
 TIMM_PREFIX = "timm:"
 TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
 _HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# timm's classifier; an encoder has none.
+# timm's classifier; an encoder has none, and a norm behind its pooling only where it has none before it.
 _HEAD = ("head.", "fc_norm.")
+# What values of another kind than expected lead to.
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, InputError)
 # The published ViTs by width: timm's name and the number of heads (Dosovitskiy et al. 2021, table 1; tiny: DeiT).
 _PUBLISHED = {
     192: ("vit_tiny_patch16_224", 3),
@@ -55,6 +57,7 @@ class Source:
         norm_eps: of the LayerNorms, where it is not the published one.
         provenance: JSON values that name the weights.
         shards: what they were trained on, where that is known.
+        timm_arguments: all that timm builds the model with, where the source tells; else `sizes` do.
         is_named: whether the source itself says which model it is; else its name is told or guessed from the weights.
     """
 
@@ -65,6 +68,7 @@ class Source:
     norm_eps: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     shards: tuple[str, ...] = ()
+    timm_arguments: dict[str, Any] | None = None
     is_named: bool = True
 
     def config(self) -> ModelConfig:
@@ -84,10 +88,15 @@ def read_source(name: str, *, model: str | None = None, on_note: Note = lambda t
         InputError: no such source, or none of the known kinds.
     """
     path = Path(name)
+    try:
+        path.stat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise InputError(f"cannot read {name[:200]}: {error.strerror}") from error
     if path.is_file():
-        return _from_file(path, model, on_note)
+        return _from_file(path, model)
     if (path / "config.json").is_file() and not runs.is_run(path):
-        return _from_hugging_face(path, on_note)
+        return _from_hugging_face(path)
     if not path.exists():
         raise InputError(f"{name} does not exist; published weights are named timm:NAME")
     return _from_run(path, on_note)
@@ -113,24 +122,28 @@ def _from_run(path: Path, on_note: Note) -> Source:
     return Source(encoder, decoder, vars(config.model), preprocess, None, provenance, config.shards)
 
 
-def _from_file(path: Path, model: str | None, on_note: Note) -> Source:
+def _from_file(path: Path, model: str | None) -> Source:
     parts = from_reference(read_weights(path))
     description = file_description(path) if path.suffix == ".safetensors" else {}
     provenance = {"source": "file", "file": path.name, "sha256": files.sha256_file(path)}
     preprocess = None
     is_named = "timm_arguments" in description
     if is_named:
-        arguments = description["timm_arguments"]
-        sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
-        sizes |= {"name": description["model"], "image_size": arguments["img_size"]}
-        preprocess = Preprocess.from_json(description["preprocess"])
+        try:
+            arguments = description["timm_arguments"]
+            sizes: dict[str, Any] = {
+                key: int(arguments[argument]) for key, argument in TIMM_NAMES.items() if argument in arguments
+            }
+            sizes |= {"name": str(description["model"]), "image_size": int(arguments["img_size"])}
+            preprocess = Preprocess.from_json(description["preprocess"])
+        except _MALFORMED as error:
+            raise InputError(f"{path}: its maekit metadata is damaged: {error!r}") from error
         provenance |= {key: description[key] for key in ("step", "data_digest") if key in description}
     else:
         sizes = _told_by_weights(path, parts, model)
         if model and "." in model:
             preprocess = timm_preprocess(_pretrained_cfg(model), sizes["image_size"])
-    encoder = _dropped(parts.encoder, on_note)
-    return Source(encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
+    return Source(parts.encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
 
 
 def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, Any]:
@@ -182,7 +195,7 @@ def _count_blocks(weights: Mapping[str, torch.Tensor]) -> int:
     return len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
 
 
-def _from_hugging_face(path: Path, on_note: Note) -> Source:
+def _from_hugging_face(path: Path) -> Source:
     """Read a directory of config.json and weights, as the hub keeps it."""
     config = _read_json(path / "config.json")
     file = next((path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()), None)
@@ -191,7 +204,7 @@ def _from_hugging_face(path: Path, on_note: Note) -> Source:
     provenance = {"file": file.name, "sha256": files.sha256_file(file)}
     if isinstance(config.get("architecture"), str):
         provenance["source"] = "timm"
-        return _from_timm_directory(path, config, read_weights(file), provenance, on_note)
+        return _from_timm_directory(path, config, read_weights(file), provenance)
     if config.get("model_type") != "vit_mae":
         raise InputError(
             f"{path}/config.json is of a model of type {config.get('model_type')!r}; known are vit_mae (transformers' "
@@ -216,7 +229,9 @@ def _from_hugging_face(path: Path, on_note: Note) -> Source:
             "norm_pixel": bool(config["norm_pix_loss"]),
         }
         eps = float(config["layer_norm_eps"])
-    except (KeyError, TypeError, ValueError) as error:
+        if not 0 < eps < 1:
+            raise ValueError(f"layer_norm_eps {eps}")
+    except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of ViTMAE: {error!r}") from error
     preprocess = None
     if (path / "preprocessor_config.json").is_file():
@@ -236,42 +251,42 @@ def _three(values: Any, path: Path) -> tuple[float, ...]:
 
 
 def _from_timm_directory(
-    path: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor], provenance: dict[str, Any], on_note: Note
+    path: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor], provenance: dict[str, Any]
 ) -> Source:
     """Read a model of timm as its hub keeps it, and as `export --format timm` writes it."""
-    arguments = config.get("model_args") or {}
-    cfg = config.get("pretrained_cfg") or {}
     try:
+        arguments = dict(config.get("model_args") or {})
+        cfg = dict(config.get("pretrained_cfg") or {})
         sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
         image_size = int(arguments.get("img_size") or cfg["input_size"][-1])
         sizes |= {"name": str(config["architecture"]), "image_size": image_size, "is_any_vit": True}
         preprocess = timm_preprocess(cfg, image_size)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
+    except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of a timm model: {error!r}") from error
-    return Source(_dropped(weights, on_note), {}, sizes, preprocess, None, provenance)
+    # All of them: an activation or a norm does not show in the weights.
+    timm_arguments = {**arguments, "img_size": image_size, "num_classes": 0}
+    return Source(weights, {}, sizes, preprocess, None, provenance, timm_arguments=timm_arguments)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     if not isinstance(value, dict):
         raise InputError(f"{path} holds no JSON object")
     return value
 
 
-def _dropped(weights: Mapping[str, torch.Tensor], on_note: Note) -> dict[str, torch.Tensor]:
-    """Return an encoder's weights without a classifier's, and say so."""
-    rest = without_head(weights)
-    if left_out := [key for key in weights if key not in rest]:
+def without_head(
+    weights: Mapping[str, torch.Tensor], encoder: torch.nn.Module, on_note: Note = lambda text: None
+) -> dict[str, torch.Tensor]:
+    """Return a ViT's weights without those of a classifier that the encoder does not have, and say so."""
+    known = encoder.state_dict()
+    left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
+    if left_out:
         on_note(f"left out, a classifier: {', '.join(left_out)}")
-    return rest
-
-
-def without_head(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return a ViT's weights without those of its classifier."""
-    return {key: tensor for key, tensor in weights.items() if not key.startswith(_HEAD)}
+    return {key: tensor for key, tensor in weights.items() if key not in left_out}
 
 
 def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
@@ -306,7 +321,7 @@ def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
         raise InputError(f"--model {name}: timm knows no such model")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
-    except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever impossible sizes lead to
         raise InputError(f"timm cannot build {name} with {dict(arguments)}: {error}") from error
 
 
@@ -331,4 +346,5 @@ def timm_preprocess(cfg: Mapping[str, Any], image_size: int) -> Preprocess:
         tuple(map(float, cfg["mean"])),
         tuple(map(float, cfg["std"])),
         str(cfg.get("interpolation") or "bicubic"),
+        str(cfg.get("crop_mode") or "center"),
     )

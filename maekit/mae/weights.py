@@ -69,7 +69,7 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
     """Load weights; every parameter must be there with its shape, and nothing else.
 
     Raises:
-        InputError: names what is missing, left over, or of another shape.
+        InputError: names what is missing, left over, of another shape, or no finite numbers.
     """
     wanted = module.state_dict()
     missing, unexpected = ([n for n in a if n not in b] for a, b in ((wanted, weights), (weights, wanted)))
@@ -80,9 +80,17 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
         for name in wanted
         if name in weights and weights[name].shape != wanted[name].shape
     ]
+    problems += [f"{name} {problem}" for name, tensor in weights.items() if (problem := _unfit(tensor))]
     if problems:
         raise InputError(f"{source} does not fit the model: {'; '.join(problems)}")
     module.load_state_dict(dict(weights))
+
+
+def _unfit(tensor: torch.Tensor) -> str | None:
+    """Return why a tensor cannot be a weight, or None."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "is no plain tensor of numbers"
+    return None if bool(torch.isfinite(tensor).all()) else "holds values that are not finite"
 
 
 def _by_block(names: Sequence[str], whole: Iterable[str]) -> list[str]:
@@ -108,6 +116,6 @@ def file_description(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("maekit", "{}"))
-    except (OSError, ValueError, safetensors.SafetensorError):
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
         return {}
     return description if isinstance(description, dict) else {}
