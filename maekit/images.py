@@ -122,10 +122,10 @@ class Preprocess:
         # The side that decides gets its size exactly; the other is cut off to whole pixels, as torchvision does.
         # An image of one row of pixels would become as long as it is thin.
         covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
-        if covered[0] * covered[1] > MAX_PIXELS:
-            raise ImageError("too_large", f"{image.width} x {image.height} pixels: too long for {width} x {height}")
         if self.crop_mode == "squash":
             covered = (self.resize[1], self.resize[0])
+        if covered[0] * covered[1] > MAX_PIXELS:
+            raise ImageError("too_large", f"{image.width} x {image.height} pixels: too long for {width} x {height}")
         resized = image.resize(covered, _RESAMPLING[self.interpolation])
         left, top = round((covered[0] - width) / 2.0), round((covered[1] - height) / 2.0)
         return np.asarray(resized.crop((left, top, left + width, top + height)))

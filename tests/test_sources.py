@@ -83,7 +83,8 @@ def test_the_reference_implementations_file(model, images, tmp_path: Path, wrapp
 @pytest.fixture(scope="module")
 def vit_mae(tmp_path_factory):
     """A transformers ViTMAE with weights that are no zeros, saved."""
-    transformers = pytest.importorskip("transformers")
+    import transformers
+
     config = transformers.ViTMAEConfig(
         hidden_size=192,
         num_hidden_layers=2,
