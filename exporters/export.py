@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
@@ -140,17 +141,7 @@ def _write(
 ) -> ExportResult:
     """Write the graph, measure the written file, describe it, and give it its name."""
     output = TOKENS if options.pool == "tokens" else EMBEDDINGS
-    module = EmbeddingModule(
-        trained.encoder,
-        trained.preprocess,
-        pool=options.pool,
-        normalize=options.normalize,
-        whitening=whitening,
-        half=options.precision == "fp16",
-        opset=options.opset,
-    )
-    progress.note(f"tracing {trained.name} at opset {options.opset}")
-    proto = to_onnx(module.eval(), images, opset=options.opset, output=output)
+    proto = _trace(trained, options, whitening, images[:2], output, progress)
     if options.precision == "int8":
         progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")
         proto = quantize(proto, images[:_CALIBRATION_IMAGES])
@@ -180,6 +171,29 @@ def _write(
     size = sum(file.stat().st_size for file in (out, *(out.with_name(name) for name in model.external)))
     about = whitening.to_json() if whitening else None
     return ExportResult(str(out), dim, parity, size, node_census(proto), about, warning)
+
+
+def _trace(
+    trained: TrainedEncoder,
+    options: ExportOptions,
+    whitening: Whitening | None,
+    images: Pixels,
+    output: str,
+    progress: Progress,
+) -> onnx.ModelProto:
+    """Return the graph; the module that it is made from is not kept."""
+    progress.note(f"tracing {trained.name} at opset {options.opset}")
+    module = EmbeddingModule(
+        trained.encoder,
+        trained.preprocess,
+        pool=options.pool,
+        normalize=options.normalize,
+        whitening=whitening,
+        half=options.precision == "fp16",
+        opset=options.opset,
+    )
+    # PyTorch's exporter takes a batch of one for a fixed size.
+    return to_onnx(module.eval(), np.resize(images, (2, *images.shape[1:])), opset=options.opset, output=output)
 
 
 def _describe(
