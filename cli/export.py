@@ -156,7 +156,7 @@ def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
     else:
         print(
             f"{result.path}: {size}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
-            f"{result.parity.max_relative_difference:.1e} and smallest cosine {result.parity.min_cosine:.5f} on "
+            f"{result.parity.max_relative_difference:.1e} and mean cosine {result.parity.mean_cosine:.5f} on "
             f"{result.parity.images} images"
         )
         if result.warning:

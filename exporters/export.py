@@ -85,7 +85,7 @@ def export(
     files.require_writable(out.parent)
     trained = load_encoder(os.fspath(source), model=options.model, on_note=progress.note)
     check_exportable(trained.encoder, options.pool)
-    images = _comparison_images(trained, options)
+    images = _comparison_images(os.fspath(source), trained, options)
     if options.format == "timm":
         written = write_timm(trained, out, images, progress.note)
         size = sum(file.stat().st_size for file in written)
@@ -94,7 +94,7 @@ def export(
     return _write(trained, options, whitening, images, out, progress)
 
 
-def _comparison_images(trained: TrainedEncoder, options: ExportOptions) -> Pixels:
+def _comparison_images(source: str, trained: TrainedEncoder, options: ExportOptions) -> Pixels:
     """Return images to calibrate on and to compare on, in this order."""
     count = IMAGES + (_CALIBRATION_IMAGES if options.precision == "int8" else 0)
     try:
@@ -102,7 +102,7 @@ def _comparison_images(trained: TrainedEncoder, options: ExportOptions) -> Pixel
     except InputError as error:
         if options.parity:
             raise
-        said = "it does not say what it was trained on" if not trained.shards else str(error)
+        said = str(error) if trained.shards else f"{source} does not say what it was trained on"
         raise InputError(f"{said}; name shards with images to compare on: --parity SHARDS") from error
 
 
@@ -166,7 +166,7 @@ def _write(
         _describe(proto, trained, options, whitening, parity, model, probe)
         model.write(proto)
     said = f"parity with PyTorch on {parity.images} images: {parity.max_relative_difference:.1e} of the largest value"
-    progress.note(f"{said}, smallest cosine {parity.min_cosine:.5f}")
+    progress.note(f"{said}, cosine at least {parity.min_cosine:.5f}, {parity.mean_cosine:.5f} on average")
     dim = int(expected.shape[-1])
     size = sum(file.stat().st_size for file in (out, *(out.with_name(name) for name in model.external)))
     about = whitening.to_json() if whitening else None

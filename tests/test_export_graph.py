@@ -263,7 +263,7 @@ def test_openvino_gives_the_same_numbers(tmp_path: Path, python: list[str]) -> N
 
 def test_int8_of_channels_without_weights() -> None:
     """A bias survives where its weights are zero or next to it; so does a layer that never sees anything but zeros."""
-    for size in (0.0, 1e-7, 1e-6):
+    for size in (0.0, 1e-6):
         encoder = vit()
         layer = encoder.blocks[1].mlp.fc2
         layer.weight.data[:4] = size * torch.randn(4, layer.in_features)

@@ -174,7 +174,7 @@ def timm_vit(**arguments):
     return encoder
 
 
-def test_a_file_of_a_named_architecture(make_shards, tmp_path: Path) -> None:
+def test_a_file_of_a_named_architecture(tmp_path: Path) -> None:
     """DINOv2 has registers and LayerScale, and its positions leave them out: the shapes alone do not tell."""
     encoder = timm.create_model("vit_small_patch14_reg4_dinov2", img_size=28, num_classes=10).eval()
     save_file(encoder.state_dict(), tmp_path / "dino.safetensors")
@@ -185,13 +185,6 @@ def test_a_file_of_a_named_architecture(make_shards, tmp_path: Path) -> None:
     assert torch.equal(tokens(loaded.encoder, images), tokens(encoder, images))
     assert "left out, a classifier: head.bias, head.weight" in notes
     assert loaded.preprocess.mean == (0.485, 0.456, 0.406)
-    result = export(
-        str(tmp_path / "dino.safetensors"),
-        tmp_path / "e.onnx",
-        ExportOptions(model=name, parity=(str(make_shards(5)),)),
-    )
-    assert result.dim == 384
-    assert result.nodes["Attention"] == 12
 
 
 def test_published_weights_are_fetched_by_timm(make_shards, tmp_path: Path, monkeypatch) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +41,12 @@ def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
         # The reference implementation keeps its command line in its checkpoints; a Namespace only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle leads to
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to run the code.
+        raise InputError(
+            f"cannot read weights from {path}: no PyTorch file, or one that needs code to be read; none is run"
+        ) from error
+    except Exception as error:  # whatever a damaged file leads to
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"cannot read weights from {path}: {first}") from error
     for wrapper in _WRAPPERS:
