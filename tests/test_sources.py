@@ -253,7 +253,11 @@ def test_sizes_that_no_file_tells(tmp_path: Path) -> None:
         load_encoder(str(tmp_path / "none.safetensors"))
     with pytest.raises(InputError, match="timm knows no such model"):
         load_encoder(str(tmp_path / "odd.safetensors"), model="vit_odd")
-    oblong = timm_vit(img_size=(32, 40))
+    empty = {**odd.state_dict(), "pos_embed": torch.zeros(1, 0, 48)}
+    save_file(empty, tmp_path / "empty.safetensors")
+    with pytest.raises(InputError, match="no square of patches"):
+        load_encoder(str(tmp_path / "empty.safetensors"), model="vit_tiny_patch16_224")
+    oblong = timm_vit(img_size=(32, 40), embed_dim=192)
     save_file(oblong.state_dict(), tmp_path / "oblong.safetensors")
     with pytest.raises(InputError, match="no square of patches"):
         load_encoder(str(tmp_path / "oblong.safetensors"))

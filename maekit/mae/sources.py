@@ -155,18 +155,12 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
         raise InputError(
             f"{path} holds no ViT encoder under timm's names: no patch_embed.proj.weight or pos_embed (it has {some})"
         )
-    width, patch = int(projection.shape[0]), int(projection.shape[-1])
-    tokens = int(positions.shape[1])
-    # A class token has a position in front of the patches'.
-    side = next((root for n in (tokens - 1, tokens) if (root := math.isqrt(n)) ** 2 == n), None)
+    width, patch, tokens = int(projection.shape[0]), int(projection.shape[-1]), int(positions.shape[1])
     if model:
         with torch.device("meta"):
             donor = create_timm(model.split(".")[0], {"num_classes": 0})
-        tokens -= 0 if getattr(donor, "no_embed_class", False) else getattr(donor, "num_prefix_tokens", 0)
-        side = math.isqrt(tokens)
-    if side is None or side == 0 or (model and side**2 != tokens):
-        raise InputError(f"{path} has positions for {int(positions.shape[1])} tokens: no square of patches")
-    if model:
+        prefix = 0 if getattr(donor, "no_embed_class", False) else getattr(donor, "num_prefix_tokens", 0)
+        side = _side(path, tokens - prefix)
         return {"name": model.split(".")[0], "image_size": side * patch, "is_any_vit": True}
     if width not in _PUBLISHED:
         raise InputError(
@@ -174,6 +168,7 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
             "weights does not tell the number of heads; name the architecture with --model"
         )
     name, heads = _PUBLISHED[width]
+    side = _side(path, tokens - 1)  # a class token has a position in front of the patches'
     sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "width": width}
     sizes |= {"heads": heads, "depth": _count_blocks(weights)}
     if parts.decoder:
@@ -181,12 +176,24 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
     return sizes
 
 
+def _side(path: Path, patches: int) -> int:
+    """Return how many patches stand in a row of a square.
+
+    Raises:
+        InputError: so many make no square.
+    """
+    side = math.isqrt(max(patches, 0))
+    if not side or side**2 != patches:
+        raise InputError(f"{path} has positions for {patches} patches, which make no square of patches")
+    return side
+
+
 def _decoder_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
     """Return the sizes of a decoder by its weights; its heads are as published unless something else tells."""
     embed = weights.get("embed.weight")
     return {
         "decoder_depth": _count_blocks(weights),
-        "decoder_width": int(embed.shape[0]) if embed is not None else ModelConfig.decoder_width,
+        "decoder_width": len(embed) if embed is not None and embed.ndim else ModelConfig.decoder_width,
         "decoder_heads": ModelConfig.decoder_heads,
     }
 
