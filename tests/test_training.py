@@ -19,7 +19,7 @@ import maekit
 from maekit.config import ModelConfig, OptimizerConfig, set_value
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.mae.autoencoder import build_autoencoder
-from maekit.mae.loading import load_trained
+from maekit.mae.loading import load_autoencoder
 from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.training import checkpoint
@@ -27,7 +27,7 @@ from maekit.training.optim import make_optimizer, make_schedule
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_trained(run).model.state_dict()
+    return load_autoencoder(str(run))[0].state_dict()
 
 
 def assert_equal_weights(a: Path, b: Path) -> None:

@@ -2,14 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from maekit import runs
-from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, PretrainConfig
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from maekit.errors import InputError
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
@@ -24,7 +22,7 @@ from maekit.mae.sources import (
     timm_preprocess,
     without_head,
 )
-from maekit.mae.weights import load_strictly, read_safetensors
+from maekit.mae.weights import load_strictly
 
 
 @dataclass(frozen=True)
@@ -46,34 +44,6 @@ class TrainedEncoder:
     arguments: dict[str, Any]
     provenance: dict[str, Any]
     shards: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class TrainedModel:
-    """A masked autoencoder with the weights of one checkpoint.
-
-    Attributes:
-        model: on the CPU, in evaluation mode.
-        config: of its run.
-        checkpoint: where the weights come from.
-    """
-
-    model: MaskedAutoencoder
-    config: PretrainConfig
-    checkpoint: runs.Checkpoint
-
-
-def load_trained(path: Path, on_damage: Note = lambda text: None) -> TrainedModel:
-    """Load the model of a run (its newest valid checkpoint) or of one checkpoint directory.
-
-    Raises:
-        InputError: no run, no valid checkpoint, or weights that do not fit the run's config.
-    """
-    run, checkpoint = runs.find_checkpoint(path, on_damage)
-    config = run.config()
-    model = build_autoencoder(config.model, seed=config.seed)
-    load_strictly(model, read_safetensors(checkpoint.path / runs.MODEL), str(checkpoint.path))
-    return TrainedModel(model.eval(), config, checkpoint)
 
 
 def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> TrainedEncoder:
