@@ -26,10 +26,11 @@ from shards import _timm_reader, _unpack, _usual_transform
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision import datasets
 
+from maekit.mae.mask_shapes import MaskShape
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.crops import CropLoader, RandomCrop, Watch
+from maekit.training.crops import Augmentation, CropLoader, Watch
 from maekit.training.data import Division, ExactSource, StepBatches, make_loader, stop_workers
 from maekit.training.ram import DecodedSet
 
@@ -94,9 +95,9 @@ def maekit_batches(
 ) -> Iterator[object]:
     division, watch = Division(BATCH, BATCH, image_bytes=side * side * 3), Watch(workers)
     order = Order(shards.counts, seed=0, digest=shards.digest)
-    crop = RandomCrop((side, side), (0.2, 1.0), True, 0)
+    crop, patch = Augmentation((side, side), (side, side), 0), 16 if side > 64 else 4
     loader = CropLoader(
-        shards, order, crop, patches=(side // (16 if side > 64 else 4)) ** 2, watch=watch, decoded=decoded
+        shards, order, crop, MaskShape("random", (side // patch, side // patch), 0.75), watch=watch, decoded=decoded
     )
     source = ExactSource(order, division, first=0, last=steps)
     chunks = iter(make_loader(source, loader, division, workers=workers, prefetch=2, pin=False))

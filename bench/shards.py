@@ -30,12 +30,13 @@ from timm.data.readers.reader_wds import ReaderWds
 from torchvision import datasets, transforms
 
 from maekit.images import decode, random_resized_crop
+from maekit.mae.mask_shapes import MaskShape
 from maekit.random import Purpose, uniforms
 from maekit.shards.index import build_index
 from maekit.shards.order import Order
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.crops import CropLoader, RandomCrop, resize
+from maekit.training.crops import Augmentation, CropLoader, resize
 
 
 def main() -> None:
@@ -152,7 +153,7 @@ def _usual_transform(side: int) -> transforms.Compose:
 
 def _crop_with_maekit(shards, side: int) -> Iterator[object]:
     order = Order(shards.counts, seed=0, digest=shards.digest)
-    loader = CropLoader(shards, order, RandomCrop((side, side), (0.2, 1.0), True, 0), patches=196)
+    loader = CropLoader(shards, order, Augmentation((side, side), (side, side), 0), MaskShape("random", (14, 14), 0.75))
     slices = (order.slice(start, min(start + 64, shards.samples)) for start in range(0, shards.samples, 64))
     for chunk in loader(slices):
         for pixels, flip in zip(chunk.images.numpy(), chunk.flips.tolist(), strict=True):

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 import maekit
-from maekit.cli import check, demo, doctor, embed, export, inspect, pack, pretrain
+from maekit.cli import check, demo, doctor, embed, export, inspect, pack, pretrain, reconstruct
 from maekit.errors import ElsewhereError, MaekitError
 
 app = typer.Typer(
@@ -34,6 +34,7 @@ _add("check", "Data", check.command)
 _add("pretrain", "Workflow", pretrain.command)
 _add("export", "Workflow", export.command)
 _add("embed", "Workflow", embed.command)
+_add("reconstruct", "Look", reconstruct.command)
 _add("inspect", "Look", inspect.command)
 _add("doctor", "Look", doctor.command)
 _add("demo", "Look", demo.command)

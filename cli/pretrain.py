@@ -9,13 +9,23 @@ from maekit.config import DEFAULT_EPOCHS, PretrainConfig
 from maekit.errors import InputError
 
 _DEFAULT = PretrainConfig()
-_TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Model", "Machine", "Output"
+_TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Encoder", "Machine", "Output"
+_DECODER, _MASKING, _TARGET, _IMAGES = "Decoder", "Masking", "Target", "Images"
 
 
 def _option(help: str, panel: str, *names: str, default: Any = None) -> Any:
     """Return an option that is None unless given, so that a config file shines through; the help states the default."""
     shown = f" [dim]\\[default: {default}][/dim]" if default is not None else ""
     return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False)
+
+
+def _image_size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"--image-size {text!r}: must be a number of pixels, or two as in 192x256 (height x width)")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 def _micro_batch(text: str | None) -> int | None:
@@ -34,13 +44,89 @@ def command(
     out: Annotated[Path | None, _option("The run directory.", _OUTPUT)] = None,
     model: Annotated[str | None, _option("Encoder, by its timm name.", _MODEL, default="vit_base_patch16_224")] = None,
     image_size: Annotated[
-        int | None, _option("Side of the input, in pixels.", _MODEL, default=_DEFAULT.model.image_size)
+        str | None,
+        _option("Side of the input in pixels, or HEIGHTxWIDTH.", _MODEL, default=_DEFAULT.model.image_size),
+    ] = None,
+    channels: Annotated[
+        int | None, _option("3 for RGB, 1 for grey (the luma).", _MODEL, default=_DEFAULT.model.channels)
     ] = None,
     patch_size: Annotated[
         int | None, _option("Side of a patch, in pixels; the model's own by default.", _MODEL)
     ] = None,
+    positions: Annotated[
+        str | None, _option("sincos (fixed) or learned.", _MODEL, default=_DEFAULT.model.positions)
+    ] = None,
+    class_token: Annotated[
+        bool | None,
+        _option("The model's own way by default.", _MODEL, "--class-token/--no-class-token"),
+    ] = None,
+    masking: Annotated[
+        str | None,
+        _option("Which patches are removed: random, block or grid.", _MASKING, default=_DEFAULT.model.masking),
+    ] = None,
     mask_ratio: Annotated[
-        float | None, _option("Share of patches removed.", _MODEL, default=_DEFAULT.model.mask_ratio)
+        float | None, _option("Share of patches removed.", _MASKING, default=_DEFAULT.model.mask_ratio)
+    ] = None,
+    masks_per_image: Annotated[
+        int | None,
+        _option(
+            "Train on so many masks of each image in a step: one decoding serves them all.",
+            _MASKING,
+            default=_DEFAULT.model.masks_per_image,
+        ),
+    ] = None,
+    mask_tokens: Annotated[
+        str | None,
+        _option(
+            "Where they stand for removed patches: in the decoder, or already in the encoder (slow).",
+            _MASKING,
+            default=_DEFAULT.model.mask_tokens,
+        ),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        _option(
+            "self: blocks of self-attention; cross: of cross-attention to the encoder alone (CrossMAE).",
+            _DECODER,
+            default=_DEFAULT.model.decoder,
+        ),
+    ] = None,
+    predict_ratio: Annotated[
+        float | None,
+        _option("Share of the removed patches that are predicted.", _DECODER, default=_DEFAULT.model.predict_ratio),
+    ] = None,
+    decoder_depth: Annotated[int | None, _option("Blocks.", _DECODER, default=_DEFAULT.model.decoder_depth)] = None,
+    decoder_width: Annotated[int | None, _option("Width.", _DECODER, default=_DEFAULT.model.decoder_width)] = None,
+    decoder_heads: Annotated[
+        int | None, _option("Attention heads.", _DECODER, default=_DEFAULT.model.decoder_heads)
+    ] = None,
+    target: Annotated[
+        str | None,
+        _option(
+            "What is predicted: norm_pixel (each patch normalised by itself), pixel, pca or tokens.",
+            _TARGET,
+            default=_DEFAULT.model.target,
+        ),
+    ] = None,
+    pca_components: Annotated[
+        int | None, _option("Coefficients of --target pca.", _TARGET, default=_DEFAULT.model.pca_components)
+    ] = None,
+    tokenizer: Annotated[
+        Path | None,
+        _option("Of --target tokens: an ONNX file, images in, a whole number for each patch out.", _TARGET),
+    ] = None,
+    vocabulary: Annotated[int | None, _option("How many different tokens there are.", _TARGET)] = None,
+    augmentation: Annotated[
+        str | None,
+        _option(
+            "random_resized_crop, fixed_crop, or none: the centre, never mirrored.",
+            _IMAGES,
+            default=_DEFAULT.data.augmentation,
+        ),
+    ] = None,
+    color_jitter: Annotated[
+        float | None,
+        _option("Change brightness, contrast and saturation by up to this share.", _IMAGES, default="0: not at all"),
     ] = None,
     init_from: Annotated[
         str | None,
@@ -66,10 +152,10 @@ def command(
     seed: Annotated[
         int | None, _option("Of weights, order, crops, flips and masks.", _TRAINING, default=_DEFAULT.seed)
     ] = None,
-    skip_damaged: Annotated[bool, _option("Leave damaged shards out.", _TRAINING, "--skip-damaged")] = False,
+    skip_damaged: Annotated[bool, _option("Leave damaged shards out.", _IMAGES, "--skip-damaged")] = False,
     max_bad: Annotated[
         float | None,
-        _option("Stop when a larger share of samples holds no image.", _TRAINING, default=_DEFAULT.data.max_bad),
+        _option("Stop when a larger share of samples holds no image.", _IMAGES, default=_DEFAULT.data.max_bad),
     ] = None,
     clip_grad: Annotated[
         float | None, _option("Scale longer gradients down to this norm.", _TRAINING, default="none, as published")
@@ -168,9 +254,26 @@ def command(
         "batch_size": batch_size,
         "seed": seed,
         "model.name": model,
-        "model.image_size": image_size,
+        "model.image_size": _image_size(image_size),
+        "model.channels": channels,
         "model.patch_size": patch_size,
+        "model.positions": positions,
+        "model.class_token": class_token,
+        "model.masking": masking,
         "model.mask_ratio": mask_ratio,
+        "model.masks_per_image": masks_per_image,
+        "model.mask_tokens": mask_tokens,
+        "model.decoder": decoder,
+        "model.predict_ratio": predict_ratio,
+        "model.decoder_depth": decoder_depth,
+        "model.decoder_width": decoder_width,
+        "model.decoder_heads": decoder_heads,
+        "model.target": target,
+        "model.pca_components": pca_components,
+        "model.tokenizer": str(tokenizer) if tokenizer else None,
+        "model.vocabulary": vocabulary,
+        "data.augmentation": augmentation,
+        "data.color_jitter": color_jitter,
         "model.init_from": init_from,
         "optimizer.lr": lr,
         "optimizer.warmup_epochs": warmup_epochs,

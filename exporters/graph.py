@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from maekit.errors import InputError
 from maekit.exporters.options import OPSET_WITH_ATTENTION
 from maekit.exporters.whitening import Whitening
-from maekit.images import Preprocess
+from maekit.images import LUMA, Preprocess
 
 
 class EmbeddingModule(nn.Module):
@@ -86,6 +86,11 @@ class EmbeddingModule(nn.Module):
         weight = projection.weight.detach().double()  # [D, C, p, p]
         bias = torch.zeros(self.width).double() if projection.bias is None else projection.bias.detach().double()
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
+        if weight.shape[1] == 1:
+            # The luma of the three channels, with the luma of mean and std: a sum that becomes part of the matrix.
+            luma = torch.tensor(LUMA, dtype=torch.float64).view(1, -1, 1, 1)
+            weight = weight * luma
+            mean, std = (v.mul(luma).sum().expand(1, 3, 1, 1) for v in (mean, std))
         scale, shift = 1 / (255 * std), mean / std  # pixel * scale - shift is the normalised pixel
         if self.is_half:
             pixels = (1, weight.shape[1], self.patch, self.patch)
@@ -140,7 +145,7 @@ def check_exportable(encoder: Any, pool: str) -> None:
     height, width = embedding.img_size or (0, 0)
     wanted = {
         "embeds its patches by more than one projection": type(embedding) is PatchEmbed,
-        "takes other than three channels": embedding.proj.weight.shape[1] == 3,
+        "takes other than one or three channels": embedding.proj.weight.shape[1] in (1, 3),
         "has patches that are not square": len(set(embedding.patch_size)) == 1,
         f"takes images of {height} x {width}, which its patches do not divide": height > 0
         and not height % embedding.patch_size[0]

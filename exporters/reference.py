@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from maekit.exporters.parity import Embeddings
 from maekit.exporters.whitening import Whitening
-from maekit.images import Pixels
+from maekit.images import LUMA, Pixels
 from maekit.mae.loading import TrainedEncoder
 
 _BATCH = 32
@@ -35,13 +35,20 @@ def reference_embeddings(
     """
     encoder = trained.encoder
     device = next(encoder.parameters()).device
-    mean, std = (
-        torch.tensor(v, device=device).view(1, -1, 1, 1) for v in (trained.preprocess.mean, trained.preprocess.std)
+    mean, std, luma = (
+        torch.tensor(v, device=device).view(1, -1, 1, 1)
+        for v in (trained.preprocess.mean, trained.preprocess.std, LUMA)
     )
+    is_grey = encoder.patch_embed.proj.weight.shape[1] == 1
+    if is_grey:
+        mean, std = ((v * luma).sum(1, keepdim=True) for v in (mean, std))
     parts = []
     for start in range(0, len(images), _BATCH):
         pixels = torch.from_numpy(images[start : start + _BATCH]).to(device).permute(0, 3, 1, 2)
-        tokens = encoder.forward_features((pixels.float() / 255 - mean) / std)
+        values = pixels.float() / 255
+        if is_grey:
+            values = (values * luma).sum(1, keepdim=True)
+        tokens = encoder.forward_features((values - mean) / std)
         patches = tokens[:, encoder.num_prefix_tokens :]
         if pool == "tokens":
             rows = patches

@@ -6,12 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 
 from maekit import files
 from maekit.errors import InputError, MaekitError
-from maekit.images import Pixels
+from maekit.images import LUMA, Pixels
 from maekit.mae.loading import TrainedEncoder, norm_eps, set_norm_eps
 from maekit.mae.sources import Note
 
@@ -70,6 +71,10 @@ def refuse_foreign_directory(out: Path) -> None:
 
 def _config(trained: TrainedEncoder) -> dict[str, Any]:
     preprocess = trained.preprocess
+    channels = trained.encoder.patch_embed.proj.weight.shape[1]
+    mean, std = preprocess.mean, preprocess.std
+    if channels == 1:
+        mean, std = ((float(np.dot(values, LUMA)),) for values in (mean, std))
     return {
         "architecture": trained.name,
         "num_classes": 0,
@@ -77,13 +82,13 @@ def _config(trained: TrainedEncoder) -> dict[str, Any]:
         "global_pool": trained.encoder.global_pool,
         "model_args": {key: value for key, value in trained.arguments.items() if key != "num_classes"},
         "pretrained_cfg": {
-            "input_size": [3, *preprocess.size],
+            "input_size": [channels, *preprocess.size],
             "fixed_input_size": True,
             "interpolation": preprocess.interpolation,
             "crop_pct": preprocess.size[0] / preprocess.resize[0],
             "crop_mode": preprocess.crop_mode,
-            "mean": list(preprocess.mean),
-            "std": list(preprocess.std),
+            "mean": list(mean),
+            "std": list(std),
             "num_classes": 0,
             "pool_size": None,
             "first_conv": "patch_embed.proj",
@@ -105,6 +110,7 @@ def _compare(trained: TrainedEncoder, folder: Path, images: Pixels, on_note: Not
     if eps != theirs:
         on_note(f"this model has a LayerNorm epsilon of {eps}, which timm's config cannot say: timm takes {theirs}")
         set_norm_eps(loaded, eps)
-    pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2).float() / 255
+    channels = trained.encoder.patch_embed.proj.weight.shape[1]
+    pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2)[:, :channels].float() / 255
     if not torch.equal(loaded.forward_features(pixels), trained.encoder.forward_features(pixels)):
         raise MaekitError("what timm loads from the exported directory gives other tokens; nothing is written")

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from maekit.exporters.export import export
     from maekit.exporters.options import ExportOptions
     from maekit.exporters.verify import verify
+    from maekit.gallery.options import ReconstructOptions
+    from maekit.gallery.reconstruct import reconstruct
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
     from maekit.training.run import pretrain
@@ -26,12 +28,14 @@ _HOMES = {
     "MaekitError": "maekit.errors",
     "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",
+    "ReconstructOptions": "maekit.gallery.options",
     "check_shards": "maekit.check",
     "embed": "maekit.embedding.run",
     "export": "maekit.exporters.export",
     "find_shards": "maekit.shards.spec",
     "pack": "maekit.shards.pack",
     "pretrain": "maekit.training.run",
+    "reconstruct": "maekit.gallery.reconstruct",
     "verify": "maekit.exporters.verify",
 }
 
@@ -42,6 +46,7 @@ __all__ = [
     "MaekitError",
     "PackOptions",
     "PretrainConfig",
+    "ReconstructOptions",
     "__version__",
     "check_shards",
     "embed",
@@ -49,6 +54,7 @@ __all__ = [
     "find_shards",
     "pack",
     "pretrain",
+    "reconstruct",
     "verify",
 ]
 

@@ -4,6 +4,7 @@ Defaults are the published recipe (He et al. 2021, "Masked Autoencoders Are Scal
 Values come, each over the one before: defaults, `--config FILE.toml`, options, `--set key=value`.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -37,31 +38,88 @@ class ModelConfig:
 
     Attributes:
         name: timm name of the encoder; taken from `init_from` where that names one.
-        image_size: side of the square input, in pixels.
+        image_size: side of the square input in pixels, or [height, width].
+        channels: 3 for RGB, or 1 for its luma, which of a grey image is the image itself.
         patch_size: side of a patch, in pixels; None is the named model's own.
         width: the encoder's width; None is the named model's own.
         depth: its number of blocks, likewise.
         heads: its number of attention heads, likewise.
+        class_token: whether the encoder has one; None is the named model's own way.
+        positions: the encoder's: `sincos` (fixed) or `learned`.
+        masking: which patches are removed: `random`, `block` (BEiT's) or `grid`.
+        mask_ratio: share of patches removed, in (0, 1).
+        masks_per_image: so many masks of each image are trained on in the same step.
+        mask_tokens: where they stand for the removed patches: in the `decoder`, or already in the `encoder`.
+        decoder: `self`, blocks of self-attention, or `cross`, blocks of cross-attention to the encoder's (CrossMAE).
         decoder_width: width of the decoder.
         decoder_depth: its number of blocks.
         decoder_heads: its number of attention heads.
-        mask_ratio: share of patches removed, in (0, 1).
-        norm_pixel: normalise the target of each patch by its own mean and variance.
+        predict_ratio: share of the removed patches that are predicted, in (0, 1].
+        target: what is predicted: `norm_pixel` (pixels, normalised by each patch's own mean and variance), `pixel`,
+            `pca` (coefficients) or `tokens`.
+        pca_components: how many coefficients; their basis is fitted on the shards before the training.
+        tokenizer: ONNX file that turns an image into a grid of whole numbers, one for each patch.
+        tokenizer_sha256: its digest; found by itself.
+        vocabulary: how many different numbers it gives.
         init_from: `timm:NAME`, a run, or a weights file to start the encoder from.
     """
 
     name: str | None = None
-    image_size: int = 224
+    image_size: int | tuple[int, int] = 224
+    channels: int = 3
     patch_size: int | None = None
     width: int | None = None
     depth: int | None = None
     heads: int | None = None
+    class_token: bool | None = None
+    positions: str = "sincos"
+    masking: str = "random"
+    mask_ratio: float = 0.75
+    masks_per_image: int = 1
+    mask_tokens: str = "decoder"
+    decoder: str = "self"
     decoder_width: int = 512
     decoder_depth: int = 8
     decoder_heads: int = 16
-    mask_ratio: float = 0.75
-    norm_pixel: bool = True
+    predict_ratio: float = 1.0
+    target: str = "norm_pixel"
+    pca_components: int = 96
+    # The file may move; what is in it may not change.
+    tokenizer: str | None = _free(None)
+    tokenizer_sha256: str | None = None
+    vocabulary: int | None = None
     init_from: str | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """The input's (height, width), in pixels."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
+    def validate(self) -> None:
+        """Check what needs no model.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        _check_choices(
+            ("model.positions", self.positions, ("sincos", "learned")),
+            ("model.masking", self.masking, ("random", "block", "grid")),
+            ("model.mask_tokens", self.mask_tokens, ("decoder", "encoder")),
+            ("model.decoder", self.decoder, ("self", "cross")),
+            ("model.target", self.target, ("norm_pixel", "pixel", "pca", "tokens")),
+        )
+        if self.channels not in (1, 3):
+            raise InputError(f"model.channels = {self.channels}: must be 1 or 3")
+        if not 0 < self.mask_ratio < 1:
+            raise InputError(f"model.mask_ratio = {self.mask_ratio}: must lie between 0 and 1")
+        if not 0 < self.predict_ratio <= 1:
+            raise InputError(f"model.predict_ratio = {self.predict_ratio}: must be greater than 0, and at most 1")
+        if self.mask_tokens == "encoder" and self.decoder == "cross":
+            raise InputError("model.mask_tokens = 'encoder' leaves a decoder of cross-attention no patch to read from")
+        if self.target == "tokens" and (self.tokenizer is None or self.vocabulary is None):
+            raise InputError("model.target = 'tokens' needs --tokenizer FILE.onnx and --vocabulary COUNT")
+        if self.target != "tokens" and (self.tokenizer is not None or self.vocabulary is not None):
+            raise InputError("--tokenizer and --vocabulary are for --target tokens")
 
 
 @dataclass
@@ -69,8 +127,11 @@ class DataConfig:
     """How samples become training images.
 
     Attributes:
-        crop_scale: bounds of a random crop's share of the image area.
+        augmentation: `random_resized_crop`; `fixed_crop`, of fixed size at a random place; or `none`, the evaluation's
+            centre crop, never mirrored.
+        crop_scale: bounds of a random resized crop's share of the image area.
         flip: mirror half of the images.
+        color_jitter: brightness, contrast and saturation change by random factors within 1 ± this; 0 is not at all.
         mean: per channel, of values in [0, 1].
         std: per channel, of values in [0, 1].
         window: how many shards are mixed with each other in the order of samples.
@@ -85,8 +146,10 @@ class DataConfig:
         val_images: at most so many of them, evenly spread.
     """
 
+    augmentation: str = "random_resized_crop"
     crop_scale: tuple[float, float] = (0.2, 1.0)
     flip: bool = True
+    color_jitter: float = 0.0
     mean: tuple[float, float, float] = IMAGENET_MEAN
     std: tuple[float, float, float] = IMAGENET_STD
     window: int = WINDOW_SHARDS
@@ -204,11 +267,14 @@ class PretrainConfig:
             "epochs": self.epochs,
             "steps": self.steps,
             "batch_size": self.batch_size,
-            "model.image_size": self.model.image_size,
+            "model.image_size": min(self.model.size),
             "model.patch_size": self.model.patch_size,
             "model.depth": self.model.depth,
             "model.width": self.model.width,
             "model.heads": self.model.heads,
+            "model.masks_per_image": self.model.masks_per_image,
+            "model.pca_components": self.model.pca_components,
+            "model.vocabulary": self.model.vocabulary,
             "model.decoder_width": self.model.decoder_width,
             "model.decoder_depth": self.model.decoder_depth,
             "model.decoder_heads": self.model.decoder_heads,
@@ -245,8 +311,7 @@ class PretrainConfig:
                 raise InputError(f"{key} = {value}: must not be negative")
         if self.data.max_bad > 1:
             raise InputError(f"data.max_bad = {self.data.max_bad}: must be a share, at most 1")
-        if not 0 < self.model.mask_ratio < 1:
-            raise InputError(f"model.mask_ratio = {self.model.mask_ratio}: must lie between 0 and 1")
+        self.model.validate()
         for key, value in {"optimizer.beta1": self.optimizer.beta1, "optimizer.beta2": self.optimizer.beta2}.items():
             if not 0 <= value < 1:
                 raise InputError(f"{key} = {value}: must lie in [0, 1)")
@@ -259,15 +324,22 @@ class PretrainConfig:
             raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
         if any(not value > 0 for value in self.data.std):
             raise InputError(f"data.std = {list(self.data.std)}: must be greater than 0")
-        for key, choice, allowed in (
+        if not 0 <= self.data.color_jitter <= 1:
+            raise InputError(f"data.color_jitter = {self.data.color_jitter}: must lie in [0, 1]")
+        _check_choices(
+            ("data.augmentation", self.data.augmentation, ("random_resized_crop", "fixed_crop", "none")),
             ("run.device", self.run.device, ("auto", "cpu", "cuda")),
             ("run.precision", self.run.precision, ("auto", "fp32", "bf16")),
             ("data.cache", self.data.cache, ("off", "ram")),
-        ):
-            if choice not in allowed:
-                raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
+        )
         if self.run.max_time is not None:
             parse_duration(self.run.max_time)
+
+
+def _check_choices(*settings: tuple[str, str, tuple[str, ...]]) -> None:
+    for key, choice, allowed in settings:
+        if choice not in allowed:
+            raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
 
 
 def parse_duration(text: str) -> float:
@@ -347,8 +419,15 @@ def load_config(path: Path) -> PretrainConfig:
     """Return the config that `dump_toml` wrote."""
     config = PretrainConfig()
     for key, value in load_toml(path).items():
-        set_value(config, key, value)
+        set_value(config, *_renamed(key, value))
     return config
+
+
+def _renamed(key: str, value: Any) -> tuple[str, Any]:
+    """Return a setting of an earlier version's run as it is called now."""
+    if key == "model.norm_pixel":
+        return "model.target", "norm_pixel" if value else "pixel"
+    return key, value
 
 
 def dump_toml(config: PretrainConfig) -> str:
@@ -390,9 +469,13 @@ def _types_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def _convert(key: str, value: Any, kind: Any) -> Any:
     wrong = InputError(f"{key} = {value!r}: must be {_describe(kind)}")
     if isinstance(kind, types.UnionType):
-        if value is None:
+        kinds = typing.get_args(kind)
+        if value is None and types.NoneType in kinds:
             return None
-        (kind,) = [k for k in typing.get_args(kind) if k is not types.NoneType]
+        for possible in kinds:
+            with contextlib.suppress(InputError):
+                return _convert(key, value, possible)
+        raise wrong
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):

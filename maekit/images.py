@@ -51,9 +51,12 @@ _LARGEST_SIDE = 16384
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 CROP_DRAWS = 22
+# Grey of red, green and blue (ITU-R BT.601, as Pillow has it); of a grey image, that image.
+LUMA = (0.299, 0.587, 0.114)
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
+Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -335,6 +338,25 @@ def _over_white(layer: Image.Image) -> Image.Image:
         strip = layer.crop((0, top, layer.width, min(top + _STRIP, layer.height)))
         result.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
     return result
+
+
+def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[int, int], place: Place) -> Box:
+    """Choose the crop that an image resized to cover a rectangle would be cut to (Krizhevsky et al. 2012).
+
+    Args:
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        covered: (height, width) that the resized image would just cover.
+        size: (height, width) of the crop within it.
+        place: (across, down) in [0, 1] of the room that there is.
+
+    Returns:
+        (left, top, right, bottom) in pixels of the image as it is.
+    """
+    scale = min(height / covered[0], width / covered[1])
+    w, h = min(width, max(1, round(size[1] * scale))), min(height, max(1, round(size[0] * scale)))
+    left, top = round(place[0] * (width - w)), round(place[1] * (height - h))
+    return left, top, left + w, top + h
 
 
 def random_resized_crop(

@@ -26,6 +26,7 @@ class Purpose(enum.IntEnum):
     SUBSTITUTE = 6
     PICTURE = 7
     VALIDATION = 8
+    JITTER = 9
 
 
 def random_bits(

@@ -254,7 +254,7 @@ def test_settings_are_typed() -> None:
     for key, value in (
         ("batch_size", 2.5),
         ("batch_size", True),
-        ("model.norm_pixel", 1),
+        ("model.target", 1),
         ("data.crop_scale", [0.1]),
         ("data.mean", 3),
         ("model.name", 3),

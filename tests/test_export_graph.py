@@ -161,7 +161,7 @@ def test_fc_norm_is_applied_after_pooling() -> None:
 def test_models_that_are_refused() -> None:
     for encoder, pool, said in (
         (timm.create_model("eva02_tiny_patch14_224"), "avg", "class Eva is not known"),
-        (vit(in_chans=1), "avg", "other than three channels"),
+        (vit(in_chans=2), "avg", "other than one or three channels"),
         (vit(class_token=False, global_pool="avg"), "cls", "no class token: use --pool avg"),
         (vit(class_token=False, global_pool="avg"), "avg+cls", "no class token"),
         (vit(patch_size=5), "avg", "32 x 32, which its patches do not divide"),

@@ -7,7 +7,8 @@ from maekit.config import ModelConfig
 from maekit.errors import InputError
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import build_encoder, encode
-from maekit.mae.masking import gather_tokens, kept_patches, random_masking
+from maekit.mae.mask_shapes import kept_patches
+from maekit.mae.masking import gather_tokens, random_masking
 from maekit.mae.positions import sincos_positions
 from maekit.mae.targets import normalize_patches, patchify, unpatchify
 
@@ -19,7 +20,7 @@ def tiny(**changes) -> MaskedAutoencoder:
     return build_autoencoder(ModelConfig(**sizes), seed=0)
 
 
-def to_transformers(model: MaskedAutoencoder, norm_pixel: bool):
+def to_transformers(model: MaskedAutoencoder):
     """Return transformers' ViTMAE with our weights: the oracle.
 
     Built from a config it would train with all-zero positions (a bug of that library), so ours are loaded too.
@@ -41,7 +42,7 @@ def to_transformers(model: MaskedAutoencoder, norm_pixel: bool):
             decoder_num_attention_heads=decoder.blocks[0].attn.num_heads,
             decoder_intermediate_size=4 * decoder.embed.out_features,
             mask_ratio=model.mask_ratio,
-            norm_pix_loss=norm_pixel,
+            norm_pix_loss=model.target.normalized,
             layer_norm_eps=1e-6,
         )
     )
@@ -80,11 +81,11 @@ def to_transformers(model: MaskedAutoencoder, norm_pixel: bool):
     return oracle.eval()
 
 
-@pytest.mark.parametrize("norm_pixel", [False, True])
+@pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
-def test_equals_transformers_vitmae(norm_pixel: bool, ratio: float) -> None:
+def test_equals_transformers_vitmae(target: str, ratio: float) -> None:
     """Loss, latents and predictions equal an independent implementation with the same weights and noise."""
-    model = tiny(norm_pixel=norm_pixel, mask_ratio=ratio, image_size=48)
+    model = tiny(target=target, mask_ratio=ratio, image_size=48)
     # At initialisation LayerNorms and biases are trivial; disturb them so that each one counts.
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -93,7 +94,7 @@ def test_equals_transformers_vitmae(norm_pixel: bool, ratio: float) -> None:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.05)
     images = torch.randn(3, 3, 48, 48, generator=generator)
     noise = torch.rand(3, 36, generator=generator)
-    oracle = to_transformers(model, norm_pixel)
+    oracle = to_transformers(model)
     expected = oracle(images, noise=noise)
     got = model(images, noise)
     ids_keep, ids_masked = masking = random_masking(noise, ratio)
@@ -114,7 +115,7 @@ def test_encoding_all_patches_equals_timm() -> None:
 
 def test_positions_by_hand() -> None:
     """First half column, second half row; sin before cos; zeros for the class token."""
-    positions = sincos_positions(8, (2, 3), class_token=True)[0]
+    positions = sincos_positions(8, (2, 3), prefix_tokens=1)[0]
     assert positions.shape == (7, 8)
     assert not positions[0].any()
     row, column = 1, 2
@@ -147,14 +148,14 @@ def test_norm_pixel_by_hand() -> None:
     torch.testing.assert_close(normalize_patches(patches), expected)
 
 
-@pytest.mark.parametrize("norm_pixel", [False, True])
-def test_loss_is_that_of_the_paper(norm_pixel: bool) -> None:
+@pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
+def test_loss_is_that_of_the_paper(target: str) -> None:
     """Σ(loss · mask) / Σ mask over the whole image; what is predicted for kept patches does not count."""
-    model = tiny(norm_pixel=norm_pixel)
+    model = tiny(target=target)
     images, noise = torch.randn(2, 3, 32, 32), torch.rand(2, 16)
-    loss, pred, masking = model(images, noise)
+    loss, pred, _, masking = model(images, noise)
     patches = patchify(images, 8)
-    target = normalize_patches(patches) if norm_pixel else patches
+    target = normalize_patches(patches) if target == "norm_pixel" else patches
     everywhere = torch.full_like(target, 1e3).scatter(1, masking.ids_masked.unsqueeze(-1).expand_as(pred), pred)
     per_patch = (everywhere - target).square().mean(-1)
     torch.testing.assert_close(loss, (per_patch * masking.mask).sum() / masking.mask.sum())
@@ -205,8 +206,8 @@ def test_positions_are_frozen_and_weights_load_into_timm() -> None:
     [
         ({"name": "vit_bas_patch16_224"}, "did you mean vit_base_patch16_224"),
         ({"name": "vit_tiny_patch16_224", "image_size": 100}, "100"),
-        ({"name": "vit_small_patch16_18x2_224"}, "other blocks"),
-        ({"name": "vit_base_patch16_clip_224"}, "normalises before its blocks"),
+        ({"name": "vit_base_patch16_siglip_224"}, "--no-class-token"),
+        ({"name": "vit_base_patch16_rope_224"}, "is no plain VisionTransformer"),
         ({"name": "vit_tiny_patch16_224", "width": 50, "heads": 5}, "multiple of 4"),
     ],
 )

@@ -381,8 +381,9 @@ def test_pretraining_on_remote_shards_sees_the_same_batches(server: Server, monk
     """From a server that drops connections, with a cache that holds a window and the next: as from a local disk."""
     import torch
 
+    from maekit.mae.mask_shapes import MaskShape
     from maekit.shards.order import Order
-    from maekit.training.crops import CropLoader, RandomCrop, Watch
+    from maekit.training.crops import Augmentation, CropLoader, Watch
     from maekit.training.data import Division, ExactSource, StepBatches, make_loader
 
     publish_indexes(server)
@@ -392,7 +393,9 @@ def test_pretraining_on_remote_shards_sees_the_same_batches(server: Server, monk
         order = Order(shards.counts, seed=1, digest=shards.digest, window=1)
         division, watch = Division(4, 4), Watch(workers)
         source = ExactSource(order, division, first=1, last=12)
-        crops = CropLoader(shards, order, RandomCrop((32, 32), (0.2, 1.0), True, 1), patches=16, watch=watch)
+        crops = CropLoader(
+            shards, order, Augmentation((32, 32), (32, 32), 1), MaskShape("random", (4, 4), 0.75), watch=watch
+        )
         chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=1, pin=False))
         steps = StepBatches(chunks, division, shards=shards, watch=watch, patience=60)
         return [steps.next()[0][0].images for _ in range(1, 12)]

@@ -74,7 +74,7 @@ def test_the_reference_implementations_file(model, images, tmp_path: Path, wrapp
     trained = load_encoder(str(tmp_path / "mae.pth"))
     assert torch.equal(tokens(trained.encoder, images), tokens(model.encoder, images))
     assert trained.encoder.blocks[0].attn.num_heads == 3
-    whole, _ = load_autoencoder(str(tmp_path / "mae.pth"))
+    whole = load_autoencoder(str(tmp_path / "mae.pth")).model
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(whole(images, noise).pred, model(images, noise).pred)
@@ -113,7 +113,7 @@ def test_transformers_encoder_and_decoder(vit_mae, images) -> None:
     """Latents, predictions and loss equal theirs, with their epsilon; in both spellings of the names."""
     theirs, folder = vit_mae
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
-    ours, _ = load_autoencoder(str(folder))
+    ours = load_autoencoder(str(folder)).model
     with torch.no_grad():
         got, wanted = ours(images, noise), theirs(images, noise=noise)
     assert got.loss == pytest.approx(wanted.loss.item(), rel=1e-5)
@@ -140,7 +140,7 @@ def test_transformers_older_names(vit_mae, images, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((folder / "config.json").read_text())
     noise = torch.rand(4, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        preds = [load_autoencoder(str(path))[0](images, noise).pred for path in (folder, tmp_path)]
+        preds = [load_autoencoder(str(path)).model(images, noise).pred for path in (folder, tmp_path)]
     assert torch.equal(*preds)
 
 

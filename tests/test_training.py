@@ -27,7 +27,7 @@ from maekit.training.optim import make_optimizer, make_schedule
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_autoencoder(str(run))[0].state_dict()
+    return load_autoencoder(str(run)).model.state_dict()
 
 
 def assert_equal_weights(a: Path, b: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_run_writes_what_it_promises(make_shards, tmp_path: Path) -> None:
 
     # 8 pictures in a column; 96 pixels each with 4 between them: masked | reconstruction | original
     sheet = Image.open(run.picture(8))
-    assert sheet.size == (3 * 100 + 4, len(range(0, 17, 3)) * 100 + 4)
+    assert sheet.size == (3 * 100 + 4, 8 * 100 + 4)
     import timm
 
     encoder = timm.create_model(
@@ -238,7 +238,7 @@ def test_optimizer_state_survives(make_shards, tmp_path: Path) -> None:
         ("seed", 4),
         ("steps", 9),
         ("model.mask_ratio", 0.5),
-        ("model.norm_pixel", False),
+        ("model.target", "pixel"),
         ("optimizer.lr", 2e-2),
         ("data.crop_scale", [0.5, 1.0]),
     ],

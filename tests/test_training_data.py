@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import os
 import signal
@@ -13,15 +14,18 @@ from PIL import Image
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.errors import InputError, MaekitError
+from maekit.mae.mask_shapes import MaskShape
+from maekit.mae.normalize import Normalizer
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.crops import Chunk, CropLoader, RandomCrop, Watch, draw, resize
+from maekit.training.crops import Augmentation, Chunk, CropLoader, Watch, draw, resize
 from maekit.training.data import Division, ExactSource, StepBatches, Uploader, make_loader, stop_workers
 from maekit.training.ram import DecodedSet
-from maekit.training.step import Normalizer, Objective, check_micro_batch
+from maekit.training.step import Objective, check_micro_batch
 
-CROP = RandomCrop((32, 32), (0.2, 1.0), True, 1)
+CROP = Augmentation((32, 32), (32, 32), 1)
+SHAPE = MaskShape("random", (4, 4), 0.75)
 
 
 def steps_of(
@@ -37,7 +41,7 @@ def steps_of(
     """Return the whole share of each step, put together."""
     order, watch = Order(shards.counts, seed=1, digest=shards.digest, window=2), Watch(workers)
     source = ExactSource(order, division, first=first, last=last)
-    crops = CropLoader(shards, order, CROP, patches=16, watch=watch, decoded=decoded)
+    crops = CropLoader(shards, order, CROP, SHAPE, watch=watch, decoded=decoded)
     chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=1, pin=False))
     batches = StepBatches(chunks, division, shards=shards, watch=watch, patience=patience)
     upload = Uploader(torch.device("cpu"))
@@ -47,7 +51,7 @@ def steps_of(
             micro_batches = batches.next()
             assert len(micro_batches) == division.share // division.micro_batch
             bad = [line for chunks in micro_batches for chunk in chunks for line in chunk.bad]
-            steps.append(Chunk(*upload([chunk for chunks in micro_batches for chunk in chunks]), bad))
+            steps.append(Chunk(*upload([chunk for chunks in micro_batches for chunk in chunks])[:3], bad))
         return steps
     finally:
         stop_workers(chunks)
@@ -116,17 +120,21 @@ def test_division_covers_each_share_once() -> None:
         assert all(first // micro_batch == (last - 1) // micro_batch for first, last in division.chunks())
 
 
-def test_draws_are_a_function_of_the_place() -> None:
+@pytest.mark.parametrize("kind", ["random", "block", "grid"])
+def test_draws_are_a_function_of_the_place(kind: str) -> None:
     """Whether a batch is drawn at once or in parts, within an epoch and across two."""
+    shape = MaskShape(kind, (3, 3), 0.6)
     order = Order(np.array([40]), seed=1, digest="ab" * 32)
-    whole = draw(order.slice(30, 60), patches=9, flip=True, seed=3)
-    parts = [draw(order.slice(a, b), patches=9, flip=True, seed=3) for a, b in ((30, 31), (31, 47), (47, 60))]
-    for name in ("crops", "flips", "noise"):
+    augmentation = dataclasses.replace(CROP, seed=3, color_jitter=0.4)
+    whole = draw(order.slice(30, 60), augmentation, shape, 2)
+    parts = [draw(order.slice(a, b), augmentation, shape, 2) for a, b in ((30, 31), (31, 47), (47, 60))]
+    for name in ("crops", "flips", "noise", "jitter"):
         assert np.array_equal(getattr(whole, name), np.concatenate([getattr(part, name) for part in parts]))
-    many = draw(order.slice(0, 2000), patches=1, flip=True, seed=3)
+    many = draw(order.slice(0, 2000), augmentation, shape)
     assert 930 < many.flips.sum() < 1070
-    assert not draw(order.slice(0, 99), patches=1, flip=False, seed=3).flips.any()
-    assert not np.array_equal(draw(order.slice(0, 9), patches=1, flip=True, seed=4).crops, many.crops[:9])
+    assert not draw(order.slice(0, 99), dataclasses.replace(CROP, flip=False), shape).flips.any()
+    assert not draw(order.slice(0, 99), dataclasses.replace(CROP, kind="none"), shape).flips.any()
+    assert not np.array_equal(draw(order.slice(0, 9), dataclasses.replace(CROP, seed=4), shape).crops, many.crops[:9])
 
 
 def test_decoded_in_memory_gives_the_same_batches(tmp_path: Path) -> None:
@@ -156,7 +164,9 @@ def test_the_objective_normalises_and_mirrors() -> None:
     seen: list[torch.Tensor] = []
 
     class Model(torch.nn.Module):
-        def forward(self, images: torch.Tensor, noise: torch.Tensor):
+        patches = 4
+
+        def forward(self, images: torch.Tensor, noise: torch.Tensor, tokens: None):
             seen.append(images)
             return type("Prediction", (), {"loss": noise.sum()})
 
@@ -222,7 +232,7 @@ def test_waiting_for_data_heeds_a_stop(small_shards: ShardSet, monkeypatch) -> N
     kill_at(monkeypatch, small_shards, "000004", None)
     division, watch = Division(8, 8), Watch(1)
     order = Order(small_shards.counts, seed=1, digest=small_shards.digest)
-    crops = CropLoader(small_shards, order, CROP, patches=16, watch=watch)
+    crops = CropLoader(small_shards, order, CROP, SHAPE, watch=watch)
     source = ExactSource(order, division, first=0, last=9)
     chunks = iter(make_loader(source, crops, division, workers=1, prefetch=1, pin=False))
     batches = StepBatches(chunks, division, shards=small_shards, watch=watch, patience=60)

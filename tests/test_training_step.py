@@ -11,6 +11,7 @@ import maekit
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig, parse_duration
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.mae.autoencoder import build_autoencoder
+from maekit.mae.normalize import Normalizer
 from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.training import checkpoint, kernels
@@ -20,7 +21,7 @@ from maekit.training.data import Uploader
 from maekit.training.distributed import World
 from maekit.training.kernels import OneDnnLinear, choose_kernels
 from maekit.training.optim import Schedule, make_optimizer
-from maekit.training.step import Normalizer, Objective, Step, choose_micro_batch
+from maekit.training.step import Objective, Step, choose_micro_batch
 
 CPU = torch.device("cpu")
 

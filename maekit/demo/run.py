@@ -75,7 +75,7 @@ def demo_config(out: Path) -> PretrainConfig:
             decoder_depth=1,
             decoder_heads=4,
             # In so short a run plain pixels teach more than normalised ones.
-            norm_pixel=False,
+            target="pixel",
         ),
         data=DataConfig(crop_scale=(0.8, 1.0)),
         optimizer=OptimizerConfig(lr=1.2e-2),

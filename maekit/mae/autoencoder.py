@@ -1,4 +1,4 @@
-"""The masked autoencoder: mask, encode what is left, decode everything, compare what was removed (He et al. 2021)."""
+"""The masked autoencoder: mask, encode what is left, decode, compare what was removed (He et al. 2021)."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,12 @@ from torch import nn
 
 from maekit.config import ModelConfig
 from maekit.errors import InputError
+from maekit.mae.cross_decoder import CrossDecoder
 from maekit.mae.decoder import Decoder
-from maekit.mae.encoder import build_encoder, encode
-from maekit.mae.masking import Masking, gather_tokens, kept_patches, random_masking
-from maekit.mae.targets import normalize_patches, patchify
+from maekit.mae.encoder import build_encoder, embed, encode_layers
+from maekit.mae.mask_shapes import kept_patches
+from maekit.mae.masking import Masking, gather_tokens, random_masking
+from maekit.mae.targets import Target, build_target, patchify
 
 
 class Prediction(NamedTuple):
@@ -19,59 +21,87 @@ class Prediction(NamedTuple):
 
     Attributes:
         loss: scalar, float32.
-        pred: the removed patches, `[B, N - K, p·p·C]`.
-        masking: which they are; row by row, `pred` belongs to `masking.ids_masked`.
+        pred: of removed patches, `[B, P, outputs]`.
+        ids: which they are, int64 `[B, P]`: the first of `masking.ids_masked`, and all of them by default.
+        masking: what was kept and removed.
     """
 
     loss: torch.Tensor
     pred: torch.Tensor
+    ids: torch.Tensor
     masking: Masking
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder, handed in as an object, and the decoder that trains it.
+    """An encoder, handed in as an object, the decoder that trains it, and what that predicts.
 
     Args:
         encoder: a timm VisionTransformer.
         decoder: over the same grid of patches.
+        target: says what is predicted.
         mask_ratio: share of patches removed.
-        norm_pixel: normalise the target of each patch.
+        predict_ratio: share of those that are predicted.
+        mask_tokens_in_encoder: encode mask tokens in place of the removed patches (the ablation of table 1c).
     """
 
-    def __init__(self, encoder: VisionTransformer, decoder: Decoder, *, mask_ratio: float, norm_pixel: bool) -> None:
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        decoder: Decoder | CrossDecoder,
+        target: Target,
+        *,
+        mask_ratio: float,
+        predict_ratio: float = 1.0,
+        mask_tokens_in_encoder: bool = False,
+    ) -> None:
         super().__init__()
-        self.encoder, self.decoder = encoder, decoder
-        self.mask_ratio, self.norm_pixel = mask_ratio, norm_pixel
+        self.encoder, self.decoder, self.target = encoder, decoder, target
+        self.mask_ratio, self.predict_ratio = mask_ratio, predict_ratio
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim)) if mask_tokens_in_encoder else None
         self.patch_size: int = encoder.patch_embed.patch_size[0]
         self.grid: tuple[int, int] = encoder.patch_embed.grid_size
         self.patches: int = encoder.patch_embed.num_patches
 
-    def forward(self, images: torch.Tensor, noise: torch.Tensor) -> Prediction:
+    def forward(self, images: torch.Tensor, noise: torch.Tensor, tokens: torch.Tensor | None = None) -> Prediction:
         """Return loss, prediction and masking.
 
         Args:
             images: normalised, float32 `[B, C, H, W]`.
-            noise: uniform numbers that choose the mask, `[B, N]`.
+            noise: numbers that choose the masks, `[B·k, N]`: k of each image, one after the other.
+            tokens: of the images, int64 `[B, N]`, where those are the target.
         """
         masking = random_masking(noise, self.mask_ratio)
-        patches = patchify(images, self.patch_size)
-        latent = encode(self.encoder, gather_tokens(patches, masking.ids_keep), masking.ids_keep)
-        pred = self.decoder(latent, masking)
-        # Under autocast the prediction is bf16; loss and target stay fp32. As many patches are removed from each image,
+        masks = len(noise) // len(images)
+        patches = patchify(images, self.patch_size).repeat_interleave(masks, 0)  # [B, C, H, W] -> [B·k, N, p·p·C]
+        layers = self.encode(gather_tokens(patches, masking.ids_keep), masking)
+        ids = masking.ids_masked[:, : predicted_patches(masking.ids_masked.shape[1], self.predict_ratio)]
+        pred = self.decoder(layers, masking, ids.shape[1])
+        if tokens is not None:
+            tokens = tokens.repeat_interleave(masks, 0).gather(1, ids)  # [B, N] -> [B·k, P]
+        # Under autocast the prediction is bf16; loss and target stay fp32. As many patches are predicted of each image,
         # so the mean over all of them is the paper's.
-        target = self.target(gather_tokens(patches, masking.ids_masked))
-        return Prediction((pred.float() - target).square().mean(), pred, masking)
+        return Prediction(self.target.loss(pred.float(), gather_tokens(patches, ids), tokens), pred, ids, masking)
 
-    def target(self, patches: torch.Tensor) -> torch.Tensor:
-        """Return what the prediction is compared with: `[B, M, p·p·C]` -> `[B, M, p·p·C]`."""
-        return normalize_patches(patches) if self.norm_pixel else patches
+    def encode(self, kept: torch.Tensor, masking: Masking) -> list[torch.Tensor]:
+        """Encode the kept patches, `[B, K, p·p·C]`, and mask tokens where the encoder is given them.
+
+        Returns:
+            what goes into the first block and comes out of each, `[B, prefix + K, D]` each (or N, with mask tokens).
+        """
+        ids = masking.ids_keep if self.mask_token is None else masking.ids
+        return encode_layers(self.encoder, embed(self.encoder, kept, ids, self.mask_token))
+
+
+def predicted_patches(removed: int, predict_ratio: float) -> int:
+    """Return P, how many of the removed patches are predicted: int(removed · ratio)."""
+    return int(removed * predict_ratio)
 
 
 def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
     """Build the autoencoder with the published initialisation, a pure function of `seed`.
 
     Raises:
-        InputError: impossible sizes, or a ratio that keeps no patch.
+        InputError: impossible sizes, or ratios that keep, remove or predict no patch.
     """
     encoder = build_encoder(config)
     if config.decoder_width % 4 or config.decoder_width % config.decoder_heads:
@@ -80,24 +110,53 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
             f"model.decoder_heads = {config.decoder_heads}"
         )
     patches = encoder.patch_embed.num_patches
-    if not 0 < kept_patches(patches, config.mask_ratio) < patches:
+    kept = kept_patches(patches, config.mask_ratio)
+    if not 0 < kept < patches:
         raise InputError(f"model.mask_ratio = {config.mask_ratio} keeps none or all of the {patches} patches")
-    patch = encoder.patch_embed.patch_size[0]
-    decoder = Decoder(
+    if not predicted_patches(patches - kept, config.predict_ratio):
+        raise InputError(f"model.predict_ratio = {config.predict_ratio} predicts none of {patches - kept} patches")
+    target = build_target(config, encoder.patch_embed.patch_size[0] ** 2 * config.channels)
+    model = MaskedAutoencoder(
+        encoder,
+        _build_decoder(config, encoder, target.outputs),
+        target,
+        mask_ratio=config.mask_ratio,
+        predict_ratio=config.predict_ratio,
+        mask_tokens_in_encoder=config.mask_tokens == "encoder",
+    )
+    initialize(model, seed=seed)
+    return model
+
+
+def _build_decoder(config: ModelConfig, encoder: VisionTransformer, outputs: int) -> Decoder | CrossDecoder:
+    if config.decoder == "cross":
+        return CrossDecoder(
+            encoder.embed_dim,
+            len(encoder.blocks),
+            width=config.decoder_width,
+            depth=config.decoder_depth,
+            heads=config.decoder_heads,
+            grid=encoder.patch_embed.grid_size,
+            outputs=outputs,
+        )
+    return Decoder(
         encoder.embed_dim,
         width=config.decoder_width,
         depth=config.decoder_depth,
         heads=config.decoder_heads,
         grid=encoder.patch_embed.grid_size,
-        outputs=patch * patch * 3,
+        prefix_tokens=encoder.num_prefix_tokens,
+        outputs=outputs,
+        mask_tokens=config.mask_tokens == "decoder",
     )
-    model = MaskedAutoencoder(encoder, decoder, mask_ratio=config.mask_ratio, norm_pixel=config.norm_pixel)
-    initialize(model, seed=seed)
-    return model
 
 
 def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
-    """Initialise as published: xavier-uniform matrices (the fused qkv as one), zero biases, N(0, .02) tokens."""
+    """Initialise as published: xavier-uniform matrices (the fused qkv as one), zero biases, N(0, .02) tokens.
+
+    Learned positions are drawn as tokens are; the weights of a cross-attention decoder for the L + 1 layers of the
+    encoder from N(0, 1/(L + 1)), so that their mixture is about as large as one of them.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
@@ -108,10 +167,16 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        projection = model.encoder.patch_embed.proj
+        encoder, decoder = model.encoder, model.decoder
+        projection = encoder.patch_embed.proj
         # As the matrix that it is: fan-in p·p·C, fan-out D.
         nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
-        nn.init.zeros_(projection.bias)
-        assert model.encoder.cls_token is not None
-        nn.init.normal_(model.encoder.cls_token, std=0.02, generator=generator)
-        nn.init.normal_(model.decoder.mask_token, std=0.02, generator=generator)
+        if projection.bias is not None:
+            nn.init.zeros_(projection.bias)
+        for token in (encoder.cls_token, decoder.mask_token, encoder.reg_token, model.mask_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02, generator=generator)
+        if encoder.pos_embed is not None and encoder.pos_embed.requires_grad:
+            nn.init.normal_(encoder.pos_embed, std=0.02, generator=generator)
+        if isinstance(decoder, CrossDecoder):
+            nn.init.normal_(decoder.layer_weights, std=decoder.layer_weights.shape[1] ** -0.5, generator=generator)

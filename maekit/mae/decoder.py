@@ -17,40 +17,60 @@ class Decoder(nn.Module):
         depth: blocks.
         heads: attention heads.
         grid: (rows, columns) of patches.
+        prefix_tokens: class and register tokens in front of the latent.
         outputs: values predicted per patch.
+        mask_tokens: whether they come in here; else the encoder was given them, and its latent is of all patches.
     """
 
     def __init__(
-        self, encoder_width: int, *, width: int, depth: int, heads: int, grid: tuple[int, int], outputs: int
+        self,
+        encoder_width: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        grid: tuple[int, int],
+        prefix_tokens: int,
+        outputs: int,
+        mask_tokens: bool = True,
     ) -> None:
         super().__init__()
+        self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_width, width)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None
         # A parameter, as timm keeps its own: saved and loaded with the rest, never trained.
-        self.pos_embed = nn.Parameter(sincos_positions(width, grid, class_token=True), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_positions(width, grid, prefix_tokens=prefix_tokens), requires_grad=False)
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.pred = nn.Linear(width, outputs)
 
-    def forward(self, latent: torch.Tensor, masking: Masking) -> torch.Tensor:
-        """Add mask tokens for the removed patches, decode, and predict those.
+    def forward(
+        self, layers: list[torch.Tensor], masking: Masking, predicted: int, *, kept_too: bool = False
+    ) -> torch.Tensor:
+        """Add mask tokens for the removed patches that are predicted, decode, and predict those.
 
         The row is never put back into the order of the image: attention does not see the order of tokens, only their
         positions, and so what was removed stays one slice at the end.
 
         Args:
-            latent: class token, then the kept patches, `[B, 1 + K, D]`.
+            layers: of the encoder, the latent last: class and register tokens, then the kept patches (with mask tokens
+                in the encoder, all patches), `[B, prefix + K, D]`.
             masking: where patches were kept and removed.
+            predicted: P, how many of the removed patches are predicted: the first of `masking.ids_masked`.
+            kept_too: predict the kept patches as well, in front.
 
         Returns:
-            the removed patches in the order of `masking.ids_masked`, `[B, N - K, outputs]`.
+            `[B, (K +) P, outputs]`.
         """
-        x = self.embed(latent)  # [B, 1 + K, D] -> [B, 1 + K, width]
-        kept = masking.ids_keep.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(x.shape[0], masking.ids_masked.shape[1], -1)
+        x = self.embed(layers[-1])  # [B, prefix + K, D] -> [B, prefix + K, width]
+        ids = masking.ids
+        if self.mask_token is not None:
+            ids = ids[:, : masking.ids_keep.shape[1] + predicted]
+            x = torch.cat([x, self.mask_token.to(x.dtype).expand(x.shape[0], predicted, -1)], dim=1)
         positions = self.pos_embed.expand(x.shape[0], -1, -1)
-        order = torch.cat([masking.ids_keep, masking.ids_masked], dim=1)
-        shuffled = torch.cat([positions[:, :1], gather_tokens(positions[:, 1:], order)], dim=1)
-        x = torch.cat([x, mask_tokens], dim=1) + shuffled  # -> [B, 1 + N, width]
-        x = self.blocks(x)[:, 1 + kept :]  # -> [B, N - K, width]
-        return self.pred(self.norm(x))  # -> [B, N - K, outputs]
+        before = self.prefix_tokens
+        shuffled = torch.cat([positions[:, :before], gather_tokens(positions[:, before:], ids)], dim=1)
+        x = self.blocks(x + shuffled)  # -> [B, prefix + K + P, width]
+        last = before + masking.ids_keep.shape[1] + predicted
+        first = before if kept_too else last - predicted
+        return self.pred(self.norm(x[:, first:last]))  # -> [B, (K +) P, outputs]

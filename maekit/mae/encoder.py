@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
 from maekit.config import ModelConfig
@@ -17,21 +17,26 @@ DEFAULT_MODEL = "vit_base_patch16_224"
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
     """Return the keyword arguments with which `timm.create_model(name, ...)` builds this encoder."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "patch_size": config.patch_size,
         "embed_dim": config.width,
         "depth": config.depth,
         "num_heads": config.heads,
+        "in_chans": None if config.channels == 3 else config.channels,
+        "class_token": config.class_token,
     }
+    if config.class_token is not None:
+        # timm drops the final norm of a model that it would pool by the mean.
+        chosen |= {"global_pool": "token" if config.class_token else "avg", "fc_norm": False}
     return {
-        "img_size": config.image_size,
+        "img_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
         "num_classes": 0,
         **{key: value for key, value in chosen.items() if value is not None},
     }
 
 
 def build_encoder(config: ModelConfig) -> VisionTransformer:
-    """Build the encoder with frozen sine-cosine positions; other weights are timm's until initialised.
+    """Build the encoder; its weights are timm's until initialised, its positions are those of the config.
 
     Raises:
         InputError: unknown name, impossible sizes, or a model whose tokens a MAE cannot mask.
@@ -51,26 +56,29 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {error}") from error
     _check_maskable(name, encoder)
     patch = encoder.patch_embed.patch_size[0]
-    if config.image_size % patch:
-        raise InputError(f"model.image_size = {config.image_size} is not a multiple of the patch size {patch}")
-    if encoder.embed_dim % 4:
-        raise InputError(f"{name}: a width of {encoder.embed_dim} is not a multiple of 4 (sine-cosine positions)")
-    with torch.no_grad():
-        encoder.pos_embed.copy_(sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, class_token=True))
-    encoder.pos_embed.requires_grad_(False)
+    for side in config.size:
+        if side % patch:
+            raise InputError(f"model.image_size = {side} is not a multiple of the patch size {patch}")
+    is_learned = config.positions == "learned"
+    if not is_learned:
+        if encoder.embed_dim % 4:
+            raise InputError(f"{name}: a width of {encoder.embed_dim} is not a multiple of 4 (sine-cosine positions)")
+        prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+        positions = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, prefix_tokens=prefix)
+        with torch.no_grad():
+            encoder.pos_embed.copy_(positions)
+    encoder.pos_embed.requires_grad_(is_learned)
     return encoder
 
 
 def _check_maskable(name: str, encoder: Any) -> None:
     wanted = {
         "is no plain VisionTransformer": type(encoder) is VisionTransformer,
-        "has no class token": getattr(encoder, "cls_token", None) is not None,
-        "has register tokens": getattr(encoder, "reg_token", None) is None,
         "adds no absolute positions": getattr(encoder, "pos_embed", None) is not None,
-        "adds positions to patches only": not getattr(encoder, "no_embed_class", False),
-        "normalises before its blocks": isinstance(getattr(encoder, "norm_pre", None), torch.nn.Identity),
-        "has no final LayerNorm": isinstance(getattr(encoder, "norm", None), torch.nn.LayerNorm),
-        "has other blocks than plain attention and MLP": all(type(block) is Block for block in encoder.blocks),
+        "pools by attention (--no-class-token leaves that out)": getattr(encoder, "attn_pool", None) is None,
+        "has no norm before its pooling (--class-token or --no-class-token puts it there)": not isinstance(
+            getattr(encoder, "norm", None), torch.nn.Identity
+        ),
         "embeds its patches by more than one projection": type(encoder.patch_embed) is PatchEmbed,
         "has patches that are not square": len(set(getattr(encoder.patch_embed, "patch_size", (1, 2)))) == 1,
     }
@@ -79,25 +87,57 @@ def _check_maskable(name: str, encoder: Any) -> None:
             raise InputError(f"{name} {problem}; maekit trains plain ViTs such as {DEFAULT_MODEL}")
 
 
-def encode(encoder: VisionTransformer, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-    """Run the encoder on the kept patches alone; removed ones are not even embedded.
-
-    With all patches kept, in order, this equals timm's own `forward_features`.
+def embed(
+    encoder: VisionTransformer, patches: torch.Tensor, ids: torch.Tensor, mask_token: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Make tokens of patches; removed ones are not even embedded.
 
     Args:
-        encoder: with a class token and absolute positions.
+        encoder: with absolute positions.
         patches: the kept ones, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
-        ids_keep: their places, int64 `[B, K]`.
+        ids: the places of all tokens, int64 `[B, T]`: of the kept patches, then of mask tokens.
+        mask_token: `[1, 1, D]`; needed where T > K.
 
     Returns:
-        the latent after the final LayerNorm, class token first, `[B, 1 + K, D]`.
+        class and register tokens, then one for each place: `[B, prefix + T, D]`.
     """
-    assert encoder.cls_token is not None
     assert encoder.pos_embed is not None
     projection = encoder.patch_embed.proj
     weight = projection.weight.permute(0, 2, 3, 1).flatten(1)  # [D, C, p, p] -> [D, p·p·C]
     tokens = encoder.patch_embed.norm(functional.linear(patches, weight, projection.bias))
-    positions = encoder.pos_embed.expand(len(tokens), -1, -1)  # -> [B, 1 + N, D]
-    tokens = tokens + gather_tokens(positions[:, 1:], ids_keep)
-    class_token = encoder.cls_token.expand(len(tokens), -1, -1) + positions[:, :1]
-    return encoder.norm(encoder.blocks(torch.cat([class_token, tokens], dim=1)))
+    b, k, _ = tokens.shape
+    if mask_token is not None:
+        tokens = torch.cat([tokens, mask_token.to(tokens.dtype).expand(b, ids.shape[1] - k, -1)], dim=1)
+    positions = encoder.pos_embed.expand(b, -1, -1)  # -> [B, (prefix +) N, D]
+    prefix = [token.expand(b, -1, -1) for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    before = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    tokens = tokens + gather_tokens(positions[:, before:], ids)
+    if not prefix:
+        return tokens
+    first = torch.cat(prefix, dim=1) + positions[:, :before] if before else torch.cat(prefix, dim=1)
+    return torch.cat([first, tokens], dim=1)
+
+
+def encode_layers(encoder: VisionTransformer, tokens: torch.Tensor) -> list[torch.Tensor]:
+    """Run the blocks: `[B, T, D]` -> what goes into the first, and what comes out of each; the last one normalised."""
+    layers = [encoder.norm_pre(tokens)]
+    for block in encoder.blocks:
+        layers.append(block(layers[-1]))
+    layers[-1] = encoder.norm(layers[-1])
+    return layers
+
+
+def encode(encoder: VisionTransformer, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
+    """Run the encoder on the kept patches alone.
+
+    With all patches kept, in order, this equals timm's own `forward_features`.
+
+    Args:
+        encoder: with absolute positions.
+        patches: the kept ones, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
+        ids_keep: their places, int64 `[B, K]`.
+
+    Returns:
+        the latent after the final norm, class and register tokens first, `[B, prefix + K, D]`.
+    """
+    return encode_layers(encoder, embed(encoder, patches, ids_keep))[-1]

@@ -46,6 +46,21 @@ class TrainedEncoder:
     shards: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class TrainedAutoencoder:
+    """An autoencoder that is ready for use, and what is known of it.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        preprocess: from a decoded image to its input.
+        masking: the kind of masks that it was trained with.
+    """
+
+    model: MaskedAutoencoder
+    preprocess: Preprocess
+    masking: str
+
+
 def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> TrainedEncoder:
     """Load the encoder that a source names.
 
@@ -72,12 +87,12 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     preprocess = source.preprocess
     if preprocess is None:
         on_note(f"{name} does not say how its images were normalised: taken are ImageNet's mean and std")
-        preprocess = Preprocess.for_size((config.image_size, config.image_size), IMAGENET_MEAN, IMAGENET_STD)
+        preprocess = Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
     return TrainedEncoder(encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards)
 
 
-def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> tuple[MaskedAutoencoder, Preprocess]:
-    """Load the whole autoencoder that a source names, on the CPU and in evaluation mode.
+def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> TrainedAutoencoder:
+    """Load the whole autoencoder that a source names.
 
     Raises:
         InputError: no such source, it holds no decoder, or it does not fit.
@@ -89,9 +104,21 @@ def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> tuple[M
     model = build_autoencoder(config, seed=0)
     load_strictly(model.encoder, source.encoder, name)
     load_strictly(model.decoder, source.decoder, f"the decoder of {name}")
+    _load_task(model, source.task, name)
     set_norm_eps(model, source.norm_eps)
-    size = (config.image_size, config.image_size)
-    return model.eval(), source.preprocess or Preprocess.for_size(size, IMAGENET_MEAN, IMAGENET_STD)
+    preprocess = source.preprocess or Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
+    return TrainedAutoencoder(model.eval(), preprocess, config.masking)
+
+
+def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load what is neither the encoder's nor the decoder's."""
+    tensors = {key: p for key, p in model.named_parameters() if not key.startswith(("encoder.", "decoder."))}
+    if {key: p.shape for key, p in tensors.items()} != {key: tensor.shape for key, tensor in weights.items()}:
+        wanted, there = (", ".join(names) or "nothing" for names in (tensors, weights))
+        raise InputError(f"{name} does not fit the model: besides encoder and decoder it wants {wanted}, not {there}")
+    with torch.no_grad():
+        for key, parameter in tensors.items():
+            parameter.copy_(weights[key])
 
 
 def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) -> str:
@@ -114,18 +141,21 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
         load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
-    plain = {*TIMM_NAMES.values(), "img_size", "num_classes"}
-    if unknown := [key for key in source.timm_arguments or {} if key not in plain]:
+    plain, ours = {*TIMM_NAMES.values(), "img_size", "num_classes"}, timm_arguments(config)
+    theirs = source.timm_arguments or {}
+    if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:
         raise InputError(f"{said} was built with {', '.join(unknown)}; pretrain builds plain ViTs only")
     load_strictly(model.encoder, without_head(source.encoder, model.encoder), said)
     if not source.decoder:
         return f"the encoder starts from {name}"
     own = vars(config)
-    differing = [key for key in ("decoder_heads", "norm_pixel") if source.sizes.get(key, own[key]) != own[key]]
+    kinds = ("decoder_heads", "decoder", "mask_tokens", "target", "tokenizer_sha256")
+    differing = [key for key in kinds if source.sizes.get(key, own[key]) != own[key]]
     shapes = {key: tensor.shape for key, tensor in model.decoder.state_dict().items()}
     if differing or shapes != {key: tensor.shape for key, tensor in source.decoder.items()}:
         return f"the encoder starts from {name}, the decoder anew: it is not the one of these settings"
     load_strictly(model.decoder, source.decoder, said)
+    _load_task(model, source.task, said)
     return f"encoder and decoder start from {name}"
 
 
@@ -146,7 +176,7 @@ def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
     """Take the sizes that `config` leaves open from a donor of the same name."""
     if config.name not in (None, donor.get("name")):
         return  # another model was asked for; whether the weights fit it shows when they are loaded
-    for name in ("name", *TIMM_NAMES):
+    for name in ("name", "class_token", *TIMM_NAMES):
         if getattr(config, name) is None:
             setattr(config, name, donor.get(name))
 

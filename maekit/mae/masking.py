@@ -1,8 +1,10 @@
-"""Random masking (He et al. 2021, section 3). One polarity everywhere: mask 1 = removed, 0 = kept."""
+"""From random numbers to a mask (He et al. 2021, section 3). One polarity everywhere: mask 1 = removed, 0 = kept."""
 
 from typing import NamedTuple
 
 import torch
+
+from maekit.mae.mask_shapes import kept_patches
 
 
 class Masking(NamedTuple):
@@ -10,11 +12,16 @@ class Masking(NamedTuple):
 
     Attributes:
         ids_keep: places of the kept patches, int64 `[B, K]`.
-        ids_masked: places of the removed ones, int64 `[B, N - K]`.
+        ids_masked: places of the removed ones, in random order, int64 `[B, N - K]`.
     """
 
     ids_keep: torch.Tensor
     ids_masked: torch.Tensor
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """Places of all patches, kept ones first: int64 `[B, N]`."""
+        return torch.cat(self, dim=1)
 
     @property
     def mask(self) -> torch.Tensor:
@@ -24,16 +31,11 @@ class Masking(NamedTuple):
         return kept.scatter(1, self.ids_masked, 1.0)
 
 
-def kept_patches(patches: int, mask_ratio: float) -> int:
-    """Return K, the number of patches kept: int(N · (1 - ratio))."""
-    return int(patches * (1 - mask_ratio))
-
-
 def random_masking(noise: torch.Tensor, mask_ratio: float) -> Masking:
     """Keep the patches with the smallest noise, in the order of their noise.
 
     Args:
-        noise: uniform numbers, `[B, N]`.
+        noise: `[B, N]`: uniform numbers, or what `MaskShape` makes of them.
         mask_ratio: share of patches removed.
     """
     ids_shuffle = torch.argsort(noise, dim=1, stable=True)

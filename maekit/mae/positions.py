@@ -3,7 +3,7 @@
 import torch
 
 
-def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) -> torch.Tensor:
+def sincos_positions(width: int, grid: tuple[int, int], *, prefix_tokens: int) -> torch.Tensor:
     """Return the position of every token.
 
     The first half of the channels encodes the column, the second half the row; each half is sin then cos over
@@ -12,10 +12,10 @@ def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) ->
     Args:
         width: D, a multiple of 4.
         grid: (rows, columns) of patches.
-        class_token: whether a row of zeros comes first.
+        prefix_tokens: how many rows of zeros come first, for class and register tokens.
 
     Returns:
-        float32 `[1, (1 +) rows * columns, D]`.
+        float32 `[1, prefix_tokens + rows * columns, D]`.
 
     Raises:
         ValueError: `width` is not a multiple of 4.
@@ -29,6 +29,4 @@ def sincos_positions(width: int, grid: tuple[int, int], *, class_token: bool) ->
         angles = places.reshape(-1, 1).double() * frequencies  # [N, 1] * [D/4] -> [N, D/4]
         halves += [angles.sin(), angles.cos()]
     positions = torch.cat(halves, dim=1)  # 4 x [N, D/4] -> [N, D]
-    if class_token:
-        positions = torch.cat([positions.new_zeros(1, width), positions])
-    return positions.float().unsqueeze(0)
+    return torch.cat([positions.new_zeros(prefix_tokens, width), positions]).float().unsqueeze(0)

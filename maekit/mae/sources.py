@@ -52,6 +52,7 @@ class Source:
     Attributes:
         encoder: under timm's names.
         decoder: under those of `maekit.mae.decoder.Decoder`; empty where there is none.
+        task: what else an autoencoder of maekit holds: the basis of its target, the mask token of its encoder.
         sizes: of the model, under the names of `ModelConfig`, as far as the source tells.
         preprocess: from a decoded image to the input; None where the source does not tell.
         norm_eps: of the LayerNorms, where it is not the published one.
@@ -70,6 +71,7 @@ class Source:
     shards: tuple[str, ...] = ()
     timm_arguments: dict[str, Any] | None = None
     is_named: bool = True
+    task: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def config(self) -> ModelConfig:
         """Return the model that these weights belong to."""
@@ -110,16 +112,16 @@ def _from_run(path: Path, on_note: Note) -> Source:
         {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
         for prefix in ("encoder.", "decoder.")
     )
-    size = (config.model.image_size, config.model.image_size)
+    task = {key: tensor for key, tensor in whole.items() if not key.startswith(("encoder.", "decoder."))}
     provenance = {
         "source": "run",
         "step": checkpoint.step,
         "sha256": checkpoint.digest(),
         "data_digest": checkpoint.state()["data_digest"],
     }
-    preprocess = Preprocess.for_size(size, config.data.mean, config.data.std)
+    preprocess = Preprocess.for_size(config.model.size, config.data.mean, config.data.std)
     on_note(f"weights of {checkpoint.path} (step {checkpoint.step})")
-    return Source(encoder, decoder, vars(config.model), preprocess, None, provenance, config.shards)
+    return Source(encoder, decoder, vars(config.model), preprocess, None, provenance, config.shards, task=task)
 
 
 def _from_file(path: Path, model: str | None) -> Source:
@@ -134,7 +136,8 @@ def _from_file(path: Path, model: str | None) -> Source:
             sizes: dict[str, Any] = {
                 key: int(arguments[argument]) for key, argument in TIMM_NAMES.items() if argument in arguments
             }
-            sizes |= {"name": str(description["model"]), "image_size": int(arguments["img_size"])}
+            sizes |= {"name": str(description["model"]), "image_size": _image_size(arguments["img_size"])}
+            sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
             preprocess = Preprocess.from_json(description["preprocess"])
         except _MALFORMED as error:
             raise InputError(f"{path}: its maekit metadata is damaged: {error!r}") from error
@@ -155,7 +158,8 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
         raise InputError(
             f"{path} holds no ViT encoder under timm's names: no patch_embed.proj.weight or pos_embed (it has {some})"
         )
-    width, patch, tokens = int(projection.shape[0]), int(projection.shape[-1]), int(positions.shape[1])
+    width, channels, patch, _ = map(int, projection.shape)
+    tokens = int(positions.shape[1])
     if model:
         with torch.device("meta"):
             donor = create_timm(model.split(".")[0], {"num_classes": 0})
@@ -170,10 +174,18 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
     name, heads = _PUBLISHED[width]
     side = _side(path, tokens - 1)  # a class token has a position in front of the patches'
     sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "width": width}
-    sizes |= {"heads": heads, "depth": _count_blocks(weights)}
+    sizes |= {"heads": heads, "depth": _count_blocks(weights), "channels": channels}
     if parts.decoder:
         sizes |= _decoder_sizes(parts.decoder)
     return sizes
+
+
+def _image_size(value: Any) -> int | tuple[int, int]:
+    """Return a size as `ModelConfig` has it from what timm is given."""
+    if isinstance(value, (list, tuple)):
+        height, width = map(int, value)
+        return height if height == width else (height, width)
+    return int(value)
 
 
 def _side(path: Path, patches: int) -> int:
@@ -233,7 +245,7 @@ def _from_hugging_face(path: Path) -> Source:
             "decoder_depth": int(config["decoder_num_hidden_layers"]),
             "decoder_heads": int(config["decoder_num_attention_heads"]),
             "mask_ratio": float(config["mask_ratio"]),
-            "norm_pixel": bool(config["norm_pix_loss"]),
+            "target": "norm_pixel" if config["norm_pix_loss"] else "pixel",
         }
         eps = float(config["layer_norm_eps"])
         if not 0 < eps < 1:

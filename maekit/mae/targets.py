@@ -1,6 +1,22 @@
-"""What the decoder predicts (He et al. 2021, section 3, "Reconstruction target")."""
+"""What the decoder predicts, and how wrong a prediction is (He et al. 2021, section 3 and table 1d).
+
+    norm_pixel   pixels, each patch normalised by its own mean and standard deviation (the default)
+    pixel        pixels of the normalised image
+    pca          the first coefficients of a principal component analysis of patches
+    tokens       whole numbers that a tokenizer gives for the patches (as in BEiT, Bao et al. 2021)
+
+Each is a module that says how many values are predicted per patch, computes the loss, and, where that can be, turns a
+prediction into pixels.
+"""
+
+from collections.abc import Iterable
 
 import torch
+from torch import nn
+from torch.nn import functional
+
+from maekit.config import ModelConfig
+from maekit.errors import InputError
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -33,3 +49,118 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
     """Normalise each patch by its own mean and standard deviation: `[B, N, P]` -> `[B, N, P]`."""
     mean, std = patch_statistics(patches)
     return (patches - mean) / std
+
+
+class PixelTarget(nn.Module):
+    """Pixels; mean squared error.
+
+    Args:
+        values: p²·C, per patch.
+        normalized: by the patch's own mean and standard deviation.
+    """
+
+    def __init__(self, values: int, *, normalized: bool) -> None:
+        super().__init__()
+        self.outputs, self.normalized = values, normalized
+
+    def loss(self, pred: torch.Tensor, patches: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Compare predictions with true patches, float32 `[B, P, p·p·C]` each -> scalar."""
+        return (pred - (normalize_patches(patches) if self.normalized else patches)).square().mean()
+
+    def pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Return predicted pixels; brightness and contrast, where they are not predicted, are those of the patch."""
+        if not self.normalized:
+            return pred
+        mean, std = patch_statistics(patches)
+        return pred * std + mean
+
+
+class PcaTarget(nn.Module):
+    """The first principal components of patches; mean squared error.
+
+    Args:
+        values: p²·C, per patch.
+        components: how many coefficients are predicted.
+    """
+
+    def __init__(self, values: int, *, components: int) -> None:
+        super().__init__()
+        self.outputs = components
+        # Parameters, as positions are: saved and loaded with the rest, sent to other processes once, never trained.
+        self.mean = nn.Parameter(torch.zeros(values), requires_grad=False)
+        self.components = nn.Parameter(torch.zeros(components, values), requires_grad=False)
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is a basis."""
+        return bool(self.components.any())
+
+    @torch.no_grad()
+    def fit(self, batches: Iterable[torch.Tensor]) -> float:
+        """Fit the basis to patches, float32 `[n, N, p·p·C]` at a time; return the share of variance that it keeps.
+
+        Raises:
+            InputError: there are too few patches.
+        """
+        count = 0
+        total = torch.zeros_like(self.mean, dtype=torch.float64)
+        products = torch.zeros(len(total), len(total), dtype=torch.float64, device=total.device)
+        for batch in batches:
+            rows = batch.flatten(0, 1).double()
+            count += len(rows)
+            total += rows.sum(0)
+            products += rows.T @ rows
+        if count <= self.outputs:
+            raise InputError(f"model.pca_components = {self.outputs} cannot be fitted to {count} patches")
+        mean = total / count
+        variances, vectors = torch.linalg.eigh(products / count - mean.outer(mean))  # ascending
+        components = vectors.T.flip(0)[: self.outputs]
+        # An eigenvector's sign is arbitrary: the largest entry is made positive.
+        largest = components.gather(1, components.abs().argmax(1, keepdim=True))
+        self.components.copy_(components * largest.sign())
+        self.mean.copy_(mean)
+        return float(variances.flip(0)[: self.outputs].sum() / variances.sum())
+
+    def loss(self, pred: torch.Tensor, patches: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Compare predicted coefficients, float32 `[B, P, k]`, with those of patches, `[B, P, p·p·C]` -> scalar."""
+        return (pred - (patches - self.mean) @ self.components.T).square().mean()
+
+    def pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
+        """Return the patches that have the predicted coefficients: `[B, P, k]` -> `[B, P, p·p·C]`."""
+        return pred @ self.components + self.mean
+
+
+class TokenTarget(nn.Module):
+    """Tokens of patches; cross-entropy. There is no way from tokens back to pixels.
+
+    Args:
+        vocabulary: how many different tokens there are.
+    """
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.outputs = vocabulary
+
+    def loss(self, pred: torch.Tensor, patches: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
+        """Compare scores, float32 `[B, P, vocabulary]`, with the true tokens, int64 `[B, P]` -> scalar."""
+        assert tokens is not None
+        return functional.cross_entropy(pred.flatten(0, 1), tokens.flatten())
+
+
+Target = PixelTarget | PcaTarget | TokenTarget
+
+
+def build_target(config: ModelConfig, values: int) -> Target:
+    """Build the target that a config names, for patches of p²·C values.
+
+    Raises:
+        InputError: more coefficients than values.
+    """
+    if config.target == "tokens":
+        assert config.vocabulary is not None
+        return TokenTarget(config.vocabulary)
+    if config.target == "pca":
+        if config.pca_components > values:
+            raise InputError(f"model.pca_components = {config.pca_components}: a patch has {values} values")
+        return PcaTarget(values, components=config.pca_components)
+    return PixelTarget(values, normalized=config.target == "norm_pixel")

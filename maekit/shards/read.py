@@ -62,6 +62,15 @@ class ShardSet:
         shard = int(np.searchsorted(self._ends, number, "right"))
         return shard, int(number - (self._ends[shard] - self.counts[shard]))
 
+    def spread(self, count: int) -> list[int]:
+        """Return the numbers of at most `count` samples, evenly spread; of a remote set, over its first shard.
+
+        To look at a few images, many shards are not downloaded.
+        """
+        samples = int(self.counts[self.counts > 0][0]) if self.remote else self.samples
+        count = min(count, samples)
+        return [samples * i // count for i in range(count)]
+
     def index(self, shard: int) -> ShardIndex:
         """Return the index of a shard by its number.
 

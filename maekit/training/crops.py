@@ -3,6 +3,7 @@
 Everything random here is a function of (seed, epoch, position), never of the worker that happens to do it.
 """
 
+import itertools
 import mmap
 import os
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageEnhance
 from torch.nn import functional
 from torch.utils.data import get_worker_info
 
+from maekit.config import DataConfig
 from maekit.errors import ImageError, MaekitError
-from maekit.images import CROP_DRAWS, Box, Pixels, open_crop, random_resized_crop, reduction_of
+from maekit.images import CROP_DRAWS, Box, Pixels, fixed_crop, open_crop, random_resized_crop, reduction_of
+from maekit.mae.mask_shapes import MaskShape
 from maekit.random import Purpose, random_bits, uniform_rows
 from maekit.shards.order import Order, Slice
 from maekit.shards.read import MemberReader, ShardSet
@@ -29,23 +32,40 @@ _WORTH_TORCH = 96 * 96  # pixels
 # A JPEG is decoded at a reduced scale while the crop keeps so many times the pixels of the input along each side:
 # there the result is within a level (of 255) of that from the whole image, on average.
 _LEAST = 2
+JITTER_DRAWS = 4
+_ORDERS = tuple(itertools.permutations(range(3)))
 
 
 @dataclass(frozen=True)
-class RandomCrop:
-    """The training augmentation: random resized crop and horizontal flip, keyed by place.
+class Augmentation:
+    """What is done to an image before it is trained on (He et al. 2021, table 1e), keyed by place.
 
     Attributes:
         size: (height, width) of the crop after resizing, in pixels.
-        scale: bounds of the crop's share of the image area.
-        flip: whether half of the images are mirrored.
+        covered: (height, width) that the whole image would just cover, of a crop of fixed size.
         seed: the run's seed.
+        kind: `random_resized_crop`, `fixed_crop` or `none`.
+        scale: bounds of a random resized crop's share of the image area.
+        flip: whether half of the images are mirrored.
+        color_jitter: how far brightness, contrast and saturation may change.
     """
 
     size: tuple[int, int]
-    scale: tuple[float, float]
-    flip: bool
+    covered: tuple[int, int]
     seed: int
+    kind: str = DataConfig.augmentation
+    scale: tuple[float, float] = DataConfig.crop_scale
+    flip: bool = DataConfig.flip
+    color_jitter: float = DataConfig.color_jitter
+
+    def crop(self, width: int, height: int, draws: NDArray[np.float64]) -> Box:
+        """Choose the crop of an image by the numbers drawn for its place, float64 `[CROP_DRAWS]`."""
+        if self.kind == "random_resized_crop":
+            # What is not square is cut in its own proportions, more or less.
+            aspect = self.size[1] / self.size[0]
+            return random_resized_crop(width, height, draws, scale=self.scale, ratio=(3 / 4 * aspect, 4 / 3 * aspect))
+        place = (0.5, 0.5) if self.kind == "none" else (float(draws[20]), float(draws[21]))
+        return fixed_crop(width, height, self.covered, self.size, place)
 
 
 @dataclass
@@ -55,7 +75,7 @@ class Chunk:
     Attributes:
         images: uint8 `[B, 3, H, W]`.
         flips: bool `[B]`, True = mirror.
-        noise: float32 `[B, N]`, chooses the masks.
+        noise: float32 `[B, k·N]`, chooses k masks of each image.
         bad: one line for each sample that was replaced.
         failure: why the worker gave up, in place of images.
     """
@@ -79,15 +99,30 @@ class Chunk:
 
 
 class Draws(NamedTuple):
-    """The random numbers of n places: crops float64 `[n, 22]`, flips bool `[n]`, mask noise float32 `[n, N]`."""
+    """The random numbers of n places.
+
+    Attributes:
+        crops: float64 `[n, 22]`.
+        flips: bool `[n]`.
+        noise: of k masks, float32 `[n, k·N]`.
+        jitter: float64 `[n, 4]`: three factors, and their order.
+    """
 
     crops: NDArray[np.float64]
     flips: NDArray[np.bool_]
     noise: NDArray[np.float32]
+    jitter: NDArray[np.float64]
 
 
-def draw(places: Slice, *, patches: int, flip: bool, seed: int) -> Draws:
-    """Draw what is random about some places of the order, each by its own epoch and position."""
+def draw(places: Slice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
+    """Draw what is random about some places of the order, each by its own epoch and position.
+
+    Args:
+        places: of the order.
+        augmentation: of their images.
+        shape: of the masks.
+        masks: k, of each image.
+    """
     parts = []
     # Positions count up within an epoch; a batch may reach into the next one.
     starts = np.flatnonzero(np.diff(places.epochs, prepend=-1))
@@ -97,10 +132,13 @@ def draw(places: Slice, *, patches: int, flip: bool, seed: int) -> Draws:
         def numbers(
             count: int, purpose: Purpose, rows: int = rows, epoch: int = epoch, position: int = position
         ) -> NDArray[np.float64]:
-            return uniform_rows(rows, count, purpose, seed=seed, epoch=epoch, position=position)
+            return uniform_rows(rows, count, purpose, seed=augmentation.seed, epoch=epoch, position=position)
 
-        flips = numbers(1, Purpose.FLIP)[:, 0] < 0.5 if flip else np.zeros(rows, bool)
-        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, numbers(patches, Purpose.MASK).astype(np.float32)))
+        mirrors = augmentation.flip and augmentation.kind != "none"
+        flips = numbers(1, Purpose.FLIP)[:, 0] < 0.5 if mirrors else np.zeros(rows, bool)
+        noise = shape.noise(numbers(masks * shape.draws, Purpose.MASK).reshape(rows * masks, -1)).reshape(rows, -1)
+        jitter = numbers(JITTER_DRAWS, Purpose.JITTER) if augmentation.color_jitter else np.zeros((rows, JITTER_DRAWS))
+        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, noise, jitter))
     return Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -135,8 +173,9 @@ class CropLoader:
     Args:
         shards: the data.
         order: of its samples; says which remote shards are needed next.
-        augmentation: crop and flip.
-        patches: N, how many numbers choose a mask.
+        augmentation: of the images.
+        shape: of the masks.
+        masks: of each image.
         watch: where to note what is being read.
         decoded: images that are kept decoded.
     """
@@ -145,14 +184,15 @@ class CropLoader:
         self,
         shards: ShardSet,
         order: Order,
-        augmentation: RandomCrop,
+        augmentation: Augmentation,
+        shape: MaskShape,
         *,
-        patches: int,
+        masks: int = 1,
         watch: Watch | None = None,
         decoded: DecodedSet | None = None,
     ) -> None:
         self._shards, self._order, self._augmentation = shards, order, augmentation
-        self._patches, self._decoded = patches, decoded
+        self._shape, self._masks, self._decoded = shape, masks, decoded
         self._watch = watch or Watch(1)
 
     def __call__(self, slices: Iterator[Slice]) -> Iterator[Chunk]:
@@ -170,7 +210,7 @@ class CropLoader:
 
     def _chunk(self, reader: MemberReader, places: Slice) -> Chunk:
         augmentation = self._augmentation
-        draws = draw(places, patches=self._patches, flip=augmentation.flip, seed=augmentation.seed)
+        draws = draw(places, augmentation, self._shape, self._masks)
         batch = _empty_images(len(places.epochs), augmentation.size)
         images = batch.numpy()
         bad = []
@@ -183,6 +223,8 @@ class CropLoader:
                 bad.append(f"{self._shards.shards[shard].name} {key}: {error.reason}, {error}")
                 place = int(places.epochs[number]), int(places.positions[number])
                 images[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
+            if augmentation.color_jitter:
+                images[number] = jitter_colors(images[number], augmentation.color_jitter, draws.jitter[number])
         return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad)
 
     def _crop(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> Pixels:
@@ -191,7 +233,7 @@ class CropLoader:
         at_least = _LEAST * size[0], _LEAST * size[1]
 
         def choose(width: int, height: int) -> Box:
-            return random_resized_crop(width, height, draws, scale=self._augmentation.scale)
+            return self._augmentation.crop(width, height, draws)
 
         if self._decoded is not None and (pixels := self._decoded.image(shard, ordinal)) is not None:
             left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
@@ -260,3 +302,21 @@ def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
     pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
     resized = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return resized[0].numpy()  # [1, C, H, W] -> [C, H, W]
+
+
+def jitter_colors(pixels: Pixels, strength: float, draws: NDArray[np.float64]) -> Pixels:
+    """Change brightness, contrast and saturation by random factors, in random order (as torchvision's ColorJitter).
+
+    Args:
+        pixels: uint8 `[3, H, W]`.
+        strength: s; the factors lie in [1 - s, 1 + s].
+        draws: uniform in [0, 1), float64 `[JITTER_DRAWS]`.
+
+    Returns:
+        uint8 `[3, H, W]`.
+    """
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+    for number in _ORDERS[int(draws[3] * len(_ORDERS))]:
+        factor = 1 + strength * (2 * float(draws[number]) - 1)
+        image = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)[number](image).enhance(factor)
+    return np.asarray(image).transpose(2, 0, 1)

@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import webdataset
@@ -243,6 +244,22 @@ class StepBatches:
         return f" (being read: {', '.join(names[:8])})" if names else ""
 
 
+class MicroBatch(NamedTuple):
+    """What goes through the model at a time, on the device.
+
+    Attributes:
+        images: uint8 `[B, 3, H, W]`.
+        flips: bool `[B]`, True = mirror.
+        noise: float32 `[B, k·N]`.
+        tokens: of the mirrored images, int64 `[B, N]`; None where they are not the target.
+    """
+
+    images: torch.Tensor
+    flips: torch.Tensor
+    noise: torch.Tensor
+    tokens: torch.Tensor | None = None
+
+
 class Uploader:
     """Stage 4: from chunks on the host to one micro-batch on the device.
 
@@ -250,32 +267,38 @@ class Uploader:
 
     Args:
         device: of the model.
+        tokenizer: gives the tokens of images and flips on the host, where those are the target.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(
+        self,
+        device: torch.device,
+        tokenizer: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        self._device, self._tokenizer = device, tokenizer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return images uint8 `[B, 3, H, W]`, flips bool `[B]` and noise float32 `[B, N]`."""
+    def __call__(self, chunks: list[Chunk]) -> MicroBatch:
+        """Return the images of chunks as one micro-batch."""
         if self._stream is None:
             return self._gather(chunks)
         with torch.cuda.stream(self._stream):
             uploaded = self._gather(chunks)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
-        for tensor in uploaded:
+        for tensor in filter(torch.is_tensor, uploaded):
             # Allocated in one stream and used in another: its memory must not be given away before that is done.
             tensor.record_stream(computing)
         return uploaded
 
-    def _gather(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _gather(self, chunks: list[Chunk]) -> MicroBatch:
         def together(tensors: list[torch.Tensor]) -> torch.Tensor:
             moved = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
             return moved[0] if len(moved) == 1 else torch.cat(moved)
 
-        return (
+        return MicroBatch(
             together([chunk.images for chunk in chunks]),
             together([chunk.flips for chunk in chunks]),
             together([chunk.noise for chunk in chunks]),
+            together([self._tokenizer(c.images, c.flips) for c in chunks]) if self._tokenizer else None,
         )

@@ -15,6 +15,8 @@ from timm.layers.attention import Attention
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from maekit.mae.cross_decoder import CrossAttention
+
 # Below so many multiplications the product takes less time than the way to another kernel.
 _WORTH_ONEDNN = 1 << 24
 
@@ -31,7 +33,7 @@ def choose_kernels(
     """
     on_cpu = device.type == "cpu"
     for module in model.modules():
-        if isinstance(module, Attention):
+        if isinstance(module, (Attention, CrossAttention)):
             # Marked as final for TorchScript's sake only.
             module.fused_attn = not (on_cpu and precision == "bf16")  # type: ignore[misc]
     if precision == "bf16":

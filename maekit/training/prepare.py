@@ -1,10 +1,11 @@
 """What is settled before the first step: device and precision, model and data, and what is refused."""
 
 import math
+from pathlib import Path
 
 import torch
 
-from maekit import runs
+from maekit import files, runs
 from maekit.config import PretrainConfig
 from maekit.errors import DamagedShard, ElsewhereError, InputError
 from maekit.mae.loading import fill_in, resolve_model
@@ -32,6 +33,14 @@ def resolve(config: PretrainConfig, run: RunDirectory) -> None:
         fill_in(config.model, vars(begun))
     else:
         resolve_model(config.model)
+    height, width = config.model.size
+    if height == width:
+        config.model.image_size = height
+    if config.model.tokenizer is not None:
+        try:
+            config.model.tokenizer_sha256 = files.sha256_file(Path(config.model.tokenizer))
+        except OSError as error:
+            raise InputError(f"cannot read --tokenizer {config.model.tokenizer}: {error.strerror}") from error
     _refuse_foreign_directory(run)
 
 

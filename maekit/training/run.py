@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from maekit import files, runs
@@ -24,7 +25,10 @@ from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
 from maekit.mae.loading import initialize_from
-from maekit.mae.reconstruction import reconstruct, to_pixels
+from maekit.mae.mask_shapes import MaskShape
+from maekit.mae.normalize import Normalizer
+from maekit.mae.reconstruction import images_of, reconstruct
+from maekit.mae.targets import PcaTarget
 from maekit.mae.weights import encoder_bytes
 from maekit.pictures import encode_png, sheet
 from maekit.progress import Progress, Silent, duration
@@ -36,12 +40,13 @@ from maekit.signals import stop_on_signal
 from maekit.training import checkpoint, distributed, metrics
 from maekit.training.board import Board
 from maekit.training.checkpoint import CheckpointWriter
-from maekit.training.crops import CropLoader, RandomCrop, Watch
+from maekit.training.crops import Augmentation, CropLoader, Watch
 from maekit.training.data import Division, ExactSource, StepBatches, Uploader, make_loader, stop_workers
 from maekit.training.distributed import World
 from maekit.training.kernels import choose_kernels
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import Schedule, make_optimizer, make_schedule
+from maekit.training.pca import fit_pca
 from maekit.training.prepare import (
     choose_device,
     choose_precision,
@@ -55,7 +60,8 @@ from maekit.training.prepare import (
     total_steps,
 )
 from maekit.training.ram import DecodedSet
-from maekit.training.step import Normalizer, Objective, Step, choose_micro_batch
+from maekit.training.step import Objective, Step, choose_micro_batch
+from maekit.training.tokenizer import Tokenizer
 from maekit.training.validation import Validation
 
 _PICTURE_IMAGES = 8
@@ -140,9 +146,25 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
 
         # Asked inside the lock: a former process may just have saved its last checkpoint.
         newest = main(lambda: newest_checkpoint(run, progress))
-        if source := config.model.init_from:
-            main(lambda: None if newest else progress.note(initialize_from(model, source, config.model)))
+        if newest is None:
+            main(lambda: _start_from(config, model, shards, progress))
         return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
+
+
+def _start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
+    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
+    if config.model.init_from:
+        progress.note(initialize_from(model, config.model.init_from, config.model))
+    if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
+        data = config.data
+        fit_pca(
+            model.target,
+            shards,
+            prepare=Preprocess.for_size(config.model.size, data.mean, data.std),
+            normalizer=Normalizer(data.mean, data.std, torch.device("cpu"), channels=config.model.channels),
+            patch_size=model.patch_size,
+            progress=progress,
+        )
 
 
 class _Stop:
@@ -211,17 +233,33 @@ class _Run:
         self.config, self.run, self.shards, self.model = config, run, shards, model
         self.device, self.world, self.progress, self.stop = device, world, progress, stop
         self.steps = total_steps(config, shards.samples)
-        self.objective = Objective(model, Normalizer(config.data.mean, config.data.std, device))
+        normalizer = Normalizer(config.data.mean, config.data.std, device, channels=config.model.channels)
+        self.objective = Objective(model, normalizer)
         self.forward = choose_kernels(model, device, precision)
         self.optimizer = make_optimizer(model, config.optimizer)
         self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
-        self.size = (config.model.image_size, config.model.image_size)
+        self.size = config.model.size
+        self.masks = MaskShape(config.model.masking, model.grid, config.model.mask_ratio)
+        self.tokenizer = world.together(self._open_tokenizer)
         self.prepare = Preprocess.for_size(self.size, config.data.mean, config.data.std)
         self.bad_shown = 0
         self.board: Board | None = None
         self.writer: CheckpointWriter | None = None
         self.warm: tuple[float, int] | None = None
         self.estimated = False
+
+    def _open_tokenizer(self) -> Tokenizer | None:
+        model = self.config.model
+        if model.tokenizer is None or model.vocabulary is None:
+            return None
+        return Tokenizer(
+            Path(model.tokenizer),
+            size=self.size,
+            grid=self.model.grid,
+            vocabulary=model.vocabulary,
+            device=self.device,
+            threads=torch.get_num_threads(),
+        )
 
     def go(self, newest: runs.Checkpoint | None) -> PretrainResult:
         """Go on from a checkpoint (known to the main process), or begin."""
@@ -285,8 +323,17 @@ class _Run:
         crops = CropLoader(
             self.shards,
             self.order,
-            RandomCrop(self.size, config.data.crop_scale, config.data.flip, config.seed),
-            patches=self.model.patches,
+            Augmentation(
+                self.size,
+                self.prepare.resize,
+                config.seed,
+                config.data.augmentation,
+                config.data.crop_scale,
+                config.data.flip,
+                config.data.color_jitter,
+            ),
+            self.masks,
+            masks=config.model.masks_per_image,
             watch=watch,
             decoded=self._decode_all(),
         )
@@ -360,7 +407,8 @@ class _Run:
         if micro_batch is None:
             state = checkpoint.optimizer_tensors(self.optimizer).values()
             there = sum(tensor.nbytes for tensor in state)
-            largest = choose_micro_batch(self.objective, share, self.size, self.forward, there)
+            masks = self.config.model.masks_per_image
+            largest = choose_micro_batch(self.objective, share, self.size, self.forward, there, masks)
             micro_batch = int(min(part for (part,) in world.gather([largest])))
             if micro_batch < share and world.is_main:
                 self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")
@@ -374,7 +422,7 @@ class _Run:
             self.optimizer,
             schedule,
             forward=self.forward,
-            upload=Uploader(self.device),
+            upload=Uploader(self.device, self.tokenizer),
             world=self.world,
             clip=self.config.optimizer.clip_grad,
             compile=self.device.type == "cuda" if compile_it is None else compile_it,
@@ -408,6 +456,8 @@ class _Run:
             threads=self.world.cores,
             seed=self.config.seed,
             world=self.world,
+            shape=self.masks,
+            tokenizer=self.tokenizer,
         )
 
     def _cadence(self, validating: bool) -> Cadence:
@@ -418,8 +468,10 @@ class _Run:
             checkpoint=every,
             checkpoint_seconds=60 * run.checkpoint_minutes,
             keep=run.keep_every or 0,
-            # Only the main process draws; the others go on to the next boundary, and wait there.
-            pictures=(every if run.pictures_every is None else run.pictures_every) if self.world.is_main else 0,
+            # Only the main process draws; the others go on to the next boundary, and wait there. Tokens are no pixels.
+            pictures=(every if run.pictures_every is None else run.pictures_every)
+            if self.world.is_main and self.tokenizer is None
+            else 0,
             validate=(run.val_every or every) if validating else 0,
         )
 
@@ -474,9 +526,7 @@ class _Run:
         """Draw the same few images, under the same masks, every time: masked | reconstruction | original."""
         reader = self.shards.reader()
         images = []
-        # Of a remote set, the first shard: eight shards are not downloaded for one picture.
-        samples = int(self.shards.counts[self.shards.counts > 0][0]) if self.shards.remote else self.shards.samples
-        for number in range(0, samples, -(-samples // _PICTURE_IMAGES)):
+        for number in self.shards.spread(_PICTURE_IMAGES):
             shard, ordinal = self.shards.locate(number)
             try:
                 image = self.prepare(reader.read_image(self.shards.index(shard), ordinal))
@@ -486,16 +536,15 @@ class _Run:
         reader.close()
         if not images:
             return
-        noise = [
-            torch.from_numpy(uniforms(self.model.patches, Purpose.PICTURE, seed=self.config.seed, position=i))
-            for i in range(len(images))
-        ]
+        count = self.masks.draws
+        draws = [uniforms(count, Purpose.PICTURE, seed=self.config.seed, position=i) for i in range(len(images))]
+        noise = torch.from_numpy(self.masks.noise(np.stack(draws))).to(self.device)
         originals = self.objective.normalizer(torch.stack(images).permute(0, 3, 1, 2).to(self.device))
         self.model.eval()
-        shown = reconstruct(self.model, originals, torch.stack(noise).to(self.device))
+        shown = reconstruct(self.model, originals, noise)
         self.model.train()
-        mean, std = self.config.data.mean, self.config.data.std
-        picture = sheet([to_pixels(x, mean, std) for x in (shown.masked, shown.full, originals)])
+        columns = (shown.masked, shown.overlaid, originals)
+        picture = sheet([images_of(self.objective.normalizer.to_pixels(x)) for x in columns])
         files.write_atomically(self.run.picture(done), encode_png(picture))
         if self.board is not None:
             self.board.picture(picture, done)
@@ -518,7 +567,7 @@ class _Run:
         description = {
             "model": self.config.model.name,
             "timm_arguments": timm_arguments(self.config.model),
-            "preprocess": Preprocess.for_size(self.size, self.config.data.mean, self.config.data.std).to_json(),
+            "preprocess": self.prepare.to_json(),
             "step": self.steps,
             "data_digest": self.shards.digest,
         }

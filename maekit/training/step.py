@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maekit.errors import InputError
 from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.mae.normalize import Normalizer
 from maekit.training.crops import Chunk
 from maekit.training.data import Uploader
 from maekit.training.distributed import World
@@ -24,25 +25,6 @@ _SHARE_OF_DEVICE = 0.8
 _TEMPORARIES = 1.3
 
 
-class Normalizer:
-    """From uint8 to the model's input.
-
-    Args:
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        device: where the images are. Its constants are no buffers of a module: those would be sent to all ranks.
-    """
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device) -> None:
-        mean64, std64 = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale = (1 / (255 * std64)).float().view(1, -1, 1, 1).to(device)
-        self._shift = (mean64 / std64).float().view(1, -1, 1, 1).to(device)
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalise: uint8 `[B, C, H, W]` -> float32 `[B, C, H, W]`."""
-        return images.float() * self._scale - self._shift
-
-
 class Objective(nn.Module):
     """What is minimised, from uint8 images to the loss: one module, so that it is compiled and averaged as a whole.
 
@@ -55,16 +37,19 @@ class Objective(nn.Module):
         super().__init__()
         self.model, self.normalizer = model, normalizer
 
-    def forward(self, images: torch.Tensor, flips: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self, images: torch.Tensor, flips: torch.Tensor, noise: torch.Tensor, tokens: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Return the loss, a scalar.
 
         Args:
-            images: uint8 `[B, C, H, W]`.
+            images: uint8 `[B, 3, H, W]`.
             flips: bool `[B]`, True = mirror.
-            noise: float32 `[B, N]`, chooses the masks.
+            noise: float32 `[B, k·N]`, chooses k masks of each image.
+            tokens: of the mirrored images, int64 `[B, N]`, where those are the target.
         """
         mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
-        return self.model(self.normalizer(mirrored), noise).loss
+        return self.model(self.normalizer(mirrored), noise.view(-1, self.model.patches), tokens).loss
 
 
 class Step:
@@ -130,11 +115,11 @@ class Step:
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
         for number, chunks in enumerate(micro_batches, 1):
-            images, flips, noise = self._upload(chunks)
+            micro_batch = self._upload(chunks)
             # Gradients are sent once, with the last micro-batch.
             with nullcontext() if number == len(micro_batches) else self._summed():
                 with self._forward():
-                    loss = self._loss(images, flips, noise) / len(micro_batches)
+                    loss = self._loss(*micro_batch) / len(micro_batches)
                 loss.backward()
             losses.append(loss.detach())
         gradients = [p.grad for p in self._parameters if p.grad is not None]
@@ -157,6 +142,7 @@ def choose_micro_batch(
     image_shape: tuple[int, int],
     forward: Callable[[], AbstractContextManager[Any]],
     moments: int = 0,
+    masks: int = 1,
 ) -> int:
     """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
 
@@ -169,9 +155,10 @@ def choose_micro_batch(
         image_shape: (height, width) in pixels.
         forward: a fresh context for the forward pass.
         moments: bytes that the optimiser's state takes on the device already.
+        masks: of each image.
     """
     device = next(objective.parameters()).device
-    two, four = (_saved_bytes(objective, count, image_shape, forward) for count in (2, 4))
+    two, four = (_saved_bytes(objective, count, image_shape, forward, masks) for count in (2, 4))
     per_image, once = (four - two) / 2 * _TEMPORARIES, max(0, 2 * two - four)
     if device.type == "cuda":
         # What is resumed has AdamW's moments on the device already: counted as if it were not, so that a run that is
@@ -191,6 +178,7 @@ def _saved_bytes(
     images_at_once: int,
     image_shape: tuple[int, int],
     forward: Callable[[], AbstractContextManager[Any]],
+    masks: int,
 ) -> int:
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
@@ -204,9 +192,10 @@ def _saved_bytes(
     device = next(objective.parameters()).device
     images = torch.zeros(images_at_once, 3, *image_shape, dtype=torch.uint8, device=device)
     flips = torch.zeros(images_at_once, dtype=torch.bool, device=device)
-    noise = torch.rand(images_at_once, objective.model.patches, device=device)
+    noise = torch.rand(images_at_once, masks * objective.model.patches, device=device)
+    tokens = torch.zeros(images_at_once, objective.model.patches, dtype=torch.int64, device=device)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():
-        objective(images, flips, noise)
+        objective(images, flips, noise, tokens)
     return sum(storages.values())
 
 

@@ -10,11 +10,13 @@ import torch
 from maekit.errors import ImageError, MaekitError
 from maekit.images import Pixels, Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.mae.mask_shapes import MaskShape
+from maekit.mae.normalize import Normalizer
 from maekit.parallel import map_in_threads
 from maekit.random import Purpose, uniform_rows
 from maekit.shards.read import ShardSet
 from maekit.training.distributed import World
-from maekit.training.step import Normalizer
+from maekit.training.tokenizer import Tokenizer
 
 
 class Validation:
@@ -28,6 +30,8 @@ class Validation:
         threads: that read and decode.
         seed: of the masks.
         world: the processes that divide the images.
+        shape: of the masks.
+        tokenizer: where tokens are predicted.
     """
 
     def __init__(
@@ -40,12 +44,15 @@ class Validation:
         threads: int,
         seed: int,
         world: World,
+        shape: MaskShape,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         count = min(images, shards.samples)
         numbers = [shards.samples * i // count for i in range(count)]
         self._numbers = list(enumerate(numbers))[world.rank :: world.size]
         self._shards, self._prepare, self._world, self._seed = shards, prepare, world, seed
         self._batch_size, self._threads = batch_size, max(1, threads)
+        self._shape, self._tokenizer = shape, tokenizer
 
     def measure(
         self, model: MaskedAutoencoder, normalizer: Normalizer, forward: Callable[[], AbstractContextManager[Any]]
@@ -57,9 +64,12 @@ class Validation:
         """
         device = next(model.parameters()).device
         total = seen = 0.0
-        for images, noise in self._batches(model.patches):
+        for images, noise in self._batches():
+            tokens = None
+            if self._tokenizer is not None:
+                tokens = self._tokenizer(images, torch.zeros(len(images), dtype=torch.bool)).to(device)
             with torch.no_grad(), forward():
-                loss = model(normalizer(images.to(device)), noise.to(device)).loss
+                loss = model(normalizer(images.to(device)), noise.to(device), tokens).loss
             total += float(loss) * len(images)
             seen += len(images)
         total, seen = self._world.sum([total, seen])
@@ -67,15 +77,15 @@ class Validation:
             raise MaekitError("--val: none of the held-out images can be read")
         return {"val_loss": total / seen, "val_images": int(seen)}
 
-    def _batches(self, patches: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images: list[Pixels] = []
         noise: list[np.ndarray[Any, np.dtype[np.float32]]] = []
         decoded = map_in_threads(self._read, [number for _, number in self._numbers], threads=self._threads)
         for (position, _), image in zip(self._numbers, decoded, strict=True):
             if image is not None:
                 images.append(image)
-                row = uniform_rows(1, patches, Purpose.VALIDATION, seed=self._seed, position=position)[0]
-                noise.append(row.astype(np.float32))
+                draws = uniform_rows(1, self._shape.draws, Purpose.VALIDATION, seed=self._seed, position=position)
+                noise.append(self._shape.noise(draws)[0])
             if images and len(images) == self._batch_size:
                 yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(noise))
                 images, noise = [], []

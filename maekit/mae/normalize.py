@@ -1,0 +1,40 @@
+"""From the bytes of an image to the model's input, on the device."""
+
+import torch
+
+from maekit.images import LUMA
+
+
+class Normalizer:
+    """From uint8 to the model's input.
+
+    Args:
+        mean: per channel, of values in [0, 1].
+        std: per channel, of values in [0, 1].
+        device: where the images are. Its constants are no buffers of a module: those would be sent to all ranks.
+        channels: of the model's input; 1 is the luma of the three, with the luma of `mean` and `std`.
+    """
+
+    def __init__(
+        self, mean: tuple[float, ...], std: tuple[float, ...], device: torch.device, *, channels: int = 3
+    ) -> None:
+        mean64, std64 = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
+        self._luma: torch.Tensor | None = None
+        if channels == 1:
+            luma = torch.tensor(LUMA, dtype=torch.float64)
+            self._luma = luma.float().view(1, -1, 1, 1).to(device)
+            mean64, std64 = (luma @ mean64).view(1), (luma @ std64).view(1)
+        self._scale = (1 / (255 * std64)).float().view(1, -1, 1, 1).to(device)
+        self._shift = (mean64 / std64).float().view(1, -1, 1, 1).to(device)
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Normalise: uint8 `[B, 3, H, W]` -> float32 `[B, C, H, W]`."""
+        pixels = images.float()
+        if self._luma is not None:
+            pixels = (pixels * self._luma).sum(dim=1, keepdim=True)
+        return pixels * self._scale - self._shift
+
+    def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """Undo it: float32 `[B, C, H, W]` -> uint8 `[B, 3, H, W]`."""
+        pixels = ((images + self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)
+        return pixels.expand(-1, 3, -1, -1)
