@@ -1,20 +1,22 @@
 """One training step against its peers, side by side in one run: same sizes, same batch, same precision.
 
     python bench/step.py [--model base|small|large] [--batch-size 16] [--precision fp32|bf16] [--repeat 5]
-                         [--device cpu|cuda] [--compile] [--json FILE]
+                         [--device cpu|cuda] [--compile] [--json FILE] [--design-space]
 
 maekit      from uint8 to the optimiser's step, as `maekit pretrain` takes it
 transformers ViTMAEForPreTraining, AdamW with its defaults, from normalised float images
 timm        a plain MAE of timm's blocks as lightly's examples write it: gather, decode all, predict, MSELoss, AdamW
 
 The first also normalises, mirrors and computes the gradient's norm; the others are handed normalised images.
-Table 2 of the paper (He et al. 2021) as ratios, with `--ablations`: a decoder of 8 blocks against 1, and mask tokens
-out of the encoder against in (there: 42.4, 15.4 and 11.6 hours for ViT-L with them, without, and with 1 block).
+With `--design-space`, maekit's default step against its own other decoders, targets and masks instead, each in turn
+with the default. Two of them are table 2 of the paper (He et al. 2021): there 42.4, 15.4 and 11.6 hours for ViT-L with
+mask tokens in the encoder, without, and with a decoder of 1 block. The tokens of the token target cost nothing here:
+what a tokenizer takes is its own.
 Rates are medians over rounds in turn; memory is the peak of a process of its own (CPU) or of the allocator (CUDA).
 """
 
 import argparse
-import functools
+import dataclasses
 import json
 import statistics
 import subprocess
@@ -26,6 +28,22 @@ from pathlib import Path
 import torch
 from torch import nn
 
+CROSS = {"decoder": "cross"}
+DESIGN_SPACE = {
+    "maekit": {},
+    "decoder of 1 block": {"decoder_depth": 1},
+    "mask tokens in the encoder": {"mask_tokens": "encoder"},
+    "self, predicts 1/4": {"predict_ratio": 0.25},
+    "cross, predicts all": CROSS,
+    "cross, predicts 1/3": {**CROSS, "predict_ratio": 1 / 3},
+    "cross, predicts 1/4": {**CROSS, "predict_ratio": 0.25},
+    "cross of 12 blocks, predicts 1/4": {**CROSS, "predict_ratio": 0.25, "decoder_depth": 12},
+    "4 masks per image": {"masks_per_image": 4},
+    "4 masks, cross, predicts 1/4": {**CROSS, "predict_ratio": 0.25, "masks_per_image": 4},
+    "pixel": {"target": "pixel"},
+    "pca": {"target": "pca"},
+    "tokens of 8192": {"target": "tokens", "vocabulary": 8192, "tokenizer": "none"},
+}
 SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
@@ -37,41 +55,53 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--compile", action="store_true", help="compile maekit's step")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--ablations", action="store_true")
+    parser.add_argument("--design-space", action="store_true")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.memory_of:
-        step = PEERS[options.memory_of](options)
+        step = _make(options.memory_of, options)
         for _ in range(2):
             step()
+        if options.device == "cuda":
+            print(torch.cuda.max_memory_allocated())
+            return
         # Not getrusage: a process inherits the peak of the one that started it.
         (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
         print(int(peak) * 1024)
         return
-    peers = {name: make(options) for name, make in PEERS.items()}
-    if options.ablations:
-        peers["maekit, decoder of 1 block"] = _maekit(options, decoder_depth=1)
-        peers["maekit, mask tokens in"] = _maekit(options, mask_tokens_in=True)
-    rates: dict[str, list[float]] = {name: [] for name in peers}
-    for round_ in range(options.repeat + 1):
-        for name, step in peers.items():
-            before = time.perf_counter()
-            step()
-            if options.device == "cuda":
-                torch.cuda.synchronize()
-            if round_:  # the first one warms up
-                rates[name].append(options.batch_size / (time.perf_counter() - before))
+    names = list(DESIGN_SPACE if options.design_space else PEERS)
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    ratios: dict[str, float] = {}
+    base = _make(names[0], options)
+    for name in names:
+        # One beside the first at a time: together they would not fit into memory.
+        step = base if name == names[0] else _make(name, options)
+        pairs = [(_rate(base, options), _rate(step, options)) for _ in range(options.repeat + 1)][1:]  # one warms up
+        rates[name] = [rate for _, rate in pairs]
+        ratios[name] = statistics.median(mine for mine, _ in pairs) / statistics.median(rates[name])
+        del step
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    memory = {name: _memory_of(name) for name in PEERS} if options.device == "cpu" else {}
+    memory = {name: _memory_of(name) for name in names}
     print(f"ViT-{options.model} batch {options.batch_size} {options.precision} on {options.device}")
     for name, rate in medians.items():
-        used = f"   {memory[name] / 1e9:5.2f} GB" if name in memory else ""
-        print(f"  {name:<28} {rate:9.2f} img/s   maekit is {medians['maekit'] / rate:5.2f} x{used}")
+        said = f"{1 / ratios[name]:5.2f} x maekit" if options.design_space else f"maekit is {ratios[name]:5.2f} x"
+        print(f"  {name:<32} {rate:9.2f} img/s   {said}   {memory[name] / 1e9:5.2f} GB")
     if options.json:
-        options.json.write_text(
-            json.dumps({**vars(options), "json": None, "medians": medians, "rates": rates, "memory": memory}, indent=1)
-        )
+        found = {"medians": medians, "ratios": ratios, "rates": rates, "memory": memory}
+        options.json.write_text(json.dumps({**vars(options), "json": None, **found}, indent=1))
+
+
+def _make(name: str, options: argparse.Namespace) -> Callable[[], object]:
+    return PEERS[name](options) if name in PEERS else _maekit(options, **DESIGN_SPACE[name])
+
+
+def _rate(step: Callable[[], object], options: argparse.Namespace) -> float:
+    before = time.perf_counter()
+    step()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+    return options.batch_size / (time.perf_counter() - before)
 
 
 def _memory_of(name: str) -> int:
@@ -84,7 +114,7 @@ def _autocast(options: argparse.Namespace):
     return torch.autocast(options.device, torch.bfloat16, enabled=options.precision == "bf16")
 
 
-def _maekit(options: argparse.Namespace, decoder_depth: int = 8, mask_tokens_in: bool = False) -> Callable[[], object]:
+def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], object]:
     from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig
     from maekit.mae.autoencoder import build_autoencoder
     from maekit.mae.normalize import Normalizer
@@ -97,24 +127,23 @@ def _maekit(options: argparse.Namespace, decoder_depth: int = 8, mask_tokens_in:
 
     width, depth, heads = SIZES[options.model]
     device = torch.device(options.device)
-    sizes = ModelConfig("vit_base_patch16_224", width=width, depth=depth, heads=heads, decoder_depth=decoder_depth)
+    sizes = ModelConfig("vit_base_patch16_224", width=width, depth=depth, heads=heads)
+    sizes = dataclasses.replace(sizes, **changes)
     model = build_autoencoder(sizes, seed=0).to(device)
-    if mask_tokens_in:
-        model.forward = functools.partial(_forward_all, model)
     config = OptimizerConfig()
     step = Step(
         Objective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, device)).train(),
         make_optimizer(model, config),
         make_schedule(config, batch_size=256, samples=1000, steps=100),
         forward=choose_kernels(model, device, options.precision),
-        upload=Uploader(device),
+        upload=Uploader(device, _no_tokens if sizes.target == "tokens" else None),
         world=World(),
         compile=options.compile,
     )
     chunk = Chunk(
         torch.randint(256, (options.batch_size, 3, 224, 224), dtype=torch.uint8),
         torch.rand(options.batch_size) < 0.5,
-        torch.rand(options.batch_size, 196),
+        torch.rand(options.batch_size, 196 * sizes.masks_per_image),
         [],
     )
     if options.device == "cuda":
@@ -122,20 +151,8 @@ def _maekit(options: argparse.Namespace, decoder_depth: int = 8, mask_tokens_in:
     return lambda: step([[chunk]], 50)
 
 
-def _forward_all(model, images: torch.Tensor, noise: torch.Tensor):
-    """Encode as many tokens as there are patches, as an encoder does that is given mask tokens (table 2, "w/ [M]")."""
-    from maekit.mae.autoencoder import Prediction
-    from maekit.mae.encoder import encode
-    from maekit.mae.masking import gather_tokens, random_masking
-    from maekit.mae.targets import patchify
-
-    masking = random_masking(noise, model.mask_ratio)
-    patches = patchify(images, model.patch_size)
-    everything = torch.arange(model.patches, device=images.device).expand(len(images), -1)
-    x = model.decoder.embed(encode(model.encoder, patches, everything)) + model.decoder.pos_embed
-    pred = model.decoder.pred(model.decoder.norm(gather_tokens(model.decoder.blocks(x)[:, 1:], masking.ids_masked)))
-    target = model.target(gather_tokens(patches, masking.ids_masked))
-    return Prediction((pred.float() - target).square().mean(), pred, masking)
+def _no_tokens(images: torch.Tensor, flips: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(len(images), 196, dtype=torch.int64)
 
 
 def _transformers(options: argparse.Namespace) -> Callable[[], object]:

@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import timm
@@ -18,6 +20,42 @@ TINY = {"width": 48, "depth": 2, "heads": 3, "decoder_width": 32, "decoder_depth
 def tiny(**changes) -> MaskedAutoencoder:
     sizes = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, **TINY, **changes}
     return build_autoencoder(ModelConfig(**sizes), seed=0)
+
+
+def in_transformers_names(model: MaskedAutoencoder, take) -> dict[str, torch.Tensor]:
+    """Return something of each parameter of ours (itself, its gradient) under the name of transformers' ViTMAE."""
+    encoder, decoder = model.encoder, model.decoder
+    named = {
+        "vit.embeddings.cls_token": encoder.cls_token,
+        "vit.embeddings.position_embeddings": encoder.pos_embed,
+        "vit.embeddings.patch_embeddings.projection.weight": encoder.patch_embed.proj.weight,
+        "vit.embeddings.patch_embeddings.projection.bias": encoder.patch_embed.proj.bias,
+        "vit.layernorm.weight": encoder.norm.weight,
+        "vit.layernorm.bias": encoder.norm.bias,
+        "decoder.mask_token": decoder.mask_token,
+        "decoder.decoder_pos_embed": decoder.pos_embed,
+        "decoder.decoder_embed.weight": decoder.embed.weight,
+        "decoder.decoder_embed.bias": decoder.embed.bias,
+        "decoder.decoder_norm.weight": decoder.norm.weight,
+        "decoder.decoder_norm.bias": decoder.norm.bias,
+        "decoder.decoder_pred.weight": decoder.pred.weight,
+        "decoder.decoder_pred.bias": decoder.pred.bias,
+    }
+    taken = {name: take(parameter) for name, parameter in named.items()}
+    for prefix, blocks in (("vit.layers", encoder.blocks), ("decoder.decoder_layers", decoder.blocks)):
+        for i, block in enumerate(blocks):
+            for kind in ("weight", "bias"):
+                for ours, parts in (
+                    (getattr(block.attn.qkv, kind), ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+                    (getattr(block.attn.proj, kind), ("attention.o_proj",)),
+                    (getattr(block.mlp.fc1, kind), ("mlp.fc1",)),
+                    (getattr(block.mlp.fc2, kind), ("mlp.fc2",)),
+                    (getattr(block.norm1, kind), ("layernorm_before",)),
+                    (getattr(block.norm2, kind), ("layernorm_after",)),
+                ):
+                    for part, value in zip(parts, take(ours).chunk(len(parts)), strict=True):
+                        taken[f"{prefix}.{i}.{part}.{kind}"] = value
+    return taken
 
 
 def to_transformers(model: MaskedAutoencoder):
@@ -46,45 +84,17 @@ def to_transformers(model: MaskedAutoencoder):
             layer_norm_eps=1e-6,
         )
     )
-    weights = {
-        "vit.embeddings.cls_token": encoder.cls_token,
-        "vit.embeddings.position_embeddings": encoder.pos_embed,
-        "vit.embeddings.patch_embeddings.projection.weight": encoder.patch_embed.proj.weight,
-        "vit.embeddings.patch_embeddings.projection.bias": encoder.patch_embed.proj.bias,
-        "vit.layernorm.weight": encoder.norm.weight,
-        "vit.layernorm.bias": encoder.norm.bias,
-        "decoder.mask_token": decoder.mask_token,
-        "decoder.decoder_pos_embed": decoder.pos_embed,
-        "decoder.decoder_embed.weight": decoder.embed.weight,
-        "decoder.decoder_embed.bias": decoder.embed.bias,
-        "decoder.decoder_norm.weight": decoder.norm.weight,
-        "decoder.decoder_norm.bias": decoder.norm.bias,
-        "decoder.decoder_pred.weight": decoder.pred.weight,
-        "decoder.decoder_pred.bias": decoder.pred.bias,
-    }
+    weights = in_transformers_names(model, lambda parameter: parameter.detach())
     names = set(oracle.state_dict())
-    for prefix, blocks in (("vit.layers", encoder.blocks), ("decoder.decoder_layers", decoder.blocks)):
-        for i, block in enumerate(blocks):
-            for kind in ("weight", "bias"):
-                for ours, parts in (
-                    (getattr(block.attn.qkv, kind), ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
-                    (getattr(block.attn.proj, kind), ("attention.o_proj",)),
-                    (getattr(block.mlp.fc1, kind), ("mlp.fc1",)),
-                    (getattr(block.mlp.fc2, kind), ("mlp.fc2",)),
-                    (getattr(block.norm1, kind), ("layernorm_before",)),
-                    (getattr(block.norm2, kind), ("layernorm_after",)),
-                ):
-                    for part, value in zip(parts, ours.chunk(len(parts)), strict=True):
-                        weights[f"{prefix}.{i}.{part}.{kind}"] = value
     assert set(weights) == names, (sorted(set(weights) - names)[:4], sorted(names - set(weights))[:14])
-    oracle.load_state_dict({name: value.detach() for name, value in weights.items()})
+    oracle.load_state_dict(weights)
     return oracle.eval()
 
 
 @pytest.mark.parametrize("target", ["pixel", "norm_pixel"])
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
 def test_equals_transformers_vitmae(target: str, ratio: float) -> None:
-    """Loss, latents and predictions equal an independent implementation with the same weights and noise."""
+    """Loss, latents, predictions and all gradients equal an independent implementation, with its weights and noise."""
     model = tiny(target=target, mask_ratio=ratio, image_size=48)
     # At initialisation LayerNorms and biases are trivial; disturb them so that each one counts.
     generator = torch.Generator().manual_seed(1)
@@ -104,6 +114,15 @@ def test_equals_transformers_vitmae(target: str, ratio: float) -> None:
     torch.testing.assert_close(latent, expected_latent, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(got.pred, gather_tokens(expected.logits, ids_masked), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(masking.mask, expected.mask)
+    got.loss.backward()
+    expected.loss.backward()
+    theirs = {name: p.grad for name, p in oracle.named_parameters() if p.grad is not None}
+    ours = in_transformers_names(model, lambda p: torch.full_like(p, torch.nan) if p.grad is None else p.grad)
+    assert {name for name, gradient in ours.items() if not gradient.isnan().any()} == set(theirs)
+    for name, gradient in theirs.items():
+        # A bias of the keys moves all scores of a query alike, so that its gradient is 0 but for rounding.
+        atol = 1e-8 + 1e-4 * gradient.abs().max().item()
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=atol)
 
 
 def test_encoding_all_patches_equals_timm() -> None:
@@ -189,6 +208,46 @@ def test_initialisation_follows_the_formulas() -> None:
     assert all(module.eps == 1e-6 for module in model.modules() if isinstance(module, torch.nn.LayerNorm))
     again = build_autoencoder(ModelConfig(name="vit_small_patch16_224", image_size=32), seed=0)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "whole"),
+    [
+        ("vit_small_patch16_224", 21.7, None),
+        ("vit_base_patch16_224", 85.8, 111.9),
+        ("vit_large_patch16_224", 303.3, 329.5),
+        ("vit_huge_patch14_224", 630.8, 657.1),
+    ],
+)
+def test_parameter_counts_are_the_published_ones(name: str, encoder: float, whole: float | None) -> None:
+    """In millions, of S, B, L and H; with frozen positions. Nothing is computed: the weights are on no device."""
+    with torch.device("meta"):
+        model = build_autoencoder(ModelConfig(name=name), seed=0)
+    counts = [sum(p.numel() for p in part.parameters()) / 1e6 for part in (model.encoder, model)]
+    assert round(counts[0], 1) == encoder
+    assert whole is None or round(counts[1], 1) == whole
+
+
+@pytest.mark.parametrize("decoder", ["self", "cross"])
+def test_every_group_of_parameters_is_initialised_by_its_formula(decoder: str) -> None:
+    """Standard deviation and mean of each: xavier-uniform √(2 / (in + out)), tokens .02, norms 1, biases 0."""
+    model = tiny(width=192, decoder_width=128, decoder=decoder, positions="learned", mask_ratio=0.5)
+    for name, p in model.named_parameters():
+        if name == "decoder.pos_embed":
+            continue
+        if name == "decoder.layer_weights":
+            std = (1 / p.shape[1]) ** 0.5
+        elif name.endswith(("_token", "pos_embed")):
+            std = 0.02
+        elif p.ndim >= 2:
+            std = (2 / (p.shape[0] + p[0].numel())) ** 0.5
+        else:
+            expected = 1.0 if name.endswith("norm.weight") or re.search(r"norm\d?\.weight", name) else 0.0
+            assert (p == expected).all(), name
+            continue
+        count = p.numel()
+        assert p.std().item() == pytest.approx(std, rel=4 / count**0.5), name
+        assert p.mean().item() == pytest.approx(0, abs=4 * std / count**0.5), name
 
 
 def test_positions_are_frozen_and_weights_load_into_timm() -> None:
