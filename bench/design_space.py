@@ -2,7 +2,7 @@
 
     python bench/design_space.py SHARDS --minutes 6 --out FOLDER [--lanes 2] [--only NAME ...] [--json FILE]
 
-SHARDS is a folder of train-*.tar and test-*.tar, small square images with classes (CIFAR-10). A ViT of 128 x 6 with
+SHARDS is a folder of train-*.tar and test-*.tar, small square images with classes (CIFAR-10). A ViT of width 96 and depth 4 with
 patches of 4 x 4 learns from all training images. First each variant is calibrated by a short run, then trained for as
 many steps as it can take in the given minutes of the loop, its learning-rate schedule as long as that. Calibration and
 training alike go on in `--lanes` processes at a time, each with one core for model and loader. What lies in FOLDER is
@@ -57,10 +57,10 @@ BASE: dict[str, Any] = {
     "model.name": "vit_tiny_patch16_224",
     "model.image_size": IMAGE,
     "model.patch_size": PATCH,
-    "model.width": 128,
-    "model.depth": 6,
-    "model.heads": 4,
-    "model.decoder_width": 96,
+    "model.width": 96,
+    "model.depth": 4,
+    "model.heads": 3,
+    "model.decoder_width": 64,
     "model.decoder_depth": 4,
     "model.decoder_heads": 4,
     "optimizer.lr": 1.5e-3,

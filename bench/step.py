@@ -1,7 +1,7 @@
 """One training step against its peers, side by side in one run: same sizes, same batch, same precision.
 
     python bench/step.py [--model base|small|large] [--batch-size 16] [--precision fp32|bf16] [--repeat 5]
-                         [--device cpu|cuda] [--compile] [--json FILE] [--design-space]
+                         [--device cpu|cuda] [--compile] [--json FILE] [--design-space] [--only NAME ...]
 
 maekit      from uint8 to the optimiser's step, as `maekit pretrain` takes it
 transformers ViTMAEForPreTraining, AdamW with its defaults, from normalised float images
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile maekit's step")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--design-space", action="store_true")
+    parser.add_argument("--only", nargs="+", help="of what is compared with maekit's default")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -70,7 +71,8 @@ def main() -> None:
         (peak,) = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line]
         print(int(peak) * 1024)
         return
-    names = list(DESIGN_SPACE if options.design_space else PEERS)
+    first, *others = DESIGN_SPACE if options.design_space else PEERS
+    names = [first, *(name for name in others if options.only is None or name in options.only)]
     rates: dict[str, list[float]] = {name: [] for name in names}
     ratios: dict[str, float] = {}
     base = _make(names[0], options)
