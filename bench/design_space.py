@@ -2,11 +2,12 @@
 
     python bench/design_space.py SHARDS --minutes 6 --out FOLDER [--lanes 2] [--only NAME ...] [--json FILE]
 
-SHARDS is a folder of train-*.tar and test-*.tar, small square images with classes (CIFAR-10). A ViT of width 96 and depth 4 with
-patches of 4 x 4 learns from all training images. First each variant is calibrated by a short run, then trained for as
-many steps as it can take in the given minutes of the loop, its learning-rate schedule as long as that. Calibration and
-training alike go on in `--lanes` processes at a time, each with one core for model and loader. What lies in FOLDER is
-not done again, so the script may be stopped and started again. Losses of different targets or masks do not compare.
+SHARDS is a folder of train-*.tar and test-*.tar, small square images with classes (CIFAR-10). A ViT of width 96 and
+depth 4 with patches of 4 x 4 learns from all training images. First each variant is calibrated by a short run, then
+trained for as many steps as it can take in the given minutes of the loop, its learning-rate schedule as long as that.
+Calibration and training alike go on in `--lanes` processes at a time, each with one core for model and loader. What
+lies in FOLDER is not done again, so the script may be stopped and started again. Losses of different targets or masks
+do not compare.
 
 Embeddings are the mean of the patch tokens after the final norm. kNN: share of test images whose 20 nearest training
 images (cosine, temperature 0.07) vote for their class; whitened: after a PCA whitening of all directions, fitted

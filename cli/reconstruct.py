@@ -39,6 +39,12 @@ def command(
         str | None,
         typer.Option(help="random, block or grid. [dim]\\[default: as trained][/dim]", show_default=False),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            help="norm_pixel or pixel, for a file of weights that does not tell what it predicts.", show_default=False
+        ),
+    ] = None,
     overlay_visible: Annotated[
         bool,
         typer.Option("--overlay-visible", help="Show kept patches as they are, and not as they are predicted."),
@@ -56,7 +62,8 @@ def command(
     from maekit.cli.show import make_progress, print_json
     from maekit.gallery.reconstruct import reconstruct
 
-    options = ReconstructOptions(tuple(key or ()), count, seed, mask_ratio, masking, overlay_visible, device)
+    keys = tuple(key or ())
+    options = ReconstructOptions(keys, count, seed, mask_ratio, masking, target, overlay_visible, device)
     result = reconstruct(source, shards, out, options, make_progress())
     print(f"{result.path}: {len(result.samples)} samples, mean loss {result.loss:.4f}")
     if as_json:

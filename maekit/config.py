@@ -118,6 +118,8 @@ class ModelConfig:
             raise InputError("model.mask_tokens = 'encoder' leaves a decoder of cross-attention no patch to read from")
         if self.target == "tokens" and (self.tokenizer is None or self.vocabulary is None):
             raise InputError("model.target = 'tokens' needs --tokenizer FILE.onnx and --vocabulary COUNT")
+        if self.target != "pca" and self.pca_components != ModelConfig.pca_components:
+            raise InputError("--pca-components is for --target pca")
         if self.target != "tokens" and (self.tokenizer is not None or self.vocabulary is not None):
             raise InputError("--tokenizer and --vocabulary are for --target tokens")
 
@@ -322,6 +324,8 @@ class PretrainConfig:
         low, high = self.data.crop_scale
         if not 0 < low <= high <= 1:
             raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
+        if self.data.augmentation != "random_resized_crop" and self.data.crop_scale != DataConfig.crop_scale:
+            raise InputError(f"data.crop_scale is for random resized crops, not for {self.data.augmentation!r}")
         if any(not value > 0 for value in self.data.std):
             raise InputError(f"data.std = {list(self.data.std)}: must be greater than 0")
         if not 0 <= self.data.color_jitter <= 1:
@@ -408,7 +412,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """
     try:
         with open(path, "rb") as file:
-            return dict(_flatten(tomllib.load(file)))
+            return dict(_renamed(*item) for item in _flatten(tomllib.load(file)))
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -419,7 +423,7 @@ def load_config(path: Path) -> PretrainConfig:
     """Return the config that `dump_toml` wrote."""
     config = PretrainConfig()
     for key, value in load_toml(path).items():
-        set_value(config, *_renamed(key, value))
+        set_value(config, key, value)
     return config
 
 

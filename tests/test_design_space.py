@@ -108,6 +108,7 @@ def test_all_patches_in_order_equal_timm(changes: dict) -> None:
         ({"target": "pca", "pca_components": 193}, "a patch has 192 values"),
         ({"target": "tokens"}, "needs --tokenizer FILE.onnx and --vocabulary"),
         ({"vocabulary": 8}, "are for --target tokens"),
+        ({"pca_components": 8}, "is for --target pca"),
         ({"decoder": "cross", "mask_tokens": "encoder"}, "no patch to read from"),
         ({"masking": "blocks"}, "model.masking = 'blocks': must be one of random, block, grid"),
         ({"decoder": "cross", "decoder_heads": 5}, "must be a multiple of 4 and of"),

@@ -39,7 +39,7 @@ def test_a_mask_hangs_on_its_own_numbers(kind: str) -> None:
     often = removed(shape, 2000).mean(0)
     # Blocks lie within the image, so its corners are in fewer of them.
     assert often.min() > (0.3 if kind == "block" else 0.7)
-    assert often.max() < 0.95
+    assert often.max() < 0.97
 
 
 def test_grid_masks_keep_one_of_four_as_the_paper_draws_them() -> None:

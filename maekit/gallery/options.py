@@ -6,6 +6,7 @@ from maekit.errors import InputError
 
 ENDINGS = (".png", ".html")
 MASKINGS = ("random", "block", "grid")
+TARGETS = ("norm_pixel", "pixel")
 DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -19,6 +20,7 @@ class ReconstructOptions:
         seed: of the samples and the masks.
         mask_ratio: share of patches removed, in (0, 1); None is that of the training.
         masking: `random`, `block` or `grid`; None is that of the training.
+        target: what the model predicts, `norm_pixel` or `pixel`, for a file of weights that does not tell.
         overlay_visible: show kept patches as they are, and not as they are predicted.
         device: `auto`, `cpu` or `cuda`.
     """
@@ -28,6 +30,7 @@ class ReconstructOptions:
     seed: int = 0
     mask_ratio: float | None = None
     masking: str | None = None
+    target: str | None = None
     overlay_visible: bool = False
     device: str = "auto"
 
@@ -45,6 +48,7 @@ class ReconstructOptions:
             raise InputError(f"--mask-ratio {self.mask_ratio}: must lie between 0 and 1")
         for option, value, allowed in (
             ("--masking", self.masking, (None, *MASKINGS)),
+            ("--target", self.target, (None, *TARGETS)),
             ("--device", self.device, DEVICES),
         ):
             if value not in allowed:

@@ -91,7 +91,7 @@ def reconstruct(
         raise InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}")
     files.require_writable(out.parent)
     device = _choose_device(options.device)
-    trained = load_autoencoder(source, on_note=progress.note)
+    trained = load_autoencoder(source, target=options.target, on_note=progress.note)
     model, preprocess = trained.model, trained.preprocess
     refuse_unpicturable(model)
     if options.mask_ratio is not None:

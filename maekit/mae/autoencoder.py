@@ -72,7 +72,9 @@ class MaskedAutoencoder(nn.Module):
         """
         masking = random_masking(noise, self.mask_ratio)
         masks = len(noise) // len(images)
-        patches = patchify(images, self.patch_size).repeat_interleave(masks, 0)  # [B, C, H, W] -> [B·k, N, p·p·C]
+        patches = patchify(images, self.patch_size)  # [B, C, H, W] -> [B, N, p·p·C]
+        if masks > 1:
+            patches = patches.repeat_interleave(masks, 0)  # -> [B·k, N, p·p·C]
         layers = self.encode(gather_tokens(patches, masking.ids_keep), masking)
         ids = masking.ids_masked[:, : predicted_patches(masking.ids_masked.shape[1], self.predict_ratio)]
         pred = self.decoder(layers, masking, ids.shape[1])

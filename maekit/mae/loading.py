@@ -91,8 +91,13 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     return TrainedEncoder(encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards)
 
 
-def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> TrainedAutoencoder:
+def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = lambda text: None) -> TrainedAutoencoder:
     """Load the whole autoencoder that a source names.
+
+    Args:
+        name: the source; see the top of this file.
+        target: what it predicts, for a file that does not tell: `norm_pixel` or `pixel`.
+        on_note: is told of damaged checkpoints and of what is assumed.
 
     Raises:
         InputError: no such source, it holds no decoder, or it does not fit.
@@ -101,6 +106,12 @@ def load_autoencoder(name: str, *, on_note: Note = lambda text: None) -> Trained
     if source is None or not source.decoder:
         raise InputError(f"{name} holds no decoder")
     config = source.config()
+    if "target" not in source.sizes:
+        config.target = target or config.target
+        if target is None:
+            on_note(f"{name} does not say what it predicts: assumed is {config.target}; --target says otherwise")
+    elif target not in (None, config.target):
+        raise InputError(f"--target {target}: {name} says itself that it predicts {config.target}")
     model = build_autoencoder(config, seed=0)
     load_strictly(model.encoder, source.encoder, name)
     load_strictly(model.decoder, source.decoder, f"the decoder of {name}")
