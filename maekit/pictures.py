@@ -23,7 +23,7 @@ _PAGE = """<!doctype html>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 2em; color: #222; background: #fff; }}
 h1 {{ font-size: 1.3em; margin: 0; }}
 table {{ border-spacing: 4px 0; margin-top: 1em; }}
-th {{ text-align: left; font-weight: 600; }}
+th {{ text-align: left; font-weight: 600; font-size: 12px; }}
 td {{ padding: 0; }}
 img {{ display: block; image-rendering: pixelated; }}
 .caption {{ color: #666; font-size: 13px; padding: 2px 0 12px; }}
