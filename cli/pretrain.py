@@ -302,6 +302,10 @@ def command(
         chosen.epochs = None
     if epochs is not None and steps is None:
         chosen.steps = None
+    # So does a target, with what belongs to it.
+    if target is not None and target != chosen.model.target:
+        for name in ("pca_components", "tokenizer", "vocabulary"):
+            setattr(chosen.model, name, getattr(_DEFAULT.model, name))
     for key, value in options.items():
         if value is not None:
             set_value(chosen, key, value)

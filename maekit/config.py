@@ -23,6 +23,7 @@ from maekit.errors import InputError
 # Imports nothing but the standard library: `maekit --help` shows these defaults and must not wait for NumPy.
 DEFAULT_EPOCHS = 400.0
 WINDOW_SHARDS = 16
+_MOST_MASKS = 64
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -112,6 +113,8 @@ class ModelConfig:
             raise InputError(f"model.channels = {self.channels}: must be 1 or 3")
         if not 0 < self.mask_ratio < 1:
             raise InputError(f"model.mask_ratio = {self.mask_ratio}: must lie between 0 and 1")
+        if self.masks_per_image > _MOST_MASKS:
+            raise InputError(f"model.masks_per_image = {self.masks_per_image}: must be at most {_MOST_MASKS}")
         if not 0 < self.predict_ratio <= 1:
             raise InputError(f"model.predict_ratio = {self.predict_ratio}: must be greater than 0, and at most 1")
         if self.mask_tokens == "encoder" and self.decoder == "cross":
@@ -399,9 +402,10 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals:
         raise InputError(f"--set {text!r}: must be key=value, as in --set model.mask_ratio=0.6")
     try:
-        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+        read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key.strip(), None if value.strip() in ("none", "None", "null") else value.strip()
+        read = None if value.strip() in ("none", "None", "null") else value.strip()
+    return _renamed(key.strip(), read)
 
 
 def load_toml(path: Path) -> dict[str, Any]:
@@ -480,6 +484,8 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
             with contextlib.suppress(InputError):
                 return _convert(key, value, possible)
         raise wrong
+    if value is None and kind is str:
+        return "none"  # not what `--set` means where a setting cannot be unset
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):

@@ -365,7 +365,7 @@ def random_resized_crop(
     draws: NDArray[np.float64],
     *,
     scale: tuple[float, float],
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    aspect: float = 1.0,
 ) -> Box:
     """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
 
@@ -373,22 +373,25 @@ def random_resized_crop(
         width: of the image, in pixels.
         height: of the image, in pixels.
         draws: uniform numbers in [0, 1), float64 `[CROP_DRAWS]`: ten attempts at area and aspect, and the place.
-        scale: bounds of the crop's share of the image area.
-        ratio: bounds of its width / height, drawn uniformly in the logarithm.
+        scale: bounds of the crop's share of the image area; where the input is no square, of the area of the largest
+            box of its proportions, or nearly no crop of a long input would fit.
+        aspect: width / height of the input; the crop's is drawn uniformly in the logarithm from 3/4 to 4/3 of it.
 
     Returns:
-        (left, top, right, bottom) in pixels.
+        (left, top, right, bottom) in pixels, at least one each way.
     """
-    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
+    low, high = 3 / 4 * aspect, 4 / 3 * aspect
+    whole = width * height if aspect == 1 else min(width, height * aspect) * min(height, width / aspect)
+    log_low, log_high = math.log(low), math.log(high)
     for attempt in range(10):
-        area = width * height * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
-        aspect = math.exp(log_low + (log_high - log_low) * draws[2 * attempt + 1])
-        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        area = whole * (scale[0] + (scale[1] - scale[0]) * draws[2 * attempt])
+        drawn = math.exp(log_low + (log_high - log_low) * draws[2 * attempt + 1])
+        w, h = round(math.sqrt(area * drawn)), round(math.sqrt(area / drawn))
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draws[20] * (width - w + 1)), int(draws[21] * (height - h + 1))
             return left, top, left + w, top + h
     # No attempt fits a very long image: the largest centre crop within the bounds of aspect.
-    w = min(width, round(height * ratio[1]))
-    h = min(height, round(width / ratio[0]))
+    w = max(1, min(width, round(height * high)))
+    h = max(1, min(height, round(width / low)))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h

@@ -14,7 +14,7 @@ from processes import tiny_config
 from torch.nn import functional
 
 import maekit
-from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, load_config, set_value
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, PretrainConfig, load_config, set_value
 from maekit.errors import InputError
 from maekit.images import CROP_DRAWS
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
@@ -25,6 +25,7 @@ from maekit.mae.normalize import Normalizer
 from maekit.mae.targets import PcaTarget, TokenTarget, patchify
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.training.crops import Augmentation, jitter_colors
+from maekit.training.prepare import tokenizer_digest
 from maekit.training.tokenizer import Tokenizer
 
 SIZES = {
@@ -109,6 +110,9 @@ def test_all_patches_in_order_equal_timm(changes: dict) -> None:
         ({"target": "tokens"}, "needs --tokenizer FILE.onnx and --vocabulary"),
         ({"vocabulary": 8}, "are for --target tokens"),
         ({"pca_components": 8}, "is for --target pca"),
+        ({"masks_per_image": 65}, "at most 64"),
+        ({"target": "tokens", "tokenizer": "t", "vocabulary": 10**12}, "the decoder cannot be built"),
+        ({"decoder_width": 4 * 10**9, "decoder_heads": 1}, "the decoder cannot be built"),
         ({"decoder": "cross", "mask_tokens": "encoder"}, "no patch to read from"),
         ({"masking": "blocks"}, "model.masking = 'blocks': must be one of random, block, grid"),
         ({"decoder": "cross", "decoder_heads": 5}, "must be a multiple of 4 and of"),
@@ -296,6 +300,8 @@ def test_pca_against_scikit_learn() -> None:
     np.testing.assert_allclose(target.pixels(coefficients, patches), back, atol=1e-3)
     # Every component is largest in one entry, which is positive: no sign is left to chance.
     assert (target.components.gather(1, target.components.abs().argmax(1, keepdim=True)) > 0).all()
+    with pytest.raises(InputError, match="patches all alike"):
+        PcaTarget(24, components=7).fit([torch.ones(2, 6, 24)])
     with pytest.raises(InputError, match="cannot be fitted to 6 patches"):
         PcaTarget(24, components=7).fit([patches[:1]])
 
@@ -418,6 +424,13 @@ def test_crops_of_every_kind() -> None:
     wide = Augmentation((64, 192), (73, 219), 0)
     aspects = [(r - left) / (bottom - top) for left, top, r, bottom in (wide.crop(900, 300, row) for row in draws)]
     assert np.median(aspects) == pytest.approx(3, rel=0.15)
+    # Of whatever image and for however long an input: never nothing, and seldom the same crop twice.
+    for size in ((8, 1024), (1024, 8), (16, 1536), (64, 320)):
+        long = Augmentation(size, size, 0)
+        for width, height in ((32, 32), (500, 375), (3, 700)):
+            boxes = [long.crop(width, height, row) for row in draws]
+            assert all(0 <= a < c <= width and 0 <= b < d <= height for a, b, c, d in boxes)
+        assert len({long.crop(500, 375, row) for row in draws}) > 150
 
 
 def test_color_jitter_against_torchvision() -> None:
@@ -483,7 +496,19 @@ def test_each_trains_resumes_and_exports(make_shards, tmp_path: Path, name: str)
     maekit.export(str(tmp_path / "whole"), timm_folder, maekit.ExportOptions(format="timm"))
     loaded = timm.create_model(f"local-dir:{timm_folder}", pretrained=True)
     assert torch.equal(loaded.pos_embed, trained.model.encoder.pos_embed)
-    # Its encoder alone, and the run, start another training.
+    again = load_encoder(str(timm_folder))
+    sides = again.preprocess.size, again.preprocess.resize
+    assert sides == (trained.preprocess.size, trained.preprocess.resize)
+    pixels = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8)
+    channels = RUNS[name].get("channels", 3)
+    ours, theirs = (
+        Normalizer(p.mean, p.std, torch.device("cpu"), channels=channels)(pixels)
+        for p in (trained.preprocess, again.preprocess)
+    )
+    torch.testing.assert_close(ours, theirs)
+    # Its encoder alone, the run, and what timm would load start another training.
+    both = {"model__init_from": str(timm_folder), "steps": 1}
+    maekit.pretrain(tiny_config(shards, tmp_path / "from-timm", **settings, **both))
     assert load_encoder(str(tmp_path / "whole" / "encoder.safetensors")).name == "vit_tiny_patch16_224"
     fresh = tiny_config(shards, tmp_path / "next", steps=1, model__init_from=str(tmp_path / "whole"), **settings)
     maekit.pretrain(fresh)
@@ -503,11 +528,66 @@ def test_a_tokenizer_that_changed_is_refused_and_one_that_moved_is_not(make_shar
     set_value(config, "model.tokenizer", str(tmp_path / "moved.onnx"))
     assert maekit.pretrain(config).already_finished
     brightness_tokenizer(tmp_path / "moved.onnx", first="first")
-    with pytest.raises(InputError, match="tokenizer_sha256"):
+    with pytest.raises(InputError, match=r"moved\.onnx is not the one that .* was started with"):
         maekit.pretrain(config)
     set_value(config, "model.tokenizer", str(tmp_path / "gone.onnx"))
-    with pytest.raises(InputError, match="cannot read --tokenizer"):
+    with pytest.raises(InputError, match=r"--tokenizer: cannot read .*gone\.onnx"):
         maekit.pretrain(config)
+
+
+def test_a_tokenizers_weights_beside_it_count(tmp_path: Path) -> None:
+    path = brightness_tokenizer(tmp_path / "t.onnx")
+    alone = tokenizer_digest(path)
+    model = onnx.load(path)
+    weights = helper.make_tensor("unused", TensorProto.FLOAT, [600], np.zeros(600, np.float32).tobytes(), raw=True)
+    model.graph.initializer.append(weights)
+    onnx.save(model, path, save_as_external_data=True, location="t.data", size_threshold=1000)
+    first = tokenizer_digest(path)
+    assert first != alone
+    (tmp_path / "t.data").write_bytes(np.ones(600, np.float32).tobytes())
+    assert tokenizer_digest(path) != first
+    (tmp_path / "t.data").unlink()
+    with pytest.raises(InputError, match=r"--tokenizer: .*no such file beside it"):
+        tokenizer_digest(path)
+
+
+def test_what_never_took_a_step_can_be_started_otherwise(make_shards, tmp_path: Path) -> None:
+    """A vocabulary that the first step finds too small is mended in the same run."""
+    path = brightness_tokenizer(tmp_path / "t.onnx")
+    settings = {"model__target": "tokens", "model__tokenizer": str(path), "model__image_size": (32, 48), "steps": 2}
+    shards = make_shards(7)
+    with pytest.raises(InputError, match="--vocabulary is 1"):
+        maekit.pretrain(tiny_config(shards, tmp_path / "run", model__vocabulary=1, **settings))
+    assert maekit.pretrain(tiny_config(shards, tmp_path / "run", model__vocabulary=8, **settings)).steps == 2
+
+
+def test_a_target_on_the_command_line_drops_that_of_the_file(tmp_path: Path, monkeypatch) -> None:
+    """With what belongs to it; and `--set` reads `none` where that is a value."""
+    from typer.testing import CliRunner
+
+    from maekit.cli.app import app
+    from maekit.training import run
+
+    seen: list[PretrainConfig] = []
+
+    def stop(config: PretrainConfig, progress: object) -> None:
+        seen.append(config)
+        raise InputError("seen")
+
+    monkeypatch.setattr(run, "pretrain", stop)
+    file = tmp_path / "c.toml"
+    file.write_text('[model]\ntarget = "tokens"\ntokenizer = "t.onnx"\nvocabulary = 8\n')
+    arguments = ["pretrain", "shards", "--out", "run", "--config", str(file)]
+    for more in ([], ["--target", "pca", "--pca-components", "8"], ["--target", "pixel"]):
+        CliRunner().invoke(app, [*arguments, *more, "--set", "data.augmentation=none"])
+    assert [(c.model.target, c.model.vocabulary, c.model.pca_components) for c in seen] == [
+        ("tokens", 8, 96),
+        ("pca", None, 8),
+        ("pixel", None, 96),
+    ]
+    assert {c.data.augmentation for c in seen} == {"none"}
+    CliRunner().invoke(app, ["pretrain", "shards", "--out", "run", "--set", "model.norm_pixel=false"])
+    assert seen[-1].model.target == "pixel"
 
 
 def test_twenty_steps_twice_are_bit_equal(make_shards, tmp_path: Path) -> None:

@@ -161,6 +161,7 @@ def test_a_checkpoint_and_an_imported_model(run: Path, tmp_path: Path) -> None:
         ({"mask_ratio": 1.0}, "must lie between 0 and 1"),
         ({"masking": "stripes"}, "--masking stripes: must be one of random, block, grid"),
         ({"count": 0}, "--count 0: must be at least 1"),
+        ({"count": 10**9}, "at most 1000"),
         ({"seed": -1}, "--seed -1"),
         ({"device": "tpu"}, "--device tpu"),
         ({"target": "pca"}, "--target pca"),
@@ -184,6 +185,22 @@ def test_tokens_cannot_be_drawn(run: Path, tmp_path: Path) -> None:
     maekit.pretrain(tiny_config(run / "shards", tmp_path / "run", steps=1, **settings))
     with pytest.raises(InputError, match="predicts tokens, which are no pixels"):
         draw(run, "no.png", source=str(tmp_path / "run"))
+
+
+def test_damaged_shards_are_left_out_and_directories_refused(run: Path, tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    whole = (run / "shards/a.tar").read_bytes()
+    (shards / "a.tar").write_bytes(whole)
+    (shards / "b.tar").write_bytes(whole[: len(whole) // 2])
+    result = maekit.reconstruct(str(run / "run"), [str(shards)], tmp_path / "p.png", ReconstructOptions(count=3))
+    assert {sample.shard for sample in result.samples} == {"a.tar"}
+    (tmp_path / "d.png").mkdir()
+    with pytest.raises(InputError, match=r"d\.png: is a directory"):
+        maekit.reconstruct(str(run / "run"), [str(shards)], tmp_path / "d.png")
+    with pytest.raises(InputError, match="does not exist"):
+        maekit.reconstruct("nothing", [str(shards)], tmp_path / "new/deep/p.png")
+    assert not (tmp_path / "new").exists()
 
 
 def test_the_command(run: Path) -> None:

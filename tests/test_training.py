@@ -47,6 +47,9 @@ def test_schedule_against_closed_forms() -> None:
     assert schedule.at(warmup) == pytest.approx(peak)
     half = warmup + (250_300 - warmup) / 2
     assert schedule.at(int(half)) == pytest.approx(peak / 2, rel=1e-4)
+    last = peak * 0.5 * (1 + math.cos(math.pi * (250_299 - warmup) / (250_300 - warmup)))
+    assert schedule.at(250_299) == pytest.approx(last)
+    assert 0 < last < 1e-8
     assert schedule.at(250_300) == pytest.approx(0, abs=1e-12)
 
 

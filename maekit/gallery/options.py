@@ -6,6 +6,7 @@ from maekit.errors import InputError
 
 ENDINGS = (".png", ".html")
 MASKINGS = ("random", "block", "grid")
+_MOST_ROWS = 1000
 TARGETS = ("norm_pixel", "pixel")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -40,8 +41,10 @@ class ReconstructOptions:
         Raises:
             InputError: names the first impossible value.
         """
-        if self.count < 1:
-            raise InputError(f"--count {self.count}: must be at least 1")
+        if not 1 <= self.count <= _MOST_ROWS:
+            raise InputError(f"--count {self.count}: must be at least 1, and at most {_MOST_ROWS}")
+        if len(self.keys) > _MOST_ROWS:
+            raise InputError(f"{len(self.keys)} keys: at most {_MOST_ROWS} fit into a picture")
         if not 0 <= self.seed < 1 << 63:
             raise InputError(f"--seed {self.seed}: must lie between 0 and 2^63")
         if self.mask_ratio is not None and not 0 < self.mask_ratio < 1:

@@ -89,7 +89,8 @@ def reconstruct(
     options.validate()
     if out.suffix.lower() not in ENDINGS:
         raise InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}")
-    files.require_writable(out.parent)
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a directory")
     device = _choose_device(options.device)
     trained = load_autoencoder(source, target=options.target, on_note=progress.note)
     model, preprocess = trained.model, trained.preprocess
@@ -99,7 +100,13 @@ def reconstruct(
     shape = MaskShape(options.masking or trained.masking, model.grid, model.mask_ratio)
     if not 0 < kept_patches(shape.patches, shape.mask_ratio) < shape.patches:
         raise InputError(f"--mask-ratio {shape.mask_ratio} keeps none or all of the {shape.patches} patches")
-    found = open_shards(find_shards(tuple(shards)), remote=RemoteCache(_CACHE_BYTES))
+    found = open_shards(
+        find_shards(tuple(shards)),
+        skip_damaged=True,
+        remote=RemoteCache(_CACHE_BYTES),
+        on_damage=lambda damage: progress.note(f"left out: {damage}"),
+    )
+    files.require_writable(out.parent)
     numbers, pixels = _read(found, options, preprocess, progress)
     drawn = _draw(model.to(device), preprocess, shape, numbers, pixels, options, progress)
     names = [_name(found, number) for number in numbers]

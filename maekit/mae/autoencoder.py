@@ -117,10 +117,15 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
         raise InputError(f"model.mask_ratio = {config.mask_ratio} keeps none or all of the {patches} patches")
     if not predicted_patches(patches - kept, config.predict_ratio):
         raise InputError(f"model.predict_ratio = {config.predict_ratio} predicts none of {patches - kept} patches")
-    target = build_target(config, encoder.patch_embed.patch_size[0] ** 2 * config.channels)
+    try:
+        target = build_target(config, encoder.patch_embed.patch_size[0] ** 2 * config.channels)
+        decoder = _build_decoder(config, encoder, target.outputs)
+    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond all memory
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"the decoder cannot be built: {first}") from error
     model = MaskedAutoencoder(
         encoder,
-        _build_decoder(config, encoder, target.outputs),
+        decoder,
         target,
         mask_ratio=config.mask_ratio,
         predict_ratio=config.predict_ratio,

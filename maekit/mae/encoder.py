@@ -53,7 +53,8 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     try:
         encoder: Any = timm.create_model(name, pretrained=False, **timm_arguments(config))
     except Exception as error:  # whatever impossible sizes lead to
-        raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {error}") from error
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {first}") from error
     _check_maskable(name, encoder)
     patch = encoder.patch_embed.patch_size[0]
     for side in config.size:

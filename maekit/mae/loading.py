@@ -152,6 +152,8 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
         load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
+    if (channels := source.sizes.get("channels", 3)) != config.channels:
+        raise InputError(f"{said} sees {channels} channel{'s' * (channels > 1)}, as --channels {channels} does")
     plain, ours = {*TIMM_NAMES.values(), "img_size", "num_classes"}, timm_arguments(config)
     theirs = source.timm_arguments or {}
     if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:
@@ -167,7 +169,8 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
         return f"the encoder starts from {name}, the decoder anew: it is not the one of these settings"
     load_strictly(model.decoder, source.decoder, said)
     _load_task(model, source.task, said)
-    return f"encoder and decoder start from {name}"
+    basis = ", with its basis of principal components" if source.task and config.target == "pca" else ""
+    return f"encoder and decoder start from {name}{basis}"
 
 
 def resolve_model(config: ModelConfig) -> None:
@@ -213,5 +216,5 @@ def _published(name: str) -> TrainedEncoder:
     cfg = encoder.pretrained_cfg
     arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
     provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}
-    preprocess = timm_preprocess(cfg, arguments["img_size"])
+    preprocess = timm_preprocess(cfg, (arguments["img_size"], arguments["img_size"]))
     return TrainedEncoder(encoder.eval(), name.split(".")[0], preprocess, arguments, provenance)

@@ -145,7 +145,7 @@ def _from_file(path: Path, model: str | None) -> Source:
     else:
         sizes = _told_by_weights(path, parts, model)
         if model and "." in model:
-            preprocess = timm_preprocess(_pretrained_cfg(model), sizes["image_size"])
+            preprocess = timm_preprocess(_pretrained_cfg(model), (sizes["image_size"], sizes["image_size"]))
     return Source(parts.encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
 
 
@@ -277,13 +277,15 @@ def _from_timm_directory(
         arguments = dict(config.get("model_args") or {})
         cfg = dict(config.get("pretrained_cfg") or {})
         sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
-        image_size = int(arguments.get("img_size") or cfg["input_size"][-1])
+        image_size = _image_size(arguments.get("img_size") or cfg["input_size"][1:])
         sizes |= {"name": str(config["architecture"]), "image_size": image_size, "is_any_vit": True}
-        preprocess = timm_preprocess(cfg, image_size)
+        sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
+        preprocess = timm_preprocess(cfg, (image_size, image_size) if isinstance(image_size, int) else image_size)
     except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of a timm model: {error!r}") from error
     # All of them: an activation or a norm does not show in the weights.
-    timm_arguments = {**arguments, "img_size": image_size, "num_classes": 0}
+    img_size = image_size if isinstance(image_size, int) else list(image_size)
+    timm_arguments = {**arguments, "img_size": img_size, "num_classes": 0}
     return Source(weights, {}, sizes, preprocess, None, provenance, timm_arguments=timm_arguments)
 
 
@@ -356,14 +358,16 @@ def _pretrained_cfg(name: str) -> Mapping[str, Any]:
     return cfg.to_dict() if cfg is not None else {}
 
 
-def timm_preprocess(cfg: Mapping[str, Any], image_size: int) -> Preprocess:
-    """Return the evaluation preprocessing that timm keeps with published weights."""
-    covered = math.floor(image_size / float(cfg.get("crop_pct") or 1.0))
+def timm_preprocess(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
+    """Return the evaluation preprocessing that timm keeps with weights, for images of (height, width) pixels."""
+    height, width = (math.floor(side / float(cfg.get("crop_pct") or 1.0)) for side in size)
+    # Of a model of one channel there is one number, which is then that of all three, whose luma it sees.
+    mean, std = (tuple(map(float, cfg[key])) * (3 if len(cfg[key]) == 1 else 1) for key in ("mean", "std"))
     return Preprocess(
-        (image_size, image_size),
-        (covered, covered),
-        tuple(map(float, cfg["mean"])),
-        tuple(map(float, cfg["std"])),
+        size,
+        (height, width),
+        mean,
+        std,
         str(cfg.get("interpolation") or "bicubic"),
         str(cfg.get("crop_mode") or "center"),
     )

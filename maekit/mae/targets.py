@@ -114,6 +114,8 @@ class PcaTarget(nn.Module):
             raise InputError(f"model.pca_components = {self.outputs} cannot be fitted to {count} patches")
         mean = total / count
         variances, vectors = torch.linalg.eigh(products / count - mean.outer(mean))  # ascending
+        if not variances.sum() > 0:
+            raise InputError(f"model.pca_components = {self.outputs} cannot be fitted to {count} patches all alike")
         components = vectors.T.flip(0)[: self.outputs]
         # An eigenvector's sign is arbitrary: the largest entry is made positive.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))

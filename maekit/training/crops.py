@@ -61,9 +61,7 @@ class Augmentation:
     def crop(self, width: int, height: int, draws: NDArray[np.float64]) -> Box:
         """Choose the crop of an image by the numbers drawn for its place, float64 `[CROP_DRAWS]`."""
         if self.kind == "random_resized_crop":
-            # What is not square is cut in its own proportions, more or less.
-            aspect = self.size[1] / self.size[0]
-            return random_resized_crop(width, height, draws, scale=self.scale, ratio=(3 / 4 * aspect, 4 / 3 * aspect))
+            return random_resized_crop(width, height, draws, scale=self.scale, aspect=self.size[1] / self.size[0])
         place = (0.5, 0.5) if self.kind == "none" else (float(draws[20]), float(draws[21]))
         return fixed_crop(width, height, self.covered, self.size, place)
 

@@ -1,5 +1,6 @@
 """What is settled before the first step: device and precision, model and data, and what is refused."""
 
+import hashlib
 import math
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from maekit import files, runs
 from maekit.config import PretrainConfig
+from maekit.encoder_file import check_external_data
 from maekit.errors import DamagedShard, ElsewhereError, InputError
 from maekit.mae.loading import fill_in, resolve_model
 from maekit.progress import Progress
@@ -36,12 +38,23 @@ def resolve(config: PretrainConfig, run: RunDirectory) -> None:
     height, width = config.model.size
     if height == width:
         config.model.image_size = height
-    if config.model.tokenizer is not None:
-        try:
-            config.model.tokenizer_sha256 = files.sha256_file(Path(config.model.tokenizer))
-        except OSError as error:
-            raise InputError(f"cannot read --tokenizer {config.model.tokenizer}: {error.strerror}") from error
+    config.model.tokenizer_sha256 = tokenizer_digest(Path(config.model.tokenizer)) if config.model.tokenizer else None
     _refuse_foreign_directory(run)
+
+
+def tokenizer_digest(path: Path) -> str:
+    """Return a SHA-256 that names an ONNX file and the files that it keeps weights in.
+
+    Raises:
+        InputError: it cannot be read, or names files that it must not.
+    """
+    try:
+        digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
+    except InputError as error:
+        raise InputError(f"--tokenizer: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read --tokenizer {path}: {error.strerror}") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint | None:

@@ -285,7 +285,8 @@ class _Run:
 
     def _take_up(self, newest: runs.Checkpoint | None) -> dict[str, Any]:
         """Compare with what is there, load it, and cut back what lies behind it; return where the run stands."""
-        if runs.is_run(self.run.path):
+        # Where nothing was saved yet, nothing is lost by other settings.
+        if newest is not None:
             self._refuse_other_training(newest)
         if newest is not None and newest.step == self.steps and self.run.encoder_file.exists():
             return {"bad": 0, "skipped": 0, **newest.state(), "finished": True}
@@ -573,18 +574,23 @@ class _Run:
         }
         files.write_atomically(self.run.encoder_file, encoder_bytes(self.model.encoder, description))
 
-    def _refuse_other_training(self, newest: runs.Checkpoint | None) -> None:
+    def _refuse_other_training(self, newest: runs.Checkpoint) -> None:
         """Compare with the config that the run was started with, key by key, and with its data."""
         there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
             if not free and there.get(key) != value:
+                if key == "model.tokenizer_sha256" and value and there.get(key):
+                    raise InputError(
+                        f"the tokenizer {self.config.model.tokenizer} is not the one that {self.run.path} was started "
+                        "with; go on with that one, or start another --out"
+                    )
                 before, now = ("not set" if v is None else v for v in (there.get(key), value))
                 raise InputError(
                     f"{self.run.path} was started with {key} = {before}, and now it is {now}; go on with the old value "
                     f"(--config {self.run.config_file} has all of them), or start another --out from these weights "
                     f"with --init-from {self.run.path}"
                 )
-        if newest is not None and newest.state()["data_digest"] != self.shards.digest:
+        if newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
                 f"{self.run.path} was trained on other data (its digest differs: shards were added, removed, renamed "
                 "or changed); go on with the old data or choose another --out"

@@ -70,6 +70,8 @@ class Tokenizer:
         self._channels_first = shape[0] == 3
         sides = shape[1:] if self._channels_first else shape[:2]
         height, width = (side if isinstance(side, int) else own for side, own in zip(sides, size, strict=True))
+        if not (height > 0 and width > 0 and (self._batch is None or self._batch > 0)):
+            raise InputError(f"--tokenizer {path}: its input is {inputs[0].shape}, which holds no image")
         self._size = height, width
         self(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool))
 
