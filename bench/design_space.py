@@ -81,6 +81,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "self, 1/4": {"model.predict_ratio": 0.25},
     "2 masks": {"model.masks_per_image": 2},
     "4 masks": {"model.masks_per_image": 4},
+    # As many masks in a step as the default has images, at the same learning rate.
+    "2 masks, batch 128": {"model.masks_per_image": 2, "batch_size": 128, "optimizer.lr": 3e-3},
+    "4 masks, batch 64": {"model.masks_per_image": 4, "batch_size": 64, "optimizer.lr": 6e-3},
     "4 masks, cross 1/4": {"model.masks_per_image": 4, "model.decoder": "cross", "model.predict_ratio": 0.25},
     "block 0.5": {"model.masking": "block", "model.mask_ratio": 0.5},
     "block": {"model.masking": "block"},
@@ -229,8 +232,9 @@ def calibrate(options: argparse.Namespace, name: str) -> dict[str, Any]:
 def train(options: argparse.Namespace, name: str) -> dict[str, Any]:
     """Train a variant for the given time and evaluate it."""
     calibrated = json.loads(result_file(options, "calibrate", name).read_text())["images_per_second"]
-    steps = max(1, round(options.minutes * 60 * calibrated / BASE["batch_size"]))
     run = options.out / f"run-{slug(name)}"
+    batch_size = config_of(options, name, run, 1).batch_size
+    steps = max(1, round(options.minutes * 60 * calibrated / batch_size))
     shutil.rmtree(run, ignore_errors=True)  # never resumed: its time would be another
     before = time.perf_counter()
     result = pretrain(config_of(options, name, run, steps), Silent())
