@@ -1,6 +1,7 @@
 """Several processes on one machine, over gloo."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -36,6 +37,28 @@ def test_two_ranks_train_as_one_does(make_shards, tmp_path: Path) -> None:
     # And on in one process, from where two were.
     config = tiny_config(shards, tmp_path / "two", **changes)
     assert maekit.pretrain(config).already_finished
+
+
+def test_two_ranks_go_on_with_a_fitted_target_and_several_masks(make_shards, tmp_path: Path) -> None:
+    """The basis is fitted by one and used by both; resumed, the main process alone knows where, and both go on alike."""
+    shards = make_shards(7, 6)
+    model = {"model__target": "pca", "model__pca_components": 12, "model__decoder": "cross"}
+    changes = {**model, "model__predict_ratio": 0.5, "model__masks_per_image": 2, "run__keep_every": 3}
+    runs = {name: tmp_path / name for name in ("whole", "stopped", "one")}
+    config = tiny_config(shards, runs["whole"], **changes)
+    assert finish(start(config, tmp_path / "log", world=2)) == [0, 0]
+    shutil.copytree(runs["whole"], runs["stopped"])
+    (runs["stopped"] / "encoder.safetensors").unlink()
+    for step in (6, 8):
+        shutil.rmtree(RunDirectory(runs["stopped"]).checkpoint(step).path)
+    config = tiny_config(shards, runs["stopped"], **changes)
+    assert finish(start(config, tmp_path / "log", world=2)) == [0, 0]
+    assert "after step 3 of 8" in (tmp_path / "log").read_text()
+    weights = [(runs[name] / "encoder.safetensors").read_bytes() for name in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    maekit.pretrain(tiny_config(shards, runs["one"], **changes))
+    for ours, theirs in zip(rows(runs["whole"]), rows(runs["one"]), strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

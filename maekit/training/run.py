@@ -146,8 +146,8 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
 
         # Asked inside the lock: a former process may just have saved its last checkpoint.
         newest = main(lambda: newest_checkpoint(run, progress))
-        if newest is None:
-            main(lambda: _start_from(config, model, shards, progress))
+        # Of a checkpoint the main process alone knows, and all must come to the same exchanges.
+        main(lambda: None if newest else _start_from(config, model, shards, progress))
         return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
 
 
