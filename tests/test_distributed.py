@@ -40,7 +40,7 @@ def test_two_ranks_train_as_one_does(make_shards, tmp_path: Path) -> None:
 
 
 def test_two_ranks_go_on_with_a_fitted_target_and_several_masks(make_shards, tmp_path: Path) -> None:
-    """The basis is fitted by one and used by both; resumed, the main process alone knows where, and both go on alike."""
+    """One fits the basis, both use it; resumed, the main process alone knows from where, and both go on alike."""
     shards = make_shards(7, 6)
     model = {"model__target": "pca", "model__pca_components": 12, "model__decoder": "cross"}
     changes = {**model, "model__predict_ratio": 0.5, "model__masks_per_image": 2, "run__keep_every": 3}
