@@ -23,6 +23,7 @@ from maekit.errors import InputError
 # Imports nothing but the standard library: `maekit --help` shows these defaults and must not wait for NumPy.
 DEFAULT_EPOCHS = 400.0
 WINDOW_SHARDS = 16
+MASKINGS = ("random", "block", "grid")
 _MOST_MASKS = 64
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -104,7 +105,7 @@ class ModelConfig:
         """
         _check_choices(
             ("model.positions", self.positions, ("sincos", "learned")),
-            ("model.masking", self.masking, ("random", "block", "grid")),
+            ("model.masking", self.masking, MASKINGS),
             ("model.mask_tokens", self.mask_tokens, ("decoder", "encoder")),
             ("model.decoder", self.decoder, ("self", "cross")),
             ("model.target", self.target, ("norm_pixel", "pixel", "pca", "tokens")),

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
+from maekit.config import MASKINGS
 from maekit.errors import InputError
 
 ENDINGS = (".png", ".html")
-MASKINGS = ("random", "block", "grid")
 _MOST_ROWS = 1000
 TARGETS = ("norm_pixel", "pixel")
 DEVICES = ("auto", "cpu", "cuda")

@@ -10,13 +10,18 @@ from maekit import files, runs
 from maekit.config import PretrainConfig
 from maekit.encoder_file import check_external_data
 from maekit.errors import DamagedShard, ElsewhereError, InputError
-from maekit.mae.loading import fill_in, resolve_model
+from maekit.images import Preprocess
+from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.mae.loading import fill_in, initialize_from, resolve_model
+from maekit.mae.normalize import Normalizer
+from maekit.mae.targets import PcaTarget
 from maekit.progress import Progress
 from maekit.runs import RunDirectory
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.training.distributed import World
+from maekit.training.pca import fit_pca
 from maekit.training.step import check_micro_batch
 
 
@@ -67,6 +72,22 @@ def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint 
     if newest is None and (lost := run.list_checkpoints()):
         raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
     return newest
+
+
+def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
+    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
+    if config.model.init_from:
+        progress.note(initialize_from(model, config.model.init_from, config.model))
+    if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
+        data = config.data
+        fit_pca(
+            model.target,
+            shards,
+            prepare=Preprocess.for_size(config.model.size, data.mean, data.std),
+            normalizer=Normalizer(data.mean, data.std, torch.device("cpu"), channels=config.model.channels),
+            patch_size=model.patch_size,
+            progress=progress,
+        )
 
 
 def index_shards(config: PretrainConfig, world: World, progress: Progress) -> ShardSet:

@@ -15,24 +15,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from maekit import files, runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig, dump_toml, fields_of, parse_duration
-from maekit.errors import ElsewhereError, ImageError, InputError, MaekitError, Stopped
+from maekit.errors import ElsewhereError, InputError, MaekitError, Stopped
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import timm_arguments
-from maekit.mae.loading import initialize_from
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
-from maekit.mae.reconstruction import images_of, reconstruct
-from maekit.mae.targets import PcaTarget
 from maekit.mae.weights import encoder_bytes
-from maekit.pictures import encode_png, sheet
+from maekit.pictures import encode_png
 from maekit.progress import Progress, Silent, duration
-from maekit.random import Purpose, uniforms
 from maekit.runs import RunDirectory
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
@@ -46,7 +41,7 @@ from maekit.training.distributed import World
 from maekit.training.kernels import choose_kernels
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import Schedule, make_optimizer, make_schedule
-from maekit.training.pca import fit_pca
+from maekit.training.pictures import draw_samples
 from maekit.training.prepare import (
     choose_device,
     choose_precision,
@@ -57,6 +52,7 @@ from maekit.training.prepare import (
     refuse_different_data,
     refuse_indivisible,
     resolve,
+    start_from,
     total_steps,
 )
 from maekit.training.ram import DecodedSet
@@ -64,7 +60,6 @@ from maekit.training.step import Objective, Step, choose_micro_batch
 from maekit.training.tokenizer import Tokenizer
 from maekit.training.validation import Validation
 
-_PICTURE_IMAGES = 8
 _BAD_SHOWN = 10  # bad samples named; after that they are counted only
 # The first steps pay for what is done once; the rate after them tells how long the run will take.
 _WARM_STEPS, _ESTIMATE_SECONDS = 3, 10.0
@@ -147,24 +142,8 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         # Asked inside the lock: a former process may just have saved its last checkpoint.
         newest = main(lambda: newest_checkpoint(run, progress))
         # Of a checkpoint the main process alone knows, and all must come to the same exchanges.
-        main(lambda: None if newest else _start_from(config, model, shards, progress))
+        main(lambda: None if newest else start_from(config, model, shards, progress))
         return _Run(config, run, shards, model.to(device), device, precision, world, progress, stop).go(newest)
-
-
-def _start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
-    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
-    if config.model.init_from:
-        progress.note(initialize_from(model, config.model.init_from, config.model))
-    if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
-        data = config.data
-        fit_pca(
-            model.target,
-            shards,
-            prepare=Preprocess.for_size(config.model.size, data.mean, data.std),
-            normalizer=Normalizer(data.mean, data.std, torch.device("cpu"), channels=config.model.channels),
-            patch_size=model.patch_size,
-            progress=progress,
-        )
 
 
 class _Stop:
@@ -524,28 +503,9 @@ class _Run:
             )
 
     def _draw(self, done: int) -> None:
-        """Draw the same few images, under the same masks, every time: masked | reconstruction | original."""
-        reader = self.shards.reader()
-        images = []
-        for number in self.shards.spread(_PICTURE_IMAGES):
-            shard, ordinal = self.shards.locate(number)
-            try:
-                image = self.prepare(reader.read_image(self.shards.index(shard), ordinal))
-                images.append(torch.from_numpy(image.copy()))
-            except ImageError:
-                continue  # counted where it is trained on; a picture shows what can be shown
-        reader.close()
-        if not images:
+        picture = draw_samples(self.objective, self.shards, self.prepare, self.masks, seed=self.config.seed)
+        if picture is None:
             return
-        count = self.masks.draws
-        draws = [uniforms(count, Purpose.PICTURE, seed=self.config.seed, position=i) for i in range(len(images))]
-        noise = torch.from_numpy(self.masks.noise(np.stack(draws))).to(self.device)
-        originals = self.objective.normalizer(torch.stack(images).permute(0, 3, 1, 2).to(self.device))
-        self.model.eval()
-        shown = reconstruct(self.model, originals, noise)
-        self.model.train()
-        columns = (shown.masked, shown.overlaid, originals)
-        picture = sheet([images_of(self.objective.normalizer.to_pixels(x)) for x in columns])
         files.write_atomically(self.run.picture(done), encode_png(picture))
         if self.board is not None:
             self.board.picture(picture, done)
