@@ -1,4 +1,4 @@
-"""What can be asked of `maekit reconstruct`. Imports nothing heavy: its `--help` shows these defaults."""
+"""What can be asked of the commands that show. Imports nothing heavy: their `--help` shows these defaults."""
 
 from dataclasses import dataclass
 
@@ -7,6 +7,7 @@ from maekit.errors import InputError
 
 ENDINGS = (".png", ".html")
 _MOST_ROWS = 1000
+_MOST_SAMPLES = 5000
 TARGETS = ("norm_pixel", "pixel")
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -56,3 +57,53 @@ class ReconstructOptions:
         ):
             if value not in allowed:
                 raise InputError(f"{option} {value}: must be one of {', '.join(filter(None, allowed))}")
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    """What the report of a run looks at.
+
+    Attributes:
+        shards: input specs of the samples shown; empty is what the run was trained on.
+        samples: how many are embedded for neighbours and map, at most.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    shards: tuple[str, ...] = ()
+    samples: int = 600
+    device: str = "auto"
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        if not 2 <= self.samples <= _MOST_SAMPLES:
+            raise InputError(f"--samples {self.samples}: must be at least 2, and at most {_MOST_SAMPLES}")
+        if self.device not in DEVICES:
+            raise InputError(f"--device {self.device}: must be one of {', '.join(DEVICES)}")
+
+
+@dataclass(frozen=True)
+class NeighbourOptions:
+    """How neighbours are looked for and shown.
+
+    Attributes:
+        k: neighbours of each query.
+        shards: input specs of what was embedded, for the pictures; none where empty.
+        model: the ONNX file that made the embeddings, for queries that are image files.
+    """
+
+    k: int = 10
+    shards: tuple[str, ...] = ()
+    model: str | None = None
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        if not 1 <= self.k <= _MOST_ROWS:
+            raise InputError(f"--k {self.k}: must be at least 1, and at most {_MOST_ROWS}")

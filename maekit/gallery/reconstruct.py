@@ -9,7 +9,9 @@ import torch
 
 from maekit import files
 from maekit.errors import ImageError, InputError
+from maekit.gallery import page
 from maekit.gallery.options import ENDINGS, ReconstructOptions
+from maekit.gallery.samples import device_of
 from maekit.images import Pixels, Preprocess
 from maekit.mae import reconstruction
 from maekit.mae.autoencoder import MaskedAutoencoder
@@ -17,7 +19,7 @@ from maekit.mae.loading import load_autoencoder
 from maekit.mae.mask_shapes import MaskShape, kept_patches
 from maekit.mae.normalize import Normalizer
 from maekit.mae.reconstruction import images_of, refuse_unpicturable
-from maekit.pictures import Captioned, encode_png, page, sheet
+from maekit.pictures import encode_png, sheet
 from maekit.progress import Progress, Silent
 from maekit.random import Purpose, random_bits, uniforms
 from maekit.shards.read import ShardSet, open_shards
@@ -91,7 +93,7 @@ def reconstruct(
         raise InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}")
     if out.is_dir():
         raise InputError(f"--out {out}: is a directory")
-    device = _choose_device(options.device)
+    device = device_of(options.device)
     trained = load_autoencoder(source, target=options.target, on_note=progress.note)
     model, preprocess = trained.model, trained.preprocess
     refuse_unpicturable(model)
@@ -116,11 +118,11 @@ def reconstruct(
         data = encode_png(sheet([list(column) for column in zip(*(row.images for row in drawn), strict=True)], TITLES))
     else:
         rows = [
-            Captioned(f"{sample.key} ({sample.shard}), loss {sample.loss:.4f}", row.images)
+            page.Captioned(f"{sample.key} ({sample.shard}), loss {sample.loss:.4f}", row.images)
             for sample, row in zip(samples, drawn, strict=True)
         ]
         about = f"{source}: {shape.mask_ratio:.0%} of the patches removed ({shape.kind}), mean loss {loss:.4f}"
-        data = page("Reconstructions", about, TITLES, rows).encode()
+        data = page.document("Reconstructions", about, [page.image_rows(TITLES, rows)])
     files.write_atomically(out, data)
     return ReconstructResult(str(out), loss, shape.mask_ratio, shape.kind, samples)
 
@@ -225,9 +227,3 @@ def _find(shards: ShardSet, wanted: str) -> int:
 def _name(shards: ShardSet, number: int) -> tuple[str, str]:
     shard, ordinal = shards.locate(number)
     return shards.shards[shard].name, shards.index(shard).key(ordinal)
-
-
-def _choose_device(device: str) -> torch.device:
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; check nvidia-smi, or use --device cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
