@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shlex
 import signal
 import stat
 import subprocess
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import typer
 from typer.testing import CliRunner
 
 from maekit.cli.app import app
-from maekit.config import DEFAULT_EPOCHS, ModelConfig, PretrainConfig, fields_of, load_config, load_toml
+from maekit.config import ModelConfig, PretrainConfig, fields_of, load_config, load_toml
 from maekit.mae import loading
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "pretrain.sbatch"
@@ -116,17 +118,25 @@ def test_the_recipes_are_these() -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_holds_only_what_differs_from_the_defaults(name: str) -> None:
-    """An epoch count may be the default's, because that one is filled in where none is given."""
-    defaults = {key: value for key, value, _ in fields_of(PretrainConfig())} | {"epochs": DEFAULT_EPOCHS}
-    chosen = {key: value for key, value, _ in fields_of(load_config(RECIPES[name]))}
+    defaults, chosen = (dict(item[:2] for item in fields_of(c)) for c in (PretrainConfig(), load_config(RECIPES[name])))
     settings = load_toml(RECIPES[name])
     assert settings
-    assert {key for key in settings if chosen[key] == defaults[key]} <= {"epochs"}
+    assert not [key for key in settings if chosen[key] == defaults[key]]
     if name == "one-gpu-day":
         assert {"model.decoder", "model.predict_ratio"} <= set(settings)
     if name.startswith("imagenet1k"):
         assert {"epochs": 1600, "batch_size": 4096}.items() <= settings.items()
         assert set(settings) <= {"epochs", "batch_size", "model.name"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_commands_in_a_head_are_ones_that_maekit_takes(name: str) -> None:
+    text = RECIPES[name].read_text(encoding="utf-8")
+    commands = re.findall(r"^#     (?:torchrun .* -m )?maekit (\w+) (.+)$", text, re.MULTILINE)
+    assert [command for command, _ in commands if command != "pack"][:2] == ["pretrain", "export"]
+    assert f"--config recipes/{name}.toml" in dict(commands)["pretrain"]
+    for command, arguments in commands:
+        typer.main.get_command(app).commands[command].make_context(command, shlex.split(arguments))
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -223,7 +233,9 @@ def test_the_hours_in_head_and_readme_are_the_computed_ones(name: str, gpu_hours
     assert hours
     readme = (SCRIPT.parent.parent / "README.md").read_text(encoding="utf-8")
     (row,) = re.findall(rf"^\| `{name}\.toml` .*$", readme, re.MULTILINE)
-    assert ", ".join(f"{number} ({gpu})" for number, gpu in hours) in row
+    *_, computed, expected, _ = row.split("|")
+    assert computed.strip() == ", ".join(f"{number} ({gpu})" for number, gpu in hours)
+    assert all(f" {accuracy} " in text for accuracy in re.findall(r"\d\d\.\d", expected))
 
 
 def test_the_figures_of_one_gpu_day_and_of_published_times_are_the_computed_ones(gpu_hours) -> None:
