@@ -346,7 +346,7 @@ def content_of(
         place = images.place(ordinal)
         if place is not None:
             with contextlib.suppress(ImageError):  # 0, as when it was embedded
-                crcs[0, position] = zlib.crc32(_read(images, place))
+                crcs[0, position] = zlib.crc32(read_place(images, place))
         for row, extension in enumerate(keep, 1):
             crcs[row, position] = riding_crc(images, ordinal, extension)
     return zlib.crc32(crcs.tobytes())
@@ -360,7 +360,13 @@ def riding_crc(images: Images, ordinal: int, extension: str) -> int:
         return 0
 
 
-def _read(images: Images, place: Place) -> bytes:
+def read_place(images: Images, place: Place) -> bytes:
+    """Return the bytes of an image where it lies.
+
+    Raises:
+        ImageError: it is too large, cannot be read, or has other bytes than the index says.
+        MaekitError: the shard cannot be read.
+    """
     if isinstance(place, str):
         return read_file(place)
     assert images.descriptor is not None

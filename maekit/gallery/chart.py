@@ -162,7 +162,7 @@ def tick_label(value: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return f"{100 * value:.4g} %"
+    return f"{100 * value:.4g}%"
 
 
 def _in_words(line: Line, said: Callable[[float], str]) -> str:

@@ -128,6 +128,11 @@ def group(name: str, parts: Iterable[Html]) -> Html:
     return Html(f'<div class="{name}">\n' + "\n".join(parts) + "\n</div>")
 
 
+def scrolling(part: Html) -> Html:
+    """Return a large picture, which on a small screen is scrolled within its own box."""
+    return Html(f'<div class="scroll wide" tabindex="0">{part}</div>')
+
+
 def facts(pairs: Iterable[tuple[str, str]]) -> Html:
     """Return names and values as a grid of small cards."""
     cards = (f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)

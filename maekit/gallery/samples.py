@@ -8,19 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.evaluation.neighbours import nearest, unit
 from maekit.exporters.reference import reference_embeddings
 from maekit.exporters.whitening import fit_whitening
+from maekit.gallery.thumbnails import thumbnail, without
 from maekit.images import Pixels
 from maekit.mae.loading import TrainedEncoder
 from maekit.progress import Progress
 from maekit.shards.index import ShardIndex
 from maekit.shards.read import MemberReader, ShardSet
 
-THUMBNAIL = 96  # pixels, the longer side
+_THUMBNAIL = 96  # pixels, the longer side
 _BATCH = 32
 # A whitening of as many directions as there are images would make all of them equally unlike each other.
 _IMAGES_PER_DIRECTION = 10
@@ -81,7 +81,7 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
                 continue
             names.append(f"{shards.shards[shard].name}:{index.key(ordinal)}")
             labels.append(classes.label(reader, index, ordinal))
-            thumbnails.append(thumbnail(pixels))
+            thumbnails.append(thumbnail(pixels, _THUMBNAIL))
             batch.append(pixels)
             if len(batch) == _BATCH:
                 rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
@@ -140,25 +140,10 @@ class _Classes:
         return self._names[folder]
 
 
-def thumbnail(pixels: Pixels, side: int = THUMBNAIL) -> Pixels:
-    """Return an image, uint8 `[H, W, 3]`, whose longer side is at most `side` pixels."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
-    return np.asarray(image)
-
-
 def neighbours_within(vectors: NDArray[np.float32], queries: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
     """Return (number, cosine) of the k nearest of each query, itself left out."""
     cosines, numbers = nearest(vectors[list(queries)], [vectors], k + 1)
     return [without(query, n, c, k) for query, n, c in zip(queries, numbers, cosines, strict=True)]
-
-
-def without(
-    own: int | None, numbers: NDArray[np.int64], cosines: NDArray[np.float32], k: int
-) -> list[tuple[int, float]]:
-    """Return k of the k + 1 nearest: those that are not the query itself."""
-    found = zip(numbers.tolist(), cosines.tolist(), strict=True)
-    return [(number, cosine) for number, cosine in found if number != own][:k]
 
 
 def device_of(device: str) -> torch.device:
