@@ -9,7 +9,19 @@ from typing import Annotated
 import typer
 
 import maekit
-from maekit.cli import check, demo, doctor, embed, export, inspect, pack, pretrain, reconstruct
+from maekit.cli import (
+    check,
+    demo,
+    doctor,
+    embed,
+    export,
+    inspect,
+    neighbours,
+    pack,
+    pretrain,
+    reconstruct,
+    report,
+)
 from maekit.errors import ElsewhereError, MaekitError
 
 app = typer.Typer(
@@ -35,6 +47,8 @@ _add("pretrain", "Workflow", pretrain.command)
 _add("export", "Workflow", export.command)
 _add("embed", "Workflow", embed.command)
 _add("reconstruct", "Look", reconstruct.command)
+_add("neighbours", "Look", neighbours.command)
+_add("report", "Look", report.command)
 _add("inspect", "Look", inspect.command)
 _add("doctor", "Look", doctor.command)
 _add("demo", "Look", demo.command)
@@ -66,7 +80,7 @@ def main() -> None:
             print(f"maekit: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
-        extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors"}
+        extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
         if error.name is None or error.name.split(".")[0] not in extra:
             raise
         print(f"maekit: this command needs {error.name}: pip install 'maekit[train]'", file=sys.stderr)

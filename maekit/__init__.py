@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from maekit.exporters.export import export
     from maekit.exporters.options import ExportOptions
     from maekit.exporters.verify import verify
-    from maekit.gallery.options import ReconstructOptions
+    from maekit.gallery.neighbours import neighbours
+    from maekit.gallery.options import NeighbourOptions, ReconstructOptions, ReportOptions
     from maekit.gallery.reconstruct import reconstruct
+    from maekit.gallery.report import report
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
     from maekit.training.run import pretrain
@@ -26,16 +28,20 @@ _HOMES = {
     "Embedder": "maekit.embedding.embedder",
     "ExportOptions": "maekit.exporters.options",
     "MaekitError": "maekit.errors",
+    "NeighbourOptions": "maekit.gallery.options",
     "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",
     "ReconstructOptions": "maekit.gallery.options",
+    "ReportOptions": "maekit.gallery.options",
     "check_shards": "maekit.check",
     "embed": "maekit.embedding.run",
     "export": "maekit.exporters.export",
     "find_shards": "maekit.shards.spec",
+    "neighbours": "maekit.gallery.neighbours",
     "pack": "maekit.shards.pack",
     "pretrain": "maekit.training.run",
     "reconstruct": "maekit.gallery.reconstruct",
+    "report": "maekit.gallery.report",
     "verify": "maekit.exporters.verify",
 }
 
@@ -44,17 +50,21 @@ __all__ = [
     "Embedder",
     "ExportOptions",
     "MaekitError",
+    "NeighbourOptions",
     "PackOptions",
     "PretrainConfig",
     "ReconstructOptions",
+    "ReportOptions",
     "__version__",
     "check_shards",
     "embed",
     "export",
     "find_shards",
+    "neighbours",
     "pack",
     "pretrain",
     "reconstruct",
+    "report",
     "verify",
 ]
 
