@@ -14,7 +14,7 @@ def command(
 
     Draws a small labelled set, packs and checks it, pre-trains a tiny ViT, exports it, embeds every picture, and
     compares how well neighbours tell the class: by raw pixels, by the untrained encoder, by the trained one, and by
-    the trained one with whitened embeddings.
+    the trained one with whitened embeddings. The report of the run shows all of it on one page.
     """
     import dataclasses
 
@@ -33,6 +33,6 @@ def command(
         ("trained, whitened", result.knn_whitened),
     ):
         print(f"  {name:<18} {accuracy:6.1%}  {'█' * round(accuracy * 40)}")
-    print(f"\n{result.seconds:.0f} seconds")
+    print(f"\n{result.seconds:.0f} seconds; look at {result.report}")
     if as_json:
         print_json(dataclasses.asdict(result))

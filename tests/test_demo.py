@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -52,8 +53,11 @@ def test_the_whole_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         result = demo.run_demo(tmp_path / "demo")
     assert result.parity <= 1e-4
     assert all(0 <= a <= 1 for a in (result.knn_pixels, result.knn_untrained, result.knn_trained, result.knn_whitened))
-    for name in ("pictures", "shards", "run", "encoder.onnx", "embeddings/train/00000.parquet"):
+    for name in ("pictures", "shards", "run", "encoder.onnx", "embeddings/train/00000.parquet", "report.html"):
         assert (tmp_path / "demo" / name).exists()
+    page = Path(result.report).read_text(encoding="utf-8")
+    shares = (result.chance, result.knn_pixels, result.knn_untrained, result.knn_trained, result.knn_whitened)
+    assert re.findall(r'<td class="number">(?:<b>)?([\d.]+%)', page) == [f"{share:.1%}" for share in shares]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
     with pytest.raises(InputError, match="no demo made"):

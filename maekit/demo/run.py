@@ -1,5 +1,6 @@
-"""The whole loop in a few minutes on a CPU: draw -> pack -> check -> pretrain -> export -> embed -> compare."""
+"""The whole loop in minutes on a CPU: draw -> pack -> check -> pretrain -> export -> embed -> compare -> report."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from maekit import files
 from maekit.check import check_shards
 from maekit.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig
 from maekit.demo.pictures import CLASSES, write_pictures
@@ -17,12 +19,14 @@ from maekit.errors import InputError, MaekitError
 from maekit.evaluation.knn import knn_accuracy
 from maekit.images import decode
 from maekit.progress import Progress, Silent
+from maekit.runs import RunDirectory
 from maekit.shards.pack import PackOptions, pack
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 
 TRAIN_PICTURES, TEST_PICTURES = 2000, 500
 STEPS = 800
+_REPORT_SAMPLES = 400
 _MARK = ".maekit-demo"
 
 Rows = NDArray[np.float32]
@@ -42,6 +46,7 @@ class DemoResult:
         loss_first: mean loss of the first logged steps.
         loss_last: mean loss of the last logged steps.
         parity: largest difference of the exported file from PyTorch, relative to the largest value.
+        report: the page that shows the run.
         seconds: how long it all took.
     """
 
@@ -54,6 +59,7 @@ class DemoResult:
     loss_first: float
     loss_last: float
     parity: float
+    report: str
     seconds: float
 
 
@@ -92,7 +98,8 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     from maekit.embedding.run import EmbedConfig, embed
     from maekit.exporters.export import export
     from maekit.exporters.options import ExportOptions
-    from maekit.runs import RunDirectory
+    from maekit.gallery.options import ReportOptions
+    from maekit.gallery.report import report
     from maekit.training.run import pretrain
 
     progress = progress or Silent()
@@ -105,10 +112,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         packed = pack(out / "pictures" / split, out / "shards" / split, PackOptions(samples_per_shard=500))
         progress.note(f"packed into {len(packed.shards)} shards: {out}/shards/{split}")
         found = find_shards(str(out / "shards" / split))
-        report = check_shards(found)
-        if report.damaged or report.samples != count:
-            raise MaekitError(f"{out}/shards/{split}: {report.summary()} where {count} sound samples should be")
-        progress.note(f"checked: {report.samples} samples, 0 damaged")
+        checked = check_shards(found)
+        if checked.damaged or checked.samples != count:
+            raise MaekitError(f"{out}/shards/{split}: {checked.summary()} where {count} sound samples should be")
+        progress.note(f"checked: {checked.samples} samples, 0 damaged")
         shards[split] = open_shards(found)
 
     config = demo_config(out)
@@ -136,7 +143,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
             embed(EmbedConfig(exported.path, (str(out / "shards" / split),), str(folder / split), device="cpu"))
         accuracy[name] = _accuracy(shards, _embeddings(folder))
         progress.note(f"exported {exported.path} (parity {parity:.1e}) and embedded {folder}")
-    rows = RunDirectory(Path(config.out)).metrics()
+    run_directory = RunDirectory(Path(config.out))
+    _write_evaluation(run_directory, shards, accuracy)
+    page = report(config.out, out / "report.html", ReportOptions(samples=_REPORT_SAMPLES), progress)
+    rows = run_directory.metrics()
     return DemoResult(
         out=str(out),
         knn_pixels=accuracy["raw pixels"],
@@ -147,6 +157,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         loss_first=rows[0]["loss"],
         loss_last=rows[-1]["loss"],
         parity=parity,
+        report=page.path,
         seconds=round(time.monotonic() - started, 1),
     )
 
@@ -168,6 +179,17 @@ def _make_room(out: Path) -> None:
 def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Rows]) -> float:
     train, test = (rows_of(split, shards[split]) for split in ("train", "test"))
     return knn_accuracy(train, _labels(shards["train"]), test, _labels(shards["test"]))
+
+
+def _write_evaluation(run: RunDirectory, shards: dict[str, ShardSet], accuracy: dict[str, float]) -> None:
+    """Write the comparison down as `maekit evaluate` does, for the report."""
+    sides = {
+        split: {"shards": [str(shard.path) for shard in s.shards], "images": s.samples, "classes": len(CLASSES)}
+        for split, s in shards.items()
+    }
+    rows = [{"name": name, "accuracy": share} for name, share in {"guessing": 1 / len(CLASSES), **accuracy}.items()]
+    table = {"task": "knn", "model": str(run.path), "step": STEPS, **sides, "rows": rows}
+    files.write_atomically(run.path / "evaluations" / "knn.json", json.dumps(table, indent=1).encode())
 
 
 def _labels(shards: ShardSet) -> NDArray[np.int64]:

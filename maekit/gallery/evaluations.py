@@ -53,11 +53,10 @@ def _part(found: dict[str, Any]) -> Html:
     table = page.table(
         [key.replace("_", " ") for key in keys],
         [[_shown(key, row.get(key)) for key in keys] for row in rows],
-        caption="; ".join(about),
         numbers=numbers,
         best=best,
     )
-    return page.section(_TASKS.get(task, task), table, level=3)
+    return page.section(_TASKS.get(task, task), page.paragraph("; ".join(about)), table, level=3)
 
 
 def _side(side: Any) -> str:
