@@ -185,7 +185,10 @@ def test_pack_of_a_folder(tmp_path: Path) -> None:
     assert json.loads(result.stdout.splitlines()[-1])["samples"] == 2
 
 
-@pytest.mark.parametrize("command", ["pack", "check", "pretrain", "export", "embed", "inspect", "doctor", "demo"])
+LOOK = ["reconstruct", "neighbours", "report", "inspect", "doctor", "demo"]
+
+
+@pytest.mark.parametrize("command", ["pack", "check", "pretrain", "export", "embed", *LOOK])
 def test_every_command_has_help(tmp_path: Path, command: str) -> None:
     shown = run(tmp_path, command, "--help").stdout
     assert "Usage" in shown
@@ -197,7 +200,7 @@ def test_help_loads_nothing_heavy(tmp_path: Path) -> None:
     script = """
 import sys, typer.testing
 from maekit.cli.app import app
-for arguments in (["--help"], ["pretrain", "--help"], ["embed", "--help"]):
+for arguments in (["--help"], *([name, "--help"] for name in ("pretrain", "embed", "report", "neighbours"))):
     assert typer.testing.CliRunner().invoke(app, arguments).exit_code == 0
 heavy = {"numpy", "PIL", "torch", "timm", "onnx", "onnxruntime", "pyarrow", "webdataset"} & set(sys.modules)
 assert not heavy, heavy
