@@ -125,7 +125,7 @@ def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], obje
     from maekit.training.distributed import World
     from maekit.training.kernels import choose_kernels
     from maekit.training.optim import make_optimizer, make_schedule
-    from maekit.training.step import Objective, Step
+    from maekit.training.step import MaskedObjective, Step
 
     width, depth, heads = SIZES[options.model]
     device = torch.device(options.device)
@@ -134,7 +134,7 @@ def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], obje
     model = build_autoencoder(sizes, seed=0).to(device)
     config = OptimizerConfig()
     step = Step(
-        Objective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, device)).train(),
+        MaskedObjective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, device)).train(),
         make_optimizer(model, config),
         make_schedule(config, batch_size=256, samples=1000, steps=100),
         forward=choose_kernels(model, device, options.precision),

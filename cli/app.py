@@ -14,6 +14,7 @@ from maekit.cli import (
     demo,
     doctor,
     embed,
+    evaluate,
     export,
     inspect,
     neighbours,
@@ -46,6 +47,7 @@ _add("check", "Data", check.command)
 _add("pretrain", "Workflow", pretrain.command)
 _add("export", "Workflow", export.command)
 _add("embed", "Workflow", embed.command)
+app.add_typer(evaluate.app, name="evaluate", rich_help_panel="Workflow")
 _add("reconstruct", "Look", reconstruct.command)
 _add("neighbours", "Look", neighbours.command)
 _add("report", "Look", report.command)

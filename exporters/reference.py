@@ -8,6 +8,7 @@ from maekit.exporters.parity import Embeddings
 from maekit.exporters.whitening import Whitening
 from maekit.images import LUMA, Pixels
 from maekit.mae.loading import TrainedEncoder
+from maekit.mae.pooling import pooled
 
 _BATCH = 32
 
@@ -49,12 +50,7 @@ def reference_embeddings(
         if is_grey:
             values = (values * luma).sum(1, keepdim=True)
         tokens = encoder.forward_features((values - mean) / std)
-        patches = tokens[:, encoder.num_prefix_tokens :]
-        if pool == "tokens":
-            rows = patches
-        else:
-            by_name = {"avg": patches.mean(dim=1), "cls": tokens[:, 0]}
-            rows = torch.cat([encoder.fc_norm(by_name[name]) for name in pool.split("+")], dim=-1)
+        rows = tokens[:, encoder.num_prefix_tokens :] if pool == "tokens" else pooled(encoder, tokens, pool)
         if whitening is not None:
             matrix, bias = (torch.from_numpy(v).to(device) for v in (whitening.matrix, whitening.bias))
             rows = rows @ matrix.T + bias

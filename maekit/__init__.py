@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from maekit.embedding.embedder import Embedder
     from maekit.embedding.run import EmbedConfig, embed
     from maekit.errors import MaekitError
+    from maekit.evaluation.options import EvaluateOptions
+    from maekit.evaluation.run import evaluate
     from maekit.exporters.export import export
     from maekit.exporters.options import ExportOptions
     from maekit.exporters.verify import verify
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "EmbedConfig": "maekit.embedding.run",
     "Embedder": "maekit.embedding.embedder",
+    "EvaluateOptions": "maekit.evaluation.options",
     "ExportOptions": "maekit.exporters.options",
     "MaekitError": "maekit.errors",
     "NeighbourOptions": "maekit.gallery.options",
@@ -35,6 +38,7 @@ _HOMES = {
     "ReportOptions": "maekit.gallery.options",
     "check_shards": "maekit.check",
     "embed": "maekit.embedding.run",
+    "evaluate": "maekit.evaluation.run",
     "export": "maekit.exporters.export",
     "find_shards": "maekit.shards.spec",
     "neighbours": "maekit.gallery.neighbours",
@@ -48,6 +52,7 @@ _HOMES = {
 __all__ = [
     "EmbedConfig",
     "Embedder",
+    "EvaluateOptions",
     "ExportOptions",
     "MaekitError",
     "NeighbourOptions",
@@ -58,6 +63,7 @@ __all__ = [
     "__version__",
     "check_shards",
     "embed",
+    "evaluate",
     "export",
     "find_shards",
     "neighbours",

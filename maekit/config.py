@@ -16,7 +16,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from maekit.errors import InputError
 
@@ -232,6 +232,19 @@ class RunConfig:
     tensorboard: bool = _free(True)
 
 
+class TrainingConfig(Protocol):
+    """What every training run has; see `PretrainConfig`."""
+
+    shards: tuple[str, ...]
+    out: str
+    epochs: float | None
+    steps: int | None
+    batch_size: int
+    seed: int
+    data: DataConfig
+    run: RunConfig
+
+
 @dataclass
 class PretrainConfig:
     """A whole pre-training run.
@@ -263,85 +276,124 @@ class PretrainConfig:
         Raises:
             InputError: names the first impossible value.
         """
-        if not self.shards:
-            raise InputError("no shards were given")
-        if not self.out:
-            raise InputError("no run directory was given (--out RUN)")
-        if self.epochs is not None and self.steps is not None:
-            raise InputError(f"epochs = {self.epochs:g} and steps = {self.steps} were both given; give one of them")
-        positive = {
-            "epochs": self.epochs,
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "model.image_size": min(self.model.size),
-            "model.patch_size": self.model.patch_size,
-            "model.depth": self.model.depth,
-            "model.width": self.model.width,
-            "model.heads": self.model.heads,
-            "model.masks_per_image": self.model.masks_per_image,
-            "model.pca_components": self.model.pca_components,
-            "model.vocabulary": self.model.vocabulary,
-            "model.decoder_width": self.model.decoder_width,
-            "model.decoder_depth": self.model.decoder_depth,
-            "model.decoder_heads": self.model.decoder_heads,
-            "data.window": self.data.window,
-            "data.prefetch": self.data.prefetch,
-            "data.cache_gb": self.data.cache_gb,
-            "data.patience": self.data.patience,
-            "data.val_images": self.data.val_images,
-            "optimizer.lr": self.optimizer.lr,
-            "run.threads": self.run.threads,
-            "optimizer.clip_grad": self.optimizer.clip_grad,
-            "run.micro_batch": self.run.micro_batch,
-            "run.checkpoint_every": self.run.checkpoint_every,
-            "run.checkpoint_minutes": self.run.checkpoint_minutes,
-            "run.keep_every": self.run.keep_every,
-            "run.val_every": self.run.val_every,
-            "run.keep_checkpoints": self.run.keep_checkpoints,
-            "run.log_every": self.run.log_every,
-        }
-        for key, value in positive.items():
-            if value is not None and not value > 0:
-                raise InputError(f"{key} = {value}: must be greater than 0")
-        for key, value in {
-            "seed": self.seed,
-            "data.workers": self.data.workers,
-            "data.max_bad": self.data.max_bad,
-            "optimizer.min_lr": self.optimizer.min_lr,
-            "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "run.pictures_every": self.run.pictures_every,
-            "run.skip_nonfinite": self.run.skip_nonfinite,
-        }.items():
-            if value is not None and not value >= 0:
-                raise InputError(f"{key} = {value}: must not be negative")
-        if self.data.max_bad > 1:
-            raise InputError(f"data.max_bad = {self.data.max_bad}: must be a share, at most 1")
+        check_training(self)
+        check_positive(
+            {
+                "model.image_size": min(self.model.size),
+                "model.patch_size": self.model.patch_size,
+                "model.depth": self.model.depth,
+                "model.width": self.model.width,
+                "model.heads": self.model.heads,
+                "model.masks_per_image": self.model.masks_per_image,
+                "model.pca_components": self.model.pca_components,
+                "model.vocabulary": self.model.vocabulary,
+                "model.decoder_width": self.model.decoder_width,
+                "model.decoder_depth": self.model.decoder_depth,
+                "model.decoder_heads": self.model.decoder_heads,
+                "optimizer.lr": self.optimizer.lr,
+                "optimizer.clip_grad": self.optimizer.clip_grad,
+            }
+        )
+        check_not_negative(
+            {
+                "optimizer.min_lr": self.optimizer.min_lr,
+                "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
+                "optimizer.weight_decay": self.optimizer.weight_decay,
+            }
+        )
         self.model.validate()
         for key, value in {"optimizer.beta1": self.optimizer.beta1, "optimizer.beta2": self.optimizer.beta2}.items():
             if not 0 <= value < 1:
                 raise InputError(f"{key} = {value}: must lie in [0, 1)")
-        if self.epochs is not None and not math.isfinite(self.epochs):
-            raise InputError(f"epochs = {self.epochs}: must be finite")
-        if self.seed >= 1 << 63:
-            raise InputError(f"seed = {self.seed}: must be below 2^63")
-        low, high = self.data.crop_scale
-        if not 0 < low <= high <= 1:
-            raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
-        if self.data.augmentation != "random_resized_crop" and self.data.crop_scale != DataConfig.crop_scale:
-            raise InputError(f"data.crop_scale is for random resized crops, not for {self.data.augmentation!r}")
-        if any(not value > 0 for value in self.data.std):
-            raise InputError(f"data.std = {list(self.data.std)}: must be greater than 0")
-        if not 0 <= self.data.color_jitter <= 1:
-            raise InputError(f"data.color_jitter = {self.data.color_jitter}: must lie in [0, 1]")
-        _check_choices(
-            ("data.augmentation", self.data.augmentation, ("random_resized_crop", "fixed_crop", "none")),
-            ("run.device", self.run.device, ("auto", "cpu", "cuda")),
-            ("run.precision", self.run.precision, ("auto", "fp32", "bf16")),
-            ("data.cache", self.data.cache, ("off", "ram")),
-        )
-        if self.run.max_time is not None:
-            parse_duration(self.run.max_time)
+
+
+def check_training(config: TrainingConfig) -> None:
+    """Check what every training run has.
+
+    Raises:
+        InputError: names the first impossible value.
+    """
+    if not config.shards:
+        raise InputError("no shards were given")
+    if not config.out:
+        raise InputError("no run directory was given (--out RUN)")
+    if config.epochs is not None and config.steps is not None:
+        raise InputError(f"epochs = {config.epochs:g} and steps = {config.steps} were both given; give one of them")
+    data, run = config.data, config.run
+    check_positive(
+        {
+            "epochs": config.epochs,
+            "steps": config.steps,
+            "batch_size": config.batch_size,
+            "data.window": data.window,
+            "data.prefetch": data.prefetch,
+            "data.cache_gb": data.cache_gb,
+            "data.patience": data.patience,
+            "data.val_images": data.val_images,
+            "run.threads": run.threads,
+            "run.micro_batch": run.micro_batch,
+            "run.checkpoint_every": run.checkpoint_every,
+            "run.checkpoint_minutes": run.checkpoint_minutes,
+            "run.keep_every": run.keep_every,
+            "run.val_every": run.val_every,
+            "run.keep_checkpoints": run.keep_checkpoints,
+            "run.log_every": run.log_every,
+        }
+    )
+    check_not_negative(
+        {
+            "seed": config.seed,
+            "data.workers": data.workers,
+            "data.max_bad": data.max_bad,
+            "run.pictures_every": run.pictures_every,
+            "run.skip_nonfinite": run.skip_nonfinite,
+        }
+    )
+    if data.max_bad > 1:
+        raise InputError(f"data.max_bad = {data.max_bad}: must be a share, at most 1")
+    if config.epochs is not None and not math.isfinite(config.epochs):
+        raise InputError(f"epochs = {config.epochs}: must be finite")
+    if config.seed >= 1 << 63:
+        raise InputError(f"seed = {config.seed}: must be below 2^63")
+    low, high = data.crop_scale
+    if not 0 < low <= high <= 1:
+        raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
+    if data.augmentation != "random_resized_crop" and data.crop_scale != DataConfig.crop_scale:
+        raise InputError(f"data.crop_scale is for random resized crops, not for {data.augmentation!r}")
+    if any(not value > 0 for value in data.std):
+        raise InputError(f"data.std = {list(data.std)}: must be greater than 0")
+    if not 0 <= data.color_jitter <= 1:
+        raise InputError(f"data.color_jitter = {data.color_jitter}: must lie in [0, 1]")
+    _check_choices(
+        ("data.augmentation", data.augmentation, ("random_resized_crop", "fixed_crop", "none")),
+        ("run.device", run.device, ("auto", "cpu", "cuda")),
+        ("run.precision", run.precision, ("auto", "fp32", "bf16")),
+        ("data.cache", data.cache, ("off", "ram")),
+    )
+    if run.max_time is not None:
+        parse_duration(run.max_time)
+
+
+def check_positive(settings: Mapping[str, float | None]) -> None:
+    """Refuse a setting that is given and not greater than 0.
+
+    Raises:
+        InputError: names it.
+    """
+    for key, value in settings.items():
+        if value is not None and not value > 0:
+            raise InputError(f"{key} = {value}: must be greater than 0")
+
+
+def check_not_negative(settings: Mapping[str, float | None]) -> None:
+    """Refuse a setting that is given and negative.
+
+    Raises:
+        InputError: names it.
+    """
+    for key, value in settings.items():
+        if value is not None and not value >= 0:
+            raise InputError(f"{key} = {value}: must not be negative")
 
 
 def _check_choices(*settings: tuple[str, str, tuple[str, ...]]) -> None:
@@ -439,8 +491,8 @@ def _renamed(key: str, value: Any) -> tuple[str, Any]:
     return key, value
 
 
-def dump_toml(config: PretrainConfig) -> str:
-    """Return the whole config as TOML; a setting that is None is left out."""
+def dump_toml(config: Any) -> str:
+    """Return a whole config, a dataclass, as TOML; a setting that is None is left out."""
     lines: dict[str, list[str]] = {"": []}
     for key, value, _ in fields_of(config):
         table, _, leaf = key.rpartition(".")

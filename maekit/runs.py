@@ -5,6 +5,7 @@ RUN/metrics.jsonl                   one row per logging step
 RUN/checkpoints/step-000001000/     model.safetensors optimizer.safetensors state.json, and manifest.json, written last
 RUN/pictures/step-000001000.png     reconstructions
 RUN/encoder.safetensors             the final encoder under timm's parameter names
+RUN/evaluations/knn-step-000001000.json   what `maekit evaluate` found
 """
 
 import json
@@ -89,6 +90,10 @@ class RunDirectory:
     def encoder_file(self) -> Path:
         """The final encoder."""
         return self.path / "encoder.safetensors"
+
+    def evaluation(self, task: str, step: int) -> Path:
+        """Return the path of what `maekit evaluate` found of a step."""
+        return self.path / "evaluations" / f"{task}-step-{step:09d}.json"
 
     def picture(self, step: int) -> Path:
         """Return the path of the picture of a step."""

@@ -22,7 +22,7 @@ from maekit.shards.spec import find_shards
 from maekit.training.crops import Augmentation, Chunk, CropLoader, Watch, draw, resize
 from maekit.training.data import Division, ExactSource, StepBatches, Uploader, make_loader, stop_workers
 from maekit.training.ram import DecodedSet
-from maekit.training.step import Objective, check_micro_batch
+from maekit.training.step import MaskedObjective, check_micro_batch
 
 CROP = Augmentation((32, 32), (32, 32), 1)
 SHAPE = MaskShape("random", (4, 4), 0.75)
@@ -171,7 +171,7 @@ def test_the_objective_normalises_and_mirrors() -> None:
             return type("Prediction", (), {"loss": noise.sum()})
 
     normalizer = Normalizer(IMAGENET_MEAN, IMAGENET_STD, torch.device("cpu"))
-    Objective(Model(), normalizer)(pixels.permute(0, 3, 1, 2), torch.tensor([False, True]), torch.rand(2, 4))
+    MaskedObjective(Model(), normalizer)(pixels.permute(0, 3, 1, 2), torch.tensor([False, True]), torch.rand(2, 4))
     expected = (pixels.numpy() / 255.0 - np.array(IMAGENET_MEAN)) / np.array(IMAGENET_STD)
     np.testing.assert_allclose(seen[0][0].permute(1, 2, 0), expected[0], atol=1e-5)
     np.testing.assert_allclose(seen[0][1].permute(1, 2, 0), expected[1][:, ::-1], atol=1e-5)

@@ -21,7 +21,7 @@ from maekit.training.data import Uploader
 from maekit.training.distributed import World
 from maekit.training.kernels import OneDnnLinear, choose_kernels
 from maekit.training.optim import Schedule, make_optimizer
-from maekit.training.step import Objective, Step, choose_micro_batch
+from maekit.training.step import MaskedObjective, Step, choose_micro_batch
 
 CPU = torch.device("cpu")
 
@@ -34,12 +34,12 @@ class Notes(Silent):
         self.lines.append(text)
 
 
-def tiny_objective(**changes) -> Objective:
+def tiny_objective(**changes) -> MaskedObjective:
     model = build_autoencoder(ModelConfig(**{k[6:]: v for k, v in TINY.items()} | changes), seed=0)
-    return Objective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)).train()
+    return MaskedObjective(model, Normalizer(IMAGENET_MEAN, IMAGENET_STD, CPU)).train()
 
 
-def make_step(objective: Objective, **options) -> tuple[Step, torch.optim.Optimizer]:
+def make_step(objective: MaskedObjective, **options) -> tuple[Step, torch.optim.Optimizer]:
     optimizer = make_optimizer(objective.model, OptimizerConfig())
     forward = choose_kernels(objective.model, CPU, "fp32")
     step = Step(
@@ -348,9 +348,9 @@ def test_tensorboard_gets_rows_and_pictures(make_shards, tmp_path: Path) -> None
 
 
 def test_the_time_a_run_takes_is_told_once(make_shards, tmp_path: Path, monkeypatch) -> None:
-    from maekit.training import run
+    from maekit.training import engine
 
-    monkeypatch.setattr(run, "_ESTIMATE_SECONDS", 0.01)
+    monkeypatch.setattr(engine, "_ESTIMATE_SECONDS", 0.01)
     notes = Notes()
     maekit.pretrain(tiny_config(make_shards(7), tmp_path / "run", steps=60, run__checkpoint_every=100), notes)
     assert sum("img/s: about" in line and "steps left" in line for line in notes.lines) == 1

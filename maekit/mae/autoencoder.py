@@ -166,20 +166,8 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight, generator=generator)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.LayerNorm):
-                nn.init.ones_(module.weight)
-                nn.init.zeros_(module.bias)
         encoder, decoder = model.encoder, model.decoder
-        projection = encoder.patch_embed.proj
-        # As the matrix that it is: fan-in p·p·C, fan-out D.
-        nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
-        if projection.bias is not None:
-            nn.init.zeros_(projection.bias)
+        _initialize_layers(model, encoder, generator)
         for token in (encoder.cls_token, decoder.mask_token, encoder.reg_token, model.mask_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02, generator=generator)
@@ -187,3 +175,30 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
             nn.init.normal_(encoder.pos_embed, std=0.02, generator=generator)
         if isinstance(decoder, CrossDecoder):
             nn.init.normal_(decoder.layer_weights, std=decoder.layer_weights.shape[1] ** -0.5, generator=generator)
+
+
+def initialize_encoder(encoder: VisionTransformer, *, seed: int) -> None:
+    """Initialise an encoder by itself, in the same way."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        _initialize_layers(encoder, encoder, generator)
+        learned = encoder.pos_embed if encoder.pos_embed is not None and encoder.pos_embed.requires_grad else None
+        for token in (encoder.cls_token, encoder.reg_token, learned):
+            if token is not None:
+                nn.init.normal_(token, std=0.02, generator=generator)
+
+
+def _initialize_layers(module: nn.Module, encoder: VisionTransformer, generator: torch.Generator) -> None:
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight, generator=generator)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+            nn.init.zeros_(part.bias)
+    projection = encoder.patch_embed.proj
+    # As the matrix that it is: fan-in p·p·C, fan-out D.
+    nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
+    if projection.bias is not None:
+        nn.init.zeros_(projection.bias)

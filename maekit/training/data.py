@@ -260,6 +260,10 @@ class MicroBatch(NamedTuple):
     tokens: torch.Tensor | None = None
 
 
+# Stage 4: from the chunks of a micro-batch to what the objective takes.
+Upload = Callable[[list[Chunk]], tuple[torch.Tensor | None, ...]]
+
+
 class Uploader:
     """Stage 4: from chunks on the host to one micro-batch on the device.
 

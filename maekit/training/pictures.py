@@ -10,13 +10,13 @@ from maekit.mae.reconstruction import images_of, reconstruct
 from maekit.pictures import sheet
 from maekit.random import Purpose, uniforms
 from maekit.shards.read import ShardSet
-from maekit.training.step import Objective
+from maekit.training.step import MaskedObjective
 
 _IMAGES = 8
 
 
 def draw_samples(
-    objective: Objective, shards: ShardSet, prepare: Preprocess, shape: MaskShape, *, seed: int
+    objective: MaskedObjective, shards: ShardSet, prepare: Preprocess, shape: MaskShape, *, seed: int
 ) -> Pixels | None:
     """Draw masked | reconstruction | original of eight samples, evenly spread.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from maekit import files, runs
-from maekit.config import PretrainConfig
+from maekit.config import PretrainConfig, TrainingConfig
 from maekit.encoder_file import check_external_data
 from maekit.errors import DamagedShard, ElsewhereError, InputError
 from maekit.images import Preprocess
@@ -25,7 +25,7 @@ from maekit.training.pca import fit_pca
 from maekit.training.step import check_micro_batch
 
 
-def total_steps(config: PretrainConfig, samples: int) -> int:
+def total_steps(config: TrainingConfig, samples: int) -> int:
     """Return the optimiser steps of the run: as given, or ceil(epochs · N / batch)."""
     if config.steps is not None:
         return config.steps
@@ -90,7 +90,7 @@ def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSe
         )
 
 
-def index_shards(config: PretrainConfig, world: World, progress: Progress) -> ShardSet:
+def index_shards(config: TrainingConfig, world: World, progress: Progress) -> ShardSet:
     """Index the training set, and see that a cache for remote shards is large enough."""
     shards = open_set(config, config.shards, progress, "index shards")
     if world.is_main:
@@ -99,7 +99,7 @@ def index_shards(config: PretrainConfig, world: World, progress: Progress) -> Sh
     return shards
 
 
-def open_set(config: PretrainConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
+def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
     """Find and index the shards of some input specs, showing progress under the name of `what`.
 
     Raises:
@@ -139,7 +139,7 @@ def refuse_different_data(shards: ShardSet, world: World) -> None:
             raise InputError(message) if world.is_main else ElsewhereError(message, InputError.exit_code)
 
 
-def refuse_indivisible(config: PretrainConfig, world: World) -> None:
+def refuse_indivisible(config: TrainingConfig, world: World) -> None:
     """Refuse a batch that the processes, or a micro-batch, do not divide.
 
     Raises:
@@ -154,7 +154,7 @@ def refuse_indivisible(config: PretrainConfig, world: World) -> None:
         check_micro_batch(config.run.micro_batch, size // world.size)
 
 
-def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
+def _refuse_small_cache(config: TrainingConfig, shards: ShardSet) -> None:
     """See that a window of remote shards and the next one fit into the cache; else each read would be a download."""
     if shards.remote is None:
         return
@@ -162,7 +162,7 @@ def _refuse_small_cache(config: PretrainConfig, shards: ShardSet) -> None:
     shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
 
 
-def choose_device(config: PretrainConfig) -> str:
+def choose_device(config: TrainingConfig) -> str:
     """Return `cpu` or `cuda`.
 
     Raises:
@@ -177,7 +177,7 @@ def choose_device(config: PretrainConfig) -> str:
     return "cuda" if has_cuda and config.run.device != "cpu" else "cpu"
 
 
-def choose_precision(config: PretrainConfig, device: torch.device, world: World, progress: Progress) -> str:
+def choose_precision(config: TrainingConfig, device: torch.device, world: World, progress: Progress) -> str:
     """Return `fp32` or `bf16`, and tell what was chosen and why."""
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     precision = config.run.precision
@@ -197,7 +197,7 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def loader_workers(config: PretrainConfig, device: torch.device, world: World) -> int:
+def loader_workers(config: TrainingConfig, device: torch.device, world: World) -> int:
     """Return how many processes read and decode for this one."""
     if config.data.workers is not None:
         return config.data.workers

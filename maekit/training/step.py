@@ -12,7 +12,7 @@ from maekit.errors import InputError
 from maekit.mae.autoencoder import MaskedAutoencoder
 from maekit.mae.normalize import Normalizer
 from maekit.training.crops import Chunk
-from maekit.training.data import Uploader
+from maekit.training.data import Upload
 from maekit.training.distributed import World
 from maekit.training.optim import Schedule
 
@@ -26,7 +26,15 @@ _TEMPORARIES = 1.3
 
 
 class Objective(nn.Module):
-    """What is minimised, from uint8 images to the loss: one module, so that it is compiled and averaged as a whole.
+    """What is minimised: one module from what is uploaded to the loss, to be compiled and averaged as a whole."""
+
+    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
+        """Return arguments of `forward` for so many images of (height, width) pixels and masks of each."""
+        raise NotImplementedError
+
+
+class MaskedObjective(Objective):
+    """The loss of a masked autoencoder, from uint8 images on.
 
     Args:
         model: the autoencoder.
@@ -51,6 +59,14 @@ class Objective(nn.Module):
         mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         return self.model(self.normalizer(mirrored), noise.view(-1, self.model.patches), tokens).loss
 
+    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
+        """Return arguments of `forward` for so many images of (height, width) pixels and masks of each."""
+        device = next(self.parameters()).device
+        images = torch.zeros(count, 3, *size, dtype=torch.uint8, device=device)
+        flips = torch.zeros(count, dtype=torch.bool, device=device)
+        noise = torch.rand(count, masks * self.model.patches, device=device)
+        return images, flips, noise, torch.zeros(count, self.model.patches, dtype=torch.int64, device=device)
+
 
 class Step:
     """The step, bare.
@@ -67,6 +83,7 @@ class Step:
         world: the processes whose gradients are averaged.
         clip: largest norm of the gradient; longer ones are scaled down to it.
         compile: compile the objective.
+        begin: called with the steps done before each step.
     """
 
     def __init__(
@@ -76,11 +93,13 @@ class Step:
         schedule: Schedule,
         *,
         forward: Callable[[], AbstractContextManager[Any]],
-        upload: Uploader,
+        upload: Upload,
         world: World,
         clip: float | None = None,
         compile: bool = False,
+        begin: Callable[[int], None] = lambda done: None,
     ) -> None:
+        self._begin = begin
         self._optimizer, self._schedule, self._forward, self._upload = optimizer, schedule, forward, upload
         self._clip = clip
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
@@ -109,8 +128,9 @@ class Step:
         Returns:
             this rank's loss and the norm of the averaged gradient before clipping, two scalars on the device.
         """
+        self._begin(done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.at(done)
+            group["lr"] = self._schedule.at(done) * group.get("lr_scale", 1.0)
         # ---- one training step; nothing in here waits for the device --------------------------------------------
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -189,13 +209,9 @@ def _saved_bytes(
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    device = next(objective.parameters()).device
-    images = torch.zeros(images_at_once, 3, *image_shape, dtype=torch.uint8, device=device)
-    flips = torch.zeros(images_at_once, dtype=torch.bool, device=device)
-    noise = torch.rand(images_at_once, masks * objective.model.patches, device=device)
-    tokens = torch.zeros(images_at_once, objective.model.patches, dtype=torch.int64, device=device)
+    example = objective.example(images_at_once, image_shape, masks)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():
-        objective(images, flips, noise, tokens)
+        objective(*example)
     return sum(storages.values())
 
 

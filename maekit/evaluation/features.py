@@ -1,0 +1,233 @@
+"""What is judged: one vector for each labelled image, from whatever MODEL names.
+
+    RUN, CHECKPOINT, timm:NAME, FILE, DIRECTORY    an encoder (maekit.mae.sources) in PyTorch, each pooling for itself
+    ENCODER.ONNX                                   what is deployed, in ONNX Runtime
+    EMBEDDINGS                                     an --out of `maekit embed`: nothing is computed
+    raw pixels                                     the image, reduced to 32 x 32
+
+Images are read and prepared by threads, some ahead; those that cannot be are left out and counted.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.embedding.reading import EmbeddingFolder
+from maekit.errors import ImageError, InputError
+from maekit.evaluation.labelled import LabelledSet
+from maekit.images import Pixels, Preprocess
+from maekit.machine import cores
+from maekit.parallel import map_in_threads
+from maekit.progress import Progress
+from maekit.shards.read import MemberReader, ShardSet
+
+if TYPE_CHECKING:
+    from maekit.mae.loading import TrainedEncoder
+
+_BATCH = 64
+PIXELS = 32
+# A batch of exported models: on a CPU larger ones only fall out of the caches.
+_CPU_BATCH, _GPU_BATCH = 8, 256
+
+Rows = NDArray[np.float32]
+Embed = Callable[[Pixels], dict[str, Rows]]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Vectors of a labelled set.
+
+    Attributes:
+        rows: under the name of each pooling, float32 `[n, d]`.
+        kept: which of the set have them, bool `[samples]`.
+    """
+
+    rows: dict[str, Rows]
+    kept: NDArray[np.bool_]
+
+
+def image_features(
+    labelled: LabelledSet, preprocess: Preprocess, embed: Embed, what: str, progress: Progress
+) -> Features:
+    """Embed the images of a labelled set.
+
+    Args:
+        labelled: the set.
+        preprocess: makes them fit.
+        embed: uint8 `[b, H, W, 3]` -> float32 `[b, d]` under the name of each pooling.
+        what: is done, for the progress.
+        progress: is told how it goes on.
+
+    Raises:
+        InputError: none of the images can be read.
+    """
+    kept = np.zeros(len(labelled.numbers), bool)
+    parts: list[dict[str, Rows]] = []
+    problem = ""
+    progress.start(what, len(kept))
+    try:
+        for start, images in _decoded(labelled, preprocess):
+            good = [number for number, image in enumerate(images) if not isinstance(image, str)]
+            problem = next((image for image in images if isinstance(image, str)), problem)
+            if good:
+                kept[start + np.array(good)] = True
+                parts.append(embed(np.stack([images[number] for number in good])))
+            progress.advance(start + len(images))
+    finally:
+        progress.stop()
+    if not parts:
+        raise InputError(f"none of {len(kept)} labelled images can be read: {problem}")
+    return Features({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, kept)
+
+
+def _decoded(labelled: LabelledSet, preprocess: Preprocess) -> Iterator[tuple[int, list[Pixels | str]]]:
+    """Yield (place of the first, images or why there is none) of batch after batch, some ahead, in threads."""
+    starts = range(0, len(labelled.numbers), _BATCH)
+
+    def read(start: int) -> list[Pixels | str]:
+        # A reader for each batch: they are no more than a few open files, and not to be shared.
+        reader = labelled.shards.reader()
+        try:
+            return [_read(labelled.shards, reader, n, preprocess) for n in labelled.numbers[start:][:_BATCH].tolist()]
+        finally:
+            reader.close()
+
+    yield from zip(starts, map_in_threads(read, starts, threads=cores()), strict=True)
+
+
+def _read(shards: ShardSet, reader: MemberReader, number: int, preprocess: Preprocess) -> Pixels | str:
+    shard, ordinal = shards.locate(number)
+    try:
+        return preprocess(reader.read_image(shards.index(shard), ordinal))
+    except ImageError as error:
+        return f"{shards.shards[shard].name} {shards.index(shard).key(ordinal)}: {error}"
+
+
+def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
+    """Return the pixels of images that are reduced to 32 x 32, in [-1, 1]."""
+    preprocess = Preprocess.for_size((PIXELS, PIXELS), (0.5,) * 3, (0.5,) * 3)
+
+    def embed(images: Pixels) -> dict[str, Rows]:
+        return {"pixels": images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1}
+
+    return image_features(labelled, preprocess, embed, "raw pixels", progress)
+
+
+class TorchEncoder:
+    """An encoder in PyTorch, fp32.
+
+    Args:
+        trained: the encoder.
+        pools: poolings; empty is all of one token or one mean that it has.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        InputError: it has no such pooling, or there is no such device.
+    """
+
+    def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str) -> None:
+        import torch
+
+        from maekit.mae.normalize import Normalizer
+        from maekit.mae.pooling import poolings_of
+        from maekit.training.kernels import choose_kernels
+
+        if device == "cuda" and not torch.cuda.is_available():
+            raise InputError("--device cuda: PyTorch finds no CUDA device here; check nvidia-smi, or use --device cpu")
+        encoder = trained.encoder
+        there = poolings_of(encoder)
+        if "cls" in "".join(pools) and "cls" not in there:
+            raise InputError(f"--pool {pools[0]}: this model has no class token; use --pool avg")
+        self._torch = torch
+        self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self._encoder, self._pools = encoder.eval().to(self._device), pools or there
+        self._normalizer = Normalizer(
+            trained.preprocess.mean,
+            trained.preprocess.std,
+            self._device,
+            channels=encoder.patch_embed.proj.weight.shape[1],
+        )
+        self._context = choose_kernels(encoder, self._device, "fp32")
+        self.preprocess = trained.preprocess
+
+    def __call__(self, images: Pixels) -> dict[str, Rows]:
+        """Embed uint8 `[b, H, W, 3]`."""
+        from maekit.mae.pooling import pooled
+
+        with self._torch.no_grad(), self._context():
+            pixels = self._torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
+            tokens = self._encoder.forward_features(self._normalizer(pixels))
+            return {name: pooled(self._encoder, tokens, name).float().cpu().numpy() for name in self._pools}
+
+
+class ExportedEncoder:
+    """An exported file in ONNX Runtime.
+
+    Args:
+        path: the file.
+        device: `auto`, `cpu` or `cuda`.
+
+    Raises:
+        InputError: it is no such file, or does not run here.
+    """
+
+    def __init__(self, path: Path, device: str) -> None:
+        from maekit.embedding.session import EncoderSession
+        from maekit.providers import CPU
+
+        self._session = EncoderSession(path, device=device)
+        about = self._session.description
+        self._batch = _CPU_BATCH if self._session.provider == CPU else _GPU_BATCH
+        self.name, self.preprocess = f"{about.pool} as exported", about.preprocess
+
+    def __call__(self, images: Pixels) -> dict[str, Rows]:
+        """Embed uint8 `[b, H, W, 3]`."""
+        from maekit.embedding.pipeline import embed_padded
+
+        buffer = np.empty((self._batch, *images.shape[1:]), np.uint8)
+        parts = []
+        for start in range(0, len(images), self._batch):
+            part = images[start : start + self._batch]
+            buffer[: len(part)] = part
+            parts.append(embed_padded(self._session, buffer, len(part)))
+        return {self.name: np.concatenate(parts)}
+
+
+def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, option: str) -> Features:
+    """Return the rows of a labelled set that were embedded before; shards are known by what is in them.
+
+    Args:
+        labelled: the set.
+        folder: where the rows are.
+        option: under which the set was given, for messages.
+
+    Raises:
+        InputError: a shard was not embedded, or none of its labelled images has a row.
+        MaekitError: a file is missing or damaged.
+    """
+    by_digest = {record.input_digest: record for record in folder.records}
+    kept = np.zeros(len(labelled.numbers), bool)
+    parts: list[Rows] = []
+    places = np.array([labelled.shards.locate(int(number)) for number in labelled.numbers], np.int64)
+    for shard in np.unique(places[:, 0]).tolist():
+        file = labelled.shards.shards[shard]
+        record = by_digest.get(labelled.shards.index(shard).digest)
+        if record is None:
+            raise InputError(
+                f"{folder.path} has no embeddings of {file.url or file.path} ({option}); embed it into the same --out, "
+                "or name the shards that were embedded"
+            )
+        embedded = folder.read(record)
+        mine = np.flatnonzero(places[:, 0] == shard)
+        at = np.searchsorted(embedded.ordinals, ordinals := places[mine, 1])
+        there = embedded.ordinals[np.minimum(at, len(embedded.ordinals) - 1)] == ordinals
+        kept[mine[there]] = True
+        parts.append(embedded.vectors[at[there]])
+    rows = np.concatenate(parts)
+    if not len(rows):
+        raise InputError(f"{folder.path}: none of the labelled images of {option} has an embedding")
+    return Features({"embeddings": rows}, kept)

@@ -1,0 +1,119 @@
+"""Labelled images out of shards: the `cls` member of each sample is its class."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.errors import ImageError, InputError
+from maekit.progress import Progress
+from maekit.shards.read import MemberReader, ShardSet, open_shards
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import find_shards
+
+EXTENSION = "cls"
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """Samples that have a label.
+
+    Attributes:
+        shards: where they lie.
+        numbers: of the samples within `shards`, int64 `[n]`.
+        texts: what the `cls` member of each says.
+        unlabelled: samples looked at that have none, or an empty one.
+    """
+
+    shards: ShardSet
+    numbers: NDArray[np.int64]
+    texts: list[str]
+    unlabelled: int
+
+    def summary(self, classes: Sequence[str]) -> dict[str, object]:
+        """Return what the set is, as JSON values; `classes` are those that count."""
+        there = set(self.texts)
+        return {
+            "shards": len(self.shards.shards),
+            "samples": self.shards.samples,
+            "images": len(self.numbers),
+            "classes": len(there & set(classes)),
+            "unlabelled": self.unlabelled,
+        }
+
+    def subset(self, kept: NDArray[np.bool_]) -> "LabelledSet":
+        """Return the samples where `kept`, bool `[n]`, is true."""
+        texts = [text for text, keep in zip(self.texts, kept.tolist(), strict=True) if keep]
+        return LabelledSet(self.shards, self.numbers[kept], texts, self.unlabelled)
+
+
+def open_labelled(
+    specs: Sequence[str], option: str, progress: Progress, *, images: int | None = None, cache_gb: float = 50.0
+) -> LabelledSet:
+    """Read the labels of shards.
+
+    Args:
+        specs: input specs.
+        option: under which they were given, for messages.
+        progress: is told of damaged shards, which are left out.
+        images: at most so many samples, evenly spread; None is all.
+        cache_gb: gigabytes of disk for remote shards.
+
+    Raises:
+        InputError: no such shards, or no sample with a label.
+    """
+    shards = open_shards(
+        find_shards(tuple(specs)),
+        skip_damaged=True,
+        remote=RemoteCache(int(cache_gb * 1e9)),
+        on_damage=lambda damage: progress.note(f"left out: {damage}"),
+    )
+    count = min(images or shards.samples, shards.samples)
+    chosen = [shards.samples * i // count for i in range(count)]
+    progress.start(f"labels of {option}", count)
+    numbers, texts = [], []
+    reader = shards.reader()
+    try:
+        for done, number in enumerate(chosen):
+            text = _label(shards, reader, number)
+            if text:
+                numbers.append(number)
+                texts.append(text)
+            if done % 1000 == 0:
+                progress.advance(done)
+    finally:
+        reader.close()
+        progress.stop()
+    if not numbers:
+        raise InputError(
+            f"{option} {' '.join(specs)}: none of {count} samples has a .{EXTENSION} member; `maekit pack` makes them "
+            "of class folders or of --table"
+        )
+    return LabelledSet(shards, np.array(numbers, np.int64), texts, count - len(numbers))
+
+
+def _label(shards: ShardSet, reader: MemberReader, number: int) -> str:
+    shard, ordinal = shards.locate(number)
+    index = shards.index(shard)
+    for member in index.members(ordinal):
+        if member.extension.lower() == EXTENSION:
+            try:
+                return reader.read(index, member).decode("utf-8", errors="replace").strip()
+            except ImageError:  # other bytes than were indexed
+                return ""
+    return ""
+
+
+def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
+    """Return the different labels in order: as numbers, where all of them are."""
+    there = set(texts)
+    if all(text.lstrip("-").isdecimal() for text in there):
+        return tuple(sorted(there, key=lambda text: (int(text), text)))
+    return tuple(sorted(there))
+
+
+def encode(texts: Iterable[str], classes: Sequence[str]) -> NDArray[np.int64]:
+    """Return the number of each label among the classes, int64 `[n]`; -1 where it is none of them."""
+    numbers = {text: number for number, text in enumerate(classes)}
+    return np.array([numbers.get(text, -1) for text in texts], np.int64)

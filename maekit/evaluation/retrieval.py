@@ -1,0 +1,89 @@
+"""Retrieval: does a query find the images of its class first?"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.errors import InputError
+from maekit.evaluation.neighbours import unit
+
+_BLOCK_BYTES = 256 << 20  # of cosines and their order at once
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Means over all queries that have something to find.
+
+    Attributes:
+        mean_average_precision: of a query, the mean, over all rows of its class, of the precision at their rank.
+        r_precision: share of its class among the first R rows, where R is how many it has.
+        recall: at each k, the share of queries with one of their class among the first k rows (Jégou et al. 2011).
+        queries: that have something to find.
+    """
+
+    mean_average_precision: float
+    r_precision: float
+    recall: dict[int, float]
+    queries: int
+
+
+def retrieval_scores(
+    rows: NDArray[np.float32],
+    labels: NDArray[np.int64],
+    queries: NDArray[np.float32] | None,
+    query_labels: NDArray[np.int64] | None,
+    *,
+    recalls: Sequence[int],
+) -> RetrievalScores:
+    """Rank all rows for each query by cosine, and score the ranking; equal cosines rank in the order of the rows.
+
+    Args:
+        rows: to be found, `[n, d]`.
+        labels: of the rows, int64 `[n]`.
+        queries: `[m, d]`; None lets each row search among the others.
+        query_labels: of the queries, int64 `[m]`.
+        recalls: the k of recall@k.
+
+    Raises:
+        InputError: no query has anything to find.
+    """
+    leave_one_out = queries is None or query_labels is None
+    rows = unit(rows)
+    searched, wanted = (rows, labels) if queries is None or query_labels is None else (unit(queries), query_labels)
+    step = max(1, _BLOCK_BYTES // (16 * len(rows)))
+    totals, found = np.zeros(2 + len(recalls)), 0
+    for start in range(0, len(searched), step):
+        cosines = searched[start : start + step] @ rows.T  # [b, d] @ [d, n] -> [b, n]
+        if leave_one_out:
+            itself = np.arange(start, start + len(cosines))
+            cosines[np.arange(len(cosines)), itself] = np.inf  # ranks first, and is cut off
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, int(leave_one_out) :]
+        hits = labels[order] == wanted[start : start + step, None]
+        relevant = hits.sum(axis=1)
+        hits, relevant = hits[relevant > 0], relevant[relevant > 0]
+        found += len(hits)
+        totals += _summed(hits, relevant, recalls)
+    if not found:
+        raise InputError("no query has an image of its class to find")
+    average, r_precision, *recall = (totals / found).tolist()
+    return RetrievalScores(average, r_precision, dict(zip(recalls, recall, strict=True)), found)
+
+
+def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Sequence[int]) -> NDArray[np.float64]:
+    """Return the sums of average precision, R-precision and each recall over queries, float64 `[2 + recalls]`.
+
+    Args:
+        hits: whether the row at a rank is of the query's class, bool `[b, n]`.
+        relevant: how many there are, int64 `[b]`.
+        recalls: the k of recall@k.
+    """
+    if not len(hits):
+        return np.zeros(2 + len(recalls))
+    ranks = np.arange(1, hits.shape[1] + 1)
+    so_far = hits.cumsum(axis=1)
+    average = np.where(hits, so_far / ranks, 0).sum(axis=1) / relevant
+    r_precision = so_far[np.arange(len(hits)), relevant - 1] / relevant
+    recall = [float(hits[:, :k].any(axis=1).sum()) for k in recalls]
+    return np.array([average.sum(), r_precision.sum(), *recall])

@@ -1,0 +1,296 @@
+"""`maekit evaluate knn|linear|retrieval`: labelled shards -> features -> scores, of a model and of its baselines."""
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit import files, runs
+from maekit.embedding.reading import EmbeddingFolder, is_embeddings
+from maekit.errors import InputError, MaekitError
+from maekit.evaluation.features import (
+    Embed,
+    ExportedEncoder,
+    Features,
+    TorchEncoder,
+    image_features,
+    pixel_features,
+    stored_features,
+)
+from maekit.evaluation.knn import knn_accuracies
+from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
+from maekit.evaluation.options import TASKS, EvaluateOptions
+from maekit.evaluation.retrieval import retrieval_scores
+from maekit.images import Preprocess
+from maekit.progress import Progress, Silent
+
+if TYPE_CHECKING:
+    from maekit.mae.loading import TrainedEncoder
+
+# Of raw pixels the directions behind these hold noise: whitened, they are better without.
+_PIXEL_DIM = 64
+_ONNX = ".onnx"
+_BLOCK = 4096
+
+Rows = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What was found; `--json` prints it.
+
+    Attributes:
+        task: `knn`, `linear` or `retrieval`.
+        model: as it was named.
+        step: of a run or checkpoint; None of anything else.
+        train: the training set: shards, samples, images, classes, unlabelled, unreadable.
+        test: the test set, likewise; None where each training image searches among the others.
+        rows: a row for each kind of embedding: `name`, `dim`, and its scores.
+        path: where this is kept in the run; None for any other model.
+    """
+
+    task: str
+    model: str
+    step: int | None
+    train: dict[str, Any]
+    test: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    path: str | None = None
+
+
+def evaluate(
+    task: str,
+    model: str,
+    train: Sequence[str],
+    test: Sequence[str] = (),
+    options: EvaluateOptions | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Judge embeddings on labelled shards.
+
+    Args:
+        task: `knn`, `linear` or `retrieval`.
+        model: a run, a checkpoint, `timm:NAME`, a file of weights, an exported .onnx, or a directory of embeddings.
+        train: input specs; in a retrieval, what is searched in.
+        test: input specs; in a retrieval the queries, which may be left out: then each image searches for the others.
+        options: how they are judged.
+        progress: is told how it goes on.
+
+    Raises:
+        InputError: no such model, no labels, or impossible options.
+        MaekitError: failed while working.
+    """
+    options, progress = options or EvaluateOptions(), progress or Silent()
+    if task not in TASKS:
+        raise InputError(f"{task}: must be one of {', '.join(TASKS)}")
+    options.validate()
+    if not test and task != "retrieval":
+        raise InputError(f"evaluate {task} needs --test SHARDS")
+    subject = _Subject(model, options, progress)
+    sets = [open_labelled(train, "--train", progress, images=options.train_images)]
+    if test:
+        sets.append(open_labelled(test, "--test", progress, images=options.test_images))
+    classes = classes_of(sets[0].texts)
+    if len(classes) < 2:
+        raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0]}")
+    unknown = sorted(set(sets[-1].texts) - set(classes))
+    if unknown:
+        progress.note(f"--test has {len(unknown)} classes that --train has not, such as {unknown[0]}: never right")
+    judge = _Judge(task, options, classes, sets)
+    rows = [row for what, features in subject.features(sets) for row in judge(what, features)]
+    summaries = [
+        {**labelled.summary(classes), "unreadable": unreadable}
+        for labelled, unreadable in zip(sets, subject.unreadable, strict=True)
+    ]
+    result = EvaluateResult(task, model, subject.step, summaries[0], summaries[1] if test else None, rows)
+    if subject.run is None or subject.step is None:
+        return result
+    path = subject.run.evaluation(task, subject.step)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, json.dumps({**asdict(result), "path": str(path)}, indent=1).encode())
+    except (OSError, MaekitError) as error:
+        progress.note(f"not kept in the run: {error}")
+        return result
+    return EvaluateResult(**{**asdict(result), "path": str(path)})
+
+
+class _Subject:
+    """What MODEL names, and what is judged beside it.
+
+    Attributes:
+        run: that it belongs to, or None.
+        step: of its weights, or None.
+        unreadable: images of each set that have no embedding; known once all features are.
+    """
+
+    def __init__(self, model: str, options: EvaluateOptions, progress: Progress) -> None:
+        self._model, self._options, self._progress = model, options, progress
+        self.run: runs.RunDirectory | None = None
+        self.step: int | None = None
+        self.unreadable: list[int] = []
+        path = Path(model)
+        self._folder = EmbeddingFolder(path) if is_embeddings(path) else None
+        self._is_exported = path.suffix == _ONNX
+        if self._folder or self._is_exported:
+            if options.pool:
+                what = "embeddings" if self._folder else "an exported file"
+                raise InputError(f"--pool {options.pool[0]}: {model} is {what}, pooled already")
+            if options.precisions != ("fp32",):
+                raise InputError(
+                    f"--precision {options.precisions[0]} is for models with weights; {model} is judged as it is"
+                )
+            self._trained: TrainedEncoder | None = None
+            return
+        from maekit.mae.loading import load_encoder
+
+        self._trained = load_encoder(model, on_note=progress.note)
+        if self._trained.provenance.get("source") == "run":
+            self.run, _ = runs.find_checkpoint(path)
+            self.step = int(self._trained.provenance["step"])
+
+    def features(self, sets: Sequence[LabelledSet]) -> Iterator[tuple[str, list[Features]]]:
+        """Yield (what it is, features of each set), the baselines first."""
+        progress = self._progress
+        if self._options.baselines:
+            yield "raw pixels", [pixel_features(labelled, progress) for labelled in sets]
+        if self._folder is not None:
+            options = ("--train", "--test")
+            features = [stored_features(s, self._folder, o) for s, o in zip(sets, options, strict=False)]
+            self._count(features)
+            yield "", features
+            return
+        if self._trained is None:
+            exported = ExportedEncoder(Path(self._model), self._options.device)
+            yield "", self._embedded(sets, exported.preprocess, exported, Path(self._model).name)
+            return
+        if self._options.baselines:
+            yield "untrained", self._of_untrained(self._trained, sets)
+        for precision in self._options.precisions:
+            if precision == "fp32":
+                encoder = TorchEncoder(self._trained, self._options.pool, self._options.device)
+                yield "", self._embedded(sets, encoder.preprocess, encoder, "embed")
+            else:
+                yield from self._of_precision(self._trained, precision, sets)
+
+    def _of_untrained(self, trained: "TrainedEncoder", sets: Sequence[LabelledSet]) -> list[Features]:
+        """Return what the same encoder gives as initialised."""
+        import dataclasses
+
+        from maekit.mae.autoencoder import initialize_encoder
+
+        fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
+        initialize_encoder(fresh.encoder, seed=self._options.seed)
+        encoder = TorchEncoder(fresh, self._options.pool, self._options.device)
+        return self._embedded(sets, encoder.preprocess, encoder, "untrained")
+
+    def _of_precision(
+        self, trained: "TrainedEncoder", precision: str, sets: Sequence[LabelledSet]
+    ) -> Iterator[tuple[str, list[Features]]]:
+        """Export in a precision, and embed with the file."""
+        from maekit.exporters.export import export
+        from maekit.exporters.options import ExportOptions
+        from maekit.mae.pooling import poolings_of
+
+        specs = tuple(str(file.url or file.path) for file in sets[0].shards.shards)
+        with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
+            for pool in self._options.pool or poolings_of(trained.encoder):
+                path = Path(folder) / f"{pool}-{precision}.onnx"
+                export(self._model, path, ExportOptions(pool=pool, precision=precision, normalize=False, parity=specs))
+                encoder = ExportedEncoder(path, self._options.device)
+                features = self._embedded(sets, encoder.preprocess, encoder, precision)
+                yield precision, [Features({pool: rows}, f.kept) for f in features for rows in f.rows.values()]
+
+    def _embedded(self, sets: Sequence[LabelledSet], preprocess: Preprocess, embed: Embed, what: str) -> list[Features]:
+        features = [image_features(labelled, preprocess, embed, what, self._progress) for labelled in sets]
+        self._count(features)
+        return features
+
+    def _count(self, features: Sequence[Features]) -> None:
+        self.unreadable = [int((~part.kept).sum()) for part in features]
+        if any(self.unreadable):
+            said = " and ".join(f"{count} of {len(p.kept)}" for count, p in zip(self.unreadable, features, strict=True))
+            self._progress.note(f"without an embedding, and left out: {said} labelled images (--train and --test)")
+
+
+class _Judge:
+    """Scores features on a task.
+
+    Args:
+        task: `knn`, `linear` or `retrieval`.
+        options: how.
+        classes: of the training set.
+        sets: training set, and test set where there is one.
+    """
+
+    def __init__(
+        self, task: str, options: EvaluateOptions, classes: Sequence[str], sets: Sequence[LabelledSet]
+    ) -> None:
+        self._task, self._options = task, options
+        self._labels = [encode(labelled.texts, classes) for labelled in sets]
+
+    def __call__(self, what: str, features: Sequence[Features]) -> Iterator[dict[str, Any]]:
+        """Yield a row for each pooling, plain and whitened."""
+        labels = [labels[part.kept] for labels, part in zip(self._labels, features, strict=True)]
+        for pool in features[0].rows:
+            rows = [part.rows[pool] for part in features]
+            # Of pixels there is one kind.
+            name = "raw pixels" if pool == "pixels" else f"{what} {pool}" if what == "untrained" else pool
+            name += f", {what}" if what in ("fp16", "int8") else ""
+            yield {"name": name, "dim": rows[0].shape[1], **self._score(rows, labels)}
+            # A linear classifier scales directions by itself.
+            if self._options.whiten and self._task != "linear":
+                default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
+                for dim in self._options.whiten_dims or (default,):
+                    whitened = _whitened(rows, dim)
+                    yield {
+                        "name": f"{name}, whitened",
+                        "dim": whitened[0].shape[1],
+                        **self._score(whitened, labels),
+                    }
+
+    def _score(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
+        options = self._options
+        if self._task == "knn":
+            ks = [options.k, *options.ks]
+            shares = knn_accuracies(rows[0], labels[0], rows[1], labels[1], ks=ks, temperature=options.temperature)
+            return {"accuracy": shares[0], **{f"k={k}": share for k, share in zip(options.ks, shares[1:], strict=True)}}
+        if self._task == "linear":
+            return self._linear(rows, labels)
+        queries = (rows[1], labels[1]) if len(rows) > 1 else (None, None)
+        found = retrieval_scores(rows[0], labels[0], *queries, recalls=options.recalls)
+        recall = {f"recall@{k}": share for k, share in found.recall.items()}
+        return {"map": found.mean_average_precision, "r_precision": found.r_precision, **recall}
+
+    def _linear(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
+        import torch
+
+        from maekit.evaluation.linear import linear_accuracy
+
+        on_cuda = self._options.device != "cpu" and torch.cuda.is_available()
+        score = linear_accuracy(
+            rows[0],
+            labels[0],
+            rows[1],
+            labels[1],
+            seed=self._options.seed,
+            device=torch.device("cuda" if on_cuda else "cpu"),
+        )
+        return {"accuracy": score.accuracy, "held_out": score.held_out[score.c], "c": score.c}
+
+
+def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
+    """Return rows whitened by the first of them, the training set's."""
+    from maekit.exporters.whitening import fit_whitening
+
+    blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes room
+    made = fit_whitening(blocks, dim, hashlib.sha256())
+    return [part @ made.matrix.T + made.bias for part in rows]
