@@ -11,7 +11,9 @@ _DEFAULT = NeighbourOptions()
 
 
 def command(
-    embeddings: Annotated[Path, typer.Argument(help="What `maekit embed` wrote: its --out.", show_default=False)],
+    embeddings: Annotated[
+        Path, typer.Argument(metavar="EMBEDDINGS", help="What `maekit embed` wrote: its --out.", show_default=False)
+    ],
     query: Annotated[
         list[str],
         typer.Option(

@@ -11,7 +11,9 @@ _DEFAULT = ReportOptions()
 
 
 def command(
-    run: Annotated[Path, typer.Argument(help="What `maekit pretrain` wrote, finished or not.", show_default=False)],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="What `maekit pretrain` wrote, finished or not.", show_default=False)
+    ],
     out: Annotated[
         Path | None, typer.Option(help="The page. [dim]\\[default: RUN/report.html][/dim]", show_default=False)
     ] = None,

@@ -112,8 +112,8 @@ def test_a_whole_run(run: Path) -> None:
         Image.new("RGB", (60, 40), (20 * step, 0, 0)).save(run / f"pictures/step-{step:09d}.png")
     (run / "evaluations").mkdir()
     rows = [
-        {"name": "avg", "accuracy": 0.5, "seconds": 0.25, "k": 20, "c": 0.1},
-        {"name": HOSTILE, "accuracy": 0.613, "seconds": 0.5, "k": 20, "map": None},
+        {"name": "avg", "accuracy": 0.5, "seconds": 0.25, "k": 20, "c": 0.1, "even": 0.2},
+        {"name": HOSTILE, "accuracy": 0.613, "seconds": 0.5, "k": 20, "map": None, "even": 0.2},
     ]
     side = {"shards": ["a.tar"], "images": 1234, "classes": 10}
     table = {"task": "knn", "model": "run & co", "step": 8, "train": side, "test": side, "rows": rows}
@@ -137,10 +137,9 @@ def test_a_whole_run(run: Path) -> None:
     assert reds == [1, 2, 4, 5, 7, 9]
     # Eight queries of eight neighbours, and the map.
     assert len(found.images()) == 6 + 8 * 9 + 1
-    assert ["avg", "50.0%", "0.25", "20", "0.1", "–"] in found.cells
-    assert [HOSTILE, "61.3%", "0.5", "20", "–", "–"] in found.cells
-    assert "<b>61.3%</b>" in found.source
-    assert "<b>50.0%</b>" not in found.source
+    assert ["avg", "50.0%", "0.25", "20", "0.1", "20.0%", "–"] in found.cells
+    assert [HOSTILE, "61.3%", "0.5", "20", "–", "20.0%", "–"] in found.cells
+    assert re.findall("<b>(.*?)</b>", found.source) == ["61.3%"]
     assert "run & co, step 8; train: 1,234 images of 10 classes (a.tar)" in found.text
     for name in ("broken.json", "other.json"):
         assert f"{name} is damaged, or no evaluation" in found.text
@@ -329,3 +328,23 @@ def test_large_pictures_are_jpegs_and_small_ones_exact() -> None:
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), pixels)
     assert "image/jpeg" in large
     assert 'width="256"' in large
+
+
+def test_how_often_neighbours_share_a_class(run: Path, tmp_path: Path) -> None:
+    """Of two classes that look different, the neighbours are of the same class; of many classes nothing is said."""
+    flat = {}
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 40, (32, 32, 3), np.uint8) + (0 if i < 20 else 200)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels.astype(np.uint8)).save(buffer, "PNG")
+        flat[f"{i:02d}"] = {"png": buffer.getvalue(), "cls": b"%d" % (i >= 20)}
+    write_shard(tmp_path / "two/a.tar", flat)
+    options = ReportOptions(shards=(str(tmp_path / "two"),), device="cpu")
+    maekit.report(run, options=options)
+    text = parse(run / "report.html").text
+    said = re.search(r"8 nearest of every sample, ([\d.]+)% are of its class; of all others 48.7%", text)
+    assert said is not None
+    assert float(said[1]) > 80
+    write_shard(tmp_path / "two/a.tar", {key: {**members, "cls": key.encode()} for key, members in flat.items()})
+    maekit.report(run, options=options)
+    assert "are of its class" not in parse(run / "report.html").text

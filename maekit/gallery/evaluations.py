@@ -15,7 +15,7 @@ _TASKS = {
     "retrieval": "Retrieval",
 }
 # Floats that are no shares; all others lie in [0, 1] and the largest is the best.
-_PLAIN = ("seconds", "lr", "c", "loss")
+_PLAIN = ("seconds", "lr", "c", "loss", "temperature")
 
 
 def evaluation_parts(folder: Path) -> tuple[list[Html], list[str]]:
@@ -42,8 +42,8 @@ def _part(found: dict[str, Any]) -> Html:
     best = []
     for column, key in enumerate(keys):
         shares = {number: row[key] for number, row in enumerate(rows) if _is_share(key, row.get(key))}
-        if len(shares) > 1:
-            top = max(shares.values())
+        top = max(shares.values(), default=0)
+        if top > min(shares.values(), default=0):
             best += [(number, column) for number, share in shares.items() if share == top]
     plain = (int, float, type(None))
     numbers = [i for i, key in enumerate(keys) if all(isinstance(row.get(key), plain) for row in rows)]

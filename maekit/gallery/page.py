@@ -77,6 +77,7 @@ summary { cursor: pointer; font-weight: 600; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
 table.images { width: 100%; table-layout: fixed; }
 table.images td, table.images th { border: 0; padding: 0 4px 0 0; }
+table.images th { font-size: .7rem; }
 table.images img { width: 100%; }
 table.images .caption { color: var(--soft); font-size: .8rem; padding: 2px 0 14px; overflow-wrap: anywhere; }
 """

@@ -278,7 +278,7 @@ def _neighbours(samples: Samples) -> list[Html]:
         found = [
             (
                 page.picture(samples.thumbnails[number], f"{_named(samples, number)}, cosine {cosine:.3f}"),
-                " ".join(filter(None, (f"{cosine:.3f}", samples.labels[number]))),
+                " · ".join(filter(None, (f"{cosine:.3f}", samples.labels[number]))),
             )
             for number, cosine in near
         ]
@@ -296,7 +296,8 @@ def _agreement(samples: Samples) -> tuple[float, float] | None:
     """Return which share of the nearest neighbours, and which of all other samples, is of a sample's own class."""
     known = [i for i, label in enumerate(samples.labels) if label is not None]
     counts = Counter(samples.labels[i] for i in known)
-    if len(known) < len(samples.names) or len(counts) < 2:
+    # Where most classes have fewer samples than there are neighbours, the share says little.
+    if len(known) < len(samples.names) or len(counts) < 2 or len(known) < _NEIGHBOURS * len(counts):
         return None
     near = neighbours_within(samples.vectors, known, _NEIGHBOURS)
     same = [samples.labels[i] == samples.labels[n] for i, found in zip(known, near, strict=True) for n, _ in found]
