@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -196,3 +197,9 @@ def test_the_command(embedded: Path, trained: Path, tmp_path: Path) -> None:
     refused = CliRunner().invoke(app, [*arguments[:-1], "n.txt"])
     assert isinstance(refused.exception, InputError)
     assert "must end in .html" in str(refused.exception)
+
+
+def test_it_needs_no_torch(python: list[str], tmp_path: Path) -> None:
+    code = "import sys, maekit.gallery.neighbours; print({'torch', 'timm', 'sklearn'} & set(sys.modules))"
+    done = subprocess.run([*python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

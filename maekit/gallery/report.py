@@ -99,10 +99,11 @@ def report(
     directory = RunDirectory(path)
     config, rows = directory.config(), directory.metrics()
     files.require_writable(out.parent)
-    checkpoint = directory.newest_valid(progress.note)
+    checkpoint: Checkpoint | None = None
     samples: Samples | None = None
     missing = []
     try:
+        checkpoint = directory.newest_valid(progress.note)
         samples = _samples(config, checkpoint, options, progress)
     except MaekitError as error:
         missing.append(f"neighbours and map: {error}")
