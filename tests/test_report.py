@@ -115,8 +115,9 @@ def test_a_whole_run(run: Path) -> None:
         {"name": "avg", "accuracy": 0.5, "seconds": 0.25, "k": 20, "c": 0.1, "even": 0.2},
         {"name": HOSTILE, "accuracy": 0.613, "seconds": 0.5, "k": 20, "map": None, "even": 0.2},
     ]
-    side = {"shards": ["a.tar"], "images": 1234, "classes": 10}
-    table = {"task": "knn", "model": "run & co", "step": 8, "train": side, "test": side, "rows": rows}
+    train = {"shards": ["a.tar"], "images": 1234, "classes": 10}
+    test = {"shards": 3, "samples": 60, "images": 50, "classes": 10, "unlabelled": 0, "unreadable": 7}
+    table = {"task": "knn", "model": "run & co", "step": 8, "train": train, "test": test, "rows": rows}
     (run / "evaluations/knn.json").write_text(json.dumps(table))
     (run / "evaluations/broken.json").write_text('{"task": "knn"')
     (run / "evaluations/other.json").write_text('{"task": "knn", "model": "m", "rows": [3]}')
@@ -140,7 +141,8 @@ def test_a_whole_run(run: Path) -> None:
     assert ["avg", "50.0%", "0.25", "20", "0.1", "20.0%", "–"] in found.cells
     assert [HOSTILE, "61.3%", "0.5", "20", "–", "20.0%", "–"] in found.cells
     assert re.findall("<b>(.*?)</b>", found.source) == ["61.3%"]
-    assert "run & co, step 8; train: 1,234 images of 10 classes (a.tar)" in found.text
+    sides = "train: 1,234 images of 10 classes (a.tar); test: 50 images of 10 classes, 7 unreadable"
+    assert f"run & co, step 8; {sides}" in found.text
     for name in ("broken.json", "other.json"):
         assert f"{name} is damaged, or no evaluation" in found.text
         assert any(name in said for said in progress.said)

@@ -66,7 +66,10 @@ def _side(side: Any) -> str:
     said = [f"{side[key]:,} {key}" for key in ("images", "classes") if isinstance(side.get(key), int)]
     shards = side.get("shards")
     where = f" ({', '.join(map(str, shards))})" if isinstance(shards, list) and shards else ""
-    return " of ".join(said) + where
+    lacking = [
+        f"{side[key]:,} {key}" for key in ("unlabelled", "unreadable") if isinstance(side.get(key), int) and side[key]
+    ]
+    return ", ".join([" of ".join(said) + where, *lacking])
 
 
 def _is_share(key: str, value: Any) -> bool:
