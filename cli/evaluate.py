@@ -43,11 +43,11 @@ Queries = Annotated[
 ]
 TrainImages = Annotated[
     int | None,
-    typer.Option(help="At most so many, evenly spread.", show_default="all", rich_help_panel=_IMAGES),
+    typer.Option(help="At most so many, drawn at random.", show_default="all", rich_help_panel=_IMAGES),
 ]
 TestImages = Annotated[
     int | None,
-    typer.Option(help="At most so many, evenly spread.", show_default="all", rich_help_panel=_IMAGES),
+    typer.Option(help="At most so many, drawn at random.", show_default="all", rich_help_panel=_IMAGES),
 ]
 Pool = Annotated[
     list[str] | None,
@@ -128,7 +128,7 @@ def linear(
     """Fit a linear classifier on embeddings that are computed once.
 
     Multinomial logistic regression by L-BFGS on standardised embeddings; its regularisation C is chosen on a tenth of
-    the training images, then all of them are fitted.
+    the training images, then all of them are fitted. `maekit evaluate probe` is the published, slower protocol.
     """
     _evaluate("linear", model, train, test, _options(locals()), as_json)
 
@@ -192,3 +192,199 @@ def _shown(key: str, value: Any) -> str:
     if key == "c":
         return f"{value:g}"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
+
+
+_TRAINING, _AUGMENTED, _MACHINE = "Training", "Augmentation and regularisation", "Machine"
+
+
+def _setting(help: str, panel: str, *names: str, default: str | None = None) -> Any:
+    """Return an option that is None unless given; the help states the default of fine-tuning."""
+    shown = f" [dim]\\[default: {default}][/dim]" if default is not None else ""
+    return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False)
+
+
+Out = Annotated[str | None, typer.Option(help="The directory of this training.", show_default=False)]
+Epochs = Annotated[float | None, _setting("Passes over the training images.", _TRAINING, default="100; 90 for probing")]
+Steps = Annotated[int | None, _setting("Optimiser steps, instead of epochs.", _TRAINING)]
+BatchSize = Annotated[int | None, _setting("Images per step, over all devices.", _TRAINING, default="as published")]
+Rate = Annotated[float | None, _setting("Base learning rate, per 256 images.", _TRAINING, default="as published")]
+Warmup = Annotated[
+    float | None, _setting("Length of the warm-up; at most a tenth of the run.", _TRAINING, default="as published")
+]
+Workers = Annotated[int | None, _setting("Processes that read and decode.", _MACHINE, default="by the machine")]
+MicroBatch = Annotated[int | None, _setting("Images at a time on each device.", _MACHINE, default="as memory allows")]
+Cache = Annotated[str | None, _setting("ram keeps small sets decoded in memory; off.", _MACHINE, default="off")]
+MaxTime = Annotated[str | None, _setting("Save and stop after such a time: 3h50m.", _MACHINE)]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any setting of finetune.toml.", show_default=False),
+]
+
+
+@app.command("finetune")
+def finetune(
+    model: Model,
+    train: Train,
+    test: Test,
+    out: Out = None,
+    blocks: Annotated[
+        str | None,
+        _setting(
+            "Train the last so many blocks only: all, 12, 4, 1, 0.5 (the MLP of the last), 0 (the head).",
+            _JUDGED,
+            default="all",
+        ),
+    ] = None,
+    from_scratch: Annotated[
+        bool,
+        typer.Option(
+            "--from-scratch",
+            help="For comparison: the same architecture, trained from nothing by its published schedule.",
+            rich_help_panel=_JUDGED,
+        ),
+    ] = False,
+    pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="avg")] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    layer_decay: Annotated[
+        float | None,
+        _setting("Each layer's learning rate is that of the next one times this.", _TRAINING, default="0.75"),
+    ] = None,
+    weight_decay: Annotated[float | None, _setting("On matrices.", _TRAINING, default="0.05")] = None,
+    warmup_epochs: Warmup = None,
+    rand_augment: Annotated[
+        str | None, _setting("RandAugment as timm writes it, or none.", _AUGMENTED, default="rand-m9-mstd0.5-inc1")
+    ] = None,
+    mixup: Annotated[float | None, _setting("α of mixup; 0 is none.", _AUGMENTED, default="0.8")] = None,
+    cutmix: Annotated[float | None, _setting("α of cutmix; 0 is none.", _AUGMENTED, default="1.0")] = None,
+    erase: Annotated[
+        float | None, _setting("Probability that a rectangle is erased.", _AUGMENTED, default="0.25")
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, _setting("Share that goes to all classes alike.", _AUGMENTED, default="0.1")
+    ] = None,
+    drop_path: Annotated[float | None, _setting("Largest rate of stochastic depth.", _AUGMENTED, default="0.1")] = None,
+    test_images: TestImages = None,
+    seed: Seed = _DEFAULT.seed,
+    device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
+    precision: Annotated[str | None, _setting("auto, fp32 or bf16.", _MACHINE, default="auto")] = None,
+    workers: Workers = None,
+    micro_batch: MicroBatch = None,
+    cache: Cache = None,
+    max_time: MaxTime = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train the encoder, or its last blocks, with labels; the same command goes on where it was stopped.
+
+    The published fine-tuning: layer-wise decay of the learning rate, stochastic depth, RandAugment, mixup, cutmix,
+    erasing, label smoothing. OUT gets the weights: OUT/encoder.safetensors can be exported as any other.
+    """
+    from maekit.evaluation.finetune_config import finetuning, training_from_scratch
+
+    config = training_from_scratch() if from_scratch else finetuning()
+    given = {
+        "model.blocks": None if blocks in (None, "all") else _blocks(str(blocks)),
+        "model.pool": pool,
+        "model.drop_path": drop_path,
+        "optimizer.layer_decay": layer_decay,
+        "optimizer.weight_decay": weight_decay,
+        "mix.mixup": mixup,
+        "mix.cutmix": cutmix,
+        "mix.erase": erase,
+        "mix.label_smoothing": label_smoothing,
+        "run.precision": precision,
+    }
+    if rand_augment is not None:
+        config.mix.rand_augment = None if rand_augment == "none" else rand_augment
+    _train(config, given, locals(), as_json)
+
+
+def _blocks(text: str) -> float:
+    from maekit.errors import InputError
+
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(f"--blocks {text}: must be all, 0, 0.5, or a whole number") from None
+
+
+def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_json: bool) -> None:
+    """Run supervised training with the settings of a preset, of options, and of --set, each over the one before."""
+    from maekit.cli.show import is_main_process
+    from maekit.config import parse_setting, set_value
+    from maekit.errors import InputError
+    from maekit.evaluation.finetune import finetune
+
+    if arguments["out"] is None:
+        raise InputError("training needs a directory: --out DIRECTORY")
+    given |= {
+        "shards": tuple(arguments["train"]),
+        "test": tuple(arguments["test"]),
+        "out": arguments["out"],
+        "model.source": arguments["model"],
+        "data.workers": arguments["workers"],
+        "data.cache": arguments["cache"],
+        "run.device": arguments["device"],
+        "run.micro_batch": arguments["micro_batch"],
+        "run.max_time": arguments["max_time"],
+        "optimizer.lr": arguments["lr"],
+        "optimizer.warmup_epochs": arguments["warmup_epochs"],
+    }
+    given |= {name: arguments[name] for name in ("epochs", "steps", "batch_size", "seed", "test_images")}
+    if given["steps"] is not None:
+        config.epochs = None
+    for key, value in given.items():
+        if value is not None:
+            set_value(config, key, value)
+    for text in arguments["settings"] or []:
+        set_value(config, *parse_setting(text))
+    result = finetune(config, make_progress())
+    if not is_main_process():
+        return
+    print(
+        f"{result.steps} steps, {result.trained} parameters trained, accuracy {100 * (result.accuracy or 0):.2f} %: "
+        f"{result.out}"
+    )
+    if result.path:
+        print(f"kept in {result.path}")
+    if as_json:
+        print_json(dataclasses.asdict(result))
+
+
+@app.command("probe")
+def probe(
+    model: Model,
+    train: Train,
+    test: Test,
+    out: Out = None,
+    pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="cls")] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: BatchSize = None,
+    lr: Rate = None,
+    warmup_epochs: Warmup = None,
+    test_images: TestImages = None,
+    seed: Seed = _DEFAULT.seed,
+    device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
+    workers: Workers = None,
+    micro_batch: MicroBatch = None,
+    cache: Cache = None,
+    max_time: MaxTime = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Linear probing as published: SGD with LARS on random resized crops, the encoder frozen.
+
+    A BatchNorm without affine parameters, then a linear layer; batches of 16,384, a base rate of 0.1, 90 epochs. It
+    sees each crop through the whole encoder; `maekit evaluate linear` is the quick answer. The same command goes on
+    where it was stopped.
+    """
+    from maekit.evaluation.finetune_config import linear_probing
+
+    config = linear_probing()
+    if steps is None and epochs is None:
+        config.epochs = 90.0
+    _train(config, {"model.pool": pool}, locals(), as_json)

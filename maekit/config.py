@@ -16,12 +16,14 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from maekit.errors import InputError
 
 # Imports nothing but the standard library: `maekit --help` shows these defaults and must not wait for NumPy.
-DEFAULT_EPOCHS = 400.0
+Config = TypeVar("Config")
+
+DEFAULT_EPOCHS, DEFAULT_FINETUNE_EPOCHS = 400.0, 100.0
 WINDOW_SHARDS = 16
 MASKINGS = ("random", "block", "grid")
 _MOST_MASKS = 64
@@ -477,8 +479,16 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def load_config(path: Path) -> PretrainConfig:
-    """Return the config that `dump_toml` wrote."""
-    config = PretrainConfig()
+    """Return the config of a pre-training run that `dump_toml` wrote."""
+    return load_settings(PretrainConfig(), path)
+
+
+def load_settings(config: Config, path: Path) -> Config:
+    """Set what a TOML file says in a config, a dataclass, and return that.
+
+    Raises:
+        InputError: the file cannot be read or is no TOML, or holds an unknown key or a value of the wrong type.
+    """
     for key, value in load_toml(path).items():
         set_value(config, key, value)
     return config

@@ -27,6 +27,8 @@ class Purpose(enum.IntEnum):
     PICTURE = 7
     VALIDATION = 8
     JITTER = 9
+    POLICY = 10
+    STEP = 11
 
 
 def random_bits(

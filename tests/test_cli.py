@@ -225,7 +225,8 @@ LAYERS = {
     "exporters": ("embedding", "training", "cli", "demo", "evaluation"),
     "mae": ("embedding", "training", "exporters", "cli", "demo", "evaluation"),
     "shards": ("images", "mae", "embedding", "training", "exporters", "cli", "demo", "evaluation"),
-    "evaluation": ("training", "exporters", "cli", "demo"),
+    "evaluation": ("gallery", "cli", "demo"),
+    "gallery": ("training", "cli", "demo"),
 }
 
 

@@ -20,7 +20,7 @@ class EvaluateOptions:
         whiten: judge them whitened as well, by a PCA fitted without labels on the training set.
         whiten_dims: lengths of a whitened embedding; empty is all directions of any variance (64 for raw pixels).
         baselines: judge raw pixels and the encoder as initialised beside it.
-        train_images: at most so many samples of the training set, evenly spread; None is all.
+        train_images: at most so many samples of the training set, drawn at random; None is all.
         test_images: likewise of the test set.
         precisions: of the model, `fp32`, `fp16` or `int8`; all but `fp32` are those of an exported file.
         k: neighbours that vote (kNN).

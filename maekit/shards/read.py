@@ -62,6 +62,10 @@ class ShardSet:
         shard = int(np.searchsorted(self._ends, number, "right"))
         return shard, int(number - (self._ends[shard] - self.counts[shard]))
 
+    def number(self, shard: int, ordinal: int) -> int:
+        """Return the number of a sample in the whole sequence."""
+        return int(self._ends[shard] - self.counts[shard]) + ordinal
+
     def spread(self, count: int) -> list[int]:
         """Return the numbers of at most `count` samples, evenly spread; of a remote set, over its first shard.
 

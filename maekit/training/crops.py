@@ -6,7 +6,7 @@ Everything random here is a function of (seed, epoch, position), never of the wo
 import itertools
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -48,6 +48,8 @@ class Augmentation:
         scale: bounds of a random resized crop's share of the image area.
         flip: whether half of the images are mirrored.
         color_jitter: how far brightness, contrast and saturation may change.
+        policy: changes an image by random numbers of its own, as RandAugment does: uint8 `[3, H, W]` and 64 bits that
+            seed them -> uint8 `[3, H, W]`.
     """
 
     size: tuple[int, int]
@@ -57,6 +59,7 @@ class Augmentation:
     scale: tuple[float, float] = DataConfig.crop_scale
     flip: bool = DataConfig.flip
     color_jitter: float = DataConfig.color_jitter
+    policy: Callable[[Pixels, int], Pixels] | None = None
 
     def crop(self, width: int, height: int, draws: NDArray[np.float64]) -> Box:
         """Choose the crop of an image by the numbers drawn for its place, float64 `[CROP_DRAWS]`."""
@@ -76,6 +79,7 @@ class Chunk:
         noise: float32 `[B, k·N]`, chooses k masks of each image.
         bad: one line for each sample that was replaced.
         failure: why the worker gave up, in place of images.
+        labels: of the images, int64 `[B]`; None where they are not asked for.
     """
 
     images: torch.Tensor
@@ -83,11 +87,13 @@ class Chunk:
     noise: torch.Tensor
     bad: list[str]
     failure: str | None = None
+    labels: torch.Tensor | None = None
 
     def pin_memory(self) -> "Chunk":
         """Copy into page-locked memory, so that the upload runs beside the computation (the DataLoader calls this)."""
         images, flips, noise = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
-        return Chunk(images, flips, noise, self.bad, self.failure)
+        labels = None if self.labels is None else self.labels.pin_memory()
+        return Chunk(images, flips, noise, self.bad, self.failure, labels)
 
     @classmethod
     def of_failure(cls, error: MaekitError) -> "Chunk":
@@ -104,12 +110,14 @@ class Draws(NamedTuple):
         flips: bool `[n]`.
         noise: of k masks, float32 `[n, k·N]`.
         jitter: float64 `[n, 4]`: three factors, and their order.
+        policy: seeds, uint64 `[n]`.
     """
 
     crops: NDArray[np.float64]
     flips: NDArray[np.bool_]
     noise: NDArray[np.float32]
     jitter: NDArray[np.float64]
+    policy: NDArray[np.uint64]
 
 
 def draw(places: Slice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
@@ -136,7 +144,8 @@ def draw(places: Slice, augmentation: Augmentation, shape: MaskShape, masks: int
         flips = numbers(1, Purpose.FLIP)[:, 0] < 0.5 if mirrors else np.zeros(rows, bool)
         noise = shape.noise(numbers(masks * shape.draws, Purpose.MASK).reshape(rows * masks, -1)).reshape(rows, -1)
         jitter = numbers(JITTER_DRAWS, Purpose.JITTER) if augmentation.color_jitter else np.zeros((rows, JITTER_DRAWS))
-        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, noise, jitter))
+        seeds = (numbers(1, Purpose.POLICY)[:, 0] * 2.0**53).astype(np.uint64)
+        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, noise, jitter, seeds))
     return Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
@@ -176,6 +185,8 @@ class CropLoader:
         masks: of each image.
         watch: where to note what is being read.
         decoded: images that are kept decoded.
+        labels: of all samples by their number in `shards`, int64 `[samples]`, -1 where there is none: such a sample is
+            replaced as one without an image is.
     """
 
     def __init__(
@@ -188,7 +199,9 @@ class CropLoader:
         masks: int = 1,
         watch: Watch | None = None,
         decoded: DecodedSet | None = None,
+        labels: NDArray[np.int64] | None = None,
     ) -> None:
+        self._labels = labels
         self._shards, self._order, self._augmentation = shards, order, augmentation
         self._shape, self._masks, self._decoded = shape, masks, decoded
         self._watch = watch or Watch(1)
@@ -212,18 +225,31 @@ class CropLoader:
         batch = _empty_images(len(places.epochs), augmentation.size)
         images = batch.numpy()
         bad = []
+        labels = np.zeros(len(places.epochs), np.int64)
         columns = zip(*(c.tolist() for c in (places.shards, places.ordinals)), strict=True)
         for number, (shard, ordinal) in enumerate(columns):
             try:
+                labels[number] = self._label(shard, ordinal)
                 images[number] = self._crop(reader, shard, ordinal, draws.crops[number])
             except ImageError as error:
                 key = self._shards.index(shard).key(ordinal)
                 bad.append(f"{self._shards.shards[shard].name} {key}: {error.reason}, {error}")
                 place = int(places.epochs[number]), int(places.positions[number])
-                images[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
+                images[number], labels[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
             if augmentation.color_jitter:
                 images[number] = jitter_colors(images[number], augmentation.color_jitter, draws.jitter[number])
-        return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad)
+            if augmentation.policy is not None:
+                images[number] = augmentation.policy(images[number], int(draws.policy[number]))
+        told = None if self._labels is None else torch.from_numpy(labels)
+        return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad, labels=told)
+
+    def _label(self, shard: int, ordinal: int) -> int:
+        if self._labels is None:
+            return 0
+        label = int(self._labels[self._shards.number(shard, ordinal)])
+        if label < 0:
+            raise ImageError("no_label", "no label of a known class")
+        return label
 
     def _crop(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> Pixels:
         self._watch.at(shard, ordinal)
@@ -243,15 +269,16 @@ class CropLoader:
 
     def _substitute(
         self, reader: MemberReader, place: tuple[int, int], draws: NDArray[np.float64], first: str
-    ) -> Pixels:
-        """Return the crop of a sample that stands in for the one at a place, chosen by the place."""
+    ) -> tuple[Pixels, int]:
+        """Return crop and label of a sample that stands in for the one at a place, chosen by the place."""
         epoch, position = place
         bits = random_bits(
             _SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._augmentation.seed, epoch=epoch, position=position
         )
         for number in bits % np.uint64(self._shards.samples):
+            shard, ordinal = self._shards.locate(int(number))
             try:
-                return self._crop(reader, *self._shards.locate(int(number)), draws)
+                return self._crop(reader, shard, ordinal, draws), self._label(shard, ordinal)
             except ImageError:
                 continue
         raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row hold no readable image, the first: {first}")

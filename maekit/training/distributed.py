@@ -209,15 +209,16 @@ def lost_rank(error: RuntimeError) -> bool:
 
 
 def share_optimizer(optimizer: torch.optim.Optimizer, world: World) -> None:
-    """Give AdamW's state, as the main process loaded it, to all others."""
+    """Give an optimiser's state, as the main process loaded it, to all others."""
     if world.group is None:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            for kind in ("step", "exp_avg", "exp_avg_sq"):
-                if kind not in state:
-                    like = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
-                    state[kind] = like
-                with _lost_ranks():
-                    dist.broadcast(state[kind], src=0)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    kinds = world.share([sorted(optimizer.state[parameter]) for parameter in parameters])
+    for parameter, there in zip(parameters, kinds, strict=True):
+        state = optimizer.state[parameter]
+        for kind in there:
+            if kind not in state:
+                like = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
+                state[kind] = like
+            with _lost_ranks():
+                dist.broadcast(state[kind], src=0)

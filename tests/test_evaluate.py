@@ -1,0 +1,331 @@
+"""Judging embeddings: each score against an independent implementation, and what is deployed against the run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_shard
+from planted import picture, plant
+from processes import tiny_config
+from sklearn.linear_model import LogisticRegression as Reference
+from sklearn.metrics import average_precision_score
+from sklearn.neighbors import KNeighborsClassifier
+from typer.testing import CliRunner
+
+import maekit
+from maekit.cli.app import app
+from maekit.errors import InputError
+from maekit.evaluation.knn import knn_accuracies
+from maekit.evaluation.labelled import classes_of
+from maekit.evaluation.neighbours import nearest
+from maekit.evaluation.options import EvaluateOptions
+from maekit.evaluation.retrieval import retrieval_scores
+from maekit.exporters.export import export
+from maekit.exporters.options import ExportOptions
+
+CPU = {"device": "cpu"}
+
+
+@pytest.fixture(autouse=True)
+def _few_pixels(monkeypatch) -> None:
+    """Whitening 3,072 directions takes seconds."""
+    monkeypatch.setattr("maekit.evaluation.features.PIXELS", 8)
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, np.ndarray]:
+    """Return 300 rows of 5 classes that overlap, and 90 more."""
+    random = np.random.default_rng(0)
+    centres = random.normal(size=(5, 12))
+    made = {}
+    for name, count in (("train", 300), ("test", 90)):
+        made[f"{name}_labels"] = random.integers(0, 5, count)
+        noise = random.normal(0, 1.5, (count, 12))
+        made[name] = (centres[made[f"{name}_labels"]] + noise).astype(np.float32)
+    return made
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with `train` and `test`, a `run` on them, its `encoder.onnx`, and `embeddings` of both."""
+    folder = tmp_path_factory.mktemp("judged")
+    plant(folder / "shards/train", 0, 30, 34)
+    plant(folder / "shards/test", 1000, 24)
+    maekit.pretrain(tiny_config(folder / "shards/train", folder / "run"))
+    export(folder / "run", folder / "encoder.onnx", ExportOptions(normalize=False))
+    maekit.embed(
+        maekit.EmbedConfig(
+            str(folder / "encoder.onnx"), (str(folder / "shards"),), str(folder / "embeddings"), device="cpu"
+        )
+    )
+    return folder
+
+
+def sets(folder: Path) -> dict[str, list[str]]:
+    return {"train": [str(folder / "shards/train")], "test": [str(folder / "shards/test")]}
+
+
+@pytest.mark.parametrize("blocks", [[300], [7, 0, 200, 93]])
+@pytest.mark.parametrize("k", [1, 20, 400])
+def test_neighbours_are_those_of_faiss(rows: dict, blocks: list[int], k: int, monkeypatch) -> None:
+    import faiss
+
+    from maekit.evaluation import neighbours
+
+    monkeypatch.setattr(neighbours, "_BLOCK_BYTES", 4000)
+    unit = {name: rows[name] / np.linalg.norm(rows[name], axis=1, keepdims=True) for name in ("train", "test")}
+    index = faiss.IndexFlatIP(12)
+    index.add(unit["train"])
+    cosines, numbers = index.search(unit["test"], min(k, 300))
+    parts = np.split(rows["train"], np.cumsum(blocks)[:-1])
+    mine, found = nearest(rows["test"], parts, k)
+    np.testing.assert_allclose(mine, cosines, atol=1e-6)
+    assert (found == numbers).mean() > 0.99  # equal to the last bit or two, neighbours may change places
+    assert [set(row) for row in found] == [set(row) for row in numbers]
+
+
+def test_votes_are_those_of_scikit_learn(rows: dict) -> None:
+    ks = [1, 5, 20, 300, 999]
+    shares = knn_accuracies(rows["train"], rows["train_labels"], rows["test"], rows["test_labels"], ks=ks)
+    for k, share in zip(ks, shares, strict=True):
+        oracle = KNeighborsClassifier(
+            min(k, 300), metric="cosine", weights=lambda distance: np.exp((1 - distance) / 0.07), algorithm="brute"
+        ).fit(rows["train"], rows["train_labels"])
+        assert share == pytest.approx(oracle.score(rows["test"], rows["test_labels"]))
+    assert len(set(shares)) > 2
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0])
+def test_logistic_regression_is_that_of_scikit_learn(rows: dict, c: float) -> None:
+    import torch
+
+    from maekit.evaluation.linear import LogisticRegression
+
+    mean, std = rows["train"].mean(axis=0), rows["train"].std(axis=0)
+    oracle = Reference(C=c, tol=1e-8, max_iter=5000).fit((rows["train"] - mean) / std, rows["train_labels"])
+    mine = LogisticRegression(rows["train"], rows["train_labels"], 5, torch.device("cpu"))
+    mine.fit(c)
+    # Adding one number to all biases changes nothing.
+    bias = mine._bias.detach().numpy()
+    np.testing.assert_allclose(mine._weight.detach().numpy(), oracle.coef_, atol=2e-3)
+    np.testing.assert_allclose(bias - bias.mean(), oracle.intercept_ - oracle.intercept_.mean(), atol=2e-3)
+    assert mine.accuracy(rows["test"], rows["test_labels"]) == pytest.approx(
+        oracle.score((rows["test"] - mean) / std, rows["test_labels"]), abs=0.012
+    )
+
+
+def test_a_feature_that_does_not_vary_is_left_out(rows: dict) -> None:
+    from maekit.evaluation.linear import linear_accuracy
+
+    train, test = (np.c_[rows[name], np.full(len(rows[name]), 7, np.float32)] for name in ("train", "test"))
+    test[:, -1] = 1e6
+    score = linear_accuracy(train, rows["train_labels"], test, rows["test_labels"])
+    plain = linear_accuracy(rows["train"], rows["train_labels"], rows["test"], rows["test_labels"])
+    assert score.accuracy == plain.accuracy > 0.4
+    assert score.c in score.held_out
+    assert max(score.held_out.values()) == score.held_out[score.c]
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_retrieval_is_that_of_scikit_learn(rows: dict, alone: bool, monkeypatch) -> None:
+    from maekit.evaluation import retrieval
+
+    monkeypatch.setattr(retrieval, "_BLOCK_BYTES", 100_000)  # several blocks
+    train, labels = rows["train"], rows["train_labels"]
+    queries, wanted = (train, labels) if alone else (rows["test"], rows["test_labels"])
+    mine = retrieval_scores(train, labels, *((None, None) if alone else (queries, wanted)), recalls=[1, 5])
+    unit = train / np.linalg.norm(train, axis=1, keepdims=True)
+    average, precision, recall = [], [], []
+    for number, (query, label) in enumerate(zip(queries, wanted, strict=True)):
+        others = np.arange(len(train)) != number if alone else np.ones(len(train), bool)
+        cosines, hits = (unit @ (query / np.linalg.norm(query)))[others], (labels == label)[others]
+        average.append(average_precision_score(hits, cosines))
+        ranked = hits[np.argsort(-cosines)]
+        precision.append(ranked[: hits.sum()].mean())
+        recall.append([ranked[:1].any(), ranked[:5].any()])
+    assert mine.mean_average_precision == pytest.approx(np.mean(average), abs=1e-6)
+    assert mine.r_precision == pytest.approx(np.mean(precision), abs=1e-6)
+    assert list(mine.recall.values()) == pytest.approx(np.mean(recall, axis=0))
+    assert mine.queries == len(queries)
+
+
+def test_a_query_without_anything_to_find_does_not_count() -> None:
+    rows, labels = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
+    scores = retrieval_scores(rows, labels, None, None, recalls=[1])
+    assert scores.queries == 2
+    with pytest.raises(InputError, match="no query"):
+        retrieval_scores(rows, np.arange(3), None, None, recalls=[1])
+
+
+def test_classes_are_in_order() -> None:
+    assert classes_of(["10", "9", "-1"]) == ("-1", "9", "10")
+    assert classes_of(["b", "a", "10"]) == ("10", "a", "b")
+
+
+def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
+    found = {
+        source: maekit.evaluate(
+            "knn", str(judged / source), **sets(judged), options=EvaluateOptions(baselines=False, whiten=False, **CPU)
+        )
+        for source in ("run", "run/checkpoints/step-000000008", "encoder.onnx", "embeddings")
+    }
+    run = found["run"]
+    assert [row["name"] for row in run.rows] == ["avg", "cls"]
+    for name in ("run/checkpoints/step-000000008", "encoder.onnx", "embeddings"):
+        scores = {key: value for key, value in found[name].rows[0].items() if key != "name"}
+        assert scores == {key: value for key, value in run.rows[0].items() if key != "name"}
+    assert run.train == {
+        "shards": 2,
+        "samples": 64,
+        "images": 64,
+        "classes": 4,
+        "unlabelled": 0,
+        "unreadable": 0,
+    }
+    assert run.path is not None
+    kept = json.loads(Path(run.path).read_text())
+    assert Path(run.path) == judged / "run/evaluations/knn-step-000000008.json"
+    assert kept["rows"] == run.rows
+    assert found["encoder.onnx"].path is None
+
+
+def test_baselines_and_whitening_stand_beside_it(judged: Path) -> None:
+    options = EvaluateOptions(whiten_dims=(3,), pool=("avg",), **CPU)
+    result = maekit.evaluate("knn", str(judged / "run"), **sets(judged), options=options)
+    names = [(row["name"], row["dim"]) for row in result.rows]
+    assert names == [
+        ("raw pixels", 192),
+        ("raw pixels, whitened", 3),
+        ("untrained avg", 32),
+        ("untrained avg, whitened", 3),
+        ("avg", 32),
+        ("avg, whitened", 3),
+    ]
+    pixels = result.rows[0]
+    assert pixels["accuracy"] == pixels["k=20"] == 1.0  # the classes are colours
+    again = maekit.evaluate("knn", str(judged / "run"), **sets(judged), options=options)
+    assert again.rows == result.rows
+
+
+def test_the_untrained_encoder_is_another_one(judged: Path, tmp_path: Path) -> None:
+    hard = str(plant(tmp_path / "hard", 0, 24, label=lambda number: str(number // 4 % 2)))
+    rows = {}
+    for seed in (0, 1):
+        options = EvaluateOptions(whiten=False, pool=("avg",), seed=seed, **CPU)
+        made = maekit.evaluate("retrieval", str(judged / "run"), [hard], options=options)
+        rows[seed] = {row["name"]: row for row in made.rows}
+    assert rows[0]["avg"] == rows[1]["avg"]
+    assert rows[0]["untrained avg"]["map"] != rows[1]["untrained avg"]["map"]
+
+
+def test_linear_and_retrieval(judged: Path, tmp_path: Path) -> None:
+    options = EvaluateOptions(pool=("avg+cls",), precisions=("fp32", "int8"), **CPU)
+    linear = maekit.evaluate("linear", str(judged / "run"), **sets(judged), options=options)
+    assert [row["name"] for row in linear.rows] == [
+        "raw pixels",
+        "untrained avg+cls",
+        "avg+cls",
+        "avg+cls, int8",
+    ]
+    assert all(row["accuracy"] == 1.0 for row in linear.rows)
+    easy = maekit.evaluate("retrieval", str(judged / "encoder.onnx"), sets(judged)["train"])
+    assert easy.test is None
+    assert easy.rows[0]["map"] > 0.99
+    assert easy.rows[0]["recall@1"] == 1.0
+    hard = str(plant(tmp_path / "hard", 0, 24, label=lambda number: str(number // 4 % 2)))
+    found = maekit.evaluate("retrieval", str(judged / "run"), [hard], options=options)
+    int8, fp32 = ({r["name"]: r for r in found.rows}[name] for name in ("avg+cls, int8", "avg+cls"))
+    assert int8["map"] == pytest.approx(fp32["map"], abs=0.05)
+    assert int8["map"] != fp32["map"]
+
+
+def test_what_cannot_be_used_is_left_out_and_counted(judged: Path, tmp_path: Path) -> None:
+    shards = plant(tmp_path / "train", 0, 20)
+    write_shard(
+        shards / "bad.tar",
+        {
+            "a": {"png": picture(0)},
+            "b": {"png": picture(1), "cls": b"  "},
+            "c": {"png": b"nothing", "cls": b"1"},
+            "d": {"png": picture(2), "cls": b"2\n"},
+        },
+    )
+    (shards / "cut.tar").write_bytes((shards / "0.tar").read_bytes()[:3000])
+    result = maekit.evaluate(
+        "knn",
+        str(judged / "run"),
+        [str(shards)],
+        sets(judged)["test"],
+        EvaluateOptions(pool=("avg",), whiten=False, **CPU),
+    )
+    assert result.train["samples"] == 24
+    assert (result.train["images"], result.train["unlabelled"], result.train["unreadable"]) == (22, 2, 1)
+
+
+def test_labels_may_be_words_and_some_unknown(judged: Path, tmp_path: Path) -> None:
+    words = ["red", "green", "blue", "yellow"]
+    train = plant(tmp_path / "train", 0, 20, label=lambda n: words[n % 4])
+    test = plant(tmp_path / "test", 500, 8, label=lambda n: words[n % 4] if n % 4 else "pink")
+    options = EvaluateOptions(baselines=True, pool=("avg",), whiten=False, k=3, **CPU)
+    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(test)], options)
+    assert result.test is not None
+    assert result.test["classes"] == 3
+    assert result.rows[0]["accuracy"] == 0.75  # pink is never right
+
+
+def test_a_part_of_the_images(judged: Path) -> None:
+    options = EvaluateOptions(train_images=16, test_images=8, baselines=False, **CPU)
+    result = maekit.evaluate("knn", str(judged / "encoder.onnx"), **sets(judged), options=options)
+    assert result.test is not None
+    assert (result.train["images"], result.test["images"]) == (16, 8)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "said"),
+    [
+        ("run", {"k": 0}, "--k 0"),
+        ("run", {"pool": ("max",)}, "--pool max: must be one of avg, cls"),
+        ("run", {"whiten_dims": (999,)}, "--whiten-dim 999"),
+        ("run", {"whiten": False, "whiten_dims": (9,)}, "does not go with --no-whiten"),
+        ("encoder.onnx", {"pool": ("cls",)}, "pooled already"),
+        ("embeddings", {"precisions": ("int8",)}, "judged as it is"),
+        ("missing", {}, "does not exist"),
+        ("shards", {}, "neither a run nor a checkpoint"),
+    ],
+)
+def test_what_is_refused(judged: Path, source: str, options: dict, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        maekit.evaluate("knn", str(judged / source), **sets(judged), options=EvaluateOptions(**options, **CPU))
+
+
+def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
+    test = sets(judged)["test"]
+    other = [str(plant(tmp_path / "other", 5000, 12))]
+    alike = [str(plant(tmp_path / "alike", 0, 12, label=lambda n: "1"))]
+    bare = [str(write_shard(tmp_path / "bare/0.tar", {"a": {"png": picture(0)}}).parent)]
+    options = EvaluateOptions(baselines=False, **CPU)
+    for source, train, held_out, said in (
+        ("embeddings", other, test, "has no embeddings of"),
+        ("run", alike, test, "all images are of one class, 1"),
+        ("run", bare, test, r"none of 1 samples has a \.cls member"),
+        ("run", other, [], "needs --test"),
+    ):
+        with pytest.raises(InputError, match=said):
+            maekit.evaluate("knn", str(judged / source), train, held_out, options)
+    with pytest.raises(InputError, match="must be one of knn, linear, retrieval"):
+        maekit.evaluate("tsne", str(judged / "run"), other, test, options)
+
+
+def test_the_command(judged: Path) -> None:
+    run, train, test = str(judged / "run"), *(specs[0] for specs in sets(judged).values())
+    done = CliRunner().invoke(
+        app,
+        ["evaluate", "knn", run, "--train", train, "--test", test, "--pool", "avg", "--device", "cpu", "--json"],
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["task"] == "knn"
+    assert result["step"] == 8
+    assert f"kept in {run}/evaluations/knn-step-000000008.json" in done.stdout
+    assert "raw pixels, whitened" in done.stdout
