@@ -291,14 +291,13 @@ def finetune(
         "model.drop_path": drop_path,
         "optimizer.layer_decay": layer_decay,
         "optimizer.weight_decay": weight_decay,
+        "mix.rand_augment": rand_augment,
         "mix.mixup": mixup,
         "mix.cutmix": cutmix,
         "mix.erase": erase,
         "mix.label_smoothing": label_smoothing,
         "run.precision": precision,
     }
-    if rand_augment is not None:
-        config.mix.rand_augment = None if rand_augment == "none" else rand_augment
     _train(config, given, locals(), as_json)
 
 

@@ -11,9 +11,10 @@ import time
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 from maekit.config import PretrainConfig, set_value
-from maekit.embedding.run import EmbedConfig, raise_if_incomplete
+from maekit.embedding.run import raise_if_incomplete
 
 TINY = {
     "model.name": "vit_tiny_patch16_224",
@@ -57,12 +58,12 @@ def warm_up() -> None:
 
 def _context() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["maekit.training.run", "maekit.embedding.run"])
+    context.set_forkserver_preload(["maekit.training.run", "maekit.embedding.run", "maekit.evaluation.finetune"])
     return context
 
 
 def start(
-    config: PretrainConfig | EmbedConfig,
+    config: Any,
     log: Path,
     *,
     world: int = 1,
@@ -104,9 +105,11 @@ def finish(processes: list[ForkServerProcess], seconds: float = 60) -> list[int]
     return [process.exitcode for process in processes]
 
 
-def _main(config: PretrainConfig | EmbedConfig, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
+def _main(config: Any, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
     import maekit
     from maekit.errors import ElsewhereError, MaekitError
+    from maekit.evaluation.finetune import finetune
+    from maekit.evaluation.finetune_config import FinetuneConfig
     from maekit.progress import Silent
 
     os.environ.update({key: str(value) for key, value in environment.items()})
@@ -123,6 +126,8 @@ def _main(config: PretrainConfig | EmbedConfig, environment: dict, log: Path, tr
     try:
         if isinstance(config, PretrainConfig):
             maekit.pretrain(config, Notes())
+        elif isinstance(config, FinetuneConfig):
+            finetune(config, Notes())
         else:
             raise_if_incomplete(maekit.embed(config, Notes()))
     except MaekitError as error:

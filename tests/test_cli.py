@@ -226,7 +226,7 @@ LAYERS = {
     "mae": ("embedding", "training", "exporters", "cli", "demo", "evaluation"),
     "shards": ("images", "mae", "embedding", "training", "exporters", "cli", "demo", "evaluation"),
     "evaluation": ("gallery", "cli", "demo"),
-    "gallery": ("training", "cli", "demo"),
+    "gallery": ("cli", "demo"),
 }
 
 

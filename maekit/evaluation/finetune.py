@@ -229,6 +229,8 @@ class _Supervised:
         self._trained, self._prepare = trained, trained.preprocess
         self.size = trained.preprocess.size
         self.clip_grad = config.optimizer.clip_grad
+        policy = config.mix.rand_augment
+        self._policy = None if policy == "none" else RandAugment(policy, self.size, self._prepare.mean)
         share = config.batch_size // world.size
         if (config.mix.mixup or config.mix.cutmix) and (config.run.micro_batch or share) % 2:
             raise InputError(
@@ -268,7 +270,7 @@ class _Supervised:
         return make_schedule(self.config.optimizer, batch_size=size, samples=samples, steps=steps)
 
     def crops(self, watch: Watch, decoded: DecodedSet | None) -> CropLoader:
-        data, policy = self.config.data, self.config.mix.rand_augment
+        data = self.config.data
         augmentation = Augmentation(
             self.size,
             self._prepare.resize,
@@ -277,7 +279,7 @@ class _Supervised:
             data.crop_scale,
             data.flip,
             data.color_jitter,
-            RandAugment(policy, self.size, self._prepare.mean) if policy else None,
+            self._policy,
         )
         # Nothing is masked; the numbers that would choose a mask are of no use and cost next to nothing.
         nothing = MaskShape("random", (1, 2), 0.5)
@@ -344,6 +346,10 @@ class _Supervised:
     def draw(self) -> Pixels | None:
         return None
 
+    @property
+    def otherwise(self) -> str:
+        return f"({self._run.config_file} has all of them), or choose another --out"
+
     def difference(self, key: str, before: Any, now: Any) -> str | None:
         if key != "model.sha256":
             return None
@@ -368,7 +374,7 @@ class _Supervised:
         }
         head = {f"head.{name}": tensor.cpu().contiguous() for name, tensor in self.model.head.state_dict().items()}
         head |= {f"norm.{name}": tensor.cpu() for name, tensor in self.model.norm.state_dict().items()}
-        about = {"classes": json.dumps(self.classes), "pool": self.config.model.pool}
+        about = {"maekit": json.dumps({"classes": self.classes, "pool": self.config.model.pool})}
         files.write_atomically(self._run.path / HEAD, safetensors.torch.save(head, metadata=about))
         files.write_atomically(self._run.encoder_file, encoder_bytes(self.model.encoder, description))
 

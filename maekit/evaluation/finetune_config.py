@@ -27,7 +27,8 @@ class ClassifierConfig:
         drop_path: largest rate of stochastic depth; it grows with the layers from 0.
     """
 
-    source: str = ""
+    # The weights may move; they may not change.
+    source: str = field(default="", metadata={"free": True})
     sha256: str | None = None
     from_scratch: bool = False
     pool: str = "avg"
@@ -41,14 +42,14 @@ class MixConfig:
     """What is done to labelled images besides cropping.
 
     Attributes:
-        rand_augment: RandAugment as timm writes it, such as `rand-m9-mstd0.5-inc1`; None is none.
+        rand_augment: RandAugment as timm writes it, such as `rand-m9-mstd0.5-inc1`, or `none`.
         mixup: α of mixup; 0 is none.
         cutmix: α of cutmix; 0 is none.
         label_smoothing: share of each target that goes to all classes alike.
         erase: probability that a rectangle is erased.
     """
 
-    rand_augment: str | None = RAND_AUGMENT
+    rand_augment: str = RAND_AUGMENT
     mixup: float = 0.8
     cutmix: float = 1.0
     label_smoothing: float = 0.1
@@ -175,7 +176,7 @@ def linear_probing() -> FinetuneConfig:
     """Return the published linear probing (table 10): LARS, BatchNorm without affine, random resized crops alone."""
     config = FinetuneConfig(batch_size=16384)
     config.model.blocks, config.model.batch_norm, config.model.pool, config.model.drop_path = 0, True, "cls", 0.0
-    config.mix = MixConfig(rand_augment=None, mixup=0.0, cutmix=0.0, label_smoothing=0.0, erase=0.0)
+    config.mix = MixConfig(rand_augment="none", mixup=0.0, cutmix=0.0, label_smoothing=0.0, erase=0.0)
     config.optimizer = SupervisedOptimizer(
         kind="lars", lr=0.1, min_lr=0.0, warmup_epochs=10.0, weight_decay=0.0, layer_decay=1.0
     )

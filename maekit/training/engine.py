@@ -87,6 +87,10 @@ class Task(Protocol):
     def pictures(self) -> bool:
         """Whether there is anything to draw."""
 
+    @property
+    def otherwise(self) -> str:
+        """What to do where a run's settings are not the ones it was started with, besides taking those."""
+
     def schedule(self, steps: int) -> Schedule:
         """Return the learning rate of a run of so many steps."""
 
@@ -492,8 +496,7 @@ class Engine:
                 before, now = ("not set" if v is None else v for v in (there.get(key), value))
                 raise InputError(
                     f"{self.run.path} was started with {key} = {before}, and now it is {now}; go on with the old value "
-                    f"(--config {self.run.config_file} has all of them), or start another --out from these weights "
-                    f"with --init-from {self.run.path}"
+                    f"{self.task.otherwise}"
                 )
         if newest.state()["data_digest"] != self.shards.digest:
             raise InputError(

@@ -229,6 +229,13 @@ class _Pretraining:
     def draw(self) -> Pixels | None:
         return draw_samples(self.objective, self._shards, self._prepare, self._shape, seed=self.config.seed)
 
+    @property
+    def otherwise(self) -> str:
+        return (
+            f"(--config {self._run.config_file} has all of them), or start another --out from these weights with "
+            f"--init-from {self._run.path}"
+        )
+
     def difference(self, key: str, before: Any, now: Any) -> str | None:
         if key != "model.tokenizer_sha256" or not before or not now:
             return None

@@ -178,7 +178,10 @@ def choose_micro_batch(
         masks: of each image.
     """
     device = next(objective.parameters()).device
+    mode = objective.training
+    objective.eval()  # a BatchNorm would take these images into its running statistics
     two, four = (_saved_bytes(objective, count, image_shape, forward, masks) for count in (2, 4))
+    objective.train(mode)
     per_image, once = (four - two) / 2 * _TEMPORARIES, max(0, 2 * two - four)
     if device.type == "cuda":
         # What is resumed has AdamW's moments on the device already: counted as if it were not, so that a run that is
