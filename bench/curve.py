@@ -1,0 +1,130 @@
+"""How good embeddings become while a run goes on: every checkpoint that it kept, judged, and drawn.
+
+    python bench/curve.py RUN --train SHARDS --test SHARDS [--train-images N] [--svg FILE] [--json FILE]
+
+RUN was made with --keep-every. Of each checkpoint: kNN (k = 20, cosine, temperature 0.07), the same after whitening
+(all directions, fitted on the training embeddings without labels), and a linear classifier (L-BFGS, C chosen on a tenth
+of the training images), for each pooling; beside them the encoder as initialised, and raw pixels, these whitened to 64
+directions. Features are computed once for all three. What --json holds already is not computed again.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maekit import runs
+from maekit.cli.show import make_progress
+from maekit.evaluation.features import Features, TorchEncoder, image_features, pixel_features
+from maekit.evaluation.knn import knn_accuracy
+from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
+from maekit.evaluation.linear import linear_accuracy
+from maekit.exporters.whitening import fit_whitening
+from maekit.gallery.chart import Line, line_chart
+from maekit.mae.autoencoder import initialize_encoder
+from maekit.mae.loading import load_encoder
+
+PIXEL_DIM = 64
+COLOURS = ("#1f6feb", "#d4720b")
+STYLE = (
+    "<style>svg { background: #fff; font: 11px system-ui, sans-serif; } text { fill: #333; } "
+    ".axis { stroke: #999; fill: none; } .line { fill: none; stroke-width: 1.6; } "
+    + " ".join(f".line-{n} {{ stroke: {c}; }} .dot-{n} {{ fill: {c}; }}" for n, c in enumerate(COLOURS))
+    + "</style>"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--train", nargs="+", required=True)
+    parser.add_argument("--test", nargs="+", required=True)
+    parser.add_argument("--train-images", type=int)
+    parser.add_argument("--test-images", type=int)
+    parser.add_argument("--only-last", action="store_true", help="judge the last checkpoint alone, and the baselines")
+    parser.add_argument("--svg", type=Path)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    progress = make_progress()
+    sets = [
+        open_labelled(options.train, "--train", progress, images=options.train_images),
+        open_labelled(options.test, "--test", progress, images=options.test_images),
+    ]
+    run = runs.RunDirectory(options.run)
+    epochs = {row["step"]: row["epoch"] for row in run.metrics() if "epoch" in row}
+    steps = sorted(checkpoint.step for checkpoint in run.list_checkpoints())
+    steps = steps[-1:] if options.only_last else steps
+    table: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    table |= {"what": "accuracy over a run", "train_images": len(sets[0].texts), "test_images": len(sets[1].texts)}
+    rows: list[dict[str, Any]] = table.setdefault("rows", [])
+    done = {(row["name"], row["step"]) for row in rows}
+
+    def judge(name: str, step: int | None, features: list[Features], dim: int | None = None) -> None:
+        for pool in features[0].rows:
+            row = {"name": f"{name} {pool}".strip(), "step": step, "epoch": epochs.get(step or 0)}
+            row |= scores(sets, features, pool, dim)
+            print(row, flush=True)
+            rows.append(row)
+        if options.json:
+            options.json.write_text(json.dumps(table, indent=1) + "\n")
+
+    if ("raw pixels", None) not in done:
+        pixels = [pixel_features(labelled, progress) for labelled in sets]
+        judge("raw", None, pixels, PIXEL_DIM)
+        rows[-1]["name"] = "raw pixels"
+    trained = load_encoder(str(run.checkpoint(steps[-1]).path))
+    if ("untrained avg", 0) not in done:
+        fresh = dataclasses.replace(trained)
+        initialize_encoder(fresh.encoder, seed=0)
+        judge("untrained", 0, embedded(fresh, sets, progress))
+    for step in steps:
+        if ("avg", step) not in done:
+            judge("", step, embedded(load_encoder(str(run.checkpoint(step).path)), sets, progress))
+    if options.json:
+        options.json.write_text(json.dumps(table, indent=1) + "\n")
+    if options.svg:
+        options.svg.write_text(drawn(rows))
+
+
+def embedded(trained: Any, sets: list[LabelledSet], progress: Any) -> list[Features]:
+    encoder = TorchEncoder(trained, (), "auto")
+    return [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
+
+
+def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: int | None) -> dict[str, float]:
+    classes = classes_of(sets[0].texts)
+    labels = [encode(labelled.texts, classes)[part.kept] for labelled, part in zip(sets, features, strict=True)]
+    train, test = (part.rows[pool] for part in features)
+    made = fit_whitening(np.array_split(train, -(-len(train) // 4096)), dim, hashlib.sha256())
+    whitened = [part @ made.matrix.T + made.bias for part in (train, test)]
+    fitted, judged = whitened if dim else (train, test)  # of raw pixels all directions would take long
+    return {
+        "knn": knn_accuracy(train, labels[0], test, labels[1]),
+        "knn_whitened": knn_accuracy(whitened[0], labels[0], whitened[1], labels[1]),
+        "linear": linear_accuracy(fitted, labels[0], judged, labels[1]).accuracy,
+    }
+
+
+def drawn(rows: list[dict[str, Any]]) -> str:
+    """Return both kNN curves of the mean-pooled embeddings as an SVG of its own."""
+    curve = [row for row in rows if row["name"] in ("untrained avg", "avg")]
+    lines = [
+        Line(title, [(row["step"], row[key]) for row in sorted(curve, key=lambda row: row["step"])])
+        for key, title in (("knn_whitened", "kNN, whitened"), ("knn", "kNN"))
+    ]
+    figure = line_chart("Accuracy over the run", lines, unit="", share=True)
+    svg = figure[figure.index("<svg") : figure.index("</svg>") + 6]
+    legend = "".join(
+        f'<text x="{110 + 110 * number}" y="14" style="fill: {colour}">{line.name}</text>'
+        for number, (line, colour) in enumerate(zip(lines, COLOURS, strict=True))
+    )
+    svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="640"', 1).replace(">", f">{STYLE}", 1)
+    return svg.replace("</svg>", f"{legend}</svg>\n")
+
+
+if __name__ == "__main__":
+    main()
