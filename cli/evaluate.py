@@ -75,123 +75,21 @@ Precision = Annotated[
         rich_help_panel=_JUDGED,
     ),
 ]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        help="timm's name of the architecture, for a file of weights that does not tell.",
+        show_default=False,
+        rich_help_panel=_JUDGED,
+    ),
+]
 Baselines = Annotated[
     bool, typer.Option(help="Beside it, raw pixels and the encoder as initialised.", rich_help_panel=_JUDGED)
 ]
 Seed = Annotated[int, typer.Option(help="Of the untrained encoder, and of the part held out.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
-
-
-@app.command("knn")
-def knn(
-    model: Model,
-    train: Train,
-    test: Test,
-    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = _DEFAULT.k,
-    temperature: Annotated[
-        float, typer.Option(help="Each votes with exp(cosine / temperature).")
-    ] = _DEFAULT.temperature,
-    pool: Pool = None,
-    whiten: Whiten = True,
-    whiten_dim: WhitenDim = None,
-    precision: Precision = None,
-    baselines: Baselines = True,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    seed: Seed = _DEFAULT.seed,
-    device: Device = _DEFAULT.device,
-    as_json: Json = False,
-) -> None:
-    """Classify test images by their nearest training images: the quickest answer.
-
-    The k nearest by cosine vote, weighted; accuracy is that of --k, and columns tell of other numbers of neighbours.
-    """
-    options = _options(locals(), k=k, temperature=temperature)
-    _evaluate("knn", model, train, test, options, as_json)
-
-
-@app.command("linear")
-def linear(
-    model: Model,
-    train: Train,
-    test: Test,
-    pool: Pool = None,
-    precision: Precision = None,
-    baselines: Baselines = True,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    seed: Seed = _DEFAULT.seed,
-    device: Device = _DEFAULT.device,
-    as_json: Json = False,
-) -> None:
-    """Fit a linear classifier on embeddings that are computed once.
-
-    Multinomial logistic regression by L-BFGS on standardised embeddings; its regularisation C is chosen on a tenth of
-    the training images, then all of them are fitted. `maekit evaluate probe` is the published, slower protocol.
-    """
-    _evaluate("linear", model, train, test, _options(locals()), as_json)
-
-
-@app.command("retrieval")
-def retrieval(
-    model: Model,
-    train: Train,
-    test: Queries = None,
-    pool: Pool = None,
-    whiten: Whiten = True,
-    whiten_dim: WhitenDim = None,
-    precision: Precision = None,
-    baselines: Baselines = True,
-    train_images: TrainImages = None,
-    test_images: TestImages = None,
-    seed: Seed = _DEFAULT.seed,
-    device: Device = _DEFAULT.device,
-    as_json: Json = False,
-) -> None:
-    """Search the training images by cosine: does a query find those of its class first?
-
-    map: mean average precision over the whole ranking. r_precision: share of the class among the first R, R being its
-    size. recall@k: share of queries with one of their class among the first k.
-    """
-    _evaluate("retrieval", model, train, test or (), _options(locals()), as_json)
-
-
-def _options(given: dict[str, Any], **more: Any) -> EvaluateOptions:
-    """Return the options of a command from its arguments; lists under their plural."""
-    lists = {"pool": "pool", "whiten_dim": "whiten_dims", "precision": "precisions"}
-    chosen: dict[str, Any] = {name: tuple(given[option]) for option, name in lists.items() if given.get(option)}
-    names = ("whiten", "baselines", "train_images", "test_images", "seed", "device")
-    chosen |= {name: given[name] for name in names if name in given}
-    return EvaluateOptions(**chosen, **more)
-
-
-def _evaluate(
-    task: str, model: str, train: Sequence[str], test: Sequence[str], options: EvaluateOptions, as_json: bool
-) -> None:
-    from maekit.evaluation.run import evaluate
-
-    progress = make_progress()
-    result = evaluate(task, model, train, test, options, progress)
-    if result.rows:
-        headings = list(dict.fromkeys(key for row in result.rows for key in row))
-        table = [[_shown(key, row.get(key)) for key in headings] for row in result.rows]
-        print_table(["", *headings[1:]], table, right=range(1, len(headings)))
-    of = "" if result.test is None else f", {result.test['images']} test images"
-    print(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
-    if result.path:
-        print(f"kept in {result.path}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
-
-
-def _shown(key: str, value: Any) -> str:
-    """Return a value of the table: shares in percent."""
-    if value is None:
-        return ""
-    if key == "c":
-        return f"{value:g}"
-    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)
 
 
 _TRAINING, _AUGMENTED, _MACHINE = "Training", "Augmentation and regularisation", "Machine"
@@ -221,6 +119,83 @@ Settings = Annotated[
 ]
 
 
+@app.command("knn")
+def knn(
+    model: Model,
+    train: Train,
+    test: Test,
+    k: Annotated[int, typer.Option(help="Neighbours that vote.")] = _DEFAULT.k,
+    temperature: Annotated[
+        float, typer.Option(help="Each votes with exp(cosine / temperature).")
+    ] = _DEFAULT.temperature,
+    pool: Pool = None,
+    whiten: Whiten = True,
+    whiten_dim: WhitenDim = None,
+    precision: Precision = None,
+    architecture: Architecture = None,
+    baselines: Baselines = True,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    seed: Seed = _DEFAULT.seed,
+    device: Device = _DEFAULT.device,
+    as_json: Json = False,
+) -> None:
+    """Classify test images by their nearest training images: the quickest answer.
+
+    The k nearest by cosine vote, weighted; accuracy is that of --k, and columns tell of other numbers of neighbours.
+    """
+    options = _options(locals(), k=k, temperature=temperature)
+    _evaluate("knn", model, train, test, options, as_json)
+
+
+@app.command("linear")
+def linear(
+    model: Model,
+    train: Train,
+    test: Test,
+    pool: Pool = None,
+    precision: Precision = None,
+    architecture: Architecture = None,
+    baselines: Baselines = True,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    seed: Seed = _DEFAULT.seed,
+    device: Device = _DEFAULT.device,
+    as_json: Json = False,
+) -> None:
+    """Fit a linear classifier on embeddings that are computed once.
+
+    Multinomial logistic regression by L-BFGS on standardised embeddings; its regularisation C is chosen on a tenth of
+    the training images, then all of them are fitted. `maekit evaluate probe` is the published, slower protocol.
+    """
+    _evaluate("linear", model, train, test, _options(locals()), as_json)
+
+
+@app.command("retrieval")
+def retrieval(
+    model: Model,
+    train: Train,
+    test: Queries = None,
+    pool: Pool = None,
+    whiten: Whiten = True,
+    whiten_dim: WhitenDim = None,
+    precision: Precision = None,
+    architecture: Architecture = None,
+    baselines: Baselines = True,
+    train_images: TrainImages = None,
+    test_images: TestImages = None,
+    seed: Seed = _DEFAULT.seed,
+    device: Device = _DEFAULT.device,
+    as_json: Json = False,
+) -> None:
+    """Search the training images by cosine: does a query find those of its class first?
+
+    map: mean average precision over the whole ranking. r_precision: share of the class among the first R, R being its
+    size. recall@k: share of queries with one of their class among the first k.
+    """
+    _evaluate("retrieval", model, train, test or (), _options(locals()), as_json)
+
+
 @app.command("finetune")
 def finetune(
     model: Model,
@@ -243,6 +218,7 @@ def finetune(
             rich_help_panel=_JUDGED,
         ),
     ] = False,
+    architecture: Architecture = None,
     pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="avg")] = None,
     epochs: Epochs = None,
     steps: Steps = None,
@@ -324,6 +300,7 @@ def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_jso
         "test": tuple(arguments["test"]),
         "out": arguments["out"],
         "model.source": arguments["model"],
+        "model.name": arguments["architecture"],
         "data.workers": arguments["workers"],
         "data.cache": arguments["cache"],
         "run.device": arguments["device"],
@@ -359,6 +336,7 @@ def probe(
     train: Train,
     test: Test,
     out: Out = None,
+    architecture: Architecture = None,
     pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="cls")] = None,
     epochs: Epochs = None,
     steps: Steps = None,
@@ -387,3 +365,40 @@ def probe(
     if steps is None and epochs is None:
         config.epochs = 90.0
     _train(config, {"model.pool": pool}, locals(), as_json)
+
+
+def _options(given: dict[str, Any], **more: Any) -> EvaluateOptions:
+    """Return the options of a command from its arguments; lists under their plural."""
+    lists = {"pool": "pool", "whiten_dim": "whiten_dims", "precision": "precisions"}
+    chosen: dict[str, Any] = {name: tuple(given[option]) for option, name in lists.items() if given.get(option)}
+    names = ("whiten", "baselines", "train_images", "test_images", "seed", "device")
+    chosen |= {name: given[name] for name in names if name in given}
+    return EvaluateOptions(model=given["architecture"], **chosen, **more)
+
+
+def _evaluate(
+    task: str, model: str, train: Sequence[str], test: Sequence[str], options: EvaluateOptions, as_json: bool
+) -> None:
+    from maekit.evaluation.run import evaluate
+
+    progress = make_progress()
+    result = evaluate(task, model, train, test, options, progress)
+    if result.rows:
+        headings = list(dict.fromkeys(key for row in result.rows for key in row))
+        table = [[_shown(key, row.get(key)) for key in headings] for row in result.rows]
+        print_table(["", *headings[1:]], table, right=range(1, len(headings)))
+    of = "" if result.test is None else f", {result.test['images']} test images"
+    print(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
+    if result.path:
+        print(f"kept in {result.path}")
+    if as_json:
+        print_json(dataclasses.asdict(result))
+
+
+def _shown(key: str, value: Any) -> str:
+    """Return a value of the table: shares in percent."""
+    if value is None:
+        return ""
+    if key == "c":
+        return f"{value:g}"
+    return f"{100 * value:.1f}" if isinstance(value, float) else str(value)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from maekit import runs
 from maekit.check import CheckReport, check_shards
-from maekit.config import fields_of
+from maekit.config import fields_of, load_toml
 from maekit.embedding.records import BOOKKEEPING, CommitRecord
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
 from maekit.errors import InputError
@@ -35,6 +35,8 @@ def inspect(thing: str, *, providers: bool = False) -> dict[str, Any]:
         raise InputError(f"--providers is for .onnx files, and {thing} is none")
     if runs.is_run(path):
         return _inspect_run(RunDirectory(path))
+    if runs.is_finetuned(path):
+        return _inspect_finetuned(runs.FinetuneDirectory(path))
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
@@ -138,6 +140,18 @@ def _last(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     for row in rows[-1:] if rows and "loss" in rows[-1] else rows[-2:]:
         merged |= row
     return merged or None
+
+
+def _inspect_finetuned(run: runs.FinetuneDirectory) -> dict[str, Any]:
+    tested = [row for row in run.metrics() if "accuracy" in row]
+    return {
+        "kind": "finetune",
+        "path": str(run.path),
+        "finished": run.encoder_file.is_file(),
+        "settings": load_toml(run.config_file),
+        "checkpoints": [{"step": c.step, "problem": c.problem()} for c in run.list_checkpoints()],
+        "tested": {key: tested[-1][key] for key in ("step", "accuracy", "test_loss")} if tested else None,
+    }
 
 
 def _inspect_run(run: RunDirectory) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from maekit.config import PretrainConfig, load_config
 from maekit.errors import InputError, MaekitError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+FINETUNE_CONFIG = "finetune.toml"
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -132,6 +133,21 @@ class RunDirectory:
         return load_config(self.config_file)
 
 
+@dataclass(frozen=True)
+class FinetuneDirectory(RunDirectory):
+    """A directory of supervised training: as that of a run, with settings of another kind."""
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved settings."""
+        return self.path / FINETUNE_CONFIG
+
+    @property
+    def head_file(self) -> Path:
+        """The final classifier."""
+        return self.path / "head.safetensors"
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file; what stands behind a damaged line is left out."""
     if not path.exists():
@@ -151,6 +167,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def is_run(path: Path) -> bool:
     """Whether `path` is a run directory."""
     return (path / "config.toml").is_file()
+
+
+def is_finetuned(path: Path) -> bool:
+    """Whether `path` is a directory of supervised training."""
+    return (path / FINETUNE_CONFIG).is_file()
 
 
 def find_checkpoint(

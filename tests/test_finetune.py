@@ -170,7 +170,8 @@ def test_samples_without_a_label_are_replaced_and_counted(planted: Path, tmp_pat
         ({"model__drop_path": 1.0}, "model.drop_path"),
         ({"test": ("missing/",)}, "missing"),
         ({"model__source": "missing"}, "does not exist"),
-        ({"data__std": (0, 1, 1)}, "data.std"),
+        ({"data__std": (0.5, 0.5, 0.5)}, "the model's own is taken"),
+        ({"data__val_images": 7}, "use --test-images"),
     ],
 )
 def test_what_is_refused(planted: Path, tmp_path: Path, changes: dict, said: str) -> None:
@@ -282,3 +283,17 @@ def test_the_commands(planted: Path, tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["evaluate", "finetune", str(planted / "run"), *common])
     assert isinstance(done.exception, InputError)
     assert "--out" in str(done.exception)
+
+
+def test_what_it_leaves_is_known_elsewhere(planted: Path, tmp_path: Path) -> None:
+    from maekit.inspection import inspect
+
+    result = finetune(settings(planted, tmp_path / "tuned", steps=4))
+    seen = inspect(str(tmp_path / "tuned"))
+    assert (seen["kind"], seen["finished"]) == ("finetune", True)
+    assert seen["tested"]["accuracy"] == result.accuracy
+    again = finetune(settings(planted, tmp_path / "again", steps=2, model__source=str(tmp_path / "tuned")))
+    assert again.path is None  # of no run
+    (tmp_path / "tuned/encoder.safetensors").unlink()
+    with pytest.raises(InputError, match="has not ended"):
+        finetune(settings(planted, tmp_path / "third", steps=2, model__source=str(tmp_path / "tuned")))

@@ -38,7 +38,7 @@ from maekit.mae.weights import encoder_bytes
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
 from maekit.random import Purpose, random_bits
-from maekit.runs import RunDirectory
+from maekit.runs import FinetuneDirectory, RunDirectory
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
 from maekit.signals import stop_on_signal
@@ -59,7 +59,6 @@ from maekit.training.prepare import (
 )
 from maekit.training.ram import DecodedSet
 
-CONFIG, HEAD = "finetune.toml", "head.safetensors"
 _TEST_BATCH = 64
 
 
@@ -98,23 +97,6 @@ class FinetuneResult:
     path: str | None = None
 
 
-class FinetuneDirectory(RunDirectory):
-    """A directory of supervised training: as that of a run, with settings of another kind."""
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved settings."""
-        return self.path / CONFIG
-
-    def settings(self) -> FinetuneConfig:
-        """Return the settings that it was started with.
-
-        Raises:
-            InputError: the file is missing or damaged.
-        """
-        return load_settings(FinetuneConfig(), self.config_file)
-
-
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> FinetuneResult:
     """Train an encoder, or its last blocks, with a linear head on labels; called again, go on.
 
@@ -150,7 +132,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         main(lambda: refuse_indivisible(config, world))
         main(lambda: _refuse_foreign_directory(run))
         note = progress.note if world.is_main else Silent().note
-        trained = world.together(lambda: load_encoder(config.model.source, on_note=note))
+        trained = world.together(lambda: load_encoder(config.model.source, model=config.model.name, on_note=note))
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         shards = world.in_turn(lambda: index_shards(config, world, progress))
@@ -158,6 +140,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         labels, classes = world.together(lambda: _labels(config, progress))
         test = world.together(lambda: _test_set(config, classes, progress))
         config.classes, config.model.sha256 = len(classes), _digest(trained)
+        config.data.mean, config.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
         precision = choose_precision(config, device, world, progress)
         task = world.together(
             lambda: _Supervised(config, run, shards, labels, classes, test, trained, device, precision, world)
@@ -172,12 +155,17 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
 def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
         raise InputError(f"{run.path} is a file; --out names a directory")
-    if run.path.is_dir() and not run.config_file.is_file():
+    if run.path.is_dir() and not runs.is_finetuned(run.path):
         others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
         if others:
             raise InputError(
                 f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new --out"
             )
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
 
 
 def _digest(trained: TrainedEncoder) -> str:
@@ -359,10 +347,10 @@ class _Supervised:
         )
 
     def read_config(self, run: RunDirectory) -> FinetuneConfig:
-        return self._run.settings()
+        return load_settings(FinetuneConfig(), run.config_file)
 
     def is_finished(self) -> bool:
-        return self._run.encoder_file.exists() and (self._run.path / HEAD).exists()
+        return self._run.encoder_file.exists() and self._run.head_file.exists()
 
     def finish(self, steps: int) -> None:
         description = {
@@ -375,7 +363,7 @@ class _Supervised:
         head = {f"head.{name}": tensor.cpu().contiguous() for name, tensor in self.model.head.state_dict().items()}
         head |= {f"norm.{name}": tensor.cpu() for name, tensor in self.model.norm.state_dict().items()}
         about = {"maekit": json.dumps({"classes": self.classes, "pool": self.config.model.pool})}
-        files.write_atomically(self._run.path / HEAD, safetensors.torch.save(head, metadata=about))
+        files.write_atomically(self._run.head_file, safetensors.torch.save(head, metadata=about))
         files.write_atomically(self._run.encoder_file, encoder_bytes(self.model.encoder, description))
 
 

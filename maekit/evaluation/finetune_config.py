@@ -19,6 +19,7 @@ class ClassifierConfig:
 
     Attributes:
         source: whose encoder it starts from: a run, a checkpoint, `timm:NAME`, or a file; see `maekit.mae.sources`.
+        name: timm's name of the architecture, for a file of weights that does not tell.
         sha256: names its weights; found by itself.
         from_scratch: forget its weights, and start from the published initialisation.
         pool: `avg`, `cls` or `avg+cls`.
@@ -29,6 +30,7 @@ class ClassifierConfig:
 
     # The weights may move; they may not change.
     source: str = field(default="", metadata={"free": True})
+    name: str | None = None
     sha256: str | None = None
     from_scratch: bool = False
     pool: str = "avg"
@@ -145,6 +147,11 @@ class FinetuneConfig:
                 raise InputError(f"{key} = {value}: must lie in [0, 1)")
         if not 0 <= self.mix.erase <= 1:
             raise InputError(f"mix.erase = {self.mix.erase}: must lie in [0, 1]")
+        elsewhere = {"mean": "the model's own is taken", "std": "the model's own is taken", "val": "use --test"}
+        elsewhere["val_images"] = "use --test-images"
+        for name, instead in elsewhere.items():
+            if getattr(self.data, name) != getattr(DataConfig, name):
+                raise InputError(f"data.{name} is not for fine-tuning: {instead}")
         blocks = self.model.blocks
         if blocks is not None and blocks != 0.5 and (blocks < 0 or blocks != int(blocks)):
             raise InputError(f"--blocks {blocks:g}: must be all, 0, 0.5, or a whole number")

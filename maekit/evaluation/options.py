@@ -27,6 +27,7 @@ class EvaluateOptions:
         ks: other numbers of neighbours to tell of.
         temperature: of the votes (kNN).
         recalls: the k of recall@k (retrieval).
+        model: timm's name of the architecture, for a file of weights that does not tell.
         seed: of the part that the regularisation is chosen on (linear), and of the untrained encoder.
         device: `auto`, `cpu` or `cuda`.
     """
@@ -42,6 +43,7 @@ class EvaluateOptions:
     ks: tuple[int, ...] = _NEIGHBOURS
     temperature: float = 0.07
     recalls: tuple[int, ...] = _RECALLS
+    model: str | None = None
     seed: int = 0
     device: str = "auto"
 

@@ -141,9 +141,11 @@ class _Subject:
         self._folder = EmbeddingFolder(path) if is_embeddings(path) else None
         self._is_exported = path.suffix == _ONNX
         if self._folder or self._is_exported:
+            what = "embeddings" if self._folder else "an exported file"
             if options.pool:
-                what = "embeddings" if self._folder else "an exported file"
                 raise InputError(f"--pool {options.pool[0]}: {model} is {what}, pooled already")
+            if options.model:
+                raise InputError(f"--model {options.model}: {model} is {what}, and needs no architecture")
             if options.precisions != ("fp32",):
                 raise InputError(
                     f"--precision {options.precisions[0]} is for models with weights; {model} is judged as it is"
@@ -152,7 +154,7 @@ class _Subject:
             return
         from maekit.mae.loading import load_encoder
 
-        self._trained = load_encoder(model, on_note=progress.note)
+        self._trained = load_encoder(model, model=options.model, on_note=progress.note)
         if self._trained.provenance.get("source") == "run":
             self.run, _ = runs.find_checkpoint(path)
             self.step = int(self._trained.provenance["step"])
@@ -204,7 +206,10 @@ class _Subject:
         with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
             for pool in self._options.pool or poolings_of(trained.encoder):
                 path = Path(folder) / f"{pool}-{precision}.onnx"
-                export(self._model, path, ExportOptions(pool=pool, precision=precision, normalize=False, parity=specs))
+                options = ExportOptions(
+                    pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model
+                )
+                export(self._model, path, options)
                 encoder = ExportedEncoder(path, self._options.device)
                 features = self._embedded(sets, encoder.preprocess, encoder, precision)
                 yield precision, [Features({pool: rows}, f.kept) for f in features for rows in f.rows.values()]

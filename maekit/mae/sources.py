@@ -1,6 +1,7 @@
 """Where a model comes from: a run, one of its checkpoints, published weights, a file of anybody's weights.
 
     RUN, CHECKPOINT        maekit's own: model, decoder, normalisation and all
+    FINETUNED              the --out of `maekit evaluate finetune`: its encoder
     timm:NAME              weights that timm fetches
     FILE                   an encoder under timm's names (safetensors, or a PyTorch file that needs no code to load),
                            or the reference implementation's .pth, with its decoder where it holds one
@@ -95,6 +96,10 @@ def read_source(name: str, *, model: str | None = None, on_note: Note = lambda t
     except OSError as error:
         if not isinstance(error, FileNotFoundError):
             raise InputError(f"cannot read {name[:200]}: {error.strerror}") from error
+    if runs.is_finetuned(path):
+        path = runs.FinetuneDirectory(path).encoder_file
+        if not path.is_file():
+            raise InputError(f"{name} is a fine-tuning that has not ended; run its command again to go on")
     if path.is_file():
         return _from_file(path, model)
     if (path / "config.json").is_file() and not runs.is_run(path):
