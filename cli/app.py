@@ -22,6 +22,7 @@ from maekit.cli import (
     pretrain,
     reconstruct,
     report,
+    sweep,
 )
 from maekit.errors import ElsewhereError, MaekitError
 
@@ -48,6 +49,7 @@ _add("pretrain", "Workflow", pretrain.command)
 _add("export", "Workflow", export.command)
 _add("embed", "Workflow", embed.command)
 app.add_typer(evaluate.app, name="evaluate", rich_help_panel="Workflow")
+_add("sweep", "Workflow", sweep.command)
 _add("reconstruct", "Look", reconstruct.command)
 _add("neighbours", "Look", neighbours.command)
 _add("report", "Look", report.command)

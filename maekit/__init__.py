@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from maekit.gallery.options import NeighbourOptions, ReconstructOptions, ReportOptions
     from maekit.gallery.reconstruct import reconstruct
     from maekit.gallery.report import report
+    from maekit.grid import sweep
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
     from maekit.training.run import pretrain
@@ -46,6 +47,7 @@ _HOMES = {
     "pretrain": "maekit.training.run",
     "reconstruct": "maekit.gallery.reconstruct",
     "report": "maekit.gallery.report",
+    "sweep": "maekit.grid",
     "verify": "maekit.exporters.verify",
 }
 
@@ -71,6 +73,7 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "report",
+    "sweep",
     "verify",
 ]
 

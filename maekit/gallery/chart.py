@@ -78,8 +78,16 @@ def thin(points: Points, bins: int = _BINS) -> list[tuple[float, float]]:
     return kept
 
 
-def line_chart(title: str, lines: Sequence[Line], *, unit: str, from_zero: bool = False, share: bool = False) -> Html:
-    """Return a chart over steps, as a figure.
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    unit: str,
+    from_zero: bool = False,
+    share: bool = False,
+    across: str = "step",
+) -> Html:
+    """Return a chart over steps, or something else, as a figure.
 
     Args:
         title: of the chart.
@@ -88,25 +96,27 @@ def line_chart(title: str, lines: Sequence[Line], *, unit: str, from_zero: bool 
         from_zero: whether the axis begins at 0; else positive values that span more than a factor of three are drawn
             on a logarithmic axis.
         share: values are shares, shown in percent.
+        across: what the values are drawn over.
     """
     thinned = [Line(line.name, thin(line.points)) for line in lines if line.points]
     every = [point for line in thinned for point in line.points]
-    across = _scale([x for x, _ in every])
+    level = _scale([x for x, _ in every])
     upright = _scale([y for _, y in every], from_zero=from_zero, may_be_logarithmic=not from_zero)
     unit = f"{unit}, logarithmic" if upright.logarithmic else unit
 
     def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = _LEFT + across.share(point[0]) * (_WIDTH - _LEFT - _RIGHT)
+        x = _LEFT + level.share(point[0]) * (_WIDTH - _LEFT - _RIGHT)
         return round(x, 1), round(_HEIGHT - _BOTTOM - upright.share(point[1]) * (_HEIGHT - _TOP - _BOTTOM), 1)
 
-    drawn = [_axes(across, upright, place, unit, _percent if share else tick_label)]
+    drawn = [_axes(level, upright, place, (across, unit), _percent if share else tick_label)]
     for number, line in enumerate(thinned):
         places = [place(point) for point in line.points]
         path = "".join(f"{'ML'[i > 0]}{x:g} {y:g}" for i, (x, y) in enumerate(places))
         drawn.append(f'<path class="line line-{number}" d="{path}"/>')
         if len(places) <= _FEW:
             drawn += [f'<circle class="dot-{number}" cx="{x:g}" cy="{y:g}" r="2.4"/>' for x, y in places]
-    said = "; ".join(_in_words(line, _percent if share else "{:.4g}".format) for line in lines if line.points)
+    form = _percent if share else "{:.4g}".format
+    said = "; ".join(_in_words(line, form, across) for line in lines if line.points)
     colours = "".join(
         f'<li><i style="background: var(--{name})"></i>{html.escape(line.name)}</li>'
         for name, line in zip(("first", "second"), thinned, strict=False)
@@ -134,7 +144,7 @@ def _axes(
     across: Scale,
     upright: Scale,
     place: Callable[[tuple[float, float]], tuple[float, float]],
-    unit: str,
+    names: tuple[str, str],
     label: Callable[[float], str],
 ) -> str:
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
@@ -148,8 +158,9 @@ def _axes(
         drawn.append(f'<path class="axis" d="M{x:g} {bottom}v4"/>')
         drawn.append(f'<text x="{x:g}" y="{bottom + 17}" text-anchor="middle">{tick_label(value)}</text>')
     drawn.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
-    drawn.append(f'<text x="4" y="14">{html.escape(unit)}</text>')
-    drawn.append(f'<text x="{(_LEFT + right) / 2:g}" y="{_HEIGHT - 4}" text-anchor="middle">step</text>')
+    drawn.append(f'<text x="4" y="14">{html.escape(names[1])}</text>')
+    middle = (_LEFT + right) / 2
+    drawn.append(f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(names[0])}</text>')
     return "".join(drawn)
 
 
@@ -165,14 +176,15 @@ def _percent(value: float) -> str:
     return f"{100 * value:.4g}%"
 
 
-def _in_words(line: Line, said: Callable[[float], str]) -> str:
+def _in_words(line: Line, said: Callable[[float], str], across: str) -> str:
     """Return what the line shows in a few words."""
     (first, start), (last, end) = line.points[0], line.points[-1]
     if len(line.points) == 1:
-        return f"{line.name} {said(start)} at step {first:g}"
+        return f"{line.name} {said(start)} at {across} {first:g}"
     low, high = min(y for _, y in line.points), max(y for _, y in line.points)
     between = [f"{name} {said(y)}" for name, y in (("lowest", low), ("highest", high)) if y not in (start, end)]
-    return ", ".join([f"{line.name} {said(start)} at step {first:.12g}, {said(end)} at step {last:.12g}", *between])
+    ends = f"{line.name} {said(start)} at {across} {first:.12g}, {said(end)} at {across} {last:.12g}"
+    return ", ".join([ends, *between])
 
 
 def by_step(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,0 +1,46 @@
+"""`maekit sweep`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def command(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.toml", help="A config of `maekit pretrain` with a table [sweep].", show_default=False
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The directory: a run for each cell.", show_default=False)],
+    device: Annotated[
+        str | None,
+        typer.Option(help="auto, cpu or cuda. [dim]\\[default: as the file says][/dim]", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
+) -> None:
+    r"""Pre-train a small grid of settings, judge each run alike, and draw the curves.
+
+    \[sweep] names the labelled shards to judge with (train, test), how (judge = \["knn", "linear"]), and whether one
+    setting is varied at a time or all combinations are tried (every = "one" or "all"); \[sweep.vary] lists values:
+    "model.mask_ratio" = \[0.5, 0.75, 0.9]. OUT/sweep.html shows what is there so far.
+
+    The same command goes on where it was stopped; cells that are added to the file are trained, the others are not
+    done again.
+    """
+    import dataclasses
+
+    from maekit.cli.show import make_progress, print_json, print_table
+    from maekit.grid import sweep
+
+    result = sweep(config, out, make_progress(), device=device)
+    measures = [key for key in result.rows[0] if key not in ("name", "changes", "loss", "baselines")]
+    table = [
+        [row["name"], *(f"{100 * row[name]:.1f}" for name in measures), f"{row['loss']:.4f}" if row["loss"] else ""]
+        for row in result.rows
+    ]
+    print_table(["", *measures, "loss"], table, right=range(1, len(measures) + 2))
+    print(f"{len(result.rows)} cells, {result.trained} trained now: {result.page}")
+    if as_json:
+        print_json(dataclasses.asdict(result))
