@@ -211,16 +211,16 @@ def _seconds(rows: list[dict[str, Any]]) -> float:
 
 def _curves(rows: list[dict[str, Any]]) -> list[Html]:
     charts = []
-    for title, keys, unit, shape in (
-        ("Loss", (("loss", "training"), ("val_loss", "held out")), "mean squared error", {}),
-        ("Learning rate", (("lr", "learning rate"),), "per step", {"from_zero": True}),
-        ("Throughput", (("images_per_second", "throughput"),), "images per second", {"from_zero": True}),
-        ("Wait for data", (("data_wait", "wait"),), "share of the time", {"from_zero": True, "share": True}),
-        ("Gradient", (("grad_norm", "norm"),), "L2 norm", {}),
+    for title, keys, unit, from_zero, share in (
+        ("Loss", (("loss", "training"), ("val_loss", "held out")), "mean squared error", False, False),
+        ("Learning rate", (("lr", "learning rate"),), "per step", True, False),
+        ("Throughput", (("images_per_second", "throughput"),), "images per second", True, False),
+        ("Wait for data", (("data_wait", "wait"),), "share of the time", True, True),
+        ("Gradient", (("grad_norm", "norm"),), "L2 norm", False, False),
     ):
         lines = [Line(name, _series(rows, key)) for key, name in keys]
         if any(line.points for line in lines):
-            charts.append(line_chart(title, lines, unit=unit, **shape))
+            charts.append(line_chart(title, lines, unit=unit, from_zero=from_zero, share=share))
     return [page.group("charts", charts)] if charts else [page.note("Not shown: the run has no row of metrics yet.")]
 
 
