@@ -116,7 +116,7 @@ def report(
     why = missing[0] if samples is None else ""
     parts = [
         page.facts(_summary(directory, config, rows, checkpoint)),
-        page.section("Curves", *_curves(rows)),
+        page.section("Curves", *_curves(rows, config.model.target)),
         page.section("Reconstructions over time", *pictures, *map(page.note, damaged)),
         page.section("Nearest neighbours", *(_neighbours(samples) if samples else [page.note(f"Not shown: {why}")])),
         page.section("Map of the embeddings", *(_map(samples) if samples else [page.note(f"Not shown: {why}")])),
@@ -209,10 +209,11 @@ def _seconds(rows: list[dict[str, Any]]) -> float:
     return seconds
 
 
-def _curves(rows: list[dict[str, Any]]) -> list[Html]:
+def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
     charts = []
+    loss = "cross-entropy" if target == "tokens" else "mean squared error"
     for title, keys, unit, from_zero, share in (
-        ("Loss", (("loss", "training"), ("val_loss", "held out")), "mean squared error", False, False),
+        ("Loss", (("loss", "training"), ("val_loss", "held out")), loss, False, False),
         ("Learning rate", (("lr", "learning rate"),), "per step", True, False),
         ("Throughput", (("images_per_second", "throughput"),), "images per second", True, False),
         ("Wait for data", (("data_wait", "wait"),), "share of the time", True, True),
