@@ -18,7 +18,7 @@ from maekit.errors import ImageError
 from maekit.mae.targets import normalize_patches
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))) if page.is_file()]
 TROUBLES = ROOT / "docs" / "troubleshooting.md"
 
 pytestmark = pytest.mark.skipif(not TROUBLES.exists(), reason="needs the source tree")
