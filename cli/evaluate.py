@@ -102,7 +102,9 @@ def _setting(help: str, panel: str, *names: str, default: str | None = None) -> 
 
 
 Out = Annotated[str | None, typer.Option(help="The directory of this training.", show_default=False)]
-Epochs = Annotated[float | None, _setting("Passes over the training images.", _TRAINING, default="100; 90 for probing")]
+Epochs = Annotated[
+    float | None, _setting("Passes over the training images.", _TRAINING, default="100; 300 from scratch; 90 to probe")
+]
 Steps = Annotated[int | None, _setting("Optimiser steps, instead of epochs.", _TRAINING)]
 BatchSize = Annotated[int | None, _setting("Images per step, over all devices.", _TRAINING, default="as published")]
 Rate = Annotated[float | None, _setting("Base learning rate, per 256 images.", _TRAINING, default="as published")]
@@ -361,10 +363,7 @@ def probe(
     """
     from maekit.evaluation.finetune_config import linear_probing
 
-    config = linear_probing()
-    if steps is None and epochs is None:
-        config.epochs = 90.0
-    _train(config, {"model.pool": pool}, locals(), as_json)
+    _train(linear_probing(), {"model.pool": pool}, locals(), as_json)
 
 
 def _options(given: dict[str, Any], **more: Any) -> EvaluateOptions:

@@ -49,6 +49,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def settings(planted: Path, out: Path, preset: FinetuneConfig | None = None, **changes) -> FinetuneConfig:
     config = preset or finetuning()
+    config.epochs = None
     config.shards, config.test, config.out = (str(planted / "train"),), (str(planted / "test"),), str(out)
     chosen = {
         "model.source": str(planted / "run"),

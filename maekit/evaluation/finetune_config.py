@@ -170,7 +170,7 @@ def finetuning() -> FinetuneConfig:
 
 def training_from_scratch() -> FinetuneConfig:
     """Return the published supervised training from scratch (table 11), without its moving average of weights."""
-    config = FinetuneConfig(batch_size=4096)
+    config = FinetuneConfig(batch_size=4096, epochs=300.0)
     config.model.from_scratch = True
     config.optimizer = SupervisedOptimizer(
         lr=1e-4, min_lr=0.0, warmup_epochs=20.0, weight_decay=0.3, beta2=0.95, layer_decay=1.0
@@ -181,7 +181,7 @@ def training_from_scratch() -> FinetuneConfig:
 
 def linear_probing() -> FinetuneConfig:
     """Return the published linear probing (table 10): LARS, BatchNorm without affine, random resized crops alone."""
-    config = FinetuneConfig(batch_size=16384)
+    config = FinetuneConfig(batch_size=16384, epochs=90.0)
     config.model.blocks, config.model.batch_norm, config.model.pool, config.model.drop_path = 0, True, "cls", 0.0
     config.mix = MixConfig(rand_augment="none", mixup=0.0, cutmix=0.0, label_smoothing=0.0, erase=0.0)
     config.optimizer = SupervisedOptimizer(
