@@ -82,11 +82,14 @@ def test_every_command_is_understood(page: str, line: str) -> None:
     from maekit.cli.app import app
 
     command, arguments = get_command(app), shlex.split(line)[1:]
-    context = command.make_context("maekit", arguments, resilient_parsing=True)
+    context = command.make_context("maekit", list(arguments), resilient_parsing=True)
+    if arguments[0].startswith("-"):
+        return
+    name = "maekit"
     while hasattr(command, "resolve_command"):
         name, command, arguments = command.resolve_command(context, arguments)
         context = type(context)(command, info_name=name, parent=context)
-    command.make_context(line.split()[1], list(arguments))
+    command.make_context(name, list(arguments))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
