@@ -113,6 +113,15 @@ Warmup = Annotated[
 ]
 Workers = Annotated[int | None, _setting("Processes that read and decode.", _MACHINE, default="by the machine")]
 MicroBatch = Annotated[int | None, _setting("Images at a time on each device.", _MACHINE, default="as memory allows")]
+SkipDamaged = Annotated[bool, typer.Option("--skip-damaged", help="Leave damaged shards out.", rich_help_panel=_IMAGES)]
+MaxBad = Annotated[
+    float | None,
+    typer.Option(
+        help="Largest share of training samples without readable image or label.",
+        show_default="0.01",
+        rich_help_panel=_IMAGES,
+    ),
+]
 Cache = Annotated[str | None, _setting("ram keeps small sets decoded in memory; off.", _MACHINE, default="off")]
 MaxTime = Annotated[str | None, _setting("Save and stop after such a time: 3h50m.", _MACHINE)]
 Settings = Annotated[
@@ -245,6 +254,8 @@ def finetune(
     ] = None,
     drop_path: Annotated[float | None, _setting("Largest rate of stochastic depth.", _AUGMENTED, default="0.1")] = None,
     test_images: TestImages = None,
+    skip_damaged: SkipDamaged = False,
+    max_bad: MaxBad = None,
     seed: Seed = _DEFAULT.seed,
     device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     precision: Annotated[str | None, _setting("auto, fp32 or bf16.", _MACHINE, default="auto")] = None,
@@ -305,6 +316,8 @@ def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_jso
         "model.name": arguments["architecture"],
         "data.workers": arguments["workers"],
         "data.cache": arguments["cache"],
+        "data.skip_damaged": arguments["skip_damaged"] or None,
+        "data.max_bad": arguments["max_bad"],
         "run.device": arguments["device"],
         "run.micro_batch": arguments["micro_batch"],
         "run.max_time": arguments["max_time"],
@@ -346,6 +359,8 @@ def probe(
     lr: Rate = None,
     warmup_epochs: Warmup = None,
     test_images: TestImages = None,
+    skip_damaged: SkipDamaged = False,
+    max_bad: MaxBad = None,
     seed: Seed = _DEFAULT.seed,
     device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     workers: Workers = None,

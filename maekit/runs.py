@@ -143,6 +143,11 @@ class FinetuneDirectory(RunDirectory):
         return self.path / FINETUNE_CONFIG
 
     @property
+    def start_file(self) -> Path:
+        """What the encoder was before the training, but for its weights."""
+        return self.path / "start.json"
+
+    @property
     def head_file(self) -> Path:
         """The final classifier."""
         return self.path / "head.safetensors"

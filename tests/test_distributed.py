@@ -97,7 +97,7 @@ def test_an_error_on_one_rank_is_told_by_it_and_ends_all(make_shards, tmp_path: 
     config = tiny_config(tmp_path / "shards", tmp_path / "run", steps=50)
     assert finish(start(config, tmp_path / "log", world=2)) == [1, 1]
     said = (tmp_path / "log").read_text()
-    assert said.count(" samples hold no readable image, more than --max-bad 0.01") == 1
+    assert said.count(" samples cannot be used, more than --max-bad 0.01") == 1
 
 
 def test_what_the_ranks_do_not_divide_is_refused_once(make_shards, tmp_path: Path) -> None:

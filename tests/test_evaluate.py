@@ -1,11 +1,16 @@
 """Judging embeddings: each score against an independent implementation, and what is deployed against the run."""
 
+import io
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import write_shard
+from PIL import Image
 from planted import picture, plant
 from processes import tiny_config
 from sklearn.linear_model import LogisticRegression as Reference
@@ -15,7 +20,7 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.errors import InputError
+from maekit.errors import InputError, MaekitError
 from maekit.evaluation.knn import knn_accuracies
 from maekit.evaluation.labelled import classes_of
 from maekit.evaluation.neighbours import nearest
@@ -23,6 +28,7 @@ from maekit.evaluation.options import EvaluateOptions
 from maekit.evaluation.retrieval import retrieval_scores
 from maekit.exporters.export import export
 from maekit.exporters.options import ExportOptions
+from maekit.files import sha256_file
 
 CPU = {"device": "cpu"}
 
@@ -73,7 +79,8 @@ def test_neighbours_are_those_of_faiss(rows: dict, blocks: list[int], k: int, mo
 
     from maekit.evaluation import neighbours
 
-    monkeypatch.setattr(neighbours, "_BLOCK_BYTES", 4000)
+    monkeypatch.setattr(neighbours, "_QUERIES", 40)
+    monkeypatch.setattr(neighbours, "_ROWS", 64)
     unit = {name: rows[name] / np.linalg.norm(rows[name], axis=1, keepdims=True) for name in ("train", "test")}
     index = faiss.IndexFlatIP(12)
     index.add(unit["train"])
@@ -83,6 +90,15 @@ def test_neighbours_are_those_of_faiss(rows: dict, blocks: list[int], k: int, mo
     np.testing.assert_allclose(mine, cosines, atol=1e-6)
     assert (found == numbers).mean() > 0.99  # equal to the last bit or two, neighbours may change places
     assert [set(row) for row in found] == [set(row) for row in numbers]
+
+
+def test_of_equal_neighbours_the_first_are_taken() -> None:
+    rows = np.repeat(np.eye(2, dtype=np.float32), [700, 300], axis=0)
+    _, numbers = nearest(rows[:2], [rows[:10], rows[10:]], 3)
+    assert numbers.tolist() == [[0, 1, 2]] * 2
+    labels = np.arange(1000) % 7
+    alone, among = (knn_accuracies(rows, labels, rows[:50], labels[:50], ks=ks)[0] for ks in ([5], [5, 20, 800]))
+    assert alone == among
 
 
 def test_votes_are_those_of_scikit_learn(rows: dict) -> None:
@@ -161,6 +177,7 @@ def test_a_query_without_anything_to_find_does_not_count() -> None:
 def test_classes_are_in_order() -> None:
     assert classes_of(["10", "9", "-1"]) == ("-1", "9", "10")
     assert classes_of(["b", "a", "10"]) == ("10", "a", "b")
+    assert classes_of(["--1", "٣", "9" * 5000]) == ("--1", "9" * 5000, "٣")  # no numbers that can be counted with
 
 
 def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
@@ -307,7 +324,7 @@ def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
     options = EvaluateOptions(baselines=False, **CPU)
     for source, train, held_out, said in (
         ("embeddings", other, test, "has no embeddings of"),
-        ("run", alike, test, "all images are of one class, 1"),
+        ("run", alike, test, "all images are of one class, '1'"),
         ("run", bare, test, r"none of 1 samples has a \.cls member"),
         ("run", other, [], "needs --test"),
     ):
@@ -315,6 +332,66 @@ def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
             maekit.evaluate("knn", str(judged / source), train, held_out, options)
     with pytest.raises(InputError, match="must be one of knn, linear, retrieval"):
         maekit.evaluate("tsne", str(judged / "run"), other, test, options)
+
+
+def test_embeddings_belong_to_the_images_they_were_made_of(judged: Path, tmp_path: Path) -> None:
+    # Uncompressed images: keys and sizes are all the same, and so are the digests of the indexes.
+    def bmp(number: int) -> bytes:
+        buffer = io.BytesIO()
+        Image.open(io.BytesIO(picture(number))).save(buffer, "BMP")
+        return buffer.getvalue()
+
+    for name, first in (("train", 0), ("test", 101), ("other", 202)):
+        samples = {f"{i:03d}": {"bmp": bmp(first + i), "cls": str((first + i) % 4).encode()} for i in range(16)}
+        write_shard(tmp_path / f"{name}.tar", samples)
+    train, test, other = (str(tmp_path / f"{name}.tar") for name in ("train", "test", "other"))
+    out = str(tmp_path / "emb")
+    maekit.embed(maekit.EmbedConfig(str(judged / "encoder.onnx"), (train, test), out, device="cpu"))
+    options = EvaluateOptions(baselines=False, k=3, whiten=False, **CPU)
+    assert maekit.evaluate("knn", out, [train], [test], options).rows[0]["accuracy"] == 1.0
+    with pytest.raises(InputError, match=r"has no embeddings of .*other.tar"):
+        maekit.evaluate("knn", out, [train], [other], options)
+    (tmp_path / "moved").mkdir()
+    moved = [shutil.copy(path, tmp_path / "moved" / f"my-{Path(path).name}") for path in (train, test)]
+    assert maekit.evaluate("knn", out, moved[:1], moved[1:], options).rows[0]["accuracy"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["reversed", "cut", "nan", "gone"])
+def test_embeddings_that_are_not_what_was_written(judged: Path, tmp_path: Path, kind: str) -> None:
+    shutil.copytree(judged / "embeddings", tmp_path / "emb")
+    path = tmp_path / "emb/train/0.parquet"
+    table = pq.read_table(path)
+    if kind == "reversed":
+        pq.write_table(table.take(list(range(len(table)))[::-1]), path)
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif kind == "gone":
+        path.unlink()
+    else:
+        column = table["embedding"].combine_chunks()
+        values = column.flatten().to_numpy().copy()
+        values[0] = np.nan
+        made = pa.FixedSizeListArray.from_arrays(values, column.type.list_size)
+        pq.write_table(table.set_column(3, table.schema.field("embedding"), made), path)
+        record = tmp_path / "emb/_maekit/train/0.tar.json"
+        there = json.loads(record.read_text())
+        there["outputs"][0] |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
+        record.write_text(json.dumps(there))
+    said = "not finite" if kind == "nan" else "missing, or changed since it was embedded"
+    with pytest.raises(MaekitError, match=said):
+        maekit.evaluate("knn", str(tmp_path / "emb"), **sets(judged), options=EvaluateOptions(**CPU))
+
+
+def test_a_shard_without_a_row_counts_as_embedded(judged: Path, tmp_path: Path) -> None:
+    shards = plant(tmp_path / "train", 0, 20)
+    write_shard(shards / "junk.tar", {"a": {"png": b"x", "cls": b"1"}})
+    out = str(tmp_path / "emb")
+    specs = (str(shards), sets(judged)["test"][0])
+    maekit.embed(maekit.EmbedConfig(str(judged / "encoder.onnx"), specs, out, device="cpu"))
+    options = EvaluateOptions(baselines=False, whiten=False, **CPU)
+    result = maekit.evaluate("knn", out, [str(shards)], sets(judged)["test"], options)
+    assert (result.train["images"], result.train["unreadable"]) == (21, 1)
+    assert [key for key in result.rows[0] if key.startswith("k=")] == ["k=1", "k=5", "k=10", "k=20"]
 
 
 def test_the_command(judged: Path) -> None:

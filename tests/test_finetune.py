@@ -1,6 +1,8 @@
 """Supervised training: it learns, trains what it should, mixes as published, and goes on exactly."""
 
 import json
+import math
+import re
 import shutil
 from pathlib import Path
 
@@ -133,7 +135,10 @@ def test_processes_divide_it(planted: Path, tmp_path: Path) -> None:
 
 def test_the_figures_are_kept_in_the_run_and_the_encoder_can_be_exported(planted: Path, tmp_path: Path) -> None:
     result = finetune(settings(planted, tmp_path / "half", steps=4, model__blocks=0.5))
-    assert result.path == str(planted / "run/evaluations/finetune-half-step-000000008.json")
+    assert result.path is not None
+    assert re.fullmatch(r".*/run/evaluations/finetune-half-[0-9a-f]{6}-step-000000008\.json", result.path)
+    other = finetune(settings(planted, tmp_path / "other/half", steps=2, model__blocks=0.5))
+    assert other.path not in (None, result.path)
     kept = json.loads(Path(result.path).read_text())
     assert kept["task"] == "finetune"
     assert kept["rows"] == [{"name": "half", "blocks": "0.5", "steps": 4, "accuracy": result.accuracy}]
@@ -153,9 +158,11 @@ def test_samples_without_a_label_are_replaced_and_counted(planted: Path, tmp_pat
     (tmp_path / "run").symlink_to(planted / "run")
     result = finetune(settings(tmp_path, tmp_path / "out", steps=20, data__max_bad=0.2))
     assert result.bad == 2 * 20 * 12 // 24  # two of 24, each epoch
-    assert result.accuracy == 20 / 22  # what cannot be read, and a class that is not learned, count as wrong
-    with pytest.raises(MaekitError, match=r"no_label, no label of a known class|not_an_image"):
-        finetune(settings(tmp_path, tmp_path / "strict", data__max_bad=0.0))
+    assert result.accuracy == 20 / 21  # of those that can be read; a class that is not learned is never right
+    with pytest.raises(InputError, match=r"1 of 24 training samples have no label, more than --max-bad 0.01"):
+        finetune(settings(tmp_path, tmp_path / "strict"))
+    with pytest.raises(MaekitError, match=r"samples cannot be used, more than --max-bad 0.05"):
+        finetune(settings(tmp_path, tmp_path / "strict", data__max_bad=0.05))
 
 
 @pytest.mark.parametrize(
@@ -165,6 +172,12 @@ def test_samples_without_a_label_are_replaced_and_counted(planted: Path, tmp_pat
         ({"model__blocks": 1.5}, "must be all, 0, 0.5, or a whole number"),
         ({"model__blocks": 1, "model__from_scratch": True}, "does not go with --blocks"),
         ({"batch_size": 7}, "mix pairs of images"),
+        ({"run__micro_batch": 1}, "mix pairs of images"),
+        ({"run__micro_batch": 1, "model__batch_norm": True, "mix__mixup": 0.0, "mix__cutmix": 0.0}, "two images"),
+        ({"model__blocks": math.inf}, "must be all, 0, 0.5"),
+        ({"optimizer__layer_decay": 3}, "optimizer.layer_decay"),
+        ({"optimizer__momentum": 0.5}, "optimizer.momentum is not for adamw"),
+        ({"run__pictures_every": 3}, "it draws nothing"),
         ({"model__pool": "max"}, "--pool max"),
         ({"mix__rand_augment": "nonsense"}, "timm knows no such policy"),
         ({"mix__erase": 1.5}, "mix.erase"),
@@ -205,7 +218,7 @@ def test_layers_learn_at_their_own_rates() -> None:
     assert scale["encoder.blocks.1.attn.qkv.weight"] == 0.5
     assert scale["encoder.blocks.0.mlp.fc1.bias"] == 0.25
     assert scale["encoder.patch_embed.proj.weight"] == scale["encoder.cls_token"] == 0.125
-    assert decay["encoder.blocks.0.mlp.fc1.bias"] == 0
+    assert decay["encoder.blocks.0.mlp.fc1.bias"] == decay["encoder.cls_token"] == decay["encoder.pos_embed"] == 0
     assert decay["encoder.blocks.0.mlp.fc1.weight"] == 0.1
 
 
@@ -266,6 +279,56 @@ def test_a_policy_is_a_function_of_its_seed() -> None:
     two = [policy(pixels, seed) for seed in range(6)]
     assert all(np.array_equal(a, b) for a, b in zip(one, two, strict=True))
     assert len({image.tobytes() for image in one}) > 3
+    for seed in range(400):  # 22 asks for a picture of no bits
+        assert policy(pixels, seed).shape == pixels.shape
+
+
+def test_the_final_weights_are_measured_on_the_set_that_is_asked_for(planted: Path, tmp_path: Path) -> None:
+    first = finetune(settings(planted, tmp_path / "out"))
+    wrong = plant(tmp_path / "wrong", 2000, 8, label=lambda number: str((number + 1) % 4))
+    other = finetune(settings(planted, tmp_path / "out", test=(str(wrong),)))
+    assert other.already_finished
+    assert (first.accuracy, other.accuracy) == (1.0, 0.0)
+    again = finetune(settings(planted, tmp_path / "out"))
+    assert (again.accuracy, again.test_loss) == (first.accuracy, first.test_loss)
+    # Killed behind the last checkpoint, before its test.
+    run = RunDirectory(tmp_path / "out")
+    rows = [row for row in run.metrics() if "accuracy" not in row or row["step"] < 30]
+    run.metrics_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run.encoder_file.unlink()
+    late = finetune(settings(planted, tmp_path / "out"))
+    assert (late.accuracy, late.test_loss) == (first.accuracy, pytest.approx(first.test_loss))
+
+
+def test_it_goes_on_without_the_run_it_came_from(planted: Path, tmp_path: Path) -> None:
+    shutil.copytree(planted / "run", tmp_path / "run")
+    config = settings(planted, tmp_path / "out", model__source=str(tmp_path / "run"))
+    whole = finetune(config)
+    files = [tmp_path / "out/encoder.safetensors", tmp_path / "out/head.safetensors"]
+    expected = [file.read_bytes() for file in files]
+    shutil.rmtree(tmp_path / "run")
+    run = RunDirectory(tmp_path / "out")
+    shutil.rmtree(run.checkpoint(30).path)
+    files[0].unlink()
+    result = finetune(config)
+    assert (result.resumed_from, result.path) == (20, None)
+    assert [file.read_bytes() for file in files] == expected
+    assert result.accuracy == whole.accuracy
+
+
+def test_labels_that_changed_are_refused(planted: Path, tmp_path: Path) -> None:
+    train = plant(tmp_path / "train", 0, 24)
+    finetune(settings(planted, tmp_path / "out", steps=2, shards=(str(train),)))
+    plant(train, 0, 24, label=lambda number: str((number + 1) % 4))
+    with pytest.raises(InputError, match="started with labels_sha256"):
+        finetune(settings(planted, tmp_path / "out", steps=2, shards=(str(train),)))
+
+
+def test_a_micro_batch_by_memory_keeps_pairs_together(planted: Path, tmp_path: Path, monkeypatch) -> None:
+    from maekit.training import step
+
+    monkeypatch.setattr(step, "_CPU_ACTIVATIONS", 1)
+    assert finetune(settings(planted, tmp_path / "out", steps=2, batch_size=18)).steps == 2
 
 
 def test_the_commands(planted: Path, tmp_path: Path) -> None:

@@ -304,7 +304,7 @@ def test_max_bad_is_a_share_of_small_sets_too(tmp_path: Path) -> None:
 
 
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
-    with pytest.raises(MaekitError, match="in a row hold no readable image"):
+    with pytest.raises(MaekitError, match="in a row cannot be used"):
         maekit.pretrain(tiny_config(bad_shards(tmp_path / "shards", 0, 5), tmp_path / "run"))
 
 

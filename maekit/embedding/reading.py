@@ -4,12 +4,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from maekit import files
+from maekit.embedding.inputs import Images, Part, Scope, content_of
 from maekit.embedding.records import BOOKKEEPING, CommitRecord
 from maekit.errors import InputError, MaekitError
 
@@ -39,7 +42,7 @@ class EmbeddingFolder:
 
     Attributes:
         path: likewise.
-        records: of the shards that are committed and have rows, by name.
+        records: of the shards that are committed, by name; some may have no row.
 
     Raises:
         InputError: it is no such directory, or holds no row.
@@ -51,16 +54,17 @@ class EmbeddingFolder:
         if not is_embeddings(path):
             raise InputError(f"{path} holds no embeddings: it is no --out of `maekit embed`")
         self.records: list[CommitRecord] = []
+        self._dim = 0  # known once a shard is read
         for file in sorted(folder.rglob("*.json")):
             name = file.relative_to(folder)
             if any(part.startswith(".") for part in name.parts):
                 continue
             record = CommitRecord.from_json(_read_json(file), name.as_posix().removesuffix(".json"))
-            if record is not None and record.rows:
+            if record is not None and bool(record.rows) == bool(record.outputs):
                 self.records.append(record)
-        if not self.records:
+        if not self.rows:
             raise InputError(f"{path} holds no embedding yet; run `maekit embed` on it first")
-        models = {record.options.get("model") for record in self.records}
+        models = {str(record.options.get("model")) for record in self.records}
         if len(models) > 1:
             raise InputError(f"{path} holds embeddings of {len(models)} models; embed anew with --overwrite")
 
@@ -75,12 +79,12 @@ class EmbeddingFolder:
         return sum(record.rows for record in self.records)
 
     def shards(self) -> Iterator[EmbeddedShard]:
-        """Yield the rows of one shard after the other.
+        """Yield the rows of one shard after the other, of those that have any.
 
         Raises:
             MaekitError: a file is missing, or not what its record says.
         """
-        return map(self.read, self.records)
+        return (self.read(record) for record in self.records if record.rows)
 
     def read(self, record: CommitRecord) -> EmbeddedShard:
         """Return the rows of a shard.
@@ -90,7 +94,7 @@ class EmbeddingFolder:
         """
         paths = [self.path / output["path"] for output in record.outputs]
         for path, output in zip(paths, record.outputs, strict=True):
-            if not path.is_file() or path.stat().st_size != output["bytes"]:
+            if not path.is_file() or files.sha256_file(path) != output["sha256"]:
                 raise MaekitError(f"{path}: missing, or changed since it was embedded; `maekit embed --verify` tells")
         try:
             table = pq.read_table(paths[-1])
@@ -100,11 +104,38 @@ class EmbeddingFolder:
             else:
                 vectors = np.load(paths[0], allow_pickle=False)
             keys, ordinals = table["key"].to_pylist(), table["index"].to_numpy()
-        except (OSError, ValueError, KeyError, AttributeError, pa.ArrowException) as error:
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, BadZipFile, pa.ArrowException) as error:
             raise MaekitError(f"{paths[-1]}: cannot be read: {error}") from error
-        if not len(keys) == len(vectors) == record.rows:
-            raise MaekitError(f"{paths[-1]}: {len(vectors)} embeddings where its record says {record.rows}")
+        self._dim = self._dim or vectors.shape[-1]
+        if vectors.shape != (record.rows, self._dim) or len(keys) != record.rows:
+            raise MaekitError(
+                f"{paths[-1]}: embeddings {list(vectors.shape)} where {[record.rows, self._dim]} should be"
+            )
+        if not np.isfinite(vectors).all():
+            raise MaekitError(f"{paths[0]}: holds embeddings that are not finite")
         return EmbeddedShard(record, keys, ordinals, np.asarray(vectors, np.float32))
+
+
+def is_made_from(record: CommitRecord, part: Part, images: Images) -> bool:
+    """Whether a shard's embeddings were made of these images; where time and size do not tell, all bytes are read.
+
+    The digest of an index names keys and sizes alone: two shards of uncompressed images may share it.
+
+    Args:
+        record: of the embeddings.
+        part: where the images lie.
+        images: of the part, open.
+
+    Raises:
+        MaekitError: they cannot be read.
+    """
+    if record.input_digest != images.digest:
+        return False
+    if record.shard == part.name and record.input_version is not None and record.input_version == images.version:
+        return True
+    select, keep = record.options.get("select"), record.options.get("keep") or []
+    ordinals = Scope(select, record.first).ordinals(images)
+    return content_of(images, ordinals, keep) == record.input_content
 
 
 def is_embeddings(path: Path) -> bool:

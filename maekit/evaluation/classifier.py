@@ -187,7 +187,10 @@ def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch
         )
     else:
         groups = param_groups_layer_decay(
-            _Layers(classifier), weight_decay=config.weight_decay, layer_decay=config.layer_decay
+            _Layers(classifier),
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=classifier.encoder.no_weight_decay(),
+            layer_decay=config.layer_decay,
         )
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
     for group in optimizer.param_groups:

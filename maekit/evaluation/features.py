@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.embedding.reading import EmbeddingFolder
+from maekit.embedding.inputs import TarPart
+from maekit.embedding.reading import EmbeddingFolder, is_made_from
+from maekit.embedding.records import CommitRecord
 from maekit.errors import ImageError, InputError
 from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
@@ -24,6 +26,8 @@ from maekit.machine import cores
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress
 from maekit.shards.read import MemberReader, ShardSet
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import ShardFile
 
 if TYPE_CHECKING:
     from maekit.mae.loading import TrainedEncoder
@@ -117,6 +121,18 @@ def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
     return image_features(labelled, preprocess, embed, "raw pixels", progress)
 
 
+def require_device(device: str) -> None:
+    """See that PyTorch has a device.
+
+    Raises:
+        InputError: it is `cuda`, and there is none.
+    """
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch finds no CUDA device here; check nvidia-smi, or use --device cpu")
+
+
 class TorchEncoder:
     """An encoder in PyTorch, fp32.
 
@@ -136,12 +152,11 @@ class TorchEncoder:
         from maekit.mae.pooling import poolings_of
         from maekit.training.kernels import choose_kernels
 
-        if device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda: PyTorch finds no CUDA device here; check nvidia-smi, or use --device cpu")
         encoder = trained.encoder
         there = poolings_of(encoder)
         if "cls" in "".join(pools) and "cls" not in there:
             raise InputError(f"--pool {pools[0]}: this model has no class token; use --pool avg")
+        require_device(device)
         self._torch = torch
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
         self._encoder, self._pools = encoder.eval().to(self._device), pools or there
@@ -209,25 +224,41 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, option: str)
         InputError: a shard was not embedded, or none of its labelled images has a row.
         MaekitError: a file is missing or damaged.
     """
-    by_digest = {record.input_digest: record for record in folder.records}
     kept = np.zeros(len(labelled.numbers), bool)
     parts: list[Rows] = []
     places = np.array([labelled.shards.locate(int(number)) for number in labelled.numbers], np.int64)
     for shard in np.unique(places[:, 0]).tolist():
         file = labelled.shards.shards[shard]
-        record = by_digest.get(labelled.shards.index(shard).digest)
+        record = _record_of(folder, file, labelled.shards.index(shard).digest, labelled.shards.remote)
         if record is None:
             raise InputError(
                 f"{folder.path} has no embeddings of {file.url or file.path} ({option}); embed it into the same --out, "
                 "or name the shards that were embedded"
             )
+        if not record.rows:
+            continue
         embedded = folder.read(record)
         mine = np.flatnonzero(places[:, 0] == shard)
         at = np.searchsorted(embedded.ordinals, ordinals := places[mine, 1])
         there = embedded.ordinals[np.minimum(at, len(embedded.ordinals) - 1)] == ordinals
         kept[mine[there]] = True
         parts.append(embedded.vectors[at[there]])
-    rows = np.concatenate(parts)
-    if not len(rows):
+    if not kept.any():
         raise InputError(f"{folder.path}: none of the labelled images of {option} has an embedding")
-    return Features({"embeddings": rows}, kept)
+    return Features({"embeddings": np.concatenate(parts)}, kept)
+
+
+def _record_of(
+    folder: EmbeddingFolder, file: ShardFile, digest: str, remote: RemoteCache | None
+) -> CommitRecord | None:
+    """Return the record of a shard's embeddings, wherever the shard lay when it was embedded."""
+    part = TarPart(file)
+    records = [record for record in folder.records if record.input_digest == digest]
+    if not records:
+        return None
+    images = part.open(remote or RemoteCache())
+    try:
+        records.sort(key=lambda record: record.shard != part.name)
+        return next((record for record in records if is_made_from(record, part, images)), None)
+    finally:
+        images.close()

@@ -6,6 +6,7 @@ a CPU with as many threads.
 
 import copy
 import dataclasses
+import hashlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -27,14 +28,14 @@ from maekit.evaluation.classifier import Classifier, ClassifierObjective, Labell
 from maekit.evaluation.finetune_config import FinetuneConfig
 from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
 from maekit.evaluation.policy import RandAugment
-from maekit.images import Pixels
+from maekit.images import Pixels, Preprocess
 from maekit.mae.autoencoder import initialize_encoder
 from maekit.mae.loading import TrainedEncoder, load_encoder, norm_eps, set_norm_eps
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
 from maekit.mae.pooling import poolings_of
-from maekit.mae.sources import create_timm
-from maekit.mae.weights import encoder_bytes
+from maekit.mae.sources import Note, create_timm
+from maekit.mae.weights import encoder_bytes, load_strictly, read_safetensors
 from maekit.parallel import map_in_threads
 from maekit.progress import Progress, Silent
 from maekit.random import Purpose, random_bits
@@ -42,7 +43,7 @@ from maekit.runs import FinetuneDirectory, RunDirectory
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
 from maekit.signals import stop_on_signal
-from maekit.training import distributed
+from maekit.training import distributed, metrics
 from maekit.training.crops import Augmentation, CropLoader, Watch
 from maekit.training.data import Division
 from maekit.training.distributed import World
@@ -71,8 +72,9 @@ class FinetuneResult:
         steps: optimiser steps done.
         samples: images trained on, repeats counted.
         loss: mean training loss over the last logged steps.
-        accuracy: share of test images that the last weights get right; those that cannot be read count as wrong.
+        accuracy: share of test images that the last weights get right, of those that can be read.
         test_loss: their mean cross-entropy.
+        test_images: that could be read.
         trained: parameters that were.
         images_per_second: over this process's part of the run, on all ranks together.
         data_wait: share of this process's time spent waiting for data.
@@ -88,6 +90,7 @@ class FinetuneResult:
     loss: float | None
     accuracy: float | None
     test_loss: float | None
+    test_images: int
     trained: int
     images_per_second: float
     data_wait: float
@@ -132,7 +135,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         main(lambda: refuse_indivisible(config, world))
         main(lambda: _refuse_foreign_directory(run))
         note = progress.note if world.is_main else Silent().note
-        trained = world.together(lambda: load_encoder(config.model.source, model=config.model.name, on_note=note))
+        trained = world.together(lambda: _source(config, run, note))
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         shards = world.in_turn(lambda: index_shards(config, world, progress))
@@ -140,6 +143,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         labels, classes = world.together(lambda: _labels(config, progress))
         test = world.together(lambda: _test_set(config, classes, progress))
         config.classes, config.model.sha256 = len(classes), _digest(trained)
+        config.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
         config.data.mean, config.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
         precision = choose_precision(config, device, world, progress)
         task = world.together(
@@ -148,8 +152,24 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         main(lambda: stack.enter_context(files.sole_owner(run.path)))
         newest = main(lambda: newest_checkpoint(run, progress))
         finished = Engine(task, run, shards, task.order, device, world, progress, stop).go(newest)
+        main(lambda: task.measure_once(finished))
         result: FinetuneResult = world.share(_result(config, finished, task, trained) if world.is_main else None)
         return result
+
+
+def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> TrainedEncoder:
+    """Return the encoder that is started from; where there is a checkpoint, as far as that one does not hold it.
+
+    A run that the encoder came from may have gone on, or be gone.
+    """
+    if run.list_checkpoints() and run.start_file.is_file():
+        start = json.loads(run.start_file.read_text(encoding="utf-8"))
+        if start["source"] == config.model.source:
+            encoder = create_timm(start["name"], start["arguments"])
+            set_norm_eps(encoder, start["norm_eps"])
+            preprocess = Preprocess.from_json(start["preprocess"])
+            return TrainedEncoder(encoder, start["name"], preprocess, start["arguments"], start["provenance"])
+    return load_encoder(config.model.source, model=config.model.name, on_note=note)
 
 
 def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
@@ -181,6 +201,11 @@ def _labels(config: FinetuneConfig, progress: Progress) -> tuple[NDArray[np.int6
         raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0]}")
     labels = np.full(labelled.shards.samples, -1, np.int64)
     labels[labelled.numbers] = encode(labelled.texts, classes)
+    if labelled.unlabelled > config.data.max_bad * len(labels):
+        raise InputError(
+            f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than --max-bad "
+            f"{config.data.max_bad:g}; put the labelled ones into shards of their own"
+        )
     return labels, classes
 
 
@@ -220,10 +245,10 @@ class _Supervised:
         policy = config.mix.rand_augment
         self._policy = None if policy == "none" else RandAugment(policy, self.size, self._prepare.mean)
         share = config.batch_size // world.size
-        if (config.mix.mixup or config.mix.cutmix) and (config.run.micro_batch or share) % 2:
+        if not self.fits(config.run.micro_batch or share):
+            why = "mixup and cutmix mix pairs of images" if self._mixes else "a BatchNorm needs two images at least"
             raise InputError(
-                f"mixup and cutmix mix pairs of images: a batch of {config.batch_size} gives each process "
-                f"{config.run.micro_batch or share} at a time, which is odd"
+                f"{why}: a batch of {config.batch_size} gives each process {config.run.micro_batch or share} at a time"
             )
         if "cls" in config.model.pool and "cls" not in poolings_of(trained.encoder):
             raise InputError(f"--pool {config.model.pool}: this model has no class token; use --pool avg")
@@ -252,6 +277,13 @@ class _Supervised:
         if self.config.model.from_scratch:
             initialize_encoder(encoder, seed=self.config.seed)
         return encoder
+
+    @property
+    def _mixes(self) -> bool:
+        return bool(self.config.mix.mixup or self.config.mix.cutmix)
+
+    def fits(self, count: int) -> bool:
+        return count % 2 == 0 if self._mixes else count > 1 or not self.config.model.batch_norm
 
     def schedule(self, steps: int) -> Schedule:
         size, samples = self.config.batch_size, self.shards.samples
@@ -283,13 +315,24 @@ class _Supervised:
         random.seed(words[2])
 
     def open_validation(self, division: Division) -> Callable[[], dict[str, Any]]:
-        return self._measure
+        return lambda: self._measure(self._world)
 
-    def _measure(self) -> dict[str, Any]:
-        """Return accuracy and mean cross-entropy on the test set."""
+    def measure_once(self, finished: Finished) -> None:
+        """Measure the final weights, where that was not done on this test set: after a kill, or with another set."""
+        done, digest = finished.steps, self.test_digest
+        if any(row["step"] == done and row.get("test") == digest for row in finished.rows):
+            return
+        load_strictly(self.model, read_safetensors(self._run.checkpoint(done).path / runs.MODEL), str(self._run.path))
+        row = {"step": done, **self._measure(World())}
+        metrics.append(self._run.metrics_file, row)
+        finished.rows.append(row)
+
+    def _measure(self, world: World) -> dict[str, Any]:
+        """Return accuracy and mean cross-entropy on the test set, each rank of `world` doing its part."""
         labelled, labels = self.test
-        mine = np.arange(len(labels))[self._world.rank :: self._world.size]
-        right = loss = seen = 0.0
+        distributed.share_buffers(self.model, world)
+        mine = np.arange(len(labels))[world.rank :: world.size]
+        right = loss = seen = known_seen = 0.0
         device = next(self.model.parameters()).device
         self.objective.eval()
         try:
@@ -300,13 +343,21 @@ class _Supervised:
                 known = torch.from_numpy(wanted)
                 right += float((logits.argmax(dim=1) == known).sum())
                 loss += float(functional.cross_entropy(logits, known, ignore_index=-1, reduction="sum"))
-                seen += float((known >= 0).sum())
+                seen, known_seen = seen + len(known), known_seen + float((known >= 0).sum())
         finally:
             self.objective.train()
-        right, loss, seen = self._world.sum([right, loss, seen])
-        if not seen:
+        right, loss, seen, known_seen = world.sum([right, loss, seen, known_seen])
+        if not known_seen:
             raise MaekitError("--test: none of the test images can be read, or none is of a known class")
-        return {"accuracy": right / len(labels), "test_loss": loss / seen, "test_images": int(seen)}
+        found = {"accuracy": right / seen, "test_loss": loss / known_seen, "test_images": int(seen)}
+        return {**found, "test": self.test_digest}
+
+    @property
+    def test_digest(self) -> str:
+        """What names the test set: its samples and their labels."""
+        labelled, labels = self.test
+        digest = hashlib.sha256(labelled.shards.digest.encode() + labelled.numbers.tobytes() + labels.tobytes())
+        return digest.hexdigest()[:16]
 
     def _test_batches(self, labelled: LabelledSet, labels: NDArray[np.int64], mine: NDArray[np.int64]) -> Any:
         starts = range(0, len(mine), _TEST_BATCH)
@@ -321,7 +372,7 @@ class _Supervised:
                         data = reader.read_image(labelled.shards.index(shard), ordinal)
                         images.append(self._prepare(data))
                     except ImageError:
-                        continue  # as good as wrong
+                        continue
                     wanted.append(labels[place])
             finally:
                 reader.close()
@@ -352,6 +403,17 @@ class _Supervised:
     def is_finished(self) -> bool:
         return self._run.encoder_file.exists() and self._run.head_file.exists()
 
+    def begin(self) -> None:
+        start = {
+            "source": self.config.model.source,
+            "name": self._trained.name,
+            "arguments": self._trained.arguments,
+            "preprocess": self._prepare.to_json(),
+            "provenance": self._trained.provenance,
+            "norm_eps": norm_eps(self._trained.encoder),
+        }
+        files.write_atomically(self._run.start_file, json.dumps(start, indent=1).encode())
+
     def finish(self, steps: int) -> None:
         description = {
             "model": self._trained.name,
@@ -368,7 +430,7 @@ class _Supervised:
 
 
 def _result(config: FinetuneConfig, finished: Finished, task: _Supervised, trained: TrainedEncoder) -> FinetuneResult:
-    tested = [row for row in finished.rows if "accuracy" in row]
+    tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
     last: dict[str, Any] = tested[-1] if tested else {}
     tally = finished.tally
     result = FinetuneResult(
@@ -378,6 +440,7 @@ def _result(config: FinetuneConfig, finished: Finished, task: _Supervised, train
         loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
         accuracy=last.get("accuracy"),
         test_loss=last.get("test_loss"),
+        test_images=last.get("test_images", 0),
         trained=sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         images_per_second=finished.images_per_second(config.batch_size),
         data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
@@ -392,7 +455,6 @@ def _keep(config: FinetuneConfig, result: FinetuneResult, task: _Supervised, tra
     """Note the figures in the run that the encoder is from."""
     if trained.provenance.get("source") != "run" or config.model.from_scratch:
         return None
-    run, _ = runs.find_checkpoint(Path(config.model.source))
     step = int(trained.provenance["step"])
     kind = "linear probe" if config.model.blocks == 0 else "finetune"
     blocks = "all" if config.model.blocks is None else f"{config.model.blocks:g}"
@@ -402,11 +464,14 @@ def _keep(config: FinetuneConfig, result: FinetuneResult, task: _Supervised, tra
         "model": config.model.source,
         "step": step,
         "train": {"shards": len(task.shards.shards), "images": int((task.labels >= 0).sum())},
-        "test": {"images": len(task.test[1])},
+        "test": {"images": result.test_images},
         "rows": [row],
     }
-    path = run.evaluation(f"{kind.split()[0]}-{Path(config.out).name}", step)
+    # Two directories of one name are two trainings.
+    place = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
     try:
+        run, _ = runs.find_checkpoint(Path(config.model.source))
+        path = run.evaluation(f"{kind.split()[0]}-{Path(config.out).name}-{place}", step)
         path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, json.dumps(said, indent=1).encode())
     except (OSError, MaekitError):

@@ -91,6 +91,7 @@ class FinetuneConfig:
         batch_size: images per optimiser step, over all devices.
         seed: of the head, order, crops, flips and all that is mixed.
         classes: of the training set; found by itself.
+        labels_sha256: names classes and labels of the training set; found by itself.
     """
 
     shards: tuple[str, ...] = field(default=(), metadata={"free": True})
@@ -102,6 +103,7 @@ class FinetuneConfig:
     batch_size: int = 1024
     seed: int = 0
     classes: int | None = None
+    labels_sha256: str | None = None
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
     mix: MixConfig = field(default_factory=MixConfig)
@@ -124,7 +126,6 @@ class FinetuneConfig:
                 "test_images": self.test_images,
                 "optimizer.lr": self.optimizer.lr,
                 "optimizer.clip_grad": self.optimizer.clip_grad,
-                "optimizer.layer_decay": self.optimizer.layer_decay,
             }
         )
         check_not_negative(
@@ -145,6 +146,8 @@ class FinetuneConfig:
         }.items():
             if not 0 <= value < 1:
                 raise InputError(f"{key} = {value}: must lie in [0, 1)")
+        if not 0 < self.optimizer.layer_decay <= 1:
+            raise InputError(f"optimizer.layer_decay = {self.optimizer.layer_decay}: must lie in (0, 1]")
         if not 0 <= self.mix.erase <= 1:
             raise InputError(f"mix.erase = {self.mix.erase}: must lie in [0, 1]")
         elsewhere = {"mean": "the model's own is taken", "std": "the model's own is taken", "val": "use --test"}
@@ -153,7 +156,7 @@ class FinetuneConfig:
             if getattr(self.data, name) != getattr(DataConfig, name):
                 raise InputError(f"data.{name} is not for fine-tuning: {instead}")
         blocks = self.model.blocks
-        if blocks is not None and blocks != 0.5 and (blocks < 0 or blocks != int(blocks)):
+        if blocks is not None and blocks != 0.5 and not (0 <= blocks < 1e6 and blocks == int(blocks)):
             raise InputError(f"--blocks {blocks:g}: must be all, 0, 0.5, or a whole number")
         if self.model.from_scratch and blocks is not None:
             raise InputError("--from-scratch trains all blocks; it does not go with --blocks")
@@ -161,6 +164,12 @@ class FinetuneConfig:
             raise InputError(f"--pool {self.model.pool}: must be one of {', '.join(POOLS)}")
         if self.optimizer.kind not in ("adamw", "lars"):
             raise InputError(f"optimizer.kind = {self.optimizer.kind!r}: must be one of adamw, lars")
+        idle = {"adamw": ("momentum", SupervisedOptimizer.momentum), "lars": ("layer_decay", 1.0)}
+        name, usual = idle[self.optimizer.kind]
+        if getattr(self.optimizer, name) != usual:
+            raise InputError(f"optimizer.{name} is not for {self.optimizer.kind}")
+        if self.run.pictures_every is not None:
+            raise InputError("run.pictures_every is not for fine-tuning: it draws nothing")
 
 
 def finetuning() -> FinetuneConfig:

@@ -1,5 +1,6 @@
 """Labelled images out of shards: the `cls` member of each sample is its class."""
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +14,8 @@ from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 
 EXTENSION = "cls"
+_LONGEST_LABEL = 1000  # bytes
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def _label(shards: ShardSet, reader: MemberReader, number: int) -> str:
     shard, ordinal = shards.locate(number)
     index = shards.index(shard)
     for member in index.members(ordinal):
-        if member.extension.lower() == EXTENSION:
+        if member.extension.lower() == EXTENSION and member.size <= _LONGEST_LABEL:
             try:
                 return reader.read(index, member).decode("utf-8", errors="replace").strip()
             except ImageError:  # other bytes than were indexed
@@ -109,7 +112,7 @@ def _label(shards: ShardSet, reader: MemberReader, number: int) -> str:
 def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
     """Return the different labels in order: as numbers, where all of them are."""
     there = set(texts)
-    if all(text.lstrip("-").isdecimal() for text in there):
+    if all(_NUMBER.fullmatch(text) for text in there):
         return tuple(sorted(there, key=lambda text: (int(text), text)))
     return tuple(sorted(there))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-_BLOCK_BYTES = 64 << 20  # of cosines at once
+_QUERIES, _ROWS = 1024, 16384  # at once: 64 MB of cosines
 
 Rows = NDArray[np.float32]
 
@@ -22,38 +22,41 @@ def nearest(queries: Rows, blocks: Iterable[Rows], k: int) -> tuple[Rows, NDArra
         cosines, float32 `[m, k]`, largest first; and the numbers of the rows, int64 `[m, k]`.
     """
     queries = unit(queries)
-    cosines, numbers = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+    slices = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
+    found = [_nothing(len(queries[part])) for part in slices]
     seen = 0
     for block in blocks:
         rows = unit(block)
-        step = max(1, _BLOCK_BYTES // (4 * max(1, len(queries))), k)
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
-            found, order = _nearest_of(queries, part, k)
-            cosines, numbers = _merge(cosines, numbers, found, order + seen + first, k)
+        for first in range(0, len(rows), max(_ROWS, k)):
+            some = rows[first : first + max(_ROWS, k)]
+            for number, part in enumerate(slices):
+                cosines, order = _nearest_of(queries[part], some, k)
+                found[number] = _merge(*found[number], cosines, order + seen + first, k)
         seen += len(rows)
+    if not found:
+        return _nothing(0)
+    cosines, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
     return cosines, numbers
+
+
+def _nothing(queries: int) -> tuple[Rows, NDArray[np.int64]]:
+    return np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64)
 
 
 def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, NDArray[np.int64]]:
-    """Return the k nearest of a few rows, ordered, a few queries at a time."""
-    k = min(k, len(rows))
-    cosines, numbers = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
-    step = max(1, _BLOCK_BYTES // (4 * len(rows)))
-    for first in range(0, len(queries), step):
-        part = slice(first, first + step)
-        similar = queries[part] @ rows.T  # [b, d] @ [d, n] -> [b, n]
-        chosen = (
-            np.argpartition(similar, len(rows) - k, axis=1)[:, len(rows) - k :]
-            if k < len(rows)
-            else _all(len(similar), k)
-        )
-        cosines[part], numbers[part] = np.take_along_axis(similar, chosen, axis=1), chosen
-    return cosines, numbers
-
-
-def _all(queries: int, k: int) -> NDArray[np.int64]:
-    return np.tile(np.arange(k), (queries, 1))
+    """Return the k nearest of a few rows to a few queries, in no order; of equal ones those that come first."""
+    similar = queries @ rows.T  # [b, d] @ [d, n] -> [b, n]
+    if k >= len(rows):
+        return similar, np.tile(np.arange(len(rows)), (len(queries), 1))
+    chosen = np.argpartition(similar, len(rows) - k, axis=1)[:, len(rows) - k :]
+    cosines = np.take_along_axis(similar, chosen, axis=1)
+    # Where the last place is shared by several, the partition takes any of them.
+    worst = cosines.min(axis=1)
+    shared = np.flatnonzero((similar >= worst[:, None]).sum(axis=1) > k)
+    for query in shared.tolist():
+        chosen[query] = np.argsort(-similar[query], kind="stable")[:k]
+        cosines[query] = similar[query, chosen[query]]
+    return cosines, chosen
 
 
 def _merge(

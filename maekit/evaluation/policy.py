@@ -3,13 +3,18 @@
 import random
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from timm.data.auto_augment import rand_augment_transform
 
 from maekit.errors import InputError
 from maekit.images import Pixels
 
 _TRANSLATION = 0.45
+
+
+def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
+    """Keep the highest bits of each channel. timm asks for 0 of them now and then, which Pillow refuses."""
+    return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
 class RandAugment:
@@ -33,6 +38,9 @@ class RandAugment:
             self._transform = rand_augment_transform(policy, hparams)
         except Exception as error:  # whatever the text leads to
             raise InputError(f"mix.rand_augment = {policy!r}: timm knows no such policy ({error!r})") from error
+        for operation in self._transform.ops:
+            if operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
 
     def __call__(self, pixels: Pixels, seed: int) -> Pixels:
         """Change one image by the numbers of a seed: uint8 `[3, H, W]` -> uint8 `[3, H, W]`."""

@@ -39,6 +39,7 @@ _PIXEL_DIM = 64
 _ONNX = ".onnx"
 _BLOCK = 4096
 
+Embedding = ExportedEncoder | TorchEncoder | None
 Rows = NDArray[np.float32]
 Labels = NDArray[np.int64]
 
@@ -100,10 +101,12 @@ def evaluate(
         sets.append(open_labelled(test, "--test", progress, images=options.test_images))
     classes = classes_of(sets[0].texts)
     if len(classes) < 2:
-        raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0]}")
+        raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
     unknown = sorted(set(sets[-1].texts) - set(classes))
     if unknown:
-        progress.note(f"--test has {len(unknown)} classes that --train has not, such as {unknown[0]}: never right")
+        progress.note(
+            f"--test has {len(unknown)} classes that --train has not, such as {unknown[0][:60]!r}: never right"
+        )
     judge = _Judge(task, options, classes, sets)
     rows = [row for what, features in subject.features(sets) for row in judge(what, features)]
     summaries = [
@@ -146,15 +149,19 @@ class _Subject:
                 raise InputError(f"--pool {options.pool[0]}: {model} is {what}, pooled already")
             if options.model:
                 raise InputError(f"--model {options.model}: {model} is {what}, and needs no architecture")
+            if self._folder and options.device == "cuda":
+                raise InputError(f"--device cuda: {model} is embeddings, which are judged where they are")
             if options.precisions != ("fp32",):
                 raise InputError(
                     f"--precision {options.precisions[0]} is for models with weights; {model} is judged as it is"
                 )
             self._trained: TrainedEncoder | None = None
+            self._encoder: Embedding = ExportedEncoder(path, options.device) if self._is_exported else None
             return
         from maekit.mae.loading import load_encoder
 
         self._trained = load_encoder(model, model=options.model, on_note=progress.note)
+        self._encoder = TorchEncoder(self._trained, options.pool, options.device)
         if self._trained.provenance.get("source") == "run":
             self.run, _ = runs.find_checkpoint(path)
             self.step = int(self._trained.provenance["step"])
@@ -170,15 +177,15 @@ class _Subject:
             self._count(features)
             yield "", features
             return
+        encoder = self._encoder
+        assert encoder is not None
         if self._trained is None:
-            exported = ExportedEncoder(Path(self._model), self._options.device)
-            yield "", self._embedded(sets, exported.preprocess, exported, Path(self._model).name)
+            yield "", self._embedded(sets, encoder.preprocess, encoder, Path(self._model).name)
             return
         if self._options.baselines:
             yield "untrained", self._of_untrained(self._trained, sets)
         for precision in self._options.precisions:
             if precision == "fp32":
-                encoder = TorchEncoder(self._trained, self._options.pool, self._options.device)
                 yield "", self._embedded(sets, encoder.preprocess, encoder, "embed")
             else:
                 yield from self._of_precision(self._trained, precision, sets)
@@ -265,15 +272,17 @@ class _Judge:
     def _score(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
         options = self._options
         if self._task == "knn":
-            ks = [options.k, *options.ks]
+            others = [k for k in options.ks if k <= len(rows[0])]
+            ks = [options.k, *others]
             shares = knn_accuracies(rows[0], labels[0], rows[1], labels[1], ks=ks, temperature=options.temperature)
-            return {"accuracy": shares[0], **{f"k={k}": share for k, share in zip(options.ks, shares[1:], strict=True)}}
+            return {"accuracy": shares[0], **{f"k={k}": share for k, share in zip(others, shares[1:], strict=True)}}
         if self._task == "linear":
             return self._linear(rows, labels)
         queries = (rows[1], labels[1]) if len(rows) > 1 else (None, None)
         found = retrieval_scores(rows[0], labels[0], *queries, recalls=options.recalls)
         recall = {f"recall@{k}": share for k, share in found.recall.items()}
-        return {"map": found.mean_average_precision, "r_precision": found.r_precision, **recall}
+        scores = {"map": found.mean_average_precision, "r_precision": found.r_precision, **recall}
+        return {**scores, "queries": found.queries}
 
     def _linear(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
         import torch

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from maekit import files
 from maekit.embedding.embedder import Embedder
 from maekit.embedding.inputs import Images, Part, find_inputs, read_place
-from maekit.embedding.reading import EmbeddedShard, EmbeddingFolder
+from maekit.embedding.reading import EmbeddedShard, EmbeddingFolder, is_made_from
 from maekit.embedding.records import CommitRecord
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.evaluation.neighbours import nearest
@@ -294,7 +294,7 @@ def _open(record: CommitRecord, parts: Sequence[Part], remote: RemoteCache) -> I
             images = part.open(remote)
         except MaekitError:  # damaged, or gone
             continue
-        if images.digest == record.input_digest:
+        if is_made_from(record, part, images):
             return images
         images.close()
     return None

@@ -121,7 +121,7 @@ class _Classes:
     def label(self, reader: MemberReader, index: ShardIndex, ordinal: int) -> str | None:
         """Return the class of a sample, None where it has none."""
         for member in index.members(ordinal):
-            if member.extension == "cls" and member.size < 1000:
+            if member.extension.lower() == "cls" and member.size < 1000:
                 try:
                     label = reader.read(index, member).decode("utf-8", "replace").strip()
                 except (ImageError, MaekitError):

@@ -281,7 +281,7 @@ class CropLoader:
                 return self._crop(reader, shard, ordinal, draws), self._label(shard, ordinal)
             except ImageError:
                 continue
-        raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row hold no readable image, the first: {first}")
+        raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row cannot be used, the first: {first}")
 
     def _fetching_ahead(self, slices: Iterator[Slice]) -> Iterator[Slice]:
         """Pass slices on while the remote shards of their window and of the next one are downloaded."""

@@ -208,6 +208,14 @@ def lost_rank(error: RuntimeError) -> bool:
     )
 
 
+def share_buffers(module: torch.nn.Module, world: World) -> None:
+    """Give the main process's buffers, such as running statistics, to all others."""
+    if world.group is not None:
+        for buffer in module.buffers():
+            with _lost_ranks():
+                dist.broadcast(buffer, src=0)
+
+
 def share_optimizer(optimizer: torch.optim.Optimizer, world: World) -> None:
     """Give an optimiser's state, as the main process loaded it, to all others."""
     if world.group is None:

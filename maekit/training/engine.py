@@ -97,6 +97,9 @@ class Task(Protocol):
     def crops(self, watch: Watch, decoded: DecodedSet | None) -> CropLoader:
         """Return what makes images of places in the order."""
 
+    def fits(self, count: int) -> bool:
+        """Whether so many images may go through the model at a time, whatever the memory."""
+
     def begin_step(self, done: int) -> None:
         """Prepare for the step that follows `done` steps; called on every rank."""
 
@@ -111,6 +114,9 @@ class Task(Protocol):
 
     def read_config(self, run: RunDirectory) -> TrainingConfig:
         """Return the settings that a run was started with."""
+
+    def begin(self) -> None:
+        """Write what else a run begins with, beside its settings; called on the main process."""
 
     def is_finished(self) -> bool:
         """Whether what the run is for has been written."""
@@ -265,6 +271,7 @@ class Engine:
         if newest is not None and newest.step == self.steps and self.task.is_finished():
             return {"bad": 0, "skipped": 0, **newest.state(), "finished": True}
         files.write_atomically(self.run.config_file, dump_toml(self.config).encode())
+        self.task.begin()
         state = {"step": 0, "bad": 0, "skipped": 0, "finished": False}
         if newest is not None:
             state |= checkpoint.load(newest, self.task.model, self.task.optimizer)
@@ -366,7 +373,7 @@ class Engine:
         if micro_batch is None:
             task = self.task
             there = sum(tensor.nbytes for tensor in checkpoint.optimizer_tensors(task.optimizer).values())
-            largest = choose_micro_batch(task.objective, share, task.size, task.forward, there, task.masks)
+            largest = choose_micro_batch(task.objective, share, task.size, task.forward, there, task.masks, task.fits)
             micro_batch = int(min(part for (part,) in world.gather([largest])))
             if micro_batch < share and world.is_main:
                 self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")

@@ -217,7 +217,7 @@ class Trainer:
                 raise ElsewhereError("too many bad samples", MaekitError.exit_code)
             last = f"; the last one: {batch.bad_lines[-1]}" if batch.bad_lines else ""
             raise MaekitError(
-                f"{tally.bad} of {seen} samples hold no readable image, more than --max-bad {self.max_bad:g}{last}"
+                f"{tally.bad} of {seen} samples cannot be used, more than --max-bad {self.max_bad:g}{last}"
             )
 
     def _fetch(self, tally: Tally, done: int) -> dict[str, Any]:

@@ -205,6 +205,9 @@ class _Pretraining:
             decoded=decoded,
         )
 
+    def fits(self, count: int) -> bool:
+        return True
+
     def begin_step(self, done: int) -> None:
         pass  # all random numbers come with the images
 
@@ -246,6 +249,9 @@ class _Pretraining:
 
     def read_config(self, run: RunDirectory) -> PretrainConfig:
         return run.config()
+
+    def begin(self) -> None:
+        pass  # the settings say all
 
     def is_finished(self) -> bool:
         return self._run.encoder_file.exists()

@@ -163,6 +163,7 @@ def choose_micro_batch(
     forward: Callable[[], AbstractContextManager[Any]],
     moments: int = 0,
     masks: int = 1,
+    fits: Callable[[int], bool] = lambda count: True,
 ) -> int:
     """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
 
@@ -176,6 +177,7 @@ def choose_micro_batch(
         forward: a fresh context for the forward pass.
         moments: bytes that the optimiser's state takes on the device already.
         masks: of each image.
+        fits: whether so many images may go through the model at a time, whatever the memory.
     """
     device = next(objective.parameters()).device
     mode = objective.training
@@ -193,7 +195,8 @@ def choose_micro_batch(
     else:
         room = _CPU_ACTIVATIONS
     largest = max(1, min(_LARGEST_MICRO_BATCH, int(room / per_image)))
-    return max(part for part in range(1, share + 1) if share % part == 0 and part <= largest)
+    parts = [part for part in range(1, share + 1) if share % part == 0 and fits(part)]
+    return max((part for part in parts if part <= largest), default=parts[0])
 
 
 def _saved_bytes(
