@@ -24,6 +24,14 @@ Model = Annotated[
         show_default=False,
     ),
 ]
+Weights = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run, a checkpoint, timm:NAME, a file of weights, or the --out of another fine-tuning.",
+        show_default=False,
+    ),
+]
 Train = Annotated[
     list[str],
     typer.Option(metavar="SHARDS", help="With a .cls member each.", show_default=False, rich_help_panel=_IMAGES),
@@ -101,7 +109,8 @@ def _setting(help: str, panel: str, *names: str, default: str | None = None) -> 
     return typer.Option(*names, help=help + shown, rich_help_panel=panel, show_default=False)
 
 
-Out = Annotated[str | None, typer.Option(help="The directory of this training.", show_default=False)]
+TrainingSeed = Annotated[int, typer.Option(help="Of the head, order, crops, and all that is mixed.")]
+Out = Annotated[str, typer.Option(help="The directory of this training.", show_default=False)]
 Epochs = Annotated[
     float | None, _setting("Passes over the training images.", _TRAINING, default="100; 300 from scratch; 90 to probe")
 ]
@@ -209,10 +218,10 @@ def retrieval(
 
 @app.command("finetune")
 def finetune(
-    model: Model,
+    model: Weights,
     train: Train,
     test: Test,
-    out: Out = None,
+    out: Out,
     blocks: Annotated[
         str | None,
         _setting(
@@ -256,7 +265,7 @@ def finetune(
     test_images: TestImages = None,
     skip_damaged: SkipDamaged = False,
     max_bad: MaxBad = None,
-    seed: Seed = _DEFAULT.seed,
+    seed: TrainingSeed = _DEFAULT.seed,
     device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     precision: Annotated[str | None, _setting("auto, fp32 or bf16.", _MACHINE, default="auto")] = None,
     workers: Workers = None,
@@ -303,11 +312,8 @@ def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_jso
     """Run supervised training with the settings of a preset, of options, and of --set, each over the one before."""
     from maekit.cli.show import is_main_process
     from maekit.config import parse_setting, set_value
-    from maekit.errors import InputError
     from maekit.evaluation.finetune import finetune
 
-    if arguments["out"] is None:
-        raise InputError("training needs a directory: --out DIRECTORY")
     given |= {
         "shards": tuple(arguments["train"]),
         "test": tuple(arguments["test"]),
@@ -347,10 +353,10 @@ def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_jso
 
 @app.command("probe")
 def probe(
-    model: Model,
+    model: Weights,
     train: Train,
     test: Test,
-    out: Out = None,
+    out: Out,
     architecture: Architecture = None,
     pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="cls")] = None,
     epochs: Epochs = None,
@@ -361,7 +367,7 @@ def probe(
     test_images: TestImages = None,
     skip_damaged: SkipDamaged = False,
     max_bad: MaxBad = None,
-    seed: Seed = _DEFAULT.seed,
+    seed: TrainingSeed = _DEFAULT.seed,
     device: Annotated[str | None, _setting("auto, cpu or cuda.", _MACHINE, default="auto")] = None,
     workers: Workers = None,
     micro_batch: MicroBatch = None,

@@ -37,6 +37,7 @@ class EncoderDescription:
         pool: how tokens become an embedding; `tokens` are not pooled.
         normalize: whether embeddings have unit length.
         external: digest of each file of weights beside it, by name.
+        whitened: whether a whitening is inside.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class EncoderDescription:
     pool: str
     normalize: bool
     external: dict[str, str]
+    whitened: bool = False
 
     @property
     def output(self) -> str:
@@ -71,6 +73,7 @@ class EncoderDescription:
                 str(spec["pool"]),
                 bool(spec["normalize"]),
                 {str(name): str(digest) for name, digest in spec.get("external_data", {}).items()},
+                spec.get("whitening") is not None,
             )
         except (*_MALFORMED, InputError) as error:
             raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error

@@ -291,6 +291,27 @@ def test_labels_may_be_words_and_some_unknown(judged: Path, tmp_path: Path) -> N
     assert result.rows[0]["accuracy"] == 0.75  # pink is never right
 
 
+def test_classes_are_known_by_name_where_both_sets_have_names(judged: Path, tmp_path: Path) -> None:
+    words = ["red", "green", "blue", "yellow"]
+    # The test set lacks a class, and so numbers the others differently.
+    train, few = plant(tmp_path / "train", 0, 20), [n for n in range(500, 520) if n % 4]
+    write_shard(tmp_path / "test/0.tar", {f"{n}": {"png": picture(n), "cls": str(n % 4 - 1).encode()} for n in few})
+    (train / "classes.txt").write_text("\n".join(words))
+    (tmp_path / "test/classes.txt").write_text("\n".join(words[1:]))
+    options = EvaluateOptions(pool=("avg",), whiten=False, k=3, **CPU)
+    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], options)
+    assert result.rows[0]["accuracy"] == 1.0
+    (train / "classes.txt").unlink()  # nothing tells any more
+    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], options)
+    assert result.rows[0]["accuracy"] == 0.0
+
+
+def test_what_is_exported_whitened_is_not_whitened_again(judged: Path, tmp_path: Path) -> None:
+    export(judged / "run", tmp_path / "w.onnx", ExportOptions(whiten=(sets(judged)["train"][0],)))
+    result = maekit.evaluate("knn", str(tmp_path / "w.onnx"), **sets(judged), options=EvaluateOptions(baselines=False))
+    assert [row["name"] for row in result.rows] == ["avg, whitened, as exported"]
+
+
 def test_a_part_of_the_images(judged: Path) -> None:
     options = EvaluateOptions(train_images=16, test_images=8, baselines=False, **CPU)
     result = maekit.evaluate("knn", str(judged / "encoder.onnx"), **sets(judged), options=options)

@@ -345,8 +345,8 @@ def test_the_commands(planted: Path, tmp_path: Path) -> None:
         assert result["steps"] == (4 if command == "finetune" else 2)
         assert 0 <= result["accuracy"] <= 1
     done = CliRunner().invoke(app, ["evaluate", "finetune", str(planted / "run"), *common])
-    assert isinstance(done.exception, InputError)
-    assert "--out" in str(done.exception)
+    assert done.exit_code == 2
+    assert "--out" in done.output
 
 
 def test_what_it_leaves_is_known_elsewhere(planted: Path, tmp_path: Path) -> None:

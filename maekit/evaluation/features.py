@@ -197,7 +197,8 @@ class ExportedEncoder:
         self._session = EncoderSession(path, device=device)
         about = self._session.description
         self._batch = _CPU_BATCH if self._session.provider == CPU else _GPU_BATCH
-        self.name, self.preprocess = f"{about.pool} as exported", about.preprocess
+        self.preprocess, self.is_whitened = about.preprocess, about.whitened
+        self.name = f"{about.pool}{', whitened,' if about.whitened else ''} as exported"
 
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""

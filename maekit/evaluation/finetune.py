@@ -26,7 +26,7 @@ from maekit.config import DEFAULT_FINETUNE_EPOCHS, load_settings
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.evaluation.classifier import Classifier, ClassifierObjective, LabelledUpload, make_optimizer
 from maekit.evaluation.finetune_config import FinetuneConfig
-from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
+from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
 from maekit.evaluation.policy import RandAugment
 from maekit.images import Pixels, Preprocess
 from maekit.mae.autoencoder import initialize_encoder
@@ -140,8 +140,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
             torch.set_num_threads(config.run.threads)
         shards = world.in_turn(lambda: index_shards(config, world, progress))
         refuse_different_data(shards, world)
-        labels, classes = world.together(lambda: _labels(config, progress))
-        test = world.together(lambda: _test_set(config, classes, progress))
+        labels, classes, test = world.together(lambda: _labels(config, progress))
         config.classes, config.model.sha256 = len(classes), _digest(trained)
         config.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
         config.data.mean, config.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
@@ -193,12 +192,20 @@ def _digest(trained: TrainedEncoder) -> str:
     return str(trained.provenance.get("sha256") or trained.provenance.get("name"))
 
 
-def _labels(config: FinetuneConfig, progress: Progress) -> tuple[NDArray[np.int64], tuple[str, ...]]:
-    """Return the class of every sample, int64 `[samples]`, -1 where it has none, and the classes."""
-    labelled = open_labelled(config.shards, "--train", progress, cache_gb=config.data.cache_gb)
+def _labels(
+    config: FinetuneConfig, progress: Progress
+) -> tuple[NDArray[np.int64], tuple[str, ...], tuple[LabelledSet, NDArray[np.int64]]]:
+    """Return the class of every training sample, int64 `[samples]`, -1 where it has none, the classes, the test set."""
+    images, cache = config.test_images, config.data.cache_gb
+    labelled, test = by_name(
+        [
+            open_labelled(config.shards, "--train", progress, cache_gb=cache),
+            open_labelled(config.test, "--test", progress, images=images, cache_gb=cache),
+        ]
+    )
     classes = classes_of(labelled.texts)
     if len(classes) < 2:
-        raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0]}")
+        raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
     labels = np.full(labelled.shards.samples, -1, np.int64)
     labels[labelled.numbers] = encode(labelled.texts, classes)
     if labelled.unlabelled > config.data.max_bad * len(labels):
@@ -206,22 +213,12 @@ def _labels(config: FinetuneConfig, progress: Progress) -> tuple[NDArray[np.int6
             f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than --max-bad "
             f"{config.data.max_bad:g}; put the labelled ones into shards of their own"
         )
-    return labels, classes
-
-
-def _test_set(
-    config: FinetuneConfig, classes: Sequence[str], progress: Progress
-) -> tuple[LabelledSet, NDArray[np.int64]]:
-    """Return the test set and its classes, -1 for those that are not learned."""
-    images, cache = config.test_images, config.data.cache_gb
-    labelled = open_labelled(config.test, "--test", progress, images=images, cache_gb=cache)
-    return labelled, encode(labelled.texts, classes)
+    return labels, classes, (test, encode(test.texts, classes))
 
 
 class _Supervised:
     """A classifier as what is trained; see `maekit.training.engine.Task`."""
 
-    name = "finetune"
     masks, pictures = 1, False
 
     def __init__(
@@ -238,6 +235,7 @@ class _Supervised:
         world: World,
     ) -> None:
         self.config, self.classes = config, classes
+        self.name = "probe" if config.model.batch_norm and config.model.blocks == 0 else "finetune"
         self._run, self.shards, self.labels, self.test, self._world = run, shards, labels, test, world
         self._trained, self._prepare = trained, trained.preprocess
         self.size = trained.preprocess.size
@@ -456,11 +454,10 @@ def _keep(config: FinetuneConfig, result: FinetuneResult, task: _Supervised, tra
     if trained.provenance.get("source") != "run" or config.model.from_scratch:
         return None
     step = int(trained.provenance["step"])
-    kind = "linear probe" if config.model.blocks == 0 else "finetune"
     blocks = "all" if config.model.blocks is None else f"{config.model.blocks:g}"
     row = {"name": Path(config.out).name, "blocks": blocks, "steps": result.steps, "accuracy": result.accuracy}
     said = {
-        "task": kind,
+        "task": task.name,
         "model": config.model.source,
         "step": step,
         "train": {"shards": len(task.shards.shards), "images": int((task.labels >= 0).sum())},
@@ -471,7 +468,7 @@ def _keep(config: FinetuneConfig, result: FinetuneResult, task: _Supervised, tra
     place = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
     try:
         run, _ = runs.find_checkpoint(Path(config.model.source))
-        path = run.evaluation(f"{kind.split()[0]}-{Path(config.out).name}-{place}", step)
+        path = run.evaluation(f"{task.name}-{Path(config.out).name}-{place}", step)
         path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, json.dumps(said, indent=1).encode())
     except (OSError, MaekitError):

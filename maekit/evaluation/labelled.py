@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from maekit.shards.read import MemberReader, ShardSet, open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 
-EXTENSION = "cls"
+EXTENSION, _NAMES = "cls", "classes.txt"
 _LONGEST_LABEL = 1000  # bytes
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
@@ -27,12 +27,14 @@ class LabelledSet:
         numbers: of the samples within `shards`, int64 `[n]`.
         texts: what the `cls` member of each says.
         unlabelled: samples looked at that have none, or an empty one.
+        names: of the classes, in the order of their numbers, where `maekit pack` left them in `classes.txt`.
     """
 
     shards: ShardSet
     numbers: NDArray[np.int64]
     texts: list[str]
     unlabelled: int
+    names: tuple[str, ...] = ()
 
     def summary(self, classes: Sequence[str]) -> dict[str, object]:
         """Return what the set is, as JSON values; `classes` are those that count."""
@@ -44,11 +46,6 @@ class LabelledSet:
             "classes": len(there & set(classes)),
             "unlabelled": self.unlabelled,
         }
-
-    def subset(self, kept: NDArray[np.bool_]) -> "LabelledSet":
-        """Return the samples where `kept`, bool `[n]`, is true."""
-        texts = [text for text, keep in zip(self.texts, kept.tolist(), strict=True) if keep]
-        return LabelledSet(self.shards, self.numbers[kept], texts, self.unlabelled)
 
 
 def open_labelled(
@@ -94,7 +91,32 @@ def open_labelled(
             f"{option} {' '.join(specs)}: none of {count} samples has a .{EXTENSION} member; `maekit pack` makes them "
             "of class folders or of --table"
         )
-    return LabelledSet(shards, np.array(numbers, np.int64), texts, count - len(numbers))
+    return LabelledSet(shards, np.array(numbers, np.int64), texts, count - len(numbers), _names(shards))
+
+
+def _names(shards: ShardSet) -> tuple[str, ...]:
+    """Return the names of the classes that lie beside the shards, where all of them lie in one folder."""
+    folders = {file.path.parent for file in shards.shards if file.url is None}
+    if len(folders) != 1 or shards.remote is not None:
+        return ()
+    try:
+        return tuple((folders.pop() / _NAMES).read_text(encoding="utf-8").splitlines())
+    except (OSError, ValueError):
+        return ()
+
+
+def by_name(sets: Sequence[LabelledSet]) -> list[LabelledSet]:
+    """Return the sets with the names of their classes for labels, where each of them has names.
+
+    Two folders that were packed apart may number the same classes differently.
+    """
+    if not all(labelled.names for labelled in sets):
+        return list(sets)
+
+    def named(text: str, names: Sequence[str]) -> str:
+        return names[int(text)] if _NUMBER.fullmatch(text) and 0 <= int(text) < len(names) else text
+
+    return [replace(labelled, texts=[named(text, labelled.names) for text in labelled.texts]) for labelled in sets]
 
 
 def _label(shards: ShardSet, reader: MemberReader, number: int) -> str:

@@ -25,7 +25,7 @@ from maekit.evaluation.features import (
     stored_features,
 )
 from maekit.evaluation.knn import knn_accuracies
-from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
+from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
 from maekit.evaluation.options import TASKS, EvaluateOptions
 from maekit.evaluation.retrieval import retrieval_scores
 from maekit.images import Preprocess
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 # Of raw pixels the directions behind these hold noise: whitened, they are better without.
 _PIXEL_DIM = 64
 _ONNX = ".onnx"
+_WHITENED = "whitened already"
 _BLOCK = 4096
 
 Embedding = ExportedEncoder | TorchEncoder | None
@@ -99,6 +100,7 @@ def evaluate(
     sets = [open_labelled(train, "--train", progress, images=options.train_images)]
     if test:
         sets.append(open_labelled(test, "--test", progress, images=options.test_images))
+    sets = by_name(sets)
     classes = classes_of(sets[0].texts)
     if len(classes) < 2:
         raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
@@ -180,7 +182,9 @@ class _Subject:
         encoder = self._encoder
         assert encoder is not None
         if self._trained is None:
-            yield "", self._embedded(sets, encoder.preprocess, encoder, Path(self._model).name)
+            is_whitened = isinstance(encoder, ExportedEncoder) and encoder.is_whitened
+            what = _WHITENED if is_whitened else ""
+            yield what, self._embedded(sets, encoder.preprocess, encoder, Path(self._model).name)
             return
         if self._options.baselines:
             yield "untrained", self._of_untrained(self._trained, sets)
@@ -259,7 +263,7 @@ class _Judge:
             name += f", {what}" if what in ("fp16", "int8") else ""
             yield {"name": name, "dim": rows[0].shape[1], **self._score(rows, labels)}
             # A linear classifier scales directions by itself.
-            if self._options.whiten and self._task != "linear":
+            if self._options.whiten and self._task != "linear" and what != _WHITENED:
                 default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
                 for dim in self._options.whiten_dims or (default,):
                     whitened = _whitened(rows, dim)
