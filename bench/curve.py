@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ import numpy as np
 
 from maekit import runs
 from maekit.cli.show import make_progress
-from maekit.evaluation.features import Features, TorchEncoder, image_features, pixel_features
+from maekit.evaluation.features import ExportedEncoder, Features, TorchEncoder, image_features, pixel_features
 from maekit.evaluation.knn import knn_accuracy
 from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
 from maekit.evaluation.linear import linear_accuracy
+from maekit.exporters.export import export
+from maekit.exporters.options import ExportOptions
 from maekit.exporters.whitening import fit_whitening
 from maekit.gallery.chart import Line, line_chart
 from maekit.mae.autoencoder import initialize_encoder
@@ -83,7 +86,7 @@ def main() -> None:
         judge("untrained", 0, embedded(fresh, sets, progress))
     for step in steps:
         if ("avg", step) not in done:
-            judge("", step, embedded(load_encoder(str(run.checkpoint(step).path)), sets, progress))
+            judge("", step, exported(run.checkpoint(step).path, sets, options.train, progress))
     if options.json:
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     if options.svg:
@@ -93,6 +96,21 @@ def main() -> None:
 def embedded(trained: Any, sets: list[LabelledSet], progress: Any) -> list[Features]:
     encoder = TorchEncoder(trained, (), "auto")
     return [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
+
+
+def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progress: Any) -> list[Features]:
+    """Return both poolings by an exported file, which is twice as fast here as PyTorch."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "both.onnx"
+        export(checkpoint, path, ExportOptions(pool="avg+cls", normalize=False, parity=tuple(parity)))
+        encoder = ExportedEncoder(path, "auto")
+        made = [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
+    halves = []
+    for part in made:
+        (both,) = part.rows.values()
+        avg, cls = np.split(both, 2, axis=1)
+        halves.append(Features({"avg": avg, "cls": cls}, part.kept))
+    return halves
 
 
 def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: int | None) -> dict[str, float]:
