@@ -34,7 +34,7 @@ test: lint types
 
 # The built wheel, from outside the root, so that a sub-package missing from it cannot hide behind the source tree.
 # The tests that go through whole commands: what packaging cannot change (numbers, damage, kills) was tested above.
-WHOLE := cli readme demo pack doctor training export embedding indexing reconstruct report neighbours providers distributed
+WHOLE := cli readme demo pack doctor training export embedding indexing reconstruct report neighbours providers distributed sweep
 test-wheel: setup
 	rm -rf build/wheel build/lib && mkdir -p build/wheel/site build/wheel/run
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
