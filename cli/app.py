@@ -87,5 +87,5 @@ def main() -> None:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
         if error.name is None or error.name.split(".")[0] not in extra:
             raise
-        print(f"maekit: this command needs {error.name}: pip install 'maekit[train]'", file=sys.stderr)
+        print(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", file=sys.stderr)
         sys.exit(2)
