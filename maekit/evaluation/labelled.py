@@ -76,12 +76,12 @@ def open_labelled(
     numbers, texts = [], []
     reader = shards.reader()
     try:
-        for done, number in enumerate(chosen):
+        for done, number in enumerate(chosen, 1):
             text = _label(shards, reader, number)
             if text:
                 numbers.append(number)
                 texts.append(text)
-            if done % 1000 == 0:
+            if done % 1000 == 0 or done == count:
                 progress.advance(done)
     finally:
         reader.close()
