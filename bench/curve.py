@@ -1,11 +1,12 @@
-"""How good embeddings become while a run goes on: every checkpoint that it kept, judged, and drawn.
+"""How good embeddings become while a run goes on: every checkpoint it kept, judged, and drawn.
 
     python bench/curve.py RUN --train SHARDS --test SHARDS [--train-images N] [--svg FILE] [--json FILE]
 
-RUN was made with --keep-every. Of each checkpoint: kNN (k = 20, cosine, temperature 0.07), the same after whitening
-(all directions, fitted on the training embeddings without labels), and a linear classifier (L-BFGS, C chosen on a tenth
-of the training images), for each pooling; beside them the encoder as initialised, and raw pixels, these whitened to 64
-directions. Features are computed once for all three. What --json holds already is not computed again.
+RUN was made with --keep-every; its loss is drawn as well, into FILE-loss.svg. Of each checkpoint: kNN (k = 20, cosine,
+temperature 0.07), the same after whitening (all directions, fitted on the training embeddings without labels), and a
+linear classifier (L-BFGS, C chosen on a tenth of the training images), for each pooling; beside them the encoder as
+initialised, and raw pixels, these whitened to 64 directions, and linear on those. Features are computed once for all
+three. What --json holds already is not computed again.
 """
 
 import argparse
@@ -91,6 +92,10 @@ def main() -> None:
         options.json.write_text(json.dumps(table, indent=1) + "\n")
     if options.svg:
         options.svg.write_text(drawn(rows))
+        losses = [
+            Line(name, series(run.metrics(), key)) for key, name in (("loss", "training"), ("val_loss", "held out"))
+        ]
+        options.svg.with_stem(f"{options.svg.stem}-loss").write_text(figure("Loss", losses, share=False))
 
 
 def embedded(trained: Any, sets: list[LabelledSet], progress: Any) -> list[Features]:
@@ -128,14 +133,23 @@ def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: in
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
-    """Return both kNN curves of the mean-pooled embeddings as an SVG of its own."""
+    """Return both kNN curves of the mean-pooled embeddings."""
     curve = [row for row in rows if row["name"] in ("untrained avg", "avg")]
     lines = [
         Line(title, [(row["step"], row[key]) for row in sorted(curve, key=lambda row: row["step"])])
         for key, title in (("knn_whitened", "kNN, whitened"), ("knn", "kNN"))
     ]
-    figure = line_chart("Accuracy over the run", lines, unit="", share=True)
-    svg = figure[figure.index("<svg") : figure.index("</svg>") + 6]
+    return figure("Accuracy over the run", lines, share=True)
+
+
+def series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    return [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+
+
+def figure(title: str, lines: list[Line], *, share: bool) -> str:
+    """Return a chart as an SVG of its own."""
+    made = line_chart(title, lines, unit=title.split()[0].lower(), share=share)
+    svg = made[made.index("<svg") : made.index("</svg>") + 6]
     legend = "".join(
         f'<text x="{110 + 110 * number}" y="14" style="fill: {colour}">{line.name}</text>'
         for number, (line, colour) in enumerate(zip(lines, COLOURS, strict=True))
