@@ -325,6 +325,6 @@ def command(
             f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, "
             f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}: {result.out}/encoder.safetensors"
         )
-    print(f"next: maekit export {result.out} --out encoder.onnx")
+    print(f"next: maekit export {result.out} --out encoder.onnx --whiten SHARDS")
     if as_json:
         print_json(dataclasses.asdict(result))
