@@ -131,7 +131,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         newest = main(lambda: newest_checkpoint(run, progress))
         finished = Engine(task, run, shards, task.order, device, world, progress, stop).go(newest)
         main(lambda: task.measure_once(finished))
-        result: FinetuneResult = world.share(_result(config, finished, task, trained) if world.is_main else None)
+        found = _result(config, finished, task, trained, progress) if world.is_main else None
+        result: FinetuneResult = world.share(found)
         return result
 
 
@@ -195,7 +196,9 @@ def _labels(
     return labels, classes, (test, encode(test.texts, classes))
 
 
-def _result(config: FinetuneConfig, finished: Finished, task: Supervised, trained: TrainedEncoder) -> FinetuneResult:
+def _result(
+    config: FinetuneConfig, finished: Finished, task: Supervised, trained: TrainedEncoder, progress: Progress
+) -> FinetuneResult:
     tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
     last: dict[str, Any] = tested[-1] if tested else {}
     tally = finished.tally
@@ -214,10 +217,12 @@ def _result(config: FinetuneConfig, finished: Finished, task: Supervised, traine
         resumed_from=finished.resumed_from,
         already_finished=finished.already_finished,
     )
-    return dataclasses.replace(result, path=_keep(config, result, task, trained))
+    return dataclasses.replace(result, path=_keep(config, result, task, trained, progress))
 
 
-def _keep(config: FinetuneConfig, result: FinetuneResult, task: Supervised, trained: TrainedEncoder) -> str | None:
+def _keep(
+    config: FinetuneConfig, result: FinetuneResult, task: Supervised, trained: TrainedEncoder, progress: Progress
+) -> str | None:
     """Note the figures in the run that the encoder is from."""
     if trained.provenance.get("source") != "run" or config.model.from_scratch:
         return None
@@ -239,6 +244,7 @@ def _keep(config: FinetuneConfig, result: FinetuneResult, task: Supervised, trai
         path = run.evaluation(f"{task.name}-{Path(config.out).name}-{place}", step)
         path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, json.dumps(said, indent=1).encode())
-    except (OSError, MaekitError):
+    except (OSError, MaekitError) as error:
+        progress.note(f"not kept in the run: {error}")
         return None
     return str(path)

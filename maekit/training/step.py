@@ -1,5 +1,6 @@
 """One training step: from the uint8 images of a batch to new weights. Nothing in here waits for the device."""
 
+import abc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -25,12 +26,12 @@ _SHARE_OF_DEVICE = 0.8
 _TEMPORARIES = 1.3
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, abc.ABC):
     """What is minimised: one module from what is uploaded to the loss, to be compiled and averaged as a whole."""
 
+    @abc.abstractmethod
     def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
         """Return arguments of `forward` for so many images of (height, width) pixels and masks of each."""
-        raise NotImplementedError
 
 
 class MaskedObjective(Objective):
