@@ -194,6 +194,7 @@ def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
         assert scores == {key: value for key, value in run.rows[0].items() if key != "name"}
     assert run.train == {
         "shards": 2,
+        "damaged": 0,
         "samples": 64,
         "images": 64,
         "classes": 4,
@@ -276,7 +277,7 @@ def test_what_cannot_be_used_is_left_out_and_counted(judged: Path, tmp_path: Pat
         sets(judged)["test"],
         EvaluateOptions(pool=("avg",), whiten=False, **CPU),
     )
-    assert result.train["samples"] == 24
+    assert (result.train["samples"], result.train["damaged"]) == (24, 1)
     assert (result.train["images"], result.train["unlabelled"], result.train["unreadable"]) == (22, 2, 1)
 
 

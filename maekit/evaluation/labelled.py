@@ -28,6 +28,7 @@ class LabelledSet:
         texts: what the `cls` member of each says.
         unlabelled: samples looked at that have none, or an empty one.
         names: of the classes, in the order of their numbers, where `maekit pack` left them in `classes.txt`.
+        damaged: shards that were left out.
     """
 
     shards: ShardSet
@@ -35,12 +36,14 @@ class LabelledSet:
     texts: list[str]
     unlabelled: int
     names: tuple[str, ...] = ()
+    damaged: int = 0
 
     def summary(self, classes: Sequence[str]) -> dict[str, object]:
         """Return what the set is, as JSON values; `classes` are those that count."""
         there = set(self.texts)
         return {
             "shards": len(self.shards.shards),
+            "damaged": self.damaged,
             "samples": self.shards.samples,
             "images": len(self.numbers),
             "classes": len(there & set(classes)),
@@ -63,8 +66,9 @@ def open_labelled(
     Raises:
         InputError: no such shards, or no sample with a label.
     """
+    found = find_shards(tuple(specs))
     shards = open_shards(
-        find_shards(tuple(specs)),
+        found,
         skip_damaged=True,
         remote=RemoteCache(int(cache_gb * 1e9)),
         on_damage=lambda damage: progress.note(f"left out: {damage}"),
@@ -91,7 +95,8 @@ def open_labelled(
             f"{option} {' '.join(specs)}: none of {count} samples has a .{EXTENSION} member; `maekit pack` makes them "
             "of class folders or of --table"
         )
-    return LabelledSet(shards, np.array(numbers, np.int64), texts, count - len(numbers), _names(shards))
+    unlabelled, damaged = count - len(numbers), len(found) - len(shards.shards)
+    return LabelledSet(shards, np.array(numbers, np.int64), texts, unlabelled, _names(shards), damaged)
 
 
 def _names(shards: ShardSet) -> tuple[str, ...]:

@@ -53,7 +53,7 @@ class EvaluateResult:
         task: `knn`, `linear` or `retrieval`.
         model: as it was named.
         step: of a run or checkpoint; None of anything else.
-        train: the training set: shards, samples, images, classes, unlabelled, unreadable.
+        train: the training set: shards, damaged (left out), samples, images, classes, unlabelled, unreadable.
         test: the test set, likewise; None where each training image searches among the others.
         rows: a row for each kind of embedding: `name`, `dim`, and its scores.
         path: where this is kept in the run; None for any other model.
