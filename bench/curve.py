@@ -33,6 +33,7 @@ from maekit.mae.autoencoder import initialize_encoder
 from maekit.mae.loading import load_encoder
 
 PIXEL_DIM = 64
+POOLS = ("avg", "cls", "avg+std", "avg2x2")
 COLOURS = ("#1f6feb", "#d4720b")
 STYLE = (
     "<style>svg { background: #fff; font: 11px system-ui, sans-serif; } text { fill: #333; } "
@@ -99,23 +100,25 @@ def main() -> None:
 
 
 def embedded(trained: Any, sets: list[LabelledSet], progress: Any) -> list[Features]:
-    encoder = TorchEncoder(trained, (), "auto")
+    encoder = TorchEncoder(trained, POOLS, "auto")
     return [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
 
 
 def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progress: Any) -> list[Features]:
-    """Return both poolings by an exported file, which is twice as fast here as PyTorch."""
+    """Return all poolings by one exported file, which is twice as fast here as PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "both.onnx"
-        export(checkpoint, path, ExportOptions(pool="avg+cls", normalize=False, parity=tuple(parity)))
+        path = Path(folder) / "all.onnx"
+        export(checkpoint, path, ExportOptions(pool="avg+std+cls+avg2x2", normalize=False, parity=tuple(parity)))
         encoder = ExportedEncoder(path, "auto")
         made = [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
-    halves = []
+    parts = []
     for part in made:
-        (both,) = part.rows.values()
-        avg, cls = np.split(both, 2, axis=1)
-        halves.append(Features({"avg": avg, "cls": cls}, part.kept))
-    return halves
+        (rows,) = part.rows.values()
+        width = rows.shape[1] // 7  # mean, deviation, class token, four quarters
+        places = {"avg": (0, 1), "cls": (2, 3), "avg+std": (0, 2), "avg2x2": (3, 7)}
+        by_pool = {pool: rows[:, first * width : last * width] for pool, (first, last) in places.items()}
+        parts.append(Features(by_pool, part.kept))
+    return parts
 
 
 def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: int | None) -> dict[str, float]:

@@ -23,7 +23,6 @@ import torch
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.exporters.graph import EmbeddingModule
-from maekit.exporters.options import POOLINGS
 from maekit.exporters.parity import GATES, measure
 from maekit.exporters.quantization import quantize
 from maekit.exporters.reference import reference_embeddings
@@ -32,6 +31,7 @@ from maekit.exporters.trace import node_census, to_onnx
 from maekit.images import Pixels, Preprocess
 from maekit.mae.loading import TrainedEncoder
 
+POOLINGS = ("avg", "cls", "avg+cls", "avg+std", "avg2x2", "tokens")
 PREPROCESS = Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)
 
 

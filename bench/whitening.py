@@ -69,11 +69,12 @@ def main() -> None:
     pixels = {split: np.stack([decode(d).ravel() / 255 for d in data]) for split, (data, _) in sets.items()}
     whitened("raw pixels", {k: v.astype(np.float32) for k, v in pixels.items()}, [64], options.fit)
     with tempfile.TemporaryDirectory() as folder:
-        made_file = export(options.run, f"{folder}/raw.onnx", ExportOptions(pool="avg+cls", normalize=False))
-        both, width = embedded(made_file.path, sets), made_file.dim // 2
-        for pool, part in (("avg", slice(0, width)), ("cls", slice(width, None)), ("avg+cls", slice(None))):
-            rows = {split: values[:, part] for split, values in both.items()}
-            whitened(pool, rows, dims, options.fit)
+        made_file = export(options.run, f"{folder}/raw.onnx", ExportOptions(pool="cls+avg+std+avg2x2", normalize=False))
+        everything, width = embedded(made_file.path, sets), made_file.dim // 7
+        places = {"avg": (1, 2), "cls": (0, 1), "avg+cls": (0, 2), "avg+std": (1, 3), "avg2x2": (3, 7)}
+        for pool, (first, last) in places.items():
+            rows = {split: values[:, first * width : last * width] for split, values in everything.items()}
+            whitened(pool, rows, [dim for dim in dims if dim is None or dim < rows["train"].shape[1]], options.fit)
             if pool == "avg":
                 for fit in (500, 1000, 2000):
                     whitened(pool, rows, [None], fit)

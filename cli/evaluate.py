@@ -8,6 +8,7 @@ import typer
 
 from maekit.cli.show import make_progress, print_json, print_table
 from maekit.evaluation.options import EvaluateOptions
+from maekit.poolings import CHOICES
 
 _DEFAULT = EvaluateOptions()
 _JUDGED, _IMAGES = "What is judged", "Labelled images"
@@ -60,7 +61,9 @@ TestImages = Annotated[
 Pool = Annotated[
     list[str] | None,
     typer.Option(
-        help="avg, cls or avg+cls; may be repeated.", show_default="all of avg and cls", rich_help_panel=_JUDGED
+        help=f"{CHOICES}; may be repeated.",
+        show_default="all of avg and cls",
+        rich_help_panel=_JUDGED,
     ),
 ]
 Whiten = Annotated[
@@ -239,7 +242,7 @@ def finetune(
         ),
     ] = False,
     architecture: Architecture = None,
-    pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="avg")] = None,
+    pool: Annotated[str | None, _setting(f"{CHOICES}.", _JUDGED, default="avg")] = None,
     epochs: Epochs = None,
     steps: Steps = None,
     batch_size: BatchSize = None,
@@ -358,7 +361,7 @@ def probe(
     test: Test,
     out: Out,
     architecture: Architecture = None,
-    pool: Annotated[str | None, _setting("avg, cls or avg+cls.", _JUDGED, default="cls")] = None,
+    pool: Annotated[str | None, _setting(f"{CHOICES}.", _JUDGED, default="cls")] = None,
     epochs: Epochs = None,
     steps: Steps = None,
     batch_size: BatchSize = None,

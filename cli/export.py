@@ -26,7 +26,8 @@ def command(
     pool: Annotated[
         str,
         typer.Option(
-            help="avg: mean of the patch tokens; cls: the class token; avg+cls: both; tokens: all patch tokens.",
+            help="avg: mean of the patch tokens; cls: the class token; std: standard deviation of the patch tokens; "
+            "avg2x2: mean of each quarter of the image; several joined by +; or tokens: all patch tokens.",
             rich_help_panel=_COMPUTES,
         ),
     ] = _DEFAULT.pool,

@@ -23,6 +23,8 @@ from maekit.errors import InputError
 from maekit.exporters.options import OPSET_WITH_ATTENTION
 from maekit.exporters.whitening import Whitening
 from maekit.images import LUMA, Preprocess
+from maekit.mae.pooling import deviation, quarter_weights
+from maekit.poolings import TOKENS, parts_of
 
 
 class EmbeddingModule(nn.Module):
@@ -32,8 +34,9 @@ class EmbeddingModule(nn.Module):
         encoder: a timm VisionTransformer in evaluation mode; left as it is.
         preprocess: gives mean and std; resizing stays outside of the graph.
         pool: `avg`, the mean of the patch tokens after the final LayerNorm (class and register tokens left out; timm's
-            own `avg` pools before its norm); `cls`, the class token after it; `avg+cls`, both, one after the other;
-            `tokens`, the patch tokens themselves, row by row.
+            own `avg` pools before its norm); `cls`, the class token after it; `std`, the standard deviation of the
+            patch tokens; `avg2x2`, the mean of each quarter of the image, row by row; several joined by `+`, one after
+            the other; or `tokens`, the patch tokens themselves, row by row.
         normalize: divide each embedding (or token) by its L2 norm.
         whitening: applied between the two.
         half: compute the encoder in fp16; normalisation, pooling, whitening and L2 stay in fp32.
@@ -70,6 +73,7 @@ class EmbeddingModule(nn.Module):
             _in_rows(block, self.tokens, fused=opset >= OPSET_WITH_ATTENTION) for block in encoder.blocks
         )
         self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
+        self.quarters = nn.Buffer(quarter_weights((self.rows, self.columns)))
         if half:
             for part in (self.embedding, self.patch_norm, self.norm_pre, self.blocks, self.norm):
                 part.half()
@@ -126,10 +130,16 @@ class EmbeddingModule(nn.Module):
         return x
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool == "tokens":
+        if self.pool == TOKENS:
             return x[:, self.prefix :]
-        parts = {"avg": lambda: x[:, self.prefix :].mean(dim=1), "cls": lambda: x[:, 0]}
-        pooled = [self.pooled_norm(parts[name]()) for name in self.pool.split("+")]
+        patches = x[:, self.prefix :]
+        parts = {
+            "avg": lambda: self.pooled_norm(patches.mean(dim=1)),
+            "cls": lambda: self.pooled_norm(x[:, 0]),
+            "std": lambda: deviation(patches),
+            "avg2x2": lambda: self.pooled_norm(self.quarters @ patches).flatten(1),  # -> [B, 4·D]
+        }
+        pooled = [parts[name]() for name in parts_of(self.pool)]
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
@@ -151,7 +161,7 @@ def check_exportable(encoder: Any, pool: str) -> None:
         and not height % embedding.patch_size[0]
         and not width % embedding.patch_size[1],
         "drops patches": isinstance(encoder.patch_drop, nn.Identity),
-        "has no class token: use --pool avg": encoder.has_class_token or "cls" not in pool,
+        "has no class token: use --pool avg": encoder.has_class_token or "cls" not in parts_of(pool),
     }
     for problem, fine in wanted.items():
         if not fine:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from maekit.errors import InputError
+from maekit.poolings import TOKENS, check_pool
 
-POOLINGS = ("avg", "cls", "avg+cls", "tokens")
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSETS = (18, 19, 20, 21, 22, 23)
 OPSET_WITH_ATTENTION = 23  # the first that has the operator
@@ -16,7 +16,7 @@ class ExportOptions:
     """What the exported file computes, and what it is held against.
 
     Attributes:
-        pool: `avg`, `cls`, `avg+cls` or `tokens`; see `maekit.exporters.graph`.
+        pool: `avg`, `cls`, `std`, `avg2x2`, several joined by `+`, or `tokens`; see `maekit.exporters.graph`.
         normalize: divide each embedding by its L2 norm.
         whiten: shards with images to fit a whitening on; none where empty.
         whiten_dim: length of a whitened embedding; None is all directions of any variance.
@@ -47,8 +47,8 @@ class ExportOptions:
         Raises:
             InputError: names the first impossible value.
         """
+        check_pool("--pool", self.pool, also=(TOKENS,))
         for option, value, allowed in (
-            ("--pool", self.pool, POOLINGS),
             ("--precision", self.precision, PRECISIONS),
             ("--opset", self.opset, OPSETS),
             ("--format", self.format, FORMATS),
@@ -63,7 +63,7 @@ class ExportOptions:
             raise InputError(f"--whiten-images {self.whiten_images}: needs --whiten SHARDS, to take them from")
         if self.whiten_images < 2:
             raise InputError(f"--whiten-images {self.whiten_images}: must be at least 2")
-        if self.whiten and self.pool == "tokens":
+        if self.whiten and self.pool == TOKENS:
             raise InputError("--whiten is for embeddings; --pool tokens gives tokens")
         if self.format == "timm":
             changed = ("pool", "normalize", "whiten", "precision", "opset", "force")

@@ -27,6 +27,7 @@ from typing import Any
 from maekit import files
 from maekit.config import PretrainConfig, fields_of, load_toml, set_value
 from maekit.errors import InputError
+from maekit.poolings import check_pool
 from maekit.progress import Progress, Silent
 
 _TABLE = "sweep."
@@ -65,10 +66,10 @@ class SweepSettings:
         """
         if not self.train or not self.test:
             raise InputError("[sweep] needs train and test: labelled shards to judge with")
+        check_pool("sweep.pool =", self.pool)
         for key, values, allowed in (
             ("judge", self.judge, ("knn", "linear")),
             ("every", (self.every,), ("one", "all")),
-            ("pool", (self.pool,), ("avg", "cls", "avg+cls")),
         ):
             if not values or any(value not in allowed for value in values):
                 raise InputError(f"sweep.{key} = {list(values)}: must be one of {', '.join(allowed)}")

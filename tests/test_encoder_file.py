@@ -222,7 +222,7 @@ def test_verify_finds_a_file_that_is_not_what_it_was(trained: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
-@pytest.mark.parametrize("pool", ["avg+cls", "tokens"])
+@pytest.mark.parametrize("pool", ["avg+cls", "avg+std", "avg2x2", "tokens"])
 def test_verify_of_every_kind(trained: Path, tmp_path: Path, precision: str, pool: str) -> None:
     whiten = () if pool == "tokens" else (str(trained / "shards"),)
     options = ExportOptions(precision=precision, pool=pool, whiten=whiten, whiten_dim=8 if whiten else None)

@@ -325,6 +325,10 @@ def test_a_part_of_the_images(judged: Path) -> None:
     [
         ("run", {"k": 0}, "--k 0"),
         ("run", {"pool": ("max",)}, "--pool max: must be one of avg, cls"),
+        ("run", {"pool": ("avg+max",)}, "--pool avg[+]max: must be one of avg, cls"),
+        ("run", {"pool": ("avg+avg",)}, "each once"),
+        ("run", {"pool": ("tokens",)}, "--pool tokens: must be one of"),
+        ("run", {"pool": ("",)}, "--pool : must be one of"),
         ("run", {"whiten_dims": (999,)}, "--whiten-dim 999"),
         ("run", {"whiten": False, "whiten_dims": (9,)}, "does not go with --no-whiten"),
         ("encoder.onnx", {"pool": ("cls",)}, "pooled already"),

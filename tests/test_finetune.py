@@ -79,6 +79,8 @@ def settings(planted: Path, out: Path, preset: FinetuneConfig | None = None, **c
         (finetuning, {"model__blocks": 1}, ("blocks.1.", "norm.")),
         (finetuning, {"model__blocks": 0.5}, ("blocks.1.norm2.", "blocks.1.mlp.", "norm.")),
         (finetuning, {"model__blocks": 0, "model__pool": "avg+cls"}, ()),
+        (finetuning, {"model__blocks": 1, "model__pool": "avg+std"}, ("blocks.1.", "norm.")),
+        (finetuning, {"model__blocks": 1, "model__pool": "avg2x2"}, ("blocks.1.", "norm.")),
         (linear_probing, {"optimizer__lr": 130.0, "steps": 300}, ()),
         (training_from_scratch, {"optimizer__lr": 0.02}, None),
     ],

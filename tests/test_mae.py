@@ -11,8 +11,10 @@ from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import build_encoder, encode
 from maekit.mae.mask_shapes import kept_patches
 from maekit.mae.masking import gather_tokens, random_masking
+from maekit.mae.pooling import pooled, quarter_weights
 from maekit.mae.positions import sincos_positions
 from maekit.mae.targets import normalize_patches, patchify, unpatchify
+from maekit.poolings import vectors_in
 
 TINY = {"width": 48, "depth": 2, "heads": 3, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 4}
 
@@ -273,3 +275,33 @@ def test_positions_are_frozen_and_weights_load_into_timm() -> None:
 def test_impossible_models_are_refused(changes: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         build_encoder(ModelConfig(**changes))
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (7, 5), (1, 3)])
+def test_quarters_are_adaptive_average_pooling(grid: tuple[int, int]) -> None:
+    """The middle of an odd grid belongs to both sides, as in PyTorch's own."""
+    tokens = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64)
+    image = tokens.transpose(1, 2).unflatten(2, grid)  # [B, N, D] -> [B, D, rows, columns]
+    wanted = torch.nn.functional.adaptive_avg_pool2d(image, 2).permute(0, 2, 3, 1).flatten(1, 2)
+    torch.testing.assert_close(quarter_weights(grid).double() @ tokens, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_parts_of_a_pooling_stand_one_after_the_other() -> None:
+    encoder = tiny().encoder
+    tokens = torch.randn(3, 1 + 16, 48)
+    parts = [pooled(encoder, tokens, part) for part in ("std", "cls", "avg2x2", "avg")]
+    assert [part.shape[1] for part in parts] == [48, 48, 192, 48]
+    torch.testing.assert_close(pooled(encoder, tokens, "std+cls+avg2x2+avg"), torch.cat(parts, 1))
+    assert vectors_in("std+cls+avg2x2+avg") == 7
+    torch.testing.assert_close(parts[0], tokens[:, 1:].std(dim=1, correction=0))
+    torch.testing.assert_close(parts[1], tokens[:, 0])
+    torch.testing.assert_close(parts[2][:, :48], tokens[:, [1, 2, 5, 6]].mean(1))  # rows 0 and 1, columns 0 and 1
+    torch.testing.assert_close(parts[3], tokens[:, 1:].mean(1))
+
+
+def test_equal_patches_have_a_gradient() -> None:
+    """A blank image must not make the deviation's root infinitely steep."""
+    tokens = torch.ones(1, 17, 48, requires_grad=True)
+    pooled(tiny().encoder, tokens, "avg+std").sum().backward()
+    assert tokens.grad is not None
+    assert tokens.grad.isfinite().all()

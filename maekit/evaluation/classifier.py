@@ -16,6 +16,7 @@ from maekit.errors import InputError
 from maekit.evaluation.finetune_config import MixConfig, SupervisedOptimizer
 from maekit.mae.normalize import Normalizer
 from maekit.mae.pooling import pooled
+from maekit.poolings import vectors_in
 from maekit.training.crops import Chunk
 from maekit.training.step import Objective
 
@@ -29,7 +30,7 @@ class Classifier(nn.Module):
     Args:
         encoder: a timm VisionTransformer.
         classes: how many.
-        pool: `avg`, `cls` or `avg+cls`, after the final norm, as it is exported.
+        pool: as in `maekit.mae.pooling`, after the final norm, as it is exported.
         batch_norm: normalise the pooled features by a BatchNorm without affine parameters (for linear probing, He et
             al. 2021, appendix A.1).
         blocks: how many of the last blocks are trained, with the final norm; 0.5 is the MLP of the last one, 0 none,
@@ -49,7 +50,7 @@ class Classifier(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder, self.pool = encoder, pool
-        dim = encoder.embed_dim * len(pool.split("+"))
+        dim = encoder.embed_dim * vectors_in(pool)
         self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if batch_norm else nn.Identity()
         self.head = nn.Linear(dim, classes)
         generator = torch.Generator().manual_seed(seed)

@@ -150,11 +150,12 @@ class TorchEncoder:
 
         from maekit.mae.normalize import Normalizer
         from maekit.mae.pooling import poolings_of
+        from maekit.poolings import parts_of
         from maekit.training.kernels import choose_kernels
 
         encoder = trained.encoder
         there = poolings_of(encoder)
-        if "cls" in "".join(pools) and "cls" not in there:
+        if any("cls" in parts_of(pool) for pool in pools) and "cls" not in there:
             raise InputError(f"--pool {pools[0]}: this model has no class token; use --pool avg")
         require_device(device)
         self._torch = torch

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from maekit.config import DataConfig, OptimizerConfig, RunConfig, check_not_negative, check_positive, check_training
 from maekit.errors import InputError
-from maekit.evaluation.options import POOLS
+from maekit.poolings import check_pool
 
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
 
@@ -22,7 +22,7 @@ class ClassifierConfig:
         name: timm's name of the architecture, for a file of weights that does not tell.
         sha256: names its weights; found by itself.
         from_scratch: forget its weights, and start from the published initialisation.
-        pool: `avg`, `cls` or `avg+cls`.
+        pool: `avg`, `cls`, `std`, `avg2x2`, or several joined by `+`.
         blocks: how many of the last blocks are trained; 0.5 is the MLP of the last one, 0 the head alone, None is all.
         batch_norm: normalise features before the head, without affine parameters.
         drop_path: largest rate of stochastic depth; it grows with the layers from 0.
@@ -160,8 +160,7 @@ class FinetuneConfig:
             raise InputError(f"--blocks {blocks:g}: must be all, 0, 0.5, or a whole number")
         if self.model.from_scratch and blocks is not None:
             raise InputError("--from-scratch trains all blocks; it does not go with --blocks")
-        if self.model.pool not in POOLS:
-            raise InputError(f"--pool {self.model.pool}: must be one of {', '.join(POOLS)}")
+        check_pool("--pool", self.model.pool)
         if self.optimizer.kind not in ("adamw", "lars"):
             raise InputError(f"optimizer.kind = {self.optimizer.kind!r}: must be one of adamw, lars")
         idle = {"adamw": ("momentum", SupervisedOptimizer.momentum), "lars": ("layer_decay", 1.0)}

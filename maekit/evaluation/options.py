@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 
 from maekit.errors import InputError
+from maekit.poolings import check_pool
 
 TASKS = ("knn", "linear", "retrieval")
-POOLS = ("avg", "cls", "avg+cls")
 PRECISIONS = ("fp32", "fp16", "int8")
 _NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
 _RECALLS = (1, 5, 10)
@@ -53,8 +53,9 @@ class EvaluateOptions:
         Raises:
             InputError: names the first impossible value.
         """
+        for pool in self.pool:
+            check_pool("--pool", pool)
         for option, values, allowed in (
-            ("--pool", self.pool, POOLS),
             ("--precision", self.precisions, PRECISIONS),
             ("--device", (self.device,), ("auto", "cpu", "cuda")),
         ):

@@ -28,6 +28,7 @@ from maekit.mae.pooling import poolings_of
 from maekit.mae.sources import create_timm
 from maekit.mae.weights import encoder_bytes, load_strictly, read_safetensors
 from maekit.parallel import map_in_threads
+from maekit.poolings import parts_of
 from maekit.random import Purpose, random_bits
 from maekit.runs import FinetuneDirectory, RunDirectory
 from maekit.shards.order import Order
@@ -92,7 +93,7 @@ class Supervised:
             raise InputError(
                 f"{why}: a batch of {config.batch_size} gives each process {config.run.micro_batch or share} at a time"
             )
-        if "cls" in config.model.pool and "cls" not in poolings_of(trained.encoder):
+        if "cls" in parts_of(config.model.pool) and "cls" not in poolings_of(trained.encoder):
             raise InputError(f"--pool {config.model.pool}: this model has no class token; use --pool avg")
         self.model = Classifier(
             self._encoder(),
