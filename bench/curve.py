@@ -34,7 +34,7 @@ from maekit.mae.loading import load_encoder
 
 PIXEL_DIM = 64
 POOLS = ("avg", "cls", "avg+std", "avg2x2")
-COLOURS = ("#1f6feb", "#d4720b")
+COLOURS = ("#1f6feb", "#d4720b", "#1a7f37")
 STYLE = (
     "<style>svg { background: #fff; font: 11px system-ui, sans-serif; } text { fill: #333; } "
     ".axis { stroke: #999; fill: none; } .line { fill: none; stroke-width: 1.6; } "
@@ -136,12 +136,15 @@ def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: in
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
-    """Return both kNN curves of the mean-pooled embeddings."""
-    curve = [row for row in rows if row["name"] in ("untrained avg", "avg")]
-    lines = [
-        Line(title, [(row["step"], row[key]) for row in sorted(curve, key=lambda row: row["step"])])
-        for key, title in (("knn_whitened", "kNN, whitened"), ("knn", "kNN"))
-    ]
+    """Return the kNN curves: of the means of the quarters and of the mean, whitened, and of the mean as it is."""
+    lines = []
+    for pool, key, title in (
+        ("avg2x2", "knn_whitened", "avg2x2, whitened"),
+        ("avg", "knn_whitened", "avg, whitened"),
+        ("avg", "knn", "avg"),
+    ):
+        curve = sorted((row["step"], row[key]) for row in rows if row["name"] in (f"untrained {pool}", pool))
+        lines.append(Line(title, curve))
     return figure("Accuracy over the run", lines, share=True)
 
 
@@ -154,8 +157,8 @@ def figure(title: str, lines: list[Line], *, share: bool) -> str:
     made = line_chart(title, lines, unit=title.split()[0].lower(), share=share)
     svg = made[made.index("<svg") : made.index("</svg>") + 6]
     legend = "".join(
-        f'<text x="{110 + 110 * number}" y="14" style="fill: {colour}">{line.name}</text>'
-        for number, (line, colour) in enumerate(zip(lines, COLOURS, strict=True))
+        f'<text x="{110 + 120 * number}" y="14" style="fill: {colour}">{line.name}</text>'
+        for number, (line, colour) in enumerate(zip(lines, COLOURS[: len(lines)], strict=True))
     )
     svg = svg.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg" width="640"', 1).replace(">", f">{STYLE}", 1)
     return svg.replace("</svg>", f"{legend}</svg>\n")
