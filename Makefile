@@ -28,8 +28,11 @@ types: setup
 	cp -r maekit build/types/maekit && cp -r cli build/types/maekit/cli && cp -r exporters build/types/maekit/exporters
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
+# A process for each core; a file's tests stay together, so that what they share is made once.
+PYTEST := python -m pytest -n auto --dist loadfile
+
 test: lint types
-	$(BIN)/python -m pytest
+	$(BIN)/$(PYTEST)
 	$(MAKE) test-wheel
 
 # The built wheel, from outside the root, so that a sub-package missing from it cannot hide behind the source tree.
@@ -40,7 +43,7 @@ test-wheel: setup
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests build/wheel/run/tests && cp pyproject.toml README.md build/wheel/run/
-	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/python -m pytest $(WHOLE:%=tests/test_%.py)
+	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) $(WHOLE:%=tests/test_%.py)
 
 # The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding; an hour.
 campaigns: setup

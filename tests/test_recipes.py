@@ -193,6 +193,7 @@ def by_hand(config: ModelConfig) -> tuple[int, int]:
     """
     name = config.name or (config.init_from or "timm:vit_base_patch16_224").removeprefix("timm:").split(".")[0]
     width, depth = ENCODERS[name]
+    depth = config.depth or depth
     patch = config.patch_size or int(name.split("patch")[1][:2])
     values, patches = patch**2 * 3, (config.image_size // patch) ** 2
     kept = int(patches * (1 - config.mask_ratio))
