@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from maekit import files
-from maekit.config import PretrainConfig, set_value
+from maekit.config import PretrainConfig
 from maekit.evaluation.knn import knn_accuracy
 from maekit.exporters.whitening import fit_whitening
 from maekit.images import Preprocess
@@ -47,6 +47,7 @@ from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.loading import load_encoder
 from maekit.progress import Silent
 from maekit.runs import RunDirectory
+from maekit.settings import set_value
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.training.run import pretrain

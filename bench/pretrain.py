@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
-from maekit.config import PretrainConfig, parse_setting, set_value
+from maekit.config import PretrainConfig
 from maekit.machine import cores
 from maekit.progress import Silent
 from maekit.runs import RunDirectory
+from maekit.settings import parse_setting, set_value
 from maekit.training import run as training
 from maekit.training.loop import Trainer
 from maekit.training.step import Step

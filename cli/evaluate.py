@@ -314,8 +314,8 @@ def _blocks(text: str) -> float:
 def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_json: bool) -> None:
     """Run supervised training with the settings of a preset, of options, and of --set, each over the one before."""
     from maekit.cli.show import is_main_process
-    from maekit.config import parse_setting, set_value
     from maekit.evaluation.finetune import finetune
+    from maekit.settings import parse_setting, set_value
 
     given |= {
         "shards": tuple(arguments["train"]),

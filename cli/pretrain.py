@@ -241,7 +241,7 @@ def command(
     import math
 
     from maekit.cli.show import is_main_process, make_progress, print_json
-    from maekit.config import load_toml, parse_setting, set_value
+    from maekit.settings import load_toml, parse_setting, set_value
 
     chosen = PretrainConfig()
     for key, value in (load_toml(config) if config else {}).items():

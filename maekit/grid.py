@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from maekit import files
-from maekit.config import PretrainConfig, fields_of, load_toml, set_value
+from maekit.config import PretrainConfig
 from maekit.errors import InputError
 from maekit.poolings import check_pool
 from maekit.progress import Progress, Silent
+from maekit.settings import fields_of, load_toml, set_value
 
 _TABLE = "sweep."
 _VARY = "sweep.vary."

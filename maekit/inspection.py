@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from maekit import runs
 from maekit.check import CheckReport, check_shards
-from maekit.config import fields_of, load_toml
 from maekit.embedding.records import BOOKKEEPING, CommitRecord
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
 from maekit.errors import InputError
 from maekit.machine import cores
 from maekit.runs import RunDirectory
+from maekit.settings import fields_of, load_toml
 from maekit.shards.spec import TAR, find_shards
 
 if TYPE_CHECKING:

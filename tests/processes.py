@@ -13,8 +13,9 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
-from maekit.config import PretrainConfig, set_value
+from maekit.config import PretrainConfig
 from maekit.embedding.run import raise_if_incomplete
+from maekit.settings import set_value
 
 TINY = {
     "model.name": "vit_tiny_patch16_224",

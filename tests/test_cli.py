@@ -11,8 +11,9 @@ import pytest
 from conftest import jpeg, write_shard
 
 import maekit
-from maekit.config import PretrainConfig, dump_toml, fields_of, load_config, parse_setting, set_value
+from maekit.config import PretrainConfig, load_config
 from maekit.errors import InputError
+from maekit.settings import dump_toml, fields_of, parse_setting, set_value
 
 TINY = [
     *("--model", "vit_tiny_patch16_224", "--image-size", "32", "--patch-size", "8", "--batch-size", "4"),

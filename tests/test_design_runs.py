@@ -14,12 +14,13 @@ from processes import tiny_config
 from test_design_space import SIZES, brightness_tokenizer, build
 
 import maekit
-from maekit.config import ModelConfig, PretrainConfig, load_config, set_value
+from maekit.config import ModelConfig, PretrainConfig, load_config
 from maekit.errors import InputError
 from maekit.mae.encoder import build_encoder
 from maekit.mae.loading import load_autoencoder, load_encoder
 from maekit.mae.normalize import Normalizer
 from maekit.runs import RunDirectory, find_checkpoint
+from maekit.settings import set_value
 from maekit.training.prepare import tokenizer_digest
 
 RUNS = {

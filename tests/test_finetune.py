@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.config import ModelConfig, set_value
+from maekit.config import ModelConfig
 from maekit.errors import InputError, MaekitError
 from maekit.evaluation.classifier import Classifier, LabelledUpload, make_optimizer
 from maekit.evaluation.finetune import finetune
@@ -33,6 +33,7 @@ from maekit.evaluation.policy import RandAugment
 from maekit.mae.encoder import build_encoder
 from maekit.mae.normalize import Normalizer
 from maekit.runs import RunDirectory
+from maekit.settings import set_value
 from maekit.training.crops import Chunk
 
 CPU = torch.device("cpu")

@@ -21,8 +21,9 @@ import typer
 from typer.testing import CliRunner
 
 from maekit.cli.app import app
-from maekit.config import ModelConfig, PretrainConfig, fields_of, load_config, load_toml
+from maekit.config import ModelConfig, PretrainConfig, load_config
 from maekit.mae import loading
+from maekit.settings import fields_of, load_toml
 
 SCRIPT = Path(__file__).parent.parent / "recipes" / "pretrain.sbatch"
 pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")

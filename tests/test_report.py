@@ -18,13 +18,13 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.config import dump_toml
 from maekit.errors import InputError
 from maekit.gallery import atlas, page
 from maekit.gallery.chart import Line, Scale, line_chart, thin, tick_label
 from maekit.gallery.options import ReportOptions
 from maekit.gallery.samples import neighbours_within
 from maekit.progress import Silent
+from maekit.settings import dump_toml
 
 HOSTILE = "<script>alert('&\"')</script>"
 VOID = {"meta", "img", "br"}

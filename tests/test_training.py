@@ -16,12 +16,13 @@ from PIL import Image
 from processes import TINY, tiny_config
 
 import maekit
-from maekit.config import ModelConfig, OptimizerConfig, set_value
+from maekit.config import ModelConfig, OptimizerConfig
 from maekit.errors import InputError, MaekitError, Stopped
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.loading import load_autoencoder
 from maekit.progress import Silent
 from maekit.runs import RunDirectory, find_checkpoint
+from maekit.settings import set_value
 from maekit.training import checkpoint
 from maekit.training.optim import make_optimizer, make_schedule
 

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,17 +29,15 @@ from maekit.mae.loading import TrainedEncoder, load_encoder, set_norm_eps
 from maekit.mae.sources import Note, create_timm
 from maekit.progress import Progress, Silent
 from maekit.runs import FinetuneDirectory
-from maekit.signals import stop_on_signal
-from maekit.training import distributed
-from maekit.training.engine import Engine, Finished, Stop, device_errors
+from maekit.training.engine import Engine, Finished
 from maekit.training.prepare import (
-    choose_device,
     choose_precision,
     index_shards,
     newest_checkpoint,
     refuse_different_data,
     refuse_indivisible,
 )
+from maekit.training.process import started
 
 
 @dataclass(frozen=True)
@@ -97,22 +95,10 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
     config.validate()
     run = FinetuneDirectory(Path(config.out))
     files.require_utf8(run.path)
-    stop = Stop(config.run.max_time)
-    kind = choose_device(config)
-    with (
-        stop_on_signal(stop.heed) as stop.received_signal,
-        device_errors(),
-        distributed.join(kind) as world,
-        ExitStack() as stack,
-    ):
-        device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
-
-        def main(work: Callable[[], Any]) -> Any:
-            """Do some work on the main process, and fail on all if it fails."""
-            return world.together(lambda: work() if world.is_main else None)
-
-        main(lambda: refuse_indivisible(config, world))
-        main(lambda: _refuse_foreign_directory(run))
+    with started(config) as process, ExitStack() as stack:
+        world, device = process.world, process.device
+        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(lambda: _refuse_foreign_directory(run))
         note = progress.note if world.is_main else Silent().note
         trained = world.together(lambda: _source(config, run, note))
         if config.run.threads:
@@ -127,10 +113,10 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         task = world.together(
             lambda: Supervised(config, run, shards, labels, classes, test, trained, device, precision, world)
         )
-        main(lambda: stack.enter_context(files.sole_owner(run.path)))
-        newest = main(lambda: newest_checkpoint(run, progress))
-        finished = Engine(task, run, shards, task.order, device, world, progress, stop).go(newest)
-        main(lambda: task.measure_once(finished))
+        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
+        newest = world.on_main(lambda: newest_checkpoint(run, progress))
+        finished = Engine(task, run, shards, task.order, device, world, progress, process.stop).go(newest)
+        world.on_main(lambda: task.measure_once(finished))
         found = _result(config, finished, task, trained, progress) if world.is_main else None
         result: FinetuneResult = world.share(found)
         return result

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from maekit import files, runs
-from maekit.config import load_settings
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.evaluation.classifier import Classifier, ClassifierObjective, LabelledUpload, make_optimizer
 from maekit.evaluation.finetune_config import FinetuneConfig
@@ -31,6 +30,7 @@ from maekit.parallel import map_in_threads
 from maekit.poolings import parts_of
 from maekit.random import Purpose, random_bits
 from maekit.runs import FinetuneDirectory, RunDirectory
+from maekit.settings import load_settings
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
 from maekit.training import distributed, metrics

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from maekit import files
-from maekit.config import PretrainConfig, fields_of
+from maekit.config import PretrainConfig
 from maekit.errors import ImageError, InputError, MaekitError
 from maekit.gallery import atlas, page
 from maekit.gallery.chart import Line, by_step, line_chart
@@ -24,6 +24,7 @@ from maekit.images import open_rgb
 from maekit.mae.loading import load_encoder
 from maekit.progress import Progress, Silent, duration
 from maekit.runs import Checkpoint, RunDirectory, is_run
+from maekit.settings import fields_of
 from maekit.shards.read import open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards

@@ -99,6 +99,14 @@ class World:
             raise error
         raise ElsewhereError(f"rank {failed[0]} failed", codes[failed[0]])
 
+    def on_main(self, work: Callable[[], Result]) -> Result | None:
+        """Do some work on the main process, and fail on all if it fails; None on the others.
+
+        Raises:
+            MaekitError: as `together`.
+        """
+        return self.together(lambda: work() if self.is_main else None)
+
     def in_turn(self, work: Callable[[], Result]) -> Result:
         """Do some work once on each machine, then on its other ranks, which find in the cache what the first left.
 

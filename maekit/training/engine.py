@@ -4,10 +4,9 @@ The order of things: find what to resume -> compare with what is there -> write 
 process (rank 0) alone reads and writes the run directory. What is trained is a `Task`.
 """
 
-import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,12 +14,13 @@ from typing import Any, Protocol
 import torch
 
 from maekit import files, runs
-from maekit.config import TrainingConfig, dump_toml, fields_of, parse_duration
+from maekit.config import TrainingConfig
 from maekit.errors import ElsewhereError, InputError, MaekitError, Stopped
 from maekit.images import Pixels
 from maekit.pictures import encode_png
 from maekit.progress import Progress, duration
 from maekit.runs import RunDirectory
+from maekit.settings import dump_toml, fields_of
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
 from maekit.training import checkpoint, distributed, metrics
@@ -32,6 +32,7 @@ from maekit.training.distributed import World
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import Schedule
 from maekit.training.prepare import loader_workers, total_steps
+from maekit.training.process import Stop
 from maekit.training.ram import DecodedSet
 from maekit.training.step import Objective, Step, choose_micro_batch
 
@@ -150,54 +151,6 @@ class Finished:
         return round((self.steps - self.resumed_from) * batch_size / self.tally.seconds, 2)
 
 
-class Stop:
-    """When to stop: at once as long as nothing has begun, at the next step boundary later on.
-
-    Args:
-        max_time: as in `3h50m`, from here on; None is for ever.
-    """
-
-    def __init__(self, max_time: str | None) -> None:
-        self._max_time = max_time
-        self._until = time.monotonic() + (parse_duration(max_time) if max_time else math.inf)
-        self.received_signal: Callable[[], str | None] = lambda: None
-        self.has_begun = False
-        # A start that takes longer than the time it is given must still take a step, or none would ever be taken.
-        self.has_stepped = False
-
-    def heed(self) -> None:
-        """Stop a start that has nothing to save yet; called in the middle of it, by the signal.
-
-        Raises:
-            Stopped: the training has not begun.
-        """
-        if not self.has_begun:
-            raise Stopped(
-                "stopped by a signal before the first step of this start; run the same command again to go on"
-            )
-
-    def reason(self) -> str | None:
-        """Return why to stop at the next step boundary, or None."""
-        if self.has_stepped and time.monotonic() > self._until:
-            return f"--max-time {self._max_time}"
-        return self.received_signal()
-
-
-@contextlib.contextmanager
-def device_errors() -> Iterator[None]:
-    """Tell in one line of a device that is too small, and of a compiler that cannot compile."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        said = str(error).splitlines()[0]
-        raise MaekitError(f"the device's memory is too small for this model, or taken by others: {said}") from error
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MaekitError(f"compiling the step failed: {said}; --no-compile goes without") from error
-
-
 class Engine:
     """One process's part of a run.
 
@@ -240,7 +193,7 @@ class Engine:
             InputError: the directory is of another run.
             MaekitError: failed while working.
         """
-        begun = self.world.together(lambda: self._take_up(newest) if self.world.is_main else None)
+        begun = self.world.on_main(lambda: self._take_up(newest))
         begun = self.world.share(begun)
         tally = Tally(bad=begun["bad"], skipped=begun["skipped"])
         first = int(begun["step"])
@@ -257,7 +210,7 @@ class Engine:
                 "run the same command again to go on"
             )
             raise Stopped(message) if self.world.is_main else ElsewhereError(message, Stopped.exit_code)
-        self.world.together(lambda: self.task.finish(done) if self.world.is_main else None)
+        self.world.on_main(lambda: self.task.finish(done))
         return Finished(done, self._rows(), tally, first)
 
     def _rows(self) -> list[dict[str, Any]]:

@@ -26,17 +26,14 @@ from maekit.progress import Progress, Silent
 from maekit.runs import RunDirectory
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
-from maekit.signals import stop_on_signal
-from maekit.training import distributed
 from maekit.training.crops import Augmentation, CropLoader, Watch
 from maekit.training.data import Division, Uploader
 from maekit.training.distributed import World
-from maekit.training.engine import Engine, Finished, Stop, device_errors
+from maekit.training.engine import Engine, Finished
 from maekit.training.kernels import choose_kernels
 from maekit.training.optim import Schedule, make_optimizer, make_schedule
 from maekit.training.pictures import draw_samples
 from maekit.training.prepare import (
-    choose_device,
     choose_precision,
     index_shards,
     newest_checkpoint,
@@ -46,6 +43,7 @@ from maekit.training.prepare import (
     resolve,
     start_from,
 )
+from maekit.training.process import started
 from maekit.training.ram import DecodedSet
 from maekit.training.step import MaskedObjective
 from maekit.training.tokenizer import Tokenizer
@@ -101,22 +99,10 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     config.validate()
     run = RunDirectory(Path(config.out))
     files.require_utf8(run.path)
-    stop = Stop(config.run.max_time)
-    kind = choose_device(config)
-    with (
-        stop_on_signal(stop.heed) as stop.received_signal,
-        device_errors(),
-        distributed.join(kind) as world,
-        ExitStack() as stack,
-    ):
-        device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
-
-        def main(work: Callable[[], Any]) -> Any:
-            """Do some work on the main process, and fail on all if it fails."""
-            return world.together(lambda: work() if world.is_main else None)
-
-        main(lambda: refuse_indivisible(config, world))
-        main(lambda: resolve(config, run))
+    with started(config) as process, ExitStack() as stack:
+        world, device = process.world, process.device
+        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(lambda: resolve(config, run))
         config = world.share(config)
         precision = choose_precision(config, device, world, progress)
         shards = world.in_turn(lambda: index_shards(config, world, progress))
@@ -124,15 +110,15 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         model = world.together(lambda: build_autoencoder(config.model, seed=config.seed))
-        main(lambda: stack.enter_context(files.sole_owner(run.path)))
+        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
 
         # Asked inside the lock: a former process may just have saved its last checkpoint.
-        newest = main(lambda: newest_checkpoint(run, progress))
+        newest = world.on_main(lambda: newest_checkpoint(run, progress))
         # Of a checkpoint the main process alone knows, and all must come to the same exchanges.
-        main(lambda: None if newest else start_from(config, model, shards, progress))
+        world.on_main(lambda: None if newest else start_from(config, model, shards, progress))
         order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
         task = _Pretraining(config, run, shards, order, model.to(device), precision, world, progress)
-        finished = Engine(task, run, shards, order, device, world, progress, stop).go(newest)
+        finished = Engine(task, run, shards, order, device, world, progress, process.stop).go(newest)
         result: PretrainResult = world.share(_result(config, finished))
         return result
 
