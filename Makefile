@@ -28,8 +28,8 @@ types: setup
 	cp -r maekit build/types/maekit && cp -r cli build/types/maekit/cli && cp -r exporters build/types/maekit/exporters
 	cd build/types && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 
-# A process for each core; a file's tests stay together, so that what they share is made once.
-PYTEST := python -m pytest -n auto --dist loadfile
+# A process for each core, up to four; a file's tests stay together, so that what they share is made once.
+PYTEST := python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: lint types
 	$(BIN)/$(PYTEST)

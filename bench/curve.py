@@ -6,7 +6,7 @@ RUN was made with --keep-every; its loss is drawn as well, into FILE-loss.svg. O
 temperature 0.07), the same after whitening (all directions, fitted on the training embeddings without labels), and a
 linear classifier (L-BFGS, C chosen on a tenth of the training images), for each pooling; beside them the encoder as
 initialised, and raw pixels, these whitened to 64 directions, and linear on those. Features are computed once for all
-three. What --json holds already is not computed again.
+three. What --json holds already of this run is not computed again.
 """
 
 import argparse
@@ -64,6 +64,9 @@ def main() -> None:
     steps = sorted(checkpoint.step for checkpoint in run.list_checkpoints())
     steps = steps[-1:] if options.only_last else steps
     table: dict[str, Any] = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    settings = hashlib.sha256(run.config_file.read_bytes()).hexdigest()
+    if table.setdefault("settings_sha256", settings) != settings:
+        parser.error(f"{options.json} holds figures of a run with other settings; choose another file")
     table |= {"what": "accuracy over a run", "train_images": len(sets[0].texts), "test_images": len(sets[1].texts)}
     rows: list[dict[str, Any]] = table.setdefault("rows", [])
     done = {(row["name"], row["step"]) for row in rows}
@@ -82,12 +85,12 @@ def main() -> None:
         judge("raw", None, pixels, PIXEL_DIM)
         rows[-1]["name"] = "raw pixels"
     trained = load_encoder(str(run.checkpoint(steps[-1]).path))
-    if ("untrained avg", 0) not in done:
+    if not all((f"untrained {pool}", 0) in done for pool in POOLS):
         fresh = dataclasses.replace(trained)
         initialize_encoder(fresh.encoder, seed=0)
         judge("untrained", 0, embedded(fresh, sets, progress))
     for step in steps:
-        if ("avg", step) not in done:
+        if not all((pool, step) in done for pool in POOLS):
             judge("", step, exported(run.checkpoint(step).path, sets, options.train, progress))
     if options.json:
         options.json.write_text(json.dumps(table, indent=1) + "\n")

@@ -8,6 +8,7 @@ import typer
 
 from maekit.cli.show import make_progress, print_json
 from maekit.exporters.options import ExportOptions
+from maekit.poolings import UNPOOLED
 
 _DEFAULT = ExportOptions()
 _COMPUTES, _PROVES = "What it computes", "What it is held against"
@@ -162,9 +163,9 @@ def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
         )
         if result.warning:
             progress.note(f"kept by --force, although it differs from PyTorch: {result.warning}")
-        if options["pool"] != "tokens":
+        if options["pool"] != UNPOOLED:
             print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
-    if result.parity and not result.whitening and options["pool"] != "tokens":
+    if result.parity and not result.whitening and options["pool"] != UNPOOLED:
         progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
     if as_json:
         print_json(dataclasses.asdict(result))

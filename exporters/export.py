@@ -28,6 +28,7 @@ from maekit.exporters.whitening import Whitening, fit_whitening
 from maekit.exporters.writing import ModelFile, new_model
 from maekit.images import Pixels
 from maekit.mae.loading import TrainedEncoder, load_encoder
+from maekit.poolings import UNPOOLED
 from maekit.progress import Progress, Silent
 
 _CALIBRATION_IMAGES = 64
@@ -140,7 +141,7 @@ def _write(
     progress: Progress,
 ) -> ExportResult:
     """Write the graph, measure the written file, describe it, and give it its name."""
-    output = TOKENS if options.pool == "tokens" else EMBEDDINGS
+    output = TOKENS if options.pool == UNPOOLED else EMBEDDINGS
     proto = _trace(trained, options, whitening, images[:2], output, progress)
     if options.precision == "int8":
         progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")

@@ -23,8 +23,8 @@ from maekit.errors import InputError
 from maekit.exporters.options import OPSET_WITH_ATTENTION
 from maekit.exporters.whitening import Whitening
 from maekit.images import LUMA, Preprocess
-from maekit.mae.pooling import deviation, quarter_weights
-from maekit.poolings import TOKENS, parts_of
+from maekit.mae.pooling import check_pooling, deviation
+from maekit.poolings import UNPOOLED, parts_of
 
 
 class EmbeddingModule(nn.Module):
@@ -73,7 +73,7 @@ class EmbeddingModule(nn.Module):
             _in_rows(block, self.tokens, fused=opset >= OPSET_WITH_ATTENTION) for block in encoder.blocks
         )
         self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
-        self.quarters = nn.Buffer(quarter_weights((self.rows, self.columns)))
+        self.quarters = nn.Buffer(_quarter_weights((self.rows, self.columns)))
         if half:
             for part in (self.embedding, self.patch_norm, self.norm_pre, self.blocks, self.norm):
                 part.half()
@@ -130,7 +130,7 @@ class EmbeddingModule(nn.Module):
         return x
 
     def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool == TOKENS:
+        if self.pool == UNPOOLED:
             return x[:, self.prefix :]
         patches = x[:, self.prefix :]
         parts = {
@@ -161,11 +161,22 @@ def check_exportable(encoder: Any, pool: str) -> None:
         and not height % embedding.patch_size[0]
         and not width % embedding.patch_size[1],
         "drops patches": isinstance(encoder.patch_drop, nn.Identity),
-        "has no class token: use --pool avg": encoder.has_class_token or "cls" not in parts_of(pool),
     }
     for problem, fine in wanted.items():
         if not fine:
             raise InputError(f"this model {problem}")
+    check_pooling(encoder, pool)
+
+
+def _quarter_weights(grid: tuple[int, int]) -> torch.Tensor:
+    """Return what each patch counts in the mean of each quarter of a grid of (rows, columns): `[4, N]`."""
+    halves = (
+        torch.tensor([[float(place < (size + 1) // 2), float(place >= size // 2)] for place in range(size)]).T
+        for size in grid
+    )
+    rows, columns = halves  # [2, rows], [2, columns]
+    inside = torch.einsum("ar,bc->abrc", rows, columns).reshape(4, -1)  # -> [2, 2, rows, columns] -> [4, N]
+    return inside / inside.sum(dim=1, keepdim=True)
 
 
 def _by_pixel(weight: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from maekit.errors import InputError
-from maekit.poolings import TOKENS, check_pool
+from maekit.poolings import UNPOOLED, check_pool
 
 PRECISIONS = ("fp32", "fp16", "int8")
 OPSETS = (18, 19, 20, 21, 22, 23)
@@ -47,7 +47,7 @@ class ExportOptions:
         Raises:
             InputError: names the first impossible value.
         """
-        check_pool("--pool", self.pool, also=(TOKENS,))
+        check_pool("--pool", self.pool, also=(UNPOOLED,))
         for option, value, allowed in (
             ("--precision", self.precision, PRECISIONS),
             ("--opset", self.opset, OPSETS),
@@ -63,7 +63,7 @@ class ExportOptions:
             raise InputError(f"--whiten-images {self.whiten_images}: needs --whiten SHARDS, to take them from")
         if self.whiten_images < 2:
             raise InputError(f"--whiten-images {self.whiten_images}: must be at least 2")
-        if self.whiten and self.pool == TOKENS:
+        if self.whiten and self.pool == UNPOOLED:
             raise InputError("--whiten is for embeddings; --pool tokens gives tokens")
         if self.format == "timm":
             changed = ("pool", "normalize", "whiten", "precision", "opset", "force")

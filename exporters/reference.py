@@ -9,6 +9,7 @@ from maekit.exporters.whitening import Whitening
 from maekit.images import LUMA, Pixels
 from maekit.mae.loading import TrainedEncoder
 from maekit.mae.pooling import pooled
+from maekit.poolings import UNPOOLED
 
 _BATCH = 32
 
@@ -50,7 +51,7 @@ def reference_embeddings(
         if is_grey:
             values = (values * luma).sum(1, keepdim=True)
         tokens = encoder.forward_features((values - mean) / std)
-        rows = tokens[:, encoder.num_prefix_tokens :] if pool == "tokens" else pooled(encoder, tokens, pool)
+        rows = tokens[:, encoder.num_prefix_tokens :] if pool == UNPOOLED else pooled(encoder, tokens, pool)
         if whitening is not None:
             matrix, bias = (torch.from_numpy(v).to(device) for v in (whitening.matrix, whitening.bias))
             rows = rows @ matrix.T + bias

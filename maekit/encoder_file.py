@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maekit import files
+from maekit import files, poolings
 from maekit.errors import InputError
 from maekit.images import Preprocess
 
@@ -52,7 +52,7 @@ class EncoderDescription:
     @property
     def output(self) -> str:
         """Name of the graph's output."""
-        return TOKENS if self.pool == "tokens" else EMBEDDINGS
+        return TOKENS if self.pool == poolings.UNPOOLED else EMBEDDINGS
 
     @classmethod
     def from_metadata(cls, path: Path, metadata: str | None, sha256: str) -> "EncoderDescription":
@@ -65,6 +65,7 @@ class EncoderDescription:
             raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
         try:
             spec = json.loads(metadata)
+            poolings.check_pool("pool", str(spec["pool"]), also=(poolings.UNPOOLED,))
             return cls(
                 path,
                 sha256,

@@ -5,7 +5,8 @@ What each is stands in `maekit.mae.pooling`. Imports nothing heavy: options are 
 
 from maekit.errors import InputError
 
-TOKENS = "tokens"
+# Not a pooling: the patch tokens themselves.
+UNPOOLED = "tokens"
 # How many vectors as long as a token each part gives.
 _VECTORS = {"avg": 1, "cls": 1, "std": 1, "avg2x2": 4}
 PARTS = tuple(_VECTORS)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import jpeg, write_shard
 from models import embed_config
+from processes import finish, segments, start, warm_up
 
 import maekit
 import maekit.embedding.decoding as decoding
@@ -160,7 +161,7 @@ def test_nothing_is_left_behind(trained: Path, tmp_path: Path) -> None:
         gc.collect()
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         names = sorted(thread.name for thread in threading.enumerate())
-        return len(os.listdir("/proc/self/fd")), children, names, sorted(os.listdir("/dev/shm"))
+        return len(os.listdir("/proc/self/fd")), children, names, segments()
 
     before = state()
     for _ in range(3):
@@ -306,8 +307,6 @@ def test_the_embedder_asks_for_a_few_images_at_a_time(trained: Path) -> None:
 
 
 def test_stopping_takes_no_longer_than_a_batch(trained: Path, tmp_path: Path) -> None:
-    from processes import finish, start, warm_up
-
     image = jpeg(0, (600, 500))
     write_shard(tmp_path / "in" / "0.tar", {f"k{i}": {"jpg": image} for i in range(3000)})
     warm_up()

@@ -140,6 +140,7 @@ VARIANTS = {
     "normalised after": {"block_fn": timm.models.vision_transformer.ResPostBlock, "init_values": 1e-1},
     "embeddings normalised": {"embed_norm_layer": torch.nn.LayerNorm},
     "wide and high": {"img_size": (32, 48)},
+    "an odd grid": {"img_size": (24, 40)},
 }
 
 
@@ -149,8 +150,9 @@ def test_other_vits_of_timm(variant: str) -> None:
     height, width = encoder.patch_embed.img_size
     preprocess = Preprocess.for_size((height, width), IMAGENET_MEAN, IMAGENET_STD)
     images = pictures(3, 48)[:, :height, :width].copy()
-    proto = to_onnx(EmbeddingModule(encoder, preprocess).eval(), images, opset=23, output="embeddings")
-    np.testing.assert_allclose(run(proto, images), oracle(encoder, images, "avg"), atol=2e-6)
+    pool = "avg+std+avg2x2"
+    proto = to_onnx(EmbeddingModule(encoder, preprocess, pool=pool).eval(), images, opset=23, output="embeddings")
+    np.testing.assert_allclose(run(proto, images), oracle(encoder, images, pool), atol=2e-6)
 
 
 def test_fc_norm_is_applied_after_pooling() -> None:
@@ -162,14 +164,20 @@ def test_fc_norm_is_applied_after_pooling() -> None:
     with torch.no_grad():
         wanted = encoder((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        tokens = encoder.forward_features((torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std)
+        last = encoder.fc_norm(tokens[:, [1 + 10, 1 + 11, 1 + 14, 1 + 15]].mean(1))  # rows and columns 2 and 3 of 4 x 4
+    quarters = run(export(encoder, pool="avg2x2", normalize=False), images)
+    np.testing.assert_allclose(quarters[:, -192:], last, rtol=1e-4, atol=1e-5)
 
 
 def test_models_that_are_refused() -> None:
     for encoder, pool, said in (
         (timm.create_model("eva02_tiny_patch14_224"), "avg", "class Eva is not known"),
         (vit(in_chans=2), "avg", "other than one or three channels"),
-        (vit(class_token=False, global_pool="avg"), "cls", "no class token: use --pool avg"),
+        (vit(class_token=False, global_pool="avg"), "cls", "--pool cls: this model has no class token; use --pool avg"),
         (vit(class_token=False, global_pool="avg"), "avg+cls", "no class token"),
+        (vit(global_pool="avg"), "avg+std", "normalises behind its pooling"),
         (vit(patch_size=5), "avg", "32 x 32, which its patches do not divide"),
         (vit(patch_drop_rate=0.5), "avg", "drops patches"),
     ):

@@ -11,7 +11,7 @@ from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import build_encoder, encode
 from maekit.mae.mask_shapes import kept_patches
 from maekit.mae.masking import gather_tokens, random_masking
-from maekit.mae.pooling import pooled, quarter_weights
+from maekit.mae.pooling import pooled
 from maekit.mae.positions import sincos_positions
 from maekit.mae.targets import normalize_patches, patchify, unpatchify
 from maekit.poolings import vectors_in
@@ -275,15 +275,6 @@ def test_positions_are_frozen_and_weights_load_into_timm() -> None:
 def test_impossible_models_are_refused(changes: dict, said: str) -> None:
     with pytest.raises(InputError, match=said):
         build_encoder(ModelConfig(**changes))
-
-
-@pytest.mark.parametrize("grid", [(4, 6), (7, 5), (1, 3)])
-def test_quarters_are_adaptive_average_pooling(grid: tuple[int, int]) -> None:
-    """The middle of an odd grid belongs to both sides, as in PyTorch's own."""
-    tokens = torch.randn(2, grid[0] * grid[1], 8, dtype=torch.float64)
-    image = tokens.transpose(1, 2).unflatten(2, grid)  # [B, N, D] -> [B, D, rows, columns]
-    wanted = torch.nn.functional.adaptive_avg_pool2d(image, 2).permute(0, 2, 3, 1).flatten(1, 2)
-    torch.testing.assert_close(quarter_weights(grid).double() @ tokens, wanted, rtol=1e-6, atol=1e-6)
 
 
 def test_parts_of_a_pooling_stand_one_after_the_other() -> None:

@@ -191,8 +191,8 @@ def test_a_killed_worker_is_named_with_what_it_read(small_shards: ShardSet, monk
 
 def test_a_hanging_image_is_named_after_a_while(small_shards: ShardSet, monkeypatch) -> None:
     kill_at(monkeypatch, small_shards, "000004", None)
-    with pytest.raises(MaekitError, match=r"nothing came for 1 s \(being read: (002\.tar \d+, )?000\.tar 000004"):
-        steps_of(small_shards, Division(8, 8), first=0, last=50, workers=1, patience=1)
+    with pytest.raises(MaekitError, match=r"nothing came for 3 s \(being read: (002\.tar \d+, )?000\.tar 000004"):
+        steps_of(small_shards, Division(8, 8), first=0, last=50, workers=1, patience=3)
 
 
 def kill_at(monkeypatch, shards: ShardSet, key: str, number: signal.Signals | None) -> None:

@@ -16,6 +16,7 @@ from maekit.encoder_file import EMBEDDINGS, INPUT, METADATA_KEY, EncoderDescript
 from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels
 from maekit.machine import cores
+from maekit.poolings import UNPOOLED
 from maekit.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
 
 # What ONNX Runtime, CUDA, cuBLAS and the C++ library say when memory runs out.
@@ -75,7 +76,7 @@ class EncoderSession:
                 raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error}") from error
             self.description = EncoderDescription.from_metadata(path, metadata, digest.result())
         check_digests(self.description, external)
-        if self.description.pool == "tokens":
+        if self.description.pool == UNPOOLED:
             raise InputError(
                 f"{path} gives the tokens of each image, not one vector; export it with another --pool to embed with it"
             )

@@ -149,18 +149,16 @@ class TorchEncoder:
         import torch
 
         from maekit.mae.normalize import Normalizer
-        from maekit.mae.pooling import poolings_of
-        from maekit.poolings import parts_of
+        from maekit.mae.pooling import check_pooling, poolings_of
         from maekit.training.kernels import choose_kernels
 
         encoder = trained.encoder
-        there = poolings_of(encoder)
-        if any("cls" in parts_of(pool) for pool in pools) and "cls" not in there:
-            raise InputError(f"--pool {pools[0]}: this model has no class token; use --pool avg")
+        for pool in pools:
+            check_pooling(encoder, pool)
         require_device(device)
         self._torch = torch
         self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-        self._encoder, self._pools = encoder.eval().to(self._device), pools or there
+        self._encoder, self._pools = encoder.eval().to(self._device), pools or poolings_of(encoder)
         self._normalizer = Normalizer(
             trained.preprocess.mean,
             trained.preprocess.std,

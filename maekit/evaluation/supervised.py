@@ -23,11 +23,10 @@ from maekit.mae.autoencoder import initialize_encoder
 from maekit.mae.loading import TrainedEncoder, norm_eps, set_norm_eps
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
-from maekit.mae.pooling import poolings_of
+from maekit.mae.pooling import check_pooling
 from maekit.mae.sources import create_timm
 from maekit.mae.weights import encoder_bytes, load_strictly, read_safetensors
 from maekit.parallel import map_in_threads
-from maekit.poolings import parts_of
 from maekit.random import Purpose, random_bits
 from maekit.runs import FinetuneDirectory, RunDirectory
 from maekit.settings import load_settings
@@ -93,8 +92,7 @@ class Supervised:
             raise InputError(
                 f"{why}: a batch of {config.batch_size} gives each process {config.run.micro_batch or share} at a time"
             )
-        if "cls" in parts_of(config.model.pool) and "cls" not in poolings_of(trained.encoder):
-            raise InputError(f"--pool {config.model.pool}: this model has no class token; use --pool avg")
+        check_pooling(trained.encoder, config.model.pool)
         self.model = Classifier(
             self._encoder(),
             len(classes),

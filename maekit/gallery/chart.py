@@ -91,7 +91,7 @@ def line_chart(
 
     Args:
         title: of the chart.
-        lines: one or two, with a point at least among them.
+        lines: one or two (a page has colours for two), with a point at least among them.
         unit: of the values.
         from_zero: whether the axis begins at 0; else positive values that span more than a factor of three are drawn
             on a logarithmic axis.

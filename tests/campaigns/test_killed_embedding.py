@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import jpeg, write_shard
 from models import embed_config
-from processes import fill_disk, finish, kill_at_disk, start, warm_up
+from processes import fill_disk, finish, kill_at_disk, segments, start, warm_up
 
 from maekit.embedding.run import EmbedConfig, embed
 
@@ -111,7 +111,7 @@ def whole(trained: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory)
 def test_killed_at_any_moment(trained: Path, shards: Path, whole, tmp_path: Path, rounds) -> None:
     """SIGKILL at random moments: the run that finishes leaves the files of an undisturbed one."""
     random_ = random.Random(0)
-    segments = sorted(os.listdir("/dev/shm"))
+    before_all = segments()
     config = config_of(trained, shards, tmp_path / "timed")
     before = time.monotonic()
     assert finish(start(config, tmp_path / "log")) == [0]
@@ -135,7 +135,7 @@ def test_killed_at_any_moment(trained: Path, shards: Path, whole, tmp_path: Path
         assert process.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
         assert_same_end(out, whole[format_])
         assert max(redone(trace), default=0) <= 1
-    assert sorted(os.listdir("/dev/shm")) == segments
+    assert segments() == before_all
     print(f"\n{kills} SIGKILLs of embedding in {runs} runs")
 
 
