@@ -16,11 +16,13 @@ from onnx import helper, numpy_helper
 
 import maekit
 import maekit.exporters.writing as writing
-from maekit.encoder_file import METADATA_KEY, check_external_data
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD
+from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_external_data
 from maekit.errors import InputError, MaekitError
 from maekit.exporters.export import export
 from maekit.exporters.options import ExportOptions
 from maekit.exporters.verify import verify
+from maekit.images import Preprocess
 from maekit.inspection import inspect
 
 
@@ -163,6 +165,15 @@ def test_a_plain_file_beside_it_is_none_of_ours(tmp_path: Path) -> None:
     assert check_external_data(tmp_path / "m.onnx") == [tmp_path / "plain"]
     with pytest.raises(InputError, match="metadata is damaged"):
         maekit.Embedder(tmp_path / "m.onnx", device="cpu")
+
+
+def test_a_pooling_that_there_is_none_of_is_damage() -> None:
+    preprocess = Preprocess.for_size((32, 32), IMAGENET_MEAN, IMAGENET_STD).to_json()
+    about = {"preprocess": preprocess, "dim": 8, "pool": "avg+std", "normalize": True}
+    assert EncoderDescription.from_metadata(Path("e.onnx"), json.dumps(about), "").pool == "avg+std"
+    for wrong in ("max", "avg+avg", "", None, 3):
+        with pytest.raises(InputError, match=r"metadata is damaged.*must be one of avg, cls, std, avg2x2"):
+            EncoderDescription.from_metadata(Path("e.onnx"), json.dumps({**about, "pool": wrong}), "")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>location</html>", b"\x00" * 100, b"location"])
