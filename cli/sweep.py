@@ -32,10 +32,10 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json, print_table
-    from maekit.grid import sweep
+    from maekit.grid import measures_of, sweep
 
     result = sweep(config, out, make_progress(), device=device)
-    measures = [key for key in result.rows[0] if key not in ("name", "changes", "loss", "baselines")]
+    measures = measures_of(result.rows)
     table = [
         [row["name"], *(f"{100 * row[name]:.1f}" for name in measures), f"{row['loss']:.4f}" if row["loss"] else ""]
         for row in result.rows

@@ -26,7 +26,7 @@ from typing import Any
 
 from maekit import files
 from maekit.config import PretrainConfig
-from maekit.errors import InputError
+from maekit.errors import ElsewhereError, InputError, MaekitError, Stopped
 from maekit.poolings import check_pool
 from maekit.progress import Progress, Silent
 from maekit.settings import fields_of, load_toml, set_value
@@ -74,6 +74,9 @@ class SweepSettings:
         ):
             if not values or any(value not in allowed for value in values):
                 raise InputError(f"sweep.{key} = {list(values)}: must be one of {', '.join(allowed)}")
+        for key, count in (("train_images", self.train_images), ("test_images", self.test_images)):
+            if count is not None and count < 1:
+                raise InputError(f"sweep.{key} = {count}: must be greater than 0")
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class SweepResult:
     Attributes:
         out: the directory.
         page: the curves and the table.
-        rows: for each cell its name, its changes, and its scores.
+        rows: for each cell its name, its changes, and its scores; or, in place of those, why it `failed`.
         trained: cells that were trained now.
     """
 
@@ -189,9 +192,10 @@ def sweep(
         device: `auto`, `cpu` or `cuda`, in place of the file's.
 
     Raises:
-        InputError: an impossible plan, or a cell that was begun with other settings.
+        InputError: an impossible plan, labelled shards that cannot judge, or a cell that was begun with other
+            settings; all but the last found before anything is trained.
         Stopped: a signal came; everything is saved, the same call goes on.
-        MaekitError: failed while working.
+        MaekitError: a cell failed while working; the others are done all the same.
     """
     from maekit.training.run import pretrain
 
@@ -202,21 +206,68 @@ def sweep(
         plan.base.run.device = device
     cells = plan.cells()
     configs = [_config(plan.base, cell, out) for cell in cells]
-    for config in configs:
-        config.validate()
+    for cell, config in zip(cells, configs, strict=True):
+        _check_cell(plan.settings, cell, config)
+    _check_judges(plan.settings, progress)
     files.require_writable(out)
     rows: list[dict[str, Any]] = []
     trained = 0
+    page = out / "sweep.html"
     for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
         progress.note(f"cell {number} of {len(cells)}: {cell.name}")
-        result = pretrain(config, progress)
-        trained += not result.already_finished
-        rows.append(
-            {"name": cell.name, "changes": cell.changes, "loss": result.loss, **_judged(plan, cell, config, progress)}
-        )
+        row: dict[str, Any] = {"name": cell.name, "changes": cell.changes}
+        try:
+            result = pretrain(config, progress)
+            trained += not result.already_finished
+            row |= {"loss": result.loss, **_judged(plan, cell, config, progress)}
+        except (InputError, Stopped, ElsewhereError):
+            raise
+        except MaekitError as error:  # a rate that is too high must not keep the others from being tried
+            progress.note(f"{cell.name} failed: {error}")
+            row["failed"] = str(error)
+        rows.append(row)
         files.write_atomically(out / "sweep.json", json.dumps({"rows": rows}, indent=1).encode())
-        files.write_atomically(out / "sweep.html", _page(plan, rows, len(cells)))
-    return SweepResult(str(out), str(out / "sweep.html"), rows, trained)
+        files.write_atomically(page, _page(plan, rows, len(cells)))
+    failed = [row for row in rows if "failed" in row]
+    if failed:
+        first = f"{failed[0]['name']}: {failed[0]['failed']}"
+        raise MaekitError(f"{len(failed)} of {len(rows)} cells failed, the others are in {page}; the first: {first}")
+    return SweepResult(str(out), str(page), rows, trained)
+
+
+def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> None:
+    """Refuse a cell that could not be trained or judged, before any is trained.
+
+    Raises:
+        InputError: names the cell.
+    """
+    import torch
+
+    from maekit.mae.autoencoder import build_autoencoder
+    from maekit.mae.pooling import check_pooling
+
+    try:
+        config.validate()
+        if config.model.init_from is None:  # else the weights tell what the model is
+            with torch.device("meta"):  # takes no memory and no time
+                check_pooling(build_autoencoder(config.model, seed=config.seed).encoder, settings.pool)
+    except InputError as error:
+        raise InputError(f"{cell.name}: {error}") from error
+
+
+def _check_judges(settings: SweepSettings, progress: Progress) -> None:
+    """See that the labelled shards are there and have labels.
+
+    Raises:
+        InputError: they are not, or have none.
+    """
+    from maekit.evaluation.labelled import open_labelled
+
+    for specs, option, images in (
+        (settings.train, "sweep.train", settings.train_images),
+        (settings.test, "sweep.test", settings.test_images),
+    ):
+        open_labelled(specs, option, progress, images=images)
 
 
 def _config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
@@ -288,7 +339,7 @@ def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
     from maekit.gallery import page
     from maekit.gallery.chart import Line, line_chart
 
-    measures = [key for key in rows[0] if key not in ("name", "changes", "loss", "baselines")]
+    measures = measures_of(rows)
     there = {key: value for key, value, _ in fields_of(plan.base)}
     charts = []
     for key, values in plan.vary.items():
@@ -298,12 +349,17 @@ def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
         points += [(row["changes"][key], row) for row in rows if key in row["changes"]]
         if len(points) > 1:
             points.sort(key=lambda point: point[0])
-            lines = [Line(name, [(float(x), row[name]) for x, row in points]) for name in measures[:2]]
-            charts.append(line_chart(key, lines, unit="accuracy", share=True, across=key.rpartition(".")[2]))
+            across = key.rpartition(".")[2]
+            for task in plan.settings.judge:
+                named = [name for name in measures if name.split(", ")[0] == task]
+                lines = [Line(name, [(float(x), row[name]) for x, row in points if name in row]) for name in named]
+                if any(line.points for line in lines):
+                    charts.append(line_chart(f"{key}: {task}", lines, unit="accuracy", share=True, across=across))
     baselines = rows[0].get("baselines", {})
-    body = [[row["name"], *(f"{100 * row[name]:.1f}" for name in measures), _loss(row)] for row in rows]
+    body = [[row["name"], *(_share(row, name) for name in measures), _loss(row)] for row in rows]
     numbers = range(1, len(measures) + 2)
-    best = [(max(range(len(rows)), key=lambda n: rows[n][name]), column) for column, name in enumerate(measures, 1)]
+    judged_rows = [number for number, row in enumerate(rows) if "failed" not in row]
+    best = [(max(judged_rows, key=lambda n: rows[n][name]), column) for column, name in enumerate(measures, 1)]
     heads = ["", *(f"{name}, %" for name in measures), "loss"]
     parts = [page.section("One setting at a time", page.group("charts", charts))] if charts else []
     parts.append(page.section("Cells", page.table(heads, body, numbers=numbers, best=best if len(rows) > 1 else [])))
@@ -316,9 +372,21 @@ def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
     return page.document("Sweep", f"{judged}; losses under different masks or targets do not compare", parts)
 
 
+def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the scores that rows hold."""
+    others = ("name", "changes", "loss", "baselines", "failed")
+    return list(dict.fromkeys(key for row in rows for key in row if key not in others))
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    return f"{100 * row[name]:.1f}" if name in row else "–"
+
+
 def _is_number(value: Any) -> bool:
     return type(value) in (int, float)
 
 
 def _loss(row: Mapping[str, Any]) -> str:
+    if "failed" in row:
+        return "failed"
     return "" if row["loss"] is None else f"{row['loss']:.4f}"

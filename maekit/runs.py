@@ -5,7 +5,7 @@ RUN/metrics.jsonl                   one row per logging step
 RUN/checkpoints/step-000001000/     model.safetensors optimizer.safetensors state.json, and manifest.json, written last
 RUN/pictures/step-000001000.png     reconstructions
 RUN/encoder.safetensors             the final encoder under timm's parameter names
-RUN/evaluations/knn-step-000001000.json   what `maekit evaluate` found
+RUN/evaluations/knn-3f2a9c-step-000001000.json   what `maekit evaluate` found
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -203,7 +204,8 @@ def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
     }
     assert run.path is not None
     kept = json.loads(Path(run.path).read_text())
-    assert Path(run.path) == judged / "run/evaluations/knn-step-000000008.json"
+    assert re.fullmatch(r"knn-[0-9a-f]{6}-step-000000008\.json", Path(run.path).name)
+    assert kept["options"]["k"] == 20
     assert kept["rows"] == run.rows
     assert found["encoder.onnx"].path is None
 
@@ -356,6 +358,14 @@ def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(InputError, match=said):
             maekit.evaluate("knn", str(judged / source), train, held_out, options)
+    with pytest.raises(InputError, match="--test-images 5: is for --test"):
+        maekit.evaluate("retrieval", str(judged / "run"), other, [], EvaluateOptions(test_images=5, **CPU))
+    foreign = [str(plant(tmp_path / "foreign", 0, 12, label=lambda n: "zz"))]
+    with pytest.raises(InputError, match="no query has an image of its class"):
+        maekit.evaluate("retrieval", str(judged / "run"), other, foreign, options)
+    few = [str(plant(tmp_path / "few", 0, 8))]
+    with pytest.raises(InputError, match="at least 10 labelled training images, there are 8"):
+        maekit.evaluate("linear", str(judged / "run"), few, test, options)
     with pytest.raises(InputError, match="must be one of knn, linear, retrieval"):
         maekit.evaluate("tsne", str(judged / "run"), other, test, options)
 
@@ -430,5 +440,5 @@ def test_the_command(judged: Path) -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["task"] == "knn"
     assert result["step"] == 8
-    assert f"kept in {run}/evaluations/knn-step-000000008.json" in done.stdout
+    assert re.search(rf"kept in {run}/evaluations/knn-[0-9a-f]{{6}}-step-000000008\.json", done.stdout)
     assert "raw pixels, whitened" in done.stdout

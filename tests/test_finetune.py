@@ -197,6 +197,14 @@ def test_what_is_refused(planted: Path, tmp_path: Path, changes: dict, said: str
     assert not (tmp_path / "out/finetune.toml").exists()
 
 
+def test_a_test_set_of_other_classes_is_refused(planted: Path, tmp_path: Path) -> None:
+    """Before a step, not at the first checkpoint."""
+    other = plant(tmp_path / "other", 0, 12, label=lambda number: "zz")
+    with pytest.raises(InputError, match="--train has none of its classes, such as 'zz'"):
+        finetune(settings(planted, tmp_path / "out", test=(str(other),)))
+    assert not (tmp_path / "out/finetune.toml").exists()
+
+
 def test_another_training_is_refused(planted: Path, tmp_path: Path) -> None:
     finetune(settings(planted, tmp_path / "out", steps=4))
     with pytest.raises(InputError, match=r"started with mix.mixup = 0.8, and now it is 0.1"):

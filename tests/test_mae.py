@@ -7,7 +7,7 @@ import torch
 
 from maekit.config import ModelConfig
 from maekit.errors import InputError
-from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
+from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder, initialize_encoder
 from maekit.mae.encoder import build_encoder, encode
 from maekit.mae.mask_shapes import kept_patches
 from maekit.mae.masking import gather_tokens, random_masking
@@ -296,3 +296,11 @@ def test_equal_patches_have_a_gradient() -> None:
     pooled(tiny().encoder, tokens, "avg+std").sum().backward()
     assert tokens.grad is not None
     assert tokens.grad.isfinite().all()
+
+
+def test_layer_scale_is_initialised_anew() -> None:
+    """Or what is called untrained would keep a part of what was trained."""
+    encoder = timm.create_model("vit_tiny_patch16_224", init_values=0.25, num_classes=0, depth=1)
+    encoder.blocks[0].ls2.gamma.data.fill_(7)
+    initialize_encoder(encoder, seed=0)
+    assert encoder.blocks[0].ls2.gamma.unique().tolist() == [0.25]

@@ -5,13 +5,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from conftest import write_shard
 from planted import plant
 from processes import TINY
 from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.errors import InputError
+from maekit.errors import InputError, MaekitError
+from maekit.gallery.evaluations import evaluation_parts
 from maekit.grid import read_plan
 from maekit.runs import RunDirectory
 
@@ -107,6 +109,44 @@ def test_the_page_draws_numbers_as_curves(folder: Path, tmp_path: Path) -> None:
     assert {"base", "mask_ratio=0.5", "target=pixel", "knn: raw pixels"} <= cells
 
 
+def test_a_cell_that_fails_keeps_no_other_from_being_tried(folder: Path, tmp_path: Path) -> None:
+    """A rate that is far too high ends its own cell alone; it is told at the end, and by the page."""
+    plan = write(folder, '"optimizer.lr" = [1e30, 0.02]')
+    with pytest.raises(MaekitError, match=r"1 of 3 cells failed, .*sweep\.html; the first: lr=1e\+30: ") as raised:
+        maekit.sweep(plan, tmp_path / "out")
+    assert raised.value.exit_code == 1
+    base, failed, other = json.loads((tmp_path / "out/sweep.json").read_text())["rows"]
+    assert [row["name"] for row in (base, failed, other)] == ["base", "lr=1e+30", "lr=0.02"]
+    assert "knn" in base
+    assert "knn" in other
+    assert set(failed) == {"name", "changes", "failed"}
+    assert "failed" in (tmp_path / "out/sweep.html").read_text()
+
+
+def test_a_cell_is_a_run_that_can_be_reported(folder: Path, tmp_path: Path) -> None:
+    """What the sweep keeps of its judging is no damaged evaluation."""
+    maekit.sweep(write(folder, '"model.mask_ratio" = [0.5]'), tmp_path / "out")
+    tables, damaged = evaluation_parts(tmp_path / "out/base/evaluations")
+    assert len(tables) == 1
+    assert damaged == []
+
+
+def test_each_way_of_judging_has_its_curve(folder: Path, tmp_path: Path) -> None:
+    judged = 'judge = ["knn", "linear"]'
+    text = Path(maekit.sweep(write(folder, '"model.mask_ratio" = [0.5]', judged), tmp_path / "out").page).read_text()
+    assert "model.mask_ratio: knn" in text
+    assert "model.mask_ratio: linear" in text
+
+
+def test_labels_are_looked_for_before_anything_is_trained(folder: Path, tmp_path: Path) -> None:
+    plan = write(folder, '"model.mask_ratio" = [0.5]')
+    bare = write_shard(tmp_path / "bare/0.tar", {"a": {"png": b"none"}}).parent
+    plan.write_text(plan.read_text().replace(f'test = ["{folder}/test"]', f'test = ["{bare}"]'))
+    with pytest.raises(InputError, match="sweep.test .*none of 1 samples has a .cls member"):
+        maekit.sweep(plan, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("vary", "sweep", "said"),
     [
@@ -114,7 +154,15 @@ def test_the_page_draws_numbers_as_curves(folder: Path, tmp_path: Path) -> None:
         ('"model.mask_ratio" = 0.5', "", "must be a list of values"),
         ('"model.mask_ratio" = ["half"]', "", "must be a number"),
         ('"model.mask_ratio" = [0.75]', "", "changes nothing"),
-        ('"model.mask_ratio" = [1.5]', "", "must lie between 0 and 1"),
+        ('"model.mask_ratio" = [1.5]', "", "mask_ratio=1.5: .*must lie between 0 and 1"),
+        ('"model.decoder_heads" = [3]', "", "decoder_heads=3: .*must be a multiple of 4 and of"),
+        ('"model.name" = ["vit_tinny_patch16_224"]', "", "did you mean vit_tiny"),
+        (
+            '"model.class_token" = [false]',
+            'pool = "cls"',
+            "class_token=False: --pool cls: this model has no class token",
+        ),
+        ('"model.mask_ratio" = [0.5]', "test_images = 0", "sweep.test_images = 0: must be greater than 0"),
         ('"model.mask_ratio" = [0.5]', "judges = []", "unknown setting 'sweep.judges'"),
         ('"model.mask_ratio" = [0.5]', 'judge = ["tsne"]', "sweep.judge"),
         ("seed = [" + ", ".join(map(str, range(1, 300))) + "]", "", "at most 200"),

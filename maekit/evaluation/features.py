@@ -171,8 +171,9 @@ class TorchEncoder:
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""
         from maekit.mae.pooling import pooled
+        from maekit.training.process import device_errors
 
-        with self._torch.no_grad(), self._context():
+        with device_errors(), self._torch.no_grad(), self._context():
             pixels = self._torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
             tokens = self._encoder.forward_features(self._normalizer(pixels))
             return {name: pooled(self._encoder, tokens, name).float().cpu().numpy() for name in self._pools}

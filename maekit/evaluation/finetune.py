@@ -172,6 +172,10 @@ def _labels(
     classes = classes_of(labelled.texts)
     if len(classes) < 2:
         raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
+    if not set(test.texts) & set(classes):
+        raise InputError(
+            f"--test {' '.join(config.test)}: --train has none of its classes, such as {test.texts[0][:60]!r}"
+        )
     labels = np.full(labelled.shards.samples, -1, np.int64)
     labels[labelled.numbers] = encode(labelled.texts, classes)
     if labelled.unlabelled > config.data.max_bad * len(labels):

@@ -108,9 +108,7 @@ def linear_accuracy(
     device = device or torch.device("cpu")
     classes = int(train_labels.max()) + 1
     order = np.random.default_rng(seed).permutation(len(train))
-    count = int(_HELD_OUT * len(train))
-    if not count:
-        raise InputError(f"a linear classifier needs at least 10 labelled training images, there are {len(train)}")
+    count = held_out_rows(len(train))
     held, kept = order[:count], order[count:]
     part = LogisticRegression(train[kept], train_labels[kept], classes, device)
     held_out = {}
@@ -121,3 +119,15 @@ def linear_accuracy(
     whole = LogisticRegression(train, train_labels, classes, device)
     whole.fit(best)
     return LinearScore(whole.accuracy(test, test_labels), best, held_out)
+
+
+def held_out_rows(rows: int) -> int:
+    """Return how many of so many training rows are held out to choose the regularisation.
+
+    Raises:
+        InputError: too few to hold any out.
+    """
+    count = int(_HELD_OUT * rows)
+    if not count:
+        raise InputError(f"a linear classifier needs at least 10 labelled training images, there are {rows}")
+    return count

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 _PIXEL_DIM = 64
 _ONNX = ".onnx"
 _WHITENED = "whitened already"
+# Of a whitening: with fewer images for each direction it is fitted to these images, and no more to their kind.
+_PER_DIRECTION = 10
 _BLOCK = 4096
 
 Embedding = ExportedEncoder | TorchEncoder | None
@@ -56,6 +59,7 @@ class EvaluateResult:
         train: the training set: shards, damaged (left out), samples, images, classes, unlabelled, unreadable.
         test: the test set, likewise; None where each training image searches among the others.
         rows: a row for each kind of embedding: `name`, `dim`, and its scores.
+        options: how they were judged.
         path: where this is kept in the run; None for any other model.
     """
 
@@ -65,6 +69,7 @@ class EvaluateResult:
     train: dict[str, Any]
     test: dict[str, Any] | None
     rows: list[dict[str, Any]]
+    options: dict[str, Any]
     path: str | None = None
 
 
@@ -96,6 +101,8 @@ def evaluate(
     options.validate()
     if not test and task != "retrieval":
         raise InputError(f"evaluate {task} needs --test SHARDS")
+    if not test and options.test_images is not None:
+        raise InputError(f"--test-images {options.test_images}: is for --test, which was not given")
     subject = _Subject(model, options, progress)
     sets = [open_labelled(train, "--train", progress, images=options.train_images)]
     if test:
@@ -109,16 +116,24 @@ def evaluate(
         progress.note(
             f"--test has {len(unknown)} classes that --train has not, such as {unknown[0][:60]!r}: never right"
         )
-    judge = _Judge(task, options, classes, sets)
+    lacking = [labelled.unlabelled for labelled in sets]
+    if any(lacking):
+        said = " and ".join(map(str, lacking))
+        progress.note(f"without a label, and left out: {said} samples ({'--train and --test' if test else '--train'})")
+    _check_counts(task, sets)
+    judge = _Judge(task, options, classes, sets, progress)
     rows = [row for what, features in subject.features(sets) for row in judge(what, features)]
     summaries = [
         {**labelled.summary(classes), "unreadable": unreadable}
         for labelled, unreadable in zip(sets, subject.unreadable, strict=True)
     ]
-    result = EvaluateResult(task, model, subject.step, summaries[0], summaries[1] if test else None, rows)
+    asked = asdict(options)
+    result = EvaluateResult(task, model, subject.step, summaries[0], summaries[1] if test else None, rows, asked)
     if subject.run is None or subject.step is None:
         return result
-    path = subject.run.evaluation(task, subject.step)
+    # Judged on other images, or in another way, it is another evaluation, which stands beside the first.
+    digest = hashlib.sha256(json.dumps([list(train), list(test), asked]).encode()).hexdigest()[:6]
+    path = subject.run.evaluation(f"{task}-{digest}", subject.step)
     try:
         path.parent.mkdir(exist_ok=True)
         files.write_atomically(path, json.dumps({**asdict(result), "path": str(path)}, indent=1).encode())
@@ -126,6 +141,22 @@ def evaluate(
         progress.note(f"not kept in the run: {error}")
         return result
     return EvaluateResult(**{**asdict(result), "path": str(path)})
+
+
+def _check_counts(task: str, sets: Sequence[LabelledSet]) -> None:
+    """Refuse sets that cannot be judged, before any image is decoded.
+
+    Raises:
+        InputError: too few images to hold any out, or no query that has an image of its class.
+    """
+    if task == "linear":
+        from maekit.evaluation.linear import held_out_rows
+
+        held_out_rows(len(sets[0].texts))
+    if task == "retrieval":
+        there = Counter(sets[0].texts)
+        if not any(there[text] > (len(sets) == 1) for text in sets[-1].texts):
+            raise InputError("no query has an image of its class to find")
 
 
 class _Subject:
@@ -170,14 +201,15 @@ class _Subject:
 
     def features(self, sets: Sequence[LabelledSet]) -> Iterator[tuple[str, list[Features]]]:
         """Yield (what it is, features of each set), the baselines first."""
-        progress = self._progress
+        progress, stored = self._progress, None
+        if self._folder is not None:  # read first: nothing is computed for sets that have no embeddings
+            options = ("--train", "--test")
+            stored = [stored_features(s, self._folder, o) for s, o in zip(sets, options, strict=False)]
         if self._options.baselines:
             yield "raw pixels", [pixel_features(labelled, progress) for labelled in sets]
-        if self._folder is not None:
-            options = ("--train", "--test")
-            features = [stored_features(s, self._folder, o) for s, o in zip(sets, options, strict=False)]
-            self._count(features)
-            yield "", features
+        if stored is not None:
+            self._count(stored)
+            yield "", stored
             return
         encoder = self._encoder
         assert encoder is not None
@@ -217,10 +249,12 @@ class _Subject:
         with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
             for pool in self._options.pool or poolings_of(trained.encoder):
                 path = Path(folder) / f"{pool}-{precision}.onnx"
+                # Judged whether or not it would be kept: that is what is asked here.
                 options = ExportOptions(
-                    pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model
+                    pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model, force=True
                 )
-                export(self._model, path, options)
+                if warning := export(self._model, path, options, self._progress).warning:
+                    self._progress.note(f"{pool}, {precision}: {warning}")
                 encoder = ExportedEncoder(path, self._options.device)
                 features = self._embedded(sets, encoder.preprocess, encoder, precision)
                 yield precision, [Features({pool: rows}, f.kept) for f in features for rows in f.rows.values()]
@@ -245,12 +279,18 @@ class _Judge:
         options: how.
         classes: of the training set.
         sets: training set, and test set where there is one.
+        progress: is told of what says little.
     """
 
     def __init__(
-        self, task: str, options: EvaluateOptions, classes: Sequence[str], sets: Sequence[LabelledSet]
+        self,
+        task: str,
+        options: EvaluateOptions,
+        classes: Sequence[str],
+        sets: Sequence[LabelledSet],
+        progress: Progress,
     ) -> None:
-        self._task, self._options = task, options
+        self._task, self._options, self._progress = task, options, progress
         self._labels = [encode(labelled.texts, classes) for labelled in sets]
 
     def __call__(self, what: str, features: Sequence[Features]) -> Iterator[dict[str, Any]]:
@@ -267,6 +307,11 @@ class _Judge:
                 default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
                 for dim in self._options.whiten_dims or (default,):
                     whitened = _whitened_pixels(rows, dim) if pool == "pixels" else _whitened(rows, dim)
+                    if len(rows[0]) < _PER_DIRECTION * whitened[0].shape[1]:
+                        self._progress.note(
+                            f"{name}, whitened: {len(rows[0])} training images are few for {whitened[0].shape[1]} "
+                            f"directions; below {_PER_DIRECTION} for each, take fewer by --whiten-dim"
+                        )
                     yield {
                         "name": f"{name}, whitened",
                         "dim": whitened[0].shape[1],
@@ -292,16 +337,18 @@ class _Judge:
         import torch
 
         from maekit.evaluation.linear import linear_accuracy
+        from maekit.training.process import device_errors
 
         on_cuda = self._options.device != "cpu" and torch.cuda.is_available()
-        score = linear_accuracy(
-            rows[0],
-            labels[0],
-            rows[1],
-            labels[1],
-            seed=self._options.seed,
-            device=torch.device("cuda" if on_cuda else "cpu"),
-        )
+        with device_errors():
+            score = linear_accuracy(
+                rows[0],
+                labels[0],
+                rows[1],
+                labels[1],
+                seed=self._options.seed,
+                device=torch.device("cuda" if on_cuda else "cpu"),
+            )
         return {"accuracy": score.accuracy, "held_out": score.held_out[score.c], "c": score.c}
 
 

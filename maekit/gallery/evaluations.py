@@ -10,7 +10,8 @@ from maekit.gallery.page import Html
 
 _TASKS = {
     "knn": "Nearest neighbours (k-NN)",
-    "linear": "Linear probe",
+    "linear": "Linear classifier",
+    "probe": "Linear probing",
     "finetune": "Fine-tuning",
     "retrieval": "Retrieval",
 }
@@ -21,7 +22,7 @@ _PLAIN = ("seconds", "lr", "c", "loss", "temperature")
 def evaluation_parts(folder: Path) -> tuple[list[Html], list[str]]:
     """Return a table for each evaluation in a folder, and one line for each file that is none."""
     parts, damaged = [], []
-    for path in sorted(folder.glob("*.json")):
+    for path in sorted(folder.glob("[!.]*.json")):  # hidden ones are a sweep's own
         try:
             parts.append(_part(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):

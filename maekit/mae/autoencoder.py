@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 import torch
+from timm.layers.layer_scale import LayerScale
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -197,6 +198,8 @@ def _initialize_layers(module: nn.Module, encoder: VisionTransformer, generator:
         elif isinstance(part, nn.LayerNorm):
             nn.init.ones_(part.weight)
             nn.init.zeros_(part.bias)
+        elif isinstance(part, LayerScale):
+            part.reset_parameters()
     projection = encoder.patch_embed.proj
     # As the matrix that it is: fan-in p·p·C, fan-out D.
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
