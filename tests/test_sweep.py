@@ -142,7 +142,7 @@ def test_labels_are_looked_for_before_anything_is_trained(folder: Path, tmp_path
     plan = write(folder, '"model.mask_ratio" = [0.5]')
     bare = write_shard(tmp_path / "bare/0.tar", {"a": {"png": b"none"}}).parent
     plan.write_text(plan.read_text().replace(f'test = ["{folder}/test"]', f'test = ["{bare}"]'))
-    with pytest.raises(InputError, match="sweep.test .*none of 1 samples has a .cls member"):
+    with pytest.raises(InputError, match=r"sweep\.test .*none of 1 samples has a \.cls member"):
         maekit.sweep(plan, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
