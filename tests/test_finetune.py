@@ -197,6 +197,14 @@ def test_what_is_refused(planted: Path, tmp_path: Path, changes: dict, said: str
     assert not (tmp_path / "out/finetune.toml").exists()
 
 
+def test_a_damaged_start_is_told(planted: Path, tmp_path: Path) -> None:
+    finetune(settings(planted, tmp_path / "out", steps=4))
+    for content in ("{", "[]", "{}"):
+        (tmp_path / "out/start.json").write_text(content)
+        with pytest.raises(InputError, match=r"start\.json is damaged"):
+            finetune(settings(planted, tmp_path / "out", steps=4))
+
+
 def test_a_test_set_of_other_classes_is_refused(planted: Path, tmp_path: Path) -> None:
     """Before a step, not at the first checkpoint."""
     other = plant(tmp_path / "other", 0, 12, label=lambda number: "zz")

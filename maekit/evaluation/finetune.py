@@ -128,12 +128,15 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
     A run that the encoder came from may have gone on, or be gone.
     """
     if run.list_checkpoints() and run.start_file.is_file():
-        start = json.loads(run.start_file.read_text(encoding="utf-8"))
-        if start["source"] == config.model.source:
-            encoder = create_timm(start["name"], start["arguments"])
-            set_norm_eps(encoder, start["norm_eps"])
-            preprocess = Preprocess.from_json(start["preprocess"])
-            return TrainedEncoder(encoder, start["name"], preprocess, start["arguments"], start["provenance"])
+        try:
+            start = json.loads(run.start_file.read_text(encoding="utf-8"))
+            if start["source"] == config.model.source:
+                encoder = create_timm(start["name"], start["arguments"])
+                set_norm_eps(encoder, start["norm_eps"])
+                preprocess = Preprocess.from_json(start["preprocess"])
+                return TrainedEncoder(encoder, start["name"], preprocess, start["arguments"], start["provenance"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{run.start_file} is damaged ({error!r}); delete {run.path} to start anew") from error
     return load_encoder(config.model.source, model=config.model.name, on_note=note)
 
 
