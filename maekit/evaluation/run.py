@@ -253,7 +253,7 @@ class _Subject:
                 options = ExportOptions(
                     pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model, force=True
                 )
-                if warning := export(self._model, path, options, self._progress).warning:
+                if warning := export(self._model, path, options, progress=self._progress).warning:
                     self._progress.note(f"{pool}, {precision}: {warning}")
                 encoder = ExportedEncoder(path, self._options.device)
                 features = self._embedded(sets, encoder.preprocess, encoder, precision)
