@@ -1,6 +1,6 @@
 """How good embeddings become while a run goes on: every checkpoint it kept, judged, and drawn.
 
-    python bench/curve.py RUN --train SHARDS --test SHARDS [--train-images N] [--svg FILE] [--json FILE]
+    python bench/curve.py RUN --train SHARDS --test SHARDS [--train-images N] [--no-linear] [--svg FILE] [--json FILE]
 
 RUN was made with --keep-every; its loss is drawn as well, into FILE-loss.svg. Of each checkpoint: kNN (k = 20, cosine,
 temperature 0.07), the same after whitening (all directions, fitted on the training embeddings without labels), and a
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--train-images", type=int)
     parser.add_argument("--test-images", type=int)
     parser.add_argument("--only-last", action="store_true", help="judge the last checkpoint alone, and the baselines")
+    parser.add_argument("--no-linear", action="store_true", help="neighbours alone; linear takes minutes")
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
     def judge(name: str, step: int | None, features: list[Features], dim: int | None = None) -> None:
         for pool in features[0].rows:
             row = {"name": f"{name} {pool}".strip(), "step": step, "epoch": epochs.get(step or 0)}
-            row |= scores(sets, features, pool, dim)
+            row |= scores(sets, features, pool, dim, linear=not options.no_linear)
             print(row, flush=True)
             rows.append(row)
         if options.json:
@@ -124,18 +125,22 @@ def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progr
     return parts
 
 
-def scores(sets: list[LabelledSet], features: list[Features], pool: str, dim: int | None) -> dict[str, float]:
+def scores(
+    sets: list[LabelledSet], features: list[Features], pool: str, dim: int | None, *, linear: bool
+) -> dict[str, float]:
     classes = classes_of(sets[0].texts)
     labels = [encode(labelled.texts, classes)[part.kept] for labelled, part in zip(sets, features, strict=True)]
     train, test = (part.rows[pool] for part in features)
     made = fit_whitening(np.array_split(train, -(-len(train) // 4096)), dim, hashlib.sha256())
     whitened = [part @ made.matrix.T + made.bias for part in (train, test)]
     fitted, judged = whitened if dim else (train, test)  # of raw pixels all directions would take long
-    return {
+    found = {
         "knn": knn_accuracy(train, labels[0], test, labels[1]),
         "knn_whitened": knn_accuracy(whitened[0], labels[0], whitened[1], labels[1]),
-        "linear": linear_accuracy(fitted, labels[0], judged, labels[1]).accuracy,
     }
+    if linear:
+        found["linear"] = linear_accuracy(fitted, labels[0], judged, labels[1]).accuracy
+    return found
 
 
 def drawn(rows: list[dict[str, Any]]) -> str:
