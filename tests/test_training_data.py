@@ -20,7 +20,15 @@ from maekit.shards.order import Order
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.training.crops import Augmentation, Chunk, CropLoader, Watch, draw, resize
-from maekit.training.data import Division, ExactSource, StepBatches, Uploader, make_loader, stop_workers
+from maekit.training.data import (
+    Division,
+    ExactSource,
+    StepBatches,
+    Uploader,
+    _no_news_of_children,
+    make_loader,
+    stop_workers,
+)
 from maekit.training.ram import DecodedSet
 from maekit.training.step import MaskedObjective, check_micro_batch
 
@@ -193,6 +201,22 @@ def test_a_hanging_image_is_named_after_a_while(small_shards: ShardSet, monkeypa
     kill_at(monkeypatch, small_shards, "000004", None)
     with pytest.raises(MaekitError, match=r"nothing came for 3 s \(being read: (002\.tar \d+, )?000\.tar 000004"):
         steps_of(small_shards, Division(8, 8), first=0, last=50, workers=1, patience=3)
+
+
+def test_news_of_a_killed_worker_does_not_end_the_clean_up() -> None:
+    """torch's handler raises at any place of the main thread; within it must not, and afterwards it is there again."""
+
+    def raising(number, frame) -> None:
+        raise RuntimeError("a worker is killed")
+
+    before = signal.signal(signal.SIGCHLD, raising)
+    try:
+        with _no_news_of_children():
+            os.kill(os.getpid(), signal.SIGCHLD)
+            time.sleep(0.01)
+        assert signal.getsignal(signal.SIGCHLD) is raising
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 def kill_at(monkeypatch, shards: ShardSet, key: str, number: signal.Signals | None) -> None:

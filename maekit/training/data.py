@@ -16,6 +16,7 @@ import itertools
 import os
 import re
 import resource
+import signal
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
@@ -153,12 +154,31 @@ def stop_workers(batches: Iterator[Chunk]) -> None:
             if worker.is_alive():
                 worker.kill()
 
-    reaper = threading.Timer(_GRACE_SECONDS, kill)
-    reaper.start()
-    with contextlib.suppress(RuntimeError):
-        shutdown()
-    reaper.cancel()
-    kill()
+    with _no_news_of_children():
+        reaper = threading.Timer(_GRACE_SECONDS, kill)
+        reaper.start()
+        with contextlib.suppress(RuntimeError):
+            shutdown()
+        reaper.cancel()
+        kill()
+
+
+@contextlib.contextmanager
+def _no_news_of_children() -> Iterator[None]:
+    """Keep torch's handler of SIGCHLD, which raises wherever the main thread is when a worker was killed, from that."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    while True:
+        try:
+            before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
+            break
+        except RuntimeError:  # of a signal that had come already, and is dealt with now
+            continue
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
 
 
 class StepBatches:
