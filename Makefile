@@ -45,9 +45,10 @@ test-wheel: setup
 	cp -r tests build/wheel/run/tests && cp pyproject.toml README.md build/wheel/run/
 	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) $(WHOLE:%=tests/test_%.py)
 
-# The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding; an hour.
+# The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding, and the
+# dry run of bench/gpu; an hour.
 campaigns: setup
-	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns tests/test_pack.py -s
+	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns tests/test_pack.py tests/test_gpu_bench.py -s
 
 demo: setup
 	$(BIN)/maekit demo

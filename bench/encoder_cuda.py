@@ -1,10 +1,10 @@
 """The exported encoder alone on a GPU: ONNX Runtime in fp16 with IO binding against PyTorch in bf16, in one run.
 
-    python bench/encoder_cuda.py [--sizes small,base,large] [--batches 1,8,32,128,512] [--rounds 5] [--peak TFLOPS]
-                                 [--device cuda|cpu] [--json FILE]
+    python bench/encoder_cuda.py [--sizes small,base,large] [--batches 1,8,32,128,512] [--rounds 5] [--seconds 0.5]
+                                 [--peak TFLOPS] [--mode MODE] [--device cuda|cpu] [--json FILE]
 
 maekit fp16    from uint8 on the device to unit vectors on the device, buffers bound once
-torch compile  timm's forward_features, bf16 weights, torch.compile(mode="max-autotune-no-cudagraphs"), from normalised
+torch compile  timm's forward_features, bf16 weights, torch.compile (`--mode`), from normalised
 torch eager    the same, eager
 
 Medians of rounds in turn. With the rate stands the share of the device's dense fp16 peak (`--peak`, 989 TFLOPS for an
@@ -42,7 +42,9 @@ def main() -> None:
     parser.add_argument("--sizes", default="small,base,large")
     parser.add_argument("--batches", default="1,8,32,128,512")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.5, help="of each measurement (default: %(default)s)")
     parser.add_argument("--peak", type=float, default=989.0)
+    parser.add_argument("--mode", default="max-autotune-no-cudagraphs", help="of torch.compile (default: %(default)s)")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -66,7 +68,7 @@ def main() -> None:
 def one(size: str, batch: int, path: Path, encoder: Any, options: argparse.Namespace) -> dict[str, Any]:
     session, kernels = bound_session(path, batch, options.device)
     images = torch.randn(batch, 3, 224, 224, device=options.device, dtype=torch.bfloat16)
-    compiled = torch.compile(encoder.forward_features, mode="max-autotune-no-cudagraphs")
+    compiled = torch.compile(encoder.forward_features, mode=options.mode)
 
     def torch_run(forward: Callable[[torch.Tensor], torch.Tensor]) -> None:
         with torch.inference_mode():
@@ -84,7 +86,7 @@ def one(size: str, batch: int, path: Path, encoder: Any, options: argparse.Names
         for name, run in runs.items():
             run()
             times, started = 0, time.perf_counter()
-            while time.perf_counter() - started < 0.5 or not times:
+            while time.perf_counter() - started < options.seconds or not times:
                 run()
                 times += 1
             if round_:  # the first one compiles and warms up

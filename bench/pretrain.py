@@ -1,7 +1,7 @@
 """Training from end to end against its own limit: the loader alone, the step alone, and the run, in one go.
 
     python bench/pretrain.py SHARDS [--model vit_small_patch16_224] [--batch-size 64] [--steps 12] [--json FILE]
-                             [--set model.image_size=64 ...] [--device cpu|cuda]
+                             [--set model.image_size=64 ...] [--device cpu|cuda] [--seconds 8]
 
 On a CPU, loader and step share the cores, so the limit is 1 / (1/loader + 1/step), the loader on all cores; on a GPU
 it is the slower of the two. Also: what a checkpoint and a row of metrics cost the loop, and from start to the loop.
@@ -43,18 +43,20 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="auto")
     parser.add_argument("--set", action="append", default=[], dest="settings")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of the loader alone (default: %(default)s)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         config = PretrainConfig((options.shards,), str(Path(folder) / "run"), steps=options.steps)
         config.batch_size, config.model.name = options.batch_size, options.model
         config.run.device, config.run.precision = options.device, options.precision
-        config.run.pictures_every, config.run.log_every = 0, 1
+        # Each row waits for the device.
+        config.run.pictures_every, config.run.log_every = 0, 1 if options.device == "cpu" else options.steps
         config.run.checkpoint_every = max(1, options.steps // 2)
         for text in options.settings:
             set_value(config, *parse_setting(text))
         clock, limits = Clock(), {}
-        _measure(clock, limits)
+        _measure(clock, limits, options.seconds)
         began = time.perf_counter()
         training.pretrain(config, Silent())
         rows = RunDirectory(Path(config.out)).metrics()
@@ -87,21 +89,19 @@ def main() -> None:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def _measure(clock: Clock, limits: dict) -> None:
+def _measure(clock: Clock, limits: dict, seconds: float) -> None:
     """Watch the run from within: time its steps, and before its loop measure its own loader and step alone."""
     take, run = Step.__call__, Trainer.run
 
     def timed_step(self, micro_batches, done):
         before = time.perf_counter()
-        result = take(self, micro_batches, done)
-        if limits["device"] == "cuda":
-            torch.cuda.synchronize()  # for this figure only
+        result = take(self, micro_batches, done)  # on CUDA up to two steps ahead of the device, as always
         clock.steps.append((before, time.perf_counter()))
         return result
 
     def timed_run(self, batches, *, first, last, tally):
         limits["device"], limits["ready"] = self.device.type, time.perf_counter()
-        _measure_alone(self, batches, limits)
+        _measure_alone(self, batches, limits, seconds)
         checkpoint, log = self.hooks.checkpoint, self.hooks.log
 
         def timed(function, seconds):
@@ -119,7 +119,7 @@ def _measure(clock: Clock, limits: dict) -> None:
     Trainer.run = timed_run
 
 
-def _measure_alone(trainer: Trainer, batches, limits: dict) -> None:
+def _measure_alone(trainer: Trainer, batches, limits: dict, seconds: float) -> None:
     """Measure the loader with nothing beside it, and the step on one batch over and over."""
     from loader import maekit_batches
 
@@ -129,12 +129,15 @@ def _measure_alone(trainer: Trainer, batches, limits: dict) -> None:
     with torch.no_grad():
         weights = {name: value.clone() for name, value in trainer.step._wrapped.state_dict().items()}
     rates = []
+    on_cuda = trainer.device.type == "cuda"
+    steps = 8 if on_cuda else 1  # queued one behind the other, as the run queues them
     for _ in range(4):
         before = time.perf_counter()
-        trainer.step(kept, 0)  # the first step's learning rate is 0
-        if trainer.device.type == "cuda":
+        for _ in range(steps):
+            trainer.step(kept, 0)  # the first step's learning rate is 0
+        if on_cuda:
             torch.cuda.synchronize()
-        rates.append(trainer.batch_size / (time.perf_counter() - before))
+        rates.append(steps * trainer.batch_size / (time.perf_counter() - before))
     limits["step"] = sorted(rates[1:])[1]
     before = time.perf_counter()
     {name: value.detach().to("cpu", copy=True) for name, value in trainer.step._wrapped.state_dict().items()}
@@ -145,7 +148,7 @@ def _measure_alone(trainer: Trainer, batches, limits: dict) -> None:
     loader = maekit_batches(batches._shards, side, cores())
     next(loader)
     count, before = 0, time.perf_counter()
-    while time.perf_counter() - before < 8:
+    while time.perf_counter() - before < seconds:
         next(loader)
         count += 64
     limits["loader"] = count / (time.perf_counter() - before)

@@ -1,11 +1,13 @@
 """One training step against its peers, side by side in one run: same sizes, same batch, same precision.
 
-    python bench/step.py [--model base|small|large] [--batch-size 16] [--precision fp32|bf16] [--repeat 5]
+    python bench/step.py [--model base|tiny|small|large] [--batch-size 16] [--precision fp32|bf16] [--repeat 5]
                          [--device cpu|cuda] [--compile] [--json FILE] [--design-space] [--only NAME ...]
 
 maekit      from uint8 to the optimiser's step, as `maekit pretrain` takes it
 transformers ViTMAEForPreTraining, AdamW with its defaults, from normalised float images
 timm        a plain MAE of timm's blocks as lightly's examples write it: gather, decode all, predict, MSELoss, AdamW
+reference   the same the way the reference implementation steps: attention written out, on CUDA in fp16 with a loss
+            scaler, whatever the precision of the others, and a synchronisation after each step
 
 The first also normalises, mirrors and computes the gradient's norm; the others are handed normalised images.
 With `--design-space`, maekit's default step against its own other decoders, targets and masks instead, each in turn
@@ -44,7 +46,7 @@ DESIGN_SPACE = {
     "pca": {"target": "pca"},
     "tokens of 8192": {"target": "tokens", "vocabulary": 8192, "tokenizer": "none"},
 }
-SIZES = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
+SIZES = {"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16)}
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.memory_of:
-        step = _make(options.memory_of, options)
+        step = make_step(options.memory_of, options)
         for _ in range(2):
             step()
         if options.device == "cuda":
@@ -75,10 +77,10 @@ def main() -> None:
     names = [first, *(name for name in others if options.only is None or name in options.only)]
     rates: dict[str, list[float]] = {name: [] for name in names}
     ratios: dict[str, float] = {}
-    base = _make(names[0], options)
+    base = make_step(names[0], options)
     for name in names:
         # One beside the first at a time: together they would not fit into memory.
-        step = base if name == names[0] else _make(name, options)
+        step = base if name == names[0] else make_step(name, options)
         pairs = [(_rate(base, options), _rate(step, options)) for _ in range(options.repeat + 1)][1:]  # one warms up
         rates[name] = [rate for _, rate in pairs]
         ratios[name] = statistics.median(mine for mine, _ in pairs) / statistics.median(rates[name])
@@ -94,7 +96,8 @@ def main() -> None:
         options.json.write_text(json.dumps({**vars(options), "json": None, **found}, indent=1))
 
 
-def _make(name: str, options: argparse.Namespace) -> Callable[[], object]:
+def make_step(name: str, options: argparse.Namespace) -> Callable[[], object]:
+    """Return a function that takes one step of `maekit`, or of what it is compared with."""
     return PEERS[name](options) if name in PEERS else _maekit(options, **DESIGN_SPACE[name])
 
 
@@ -177,19 +180,37 @@ def _timm(options: argparse.Namespace) -> Callable[[], object]:
     return _usual_step(options, model, model)
 
 
+def _reference(options: argparse.Namespace) -> Callable[[], object]:
+    model = PlainMAE(*SIZES[options.model]).to(options.device).train()
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = False
+    return _usual_step(options, model, model, scaled=options.device == "cuda")
+
+
 def _usual_step(
-    options: argparse.Namespace, model: nn.Module, loss_of: Callable[[torch.Tensor], torch.Tensor]
+    options: argparse.Namespace,
+    model: nn.Module,
+    loss_of: Callable[[torch.Tensor], torch.Tensor],
+    *,
+    scaled: bool = False,
 ) -> Callable[[], object]:
+    """Return a step as training scripts write it; `scaled` is fp16 with a loss scaler, and waits for the device."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.05)
     images = torch.randn(options.batch_size, 3, 224, 224)
+    scaler = torch.amp.GradScaler(options.device, enabled=scaled)
+    half = torch.autocast(options.device, torch.float16) if scaled else _autocast(options)
 
     def step() -> None:
-        with _autocast(options):
+        with half:
             loss = loss_of(images.to(options.device))
         optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         loss.item()
+        if scaled:
+            torch.cuda.synchronize()
 
     return step
 
@@ -229,7 +250,7 @@ class PlainMAE(nn.Module):
         return nn.functional.mse_loss(self.pred(chosen), target)
 
 
-PEERS = {"maekit": _maekit, "transformers": _transformers, "timm": _timm}
+PEERS = {"maekit": _maekit, "transformers": _transformers, "timm": _timm, "reference": _reference}
 
 if __name__ == "__main__":
     main()
