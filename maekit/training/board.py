@@ -43,7 +43,7 @@ class Board:
         """Add a row of metrics."""
         try:
             for name, value in row.items():
-                if name not in _NO_CURVES and value is not None:
+                if name not in _NO_CURVES and isinstance(value, int | float):  # the name of a test set is no curve
                     self._writer.add_scalar(name, value, row["step"])
         except OSError as error:
             raise files.write_failure(self._folder, error) from error
