@@ -22,6 +22,7 @@ python=$root/.venv/bin/python
 if [ ! -x "$python" ]; then
   python=python3
   if [ -f .gpu/activate ]; then
+    mkdir -p "$(dirname "$(mktemp -u)")/maekit-site" # which activate makes only where ONNX Runtime travelled along
     set +eu
     source .gpu/activate
     set -eu
