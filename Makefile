@@ -36,19 +36,19 @@ test: lint types
 	$(MAKE) test-wheel
 
 # The built wheel, from outside the root, so that a sub-package missing from it cannot hide behind the source tree.
-# The tests that go through whole commands: what packaging cannot change (numbers, damage, kills) was tested above.
-WHOLE := cli readme demo pack doctor training export embedding indexing reconstruct report neighbours providers distributed sweep
+# The tests that go through whole commands (marker `whole`): what packaging cannot change (numbers, damage, kills) was
+# tested above.
 test-wheel: setup
 	rm -rf build/wheel build/lib && mkdir -p build/wheel/site build/wheel/run
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests build/wheel/run/tests && cp pyproject.toml README.md build/wheel/run/
-	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) $(WHOLE:%=tests/test_%.py)
+	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) -m whole
 
 # The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding, and the
 # dry run of bench/gpu; an hour.
 campaigns: setup
-	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns tests/test_pack.py tests/test_gpu_bench.py -s
+	MAEKIT_CAMPAIGNS=1 $(BIN)/python -m pytest tests/campaigns tests/shards/test_pack.py tests/bench/test_gpu_bench.py -s
 
 demo: setup
 	$(BIN)/maekit demo

@@ -21,16 +21,16 @@ import numpy as np
 
 from maekit import runs
 from maekit.cli.show import make_progress
+from maekit.config.export import ExportOptions
 from maekit.evaluation.features import ExportedEncoder, Features, TorchEncoder, image_features, pixel_features
-from maekit.evaluation.knn import knn_accuracy
 from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
 from maekit.evaluation.linear import linear_accuracy
 from maekit.exporters.export import export
-from maekit.exporters.options import ExportOptions
-from maekit.exporters.whitening import fit_whitening
-from maekit.gallery.chart import Line, line_chart
 from maekit.mae.autoencoder import initialize_encoder
-from maekit.mae.loading import load_encoder
+from maekit.pages.chart import Line, line_chart
+from maekit.pretrained.load import load_encoder
+from maekit.vectors.knn import knn_accuracy
+from maekit.vectors.whitening import fit_whitening
 
 PIXEL_DIM = 64
 POOLS = ("avg", "cls", "avg+std", "avg2x2")

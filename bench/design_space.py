@@ -38,19 +38,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from maekit import files
 from maekit.config import PretrainConfig
-from maekit.evaluation.knn import knn_accuracy
-from maekit.exporters.whitening import fit_whitening
+from maekit.config.settings import set_value
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import build_autoencoder
-from maekit.mae.loading import load_encoder
-from maekit.progress import Silent
+from maekit.pretrained.load import load_encoder
+from maekit.pretraining.pretrain import pretrain
 from maekit.runs import RunDirectory
-from maekit.settings import set_value
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.run import pretrain
+from maekit.system import files
+from maekit.system.progress import Silent
+from maekit.vectors.knn import knn_accuracy
+from maekit.vectors.whitening import fit_whitening
 
 IMAGE, PATCH, CENTROIDS = 32, 4, 512
 BASE: dict[str, Any] = {

@@ -21,12 +21,12 @@ from pathlib import Path
 import numpy as np
 from embed_memory import proportional_mb
 
-from maekit.embedding.decoding import Chunk, DecodePool, Ring
+from maekit.embedding.decode_pool import Chunk, DecodePool, Ring
 from maekit.embedding.inputs import Images, Scope, find_inputs
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import EncoderSession
-from maekit.machine import cores as available_cores
 from maekit.shards.remote import RemoteCache
+from maekit.system.machine import cores as available_cores
 
 FIRST_BATCH = """
 import sys, time
@@ -38,7 +38,7 @@ def first(self, images):
     import os, signal
     os.kill(os.getpid(), signal.SIGKILL)
 session.EncoderSession._run = first
-from maekit.embedding.run import EmbedConfig, embed
+from maekit.embedding.embed import EmbedConfig, embed
 embed(EmbedConfig(sys.argv[1], (sys.argv[2],), sys.argv[3], device="cpu"))
 """
 
@@ -86,7 +86,7 @@ def main() -> None:
     print(f"end to end / limit: {share:.3f}   ({count} images, batches of {batch_size}, {cores} cores)")
     first, imported = _first_batch(options), _import()
     print(
-        f"start to first batch: {first:.2f} s; import maekit.embedding.run: {imported[0]:.2f} s, {imported[1]:.0f} MB"
+        f"start to first batch: {first:.2f} s; import maekit.embedding.embed: {imported[0]:.2f} s, {imported[1]:.0f} MB"
     )
     print(f"peak memory of the command and its decoders: {max(peaks):.0f} MB")
     if options.json:
@@ -148,7 +148,7 @@ def _first_batch(options: argparse.Namespace) -> float:
 
 def _import() -> tuple[float, float]:
     # The largest size since exec; that of getrusage is the parent's where it was larger.
-    script = "import maekit.embedding.run; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
+    script = "import maekit.embedding.embed; print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     before = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     return time.perf_counter() - before, int(done.stdout) / 1024

@@ -50,8 +50,8 @@ import onnx
 import pyarrow.parquet as pq
 from PIL import Image
 
-from maekit.machine import cores
 from maekit.shards.spec import find_shards
+from maekit.system.machine import cores
 
 HERE = Path(__file__).resolve().parent
 IMAGES = {"tiny": 501, "small": 200, "base": 96}  # about as long for each

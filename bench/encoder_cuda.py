@@ -31,8 +31,8 @@ from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.exporters.graph import EmbeddingModule
 from maekit.exporters.trace import to_onnx
 from maekit.images import Preprocess
-from maekit.machine import cores
 from maekit.providers import open_cpu, open_cuda
+from maekit.system.machine import cores
 
 PREPROCESS = Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)
 

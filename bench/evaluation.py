@@ -23,13 +23,13 @@ import torch
 from sklearn.linear_model import LogisticRegression as SklearnRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from maekit.embedding.reading import EmbeddingFolder
+from maekit.embedding.stored import EmbeddingFolder
 from maekit.evaluation.features import stored_features
-from maekit.evaluation.knn import knn_accuracy
 from maekit.evaluation.labelled import classes_of, encode, open_labelled
 from maekit.evaluation.linear import LogisticRegression
-from maekit.evaluation.neighbours import unit
-from maekit.progress import Silent
+from maekit.system.progress import Silent
+from maekit.vectors.knn import knn_accuracy
+from maekit.vectors.nearest import unit
 
 K, TEMPERATURE, C = 20, 0.07, 1.0
 

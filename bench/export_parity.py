@@ -25,11 +25,11 @@ from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.exporters.graph import EmbeddingModule
 from maekit.exporters.parity import GATES, measure
 from maekit.exporters.quantization import quantize
-from maekit.exporters.reference import reference_embeddings
 from maekit.exporters.sampling import sample_images
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.images import Pixels, Preprocess
-from maekit.mae.loading import TrainedEncoder
+from maekit.pretrained.load import TrainedEncoder
+from maekit.pretrained.torch_embedder import reference_embeddings
 
 POOLINGS = ("avg", "cls", "avg+cls", "avg+std", "avg2x2", "tokens")
 PREPROCESS = Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)

@@ -24,10 +24,9 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from maekit.config import DEFAULT_EPOCHS, ModelConfig, PretrainConfig, load_config
+from maekit.config import DEFAULT_EPOCHS, ModelConfig, PretrainConfig, load_config, total_steps
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
-from maekit.mae.loading import resolve_model
-from maekit.training.prepare import total_steps
+from maekit.pretrained.load import resolve_model
 
 IMAGENET = 1_281_167  # training images of ImageNet-1k
 PEAKS = {"TPUv3-core": 61.5e12, "V100": 125e12, "A100": 312e12, "H100": 989e12, "H200": 989e12}  # FLOP/s

@@ -33,9 +33,9 @@ from maekit.exporters.graph import EmbeddingModule
 from maekit.exporters.parity import measure
 from maekit.exporters.sampling import sample_images
 from maekit.exporters.trace import to_onnx
-from maekit.exporters.whitening import fit_whitening
 from maekit.images import Pixels
-from maekit.mae.loading import load_encoder
+from maekit.pretrained.load import load_encoder
+from maekit.vectors.whitening import fit_whitening
 
 CALIBRATION, FITTED = 64, 1000
 

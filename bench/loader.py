@@ -32,7 +32,7 @@ from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.training.crops import Augmentation, CropLoader, Watch
 from maekit.training.data import Division, ExactSource, StepBatches, make_loader, stop_workers
-from maekit.training.ram import DecodedSet
+from maekit.training.image_cache import DecodedSet
 
 BATCH = 64
 

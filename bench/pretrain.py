@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 
 from maekit.config import PretrainConfig
-from maekit.machine import cores
-from maekit.progress import Silent
+from maekit.config.settings import parse_setting, set_value
+from maekit.pretraining import pretrain as training
 from maekit.runs import RunDirectory
-from maekit.settings import parse_setting, set_value
-from maekit.training import run as training
+from maekit.system.machine import cores
+from maekit.system.progress import Silent
 from maekit.training.loop import Trainer
 from maekit.training.step import Step
 

@@ -31,11 +31,11 @@ from torchvision import datasets, transforms
 
 from maekit.images import decode, random_resized_crop
 from maekit.mae.mask_shapes import MaskShape
-from maekit.random import Purpose, uniforms
 from maekit.shards.index import build_index
 from maekit.shards.order import Order
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
+from maekit.system.draws import Purpose, uniforms
 from maekit.training.crops import Augmentation, CropLoader, resize
 
 

@@ -122,11 +122,11 @@ def _autocast(options: argparse.Namespace):
 def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], object]:
     from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig
     from maekit.mae.autoencoder import build_autoencoder
+    from maekit.mae.kernels import choose_kernels
     from maekit.mae.normalize import Normalizer
     from maekit.training.crops import Chunk
     from maekit.training.data import Uploader
     from maekit.training.distributed import World
-    from maekit.training.kernels import choose_kernels
     from maekit.training.optim import make_optimizer, make_schedule
     from maekit.training.step import MaskedObjective, Step
 

@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 
 import maekit
-from maekit.evaluation.knn import knn_accuracy
+from maekit.config.export import ExportOptions
 from maekit.exporters.export import export
-from maekit.exporters.options import ExportOptions
-from maekit.exporters.whitening import fit_whitening
 from maekit.images import decode
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
+from maekit.vectors.knn import knn_accuracy
+from maekit.vectors.whitening import fit_whitening
 
 Rows = Any
 

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import typer
 
-import maekit
 from maekit.cli import (
     check,
     demo,
@@ -24,7 +23,8 @@ from maekit.cli import (
     report,
     sweep,
 )
-from maekit.errors import ElsewhereError, MaekitError
+from maekit.system.errors import ElsewhereError, MaekitError
+from maekit.version import __version__
 
 app = typer.Typer(
     name="maekit",
@@ -60,7 +60,7 @@ _add("demo", "Look", demo.command)
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"maekit {maekit.__version__}")
+        print(f"maekit {__version__}")
         raise typer.Exit
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from maekit.check import CheckReport, ImageReport, ShardReport
+    from maekit.checking import CheckReport, ImageReport, ShardReport
 
 _ROWS = 20  # a longer table is cut to what needs looking at
 
@@ -38,11 +38,11 @@ def command(
     """
     import sys
 
-    from maekit.check import check_shards
+    from maekit.checking import check_shards
     from maekit.cli.show import make_progress, print_json
-    from maekit.errors import InputError
     from maekit.shards.remote import RemoteCache
     from maekit.shards.spec import find_shards
+    from maekit.system.errors import InputError
 
     if crc and not write_index:
         raise InputError("--crc puts CRC-32s into the index that --write-index writes; give both")
@@ -98,7 +98,7 @@ def _remark(shard: "ShardReport") -> str:
 
 def _print_shards(report: "CheckReport") -> None:
     from maekit.cli.show import print_table
-    from maekit.files import describe_bytes
+    from maekit.system.files import describe_bytes
 
     shown = report.shards
     if len(shown) > _ROWS:

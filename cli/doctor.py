@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from maekit.doctor import Finding, Rates
+    from maekit.diagnosis import Finding, Rates
 
 
 def command(
@@ -28,7 +28,7 @@ def command(
     from rich.console import Console
 
     from maekit.cli.show import print_json
-    from maekit.doctor import examine
+    from maekit.diagnosis import examine
 
     # On a terminal alone, and gone with the result.
     with Console(stderr=True).status("looking and measuring, about five seconds"):

@@ -127,7 +127,7 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json
-    from maekit.embedding.run import EmbedConfig, embed, raise_if_incomplete
+    from maekit.embedding.embed import EmbedConfig, embed, raise_if_incomplete
 
     config = EmbedConfig(
         model=model,
@@ -170,7 +170,7 @@ def command(
 
 def _number(option: str, text: str) -> int | None:
     """Return a number, or None for `auto`."""
-    from maekit.errors import InputError
+    from maekit.system.errors import InputError
 
     if text == "auto":
         return None
@@ -190,7 +190,7 @@ def _devices(text: str | None) -> tuple[str, ...]:
 
 def _options(pairs: list[str]) -> dict[str, str]:
     """Return the options of a provider."""
-    from maekit.errors import InputError
+    from maekit.system.errors import InputError
 
     options = {}
     for pair in pairs:

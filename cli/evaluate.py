@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from maekit.cli.show import make_progress, print_json, print_table
-from maekit.evaluation.options import EvaluateOptions
-from maekit.poolings import CHOICES
+from maekit.config.evaluate import EvaluateOptions
+from maekit.config.poolings import CHOICES
 
 _DEFAULT = EvaluateOptions()
 _JUDGED, _IMAGES = "What is judged", "Labelled images"
@@ -283,7 +283,7 @@ def finetune(
     The published fine-tuning: layer-wise decay of the learning rate, stochastic depth, RandAugment, mixup, cutmix,
     erasing, label smoothing. OUT gets the weights: OUT/encoder.safetensors can be exported as any other.
     """
-    from maekit.evaluation.finetune_config import finetuning, training_from_scratch
+    from maekit.config.finetune import finetuning, training_from_scratch
 
     config = training_from_scratch() if from_scratch else finetuning()
     given = {
@@ -303,7 +303,7 @@ def finetune(
 
 
 def _blocks(text: str) -> float:
-    from maekit.errors import InputError
+    from maekit.system.errors import InputError
 
     try:
         return float(text)
@@ -314,8 +314,8 @@ def _blocks(text: str) -> float:
 def _train(config: Any, given: dict[str, Any], arguments: dict[str, Any], as_json: bool) -> None:
     """Run supervised training with the settings of a preset, of options, and of --set, each over the one before."""
     from maekit.cli.show import is_main_process
-    from maekit.evaluation.finetune import finetune
-    from maekit.settings import parse_setting, set_value
+    from maekit.config.settings import parse_setting, set_value
+    from maekit.finetuning.finetune import finetune
 
     given |= {
         "shards": tuple(arguments["train"]),
@@ -385,7 +385,7 @@ def probe(
     sees each crop through the whole encoder; `maekit evaluate linear` is the quick answer. The same command goes on
     where it was stopped.
     """
-    from maekit.evaluation.finetune_config import linear_probing
+    from maekit.config.finetune import linear_probing
 
     _train(linear_probing(), {"model.pool": pool}, locals(), as_json)
 
@@ -402,7 +402,7 @@ def _options(given: dict[str, Any], **more: Any) -> EvaluateOptions:
 def _evaluate(
     task: str, model: str, train: Sequence[str], test: Sequence[str], options: EvaluateOptions, as_json: bool
 ) -> None:
-    from maekit.evaluation.run import evaluate
+    from maekit.evaluation.evaluate import evaluate
 
     progress = make_progress()
     result = evaluate(task, model, train, test, options, progress)

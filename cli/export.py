@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from maekit.cli.show import make_progress, print_json
-from maekit.exporters.options import ExportOptions
-from maekit.poolings import UNPOOLED
+from maekit.config.export import ExportOptions
+from maekit.config.poolings import UNPOOLED
 
 _DEFAULT = ExportOptions()
 _COMPUTES, _PROVES = "What it computes", "What it is held against"
@@ -116,7 +116,7 @@ def command(
     in fp32: fp32 within 1e-4 of the largest value, fp16 with a cosine of at least 0.999 for each image, int8 with one
     of 0.99 on average. Its metadata hold the figures, the preprocessing and where the weights come from.
     """
-    from maekit.errors import InputError
+    from maekit.system.errors import InputError
 
     options = {
         "pool": pool,
@@ -146,8 +146,8 @@ def command(
 
 def _export(source: str, out: Path, as_json: bool, **options: Any) -> None:
     from maekit.exporters.export import export
-    from maekit.files import describe_bytes
-    from maekit.signals import stop_on_signal
+    from maekit.system.files import describe_bytes
+    from maekit.system.signals import stop_on_signal
 
     progress = make_progress()
     with stop_on_signal(_interrupt):
@@ -177,8 +177,8 @@ def _interrupt() -> None:
 
 
 def _verify(file: Path, source: str | None, device: str, parity: Any, model: str | None, as_json: bool) -> None:
-    from maekit.errors import MaekitError
     from maekit.exporters.verify import verify
+    from maekit.system.errors import MaekitError
 
     result = verify(file, source, device=device, parity=parity, model=model, progress=make_progress())
     for name, figures in (("as exported", result.probe), ("as PyTorch", result.parity)):

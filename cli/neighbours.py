@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from maekit.gallery.options import NeighbourOptions
+from maekit.config.pages import NeighbourOptions
 
 _DEFAULT = NeighbourOptions()
 
@@ -45,7 +45,7 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json
-    from maekit.gallery.neighbours import neighbours
+    from maekit.pages.neighbours import neighbours
 
     options = NeighbourOptions(k, tuple(shards or ()), model)
     result = neighbours(embeddings, query, out, options, make_progress())

@@ -56,8 +56,8 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json
-    from maekit.files import describe_bytes
     from maekit.shards.pack import PackOptions, pack
+    from maekit.system.files import describe_bytes
 
     options = PackOptions(
         samples_per_shard=samples_per_shard,

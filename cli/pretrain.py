@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig
-from maekit.errors import InputError
+from maekit.system.errors import InputError
 
 _DEFAULT = PretrainConfig()
 _TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Encoder", "Machine", "Output"
@@ -241,7 +241,7 @@ def command(
     import math
 
     from maekit.cli.show import is_main_process, make_progress, print_json
-    from maekit.settings import load_toml, parse_setting, set_value
+    from maekit.config.settings import load_toml, parse_setting, set_value
 
     chosen = PretrainConfig()
     for key, value in (load_toml(config) if config else {}).items():
@@ -315,7 +315,7 @@ def command(
         set_value(chosen, *parse_setting(text))
     chosen.validate()
 
-    from maekit.training.run import pretrain
+    from maekit.pretraining.pretrain import pretrain
 
     result = pretrain(chosen, make_progress())
     if not is_main_process():

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from maekit.gallery.options import ReconstructOptions
+from maekit.config.pages import ReconstructOptions
 
 _DEFAULT = ReconstructOptions()
 
@@ -60,7 +60,7 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json
-    from maekit.gallery.reconstruct import reconstruct
+    from maekit.pages.reconstruct import reconstruct
 
     keys = tuple(key or ())
     options = ReconstructOptions(keys, count, seed, mask_ratio, masking, target, overlay_visible, device)

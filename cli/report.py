@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from maekit.gallery.options import ReportOptions
+from maekit.config.pages import ReportOptions
 
 _DEFAULT = ReportOptions()
 
@@ -38,8 +38,8 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json
-    from maekit.files import describe_bytes
-    from maekit.gallery.report import report
+    from maekit.pages.report import report
+    from maekit.system.files import describe_bytes
 
     result = report(run, out, ReportOptions(tuple(shards or ()), samples, device), make_progress())
     print(f"{result.path}: {describe_bytes(result.bytes)}, {result.samples} samples, {result.evaluations} evaluations")

@@ -7,8 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from maekit.files import describe_bytes
-from maekit.progress import Silent, duration
+from maekit.system.files import describe_bytes
+from maekit.system.progress import Silent, duration
 
 _PLAIN_SECONDS = 15.0
 

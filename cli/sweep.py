@@ -32,7 +32,7 @@ def command(
     import dataclasses
 
     from maekit.cli.show import make_progress, print_json, print_table
-    from maekit.grid import measures_of, sweep
+    from maekit.sweeping import measures_of, sweep
 
     result = sweep(config, out, make_progress(), device=device)
     measures = measures_of(result.rows)

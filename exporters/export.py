@@ -10,26 +10,26 @@ import numpy as np
 import onnx
 import torch
 
-import maekit
-from maekit import files
+from maekit.config.export import ExportOptions
+from maekit.config.poolings import UNPOOLED
 from maekit.encoder_file import EMBEDDINGS, METADATA_KEY, TOKENS
-from maekit.errors import InputError, MaekitError
 from maekit.exporters.graph import EmbeddingModule, check_exportable
-from maekit.exporters.options import ExportOptions
 from maekit.exporters.parity import GATES, IMAGES, Parity, measure
 from maekit.exporters.probe import probe_images, rows_to_json
 from maekit.exporters.quantization import quantize
-from maekit.exporters.reference import reference_embeddings
 from maekit.exporters.runtime import open_encoder
 from maekit.exporters.sampling import Sample, sample_images
 from maekit.exporters.timm_format import refuse_foreign_directory, write_timm
 from maekit.exporters.trace import node_census, to_onnx
-from maekit.exporters.whitening import Whitening, fit_whitening
 from maekit.exporters.writing import ModelFile, new_model
 from maekit.images import Pixels
-from maekit.mae.loading import TrainedEncoder, load_encoder
-from maekit.poolings import UNPOOLED
-from maekit.progress import Progress, Silent
+from maekit.pretrained.load import TrainedEncoder, load_encoder
+from maekit.pretrained.torch_embedder import reference_embeddings
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.progress import Progress, Silent
+from maekit.vectors.whitening import Whitening, fit_whitening
+from maekit.version import __version__
 
 _CALIBRATION_IMAGES = 64
 
@@ -68,7 +68,7 @@ def export(
 
     Args:
         source: a run, one of its checkpoints, `timm:NAME`, a file of weights, or transformers' ViTMAE directory; see
-            `maekit.mae.sources`.
+            `maekit.pretrained.sources`.
         out: the ONNX file; the directory for timm's format.
         options: what it computes.
         progress: where to show how it goes on.
@@ -209,7 +209,7 @@ def _describe(
     """Write into the file what a reader needs to use it and to know where it comes from."""
     output = proto.graph.output[0].type.tensor_type.shape.dim
     description = {
-        "maekit": maekit.__version__,
+        "maekit": __version__,
         "model": trained.name,
         "preprocess": trained.preprocess.to_json(),
         "pool": options.pool,
@@ -224,4 +224,4 @@ def _describe(
     if model.external:
         description["external_data"] = model.external
     onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(description)})
-    proto.producer_name, proto.producer_version = "maekit", maekit.__version__
+    proto.producer_name, proto.producer_version = "maekit", __version__

@@ -19,12 +19,12 @@ from timm.models.vision_transformer import Block, ResPostBlock, VisionTransforme
 from torch import nn
 from torch.nn import functional as F
 
-from maekit.errors import InputError
-from maekit.exporters.options import OPSET_WITH_ATTENTION
-from maekit.exporters.whitening import Whitening
+from maekit.config.export import OPSET_WITH_ATTENTION
+from maekit.config.poolings import UNPOOLED, parts_of
 from maekit.images import LUMA, Preprocess
 from maekit.mae.pooling import check_pooling, deviation
-from maekit.poolings import UNPOOLED, parts_of
+from maekit.system.errors import InputError
+from maekit.vectors.whitening import Whitening
 
 
 class EmbeddingModule(nn.Module):

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import MaekitError
 from maekit.images import Pixels
+from maekit.system.errors import MaekitError
 
 BATCH_SIZES = (1, 3, 16)
 IMAGES = 128

@@ -24,12 +24,12 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from maekit.encoder_file import INPUT
-from maekit.errors import InputError
 from maekit.exporters.whitening import MATRIX
 from maekit.exporters.writing import new_model
 from maekit.images import Pixels
-from maekit.machine import cores
 from maekit.providers import open_cpu
+from maekit.system.errors import InputError
+from maekit.system.machine import cores
 
 _WEIGHT_LIMIT = 63
 _LEVELS = 255

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from maekit.encoder_file import INPUT
-from maekit.errors import InputError, MaekitError
 from maekit.exporters.parity import Embeddings
 from maekit.images import Pixels
-from maekit.machine import cores
 from maekit.providers import Opened, check_device, first_line, open_cpu, open_cuda
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.machine import cores
 
 
 @dataclass(frozen=True)

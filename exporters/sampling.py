@@ -6,11 +6,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from maekit.errors import ImageError, InputError
 from maekit.images import Pixels, Preprocess
-from maekit.machine import cores
 from maekit.shards.read import MemberReader, open_shards
 from maekit.shards.spec import find_shards
+from maekit.system.errors import ImageError, InputError
+from maekit.system.machine import cores
 
 _SPARE = 3  # places looked at for each image wanted, at most: some may hold none
 _BATCH = 32

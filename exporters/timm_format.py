@@ -10,11 +10,11 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from maekit import files
-from maekit.errors import InputError, MaekitError
 from maekit.images import LUMA, Pixels
-from maekit.mae.loading import TrainedEncoder, norm_eps, set_norm_eps
-from maekit.mae.sources import Note
+from maekit.pretrained.load import TrainedEncoder, norm_eps, set_norm_eps
+from maekit.pretrained.sources import Note
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 

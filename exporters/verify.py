@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maekit import files
 from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_digests, check_external_data, load_graph
-from maekit.errors import InputError
 from maekit.exporters.parity import GATES, IMAGES, Gate, Parity, measure
 from maekit.exporters.probe import pooled_rows, probe_images, rows_from_json
 from maekit.exporters.runtime import OpenedEncoder, open_encoder
 from maekit.exporters.sampling import sample_images
-from maekit.exporters.whitening import Whitening
+from maekit.exporters.whitening import read_whitening
 from maekit.images import Pixels
-from maekit.progress import Progress, Silent
+from maekit.system import files
+from maekit.system.errors import InputError
+from maekit.system.progress import Progress, Silent
+from maekit.vectors.whitening import Whitening
 
 # From one machine to the next, not from PyTorch to the file: integers stay what they are, and fp16 nearly.
 _SAME = {"fp32": GATES["fp32"], "fp16": Gate("min_cosine", 0.999), "int8": Gate("min_cosine", 0.999)}
@@ -80,7 +81,7 @@ def verify(
         precision = str(spec["precision"])
         gate, same = GATES[precision], _SAME[precision]
         recorded = spec["checkpoint"].get("sha256")
-        whitening = Whitening.from_graph(proto, path.parent, spec["whitening"])
+        whitening = read_whitening(proto, path.parent, spec["whitening"])
         dims = [dim.dim_value for dim in proto.graph.input[0].type.tensor_type.shape.dim]
         if dims[1:3] != list(description.preprocess.size):
             raise ValueError(f"images of {description.preprocess.size}, and the graph takes {dims[1:3]}")
@@ -120,8 +121,8 @@ def _against_pytorch(
     model: str | None,
     progress: Progress,
 ) -> Parity:
-    from maekit.exporters.reference import reference_embeddings
-    from maekit.mae.loading import load_encoder
+    from maekit.pretrained.load import load_encoder
+    from maekit.pretrained.torch_embedder import reference_embeddings
 
     trained = load_encoder(source, model=model, on_note=progress.note)
     here = trained.provenance.get("sha256")

@@ -15,9 +15,9 @@ from typing import Any
 
 import onnx
 
-from maekit import files
 from maekit.encoder_file import check_external_data
-from maekit.errors import InputError
+from maekit.system import files
+from maekit.system.errors import InputError
 
 MAX_BYTES = 2_000_000_000  # graph and metadata included, of 2 GiB
 _SMALL = 1024  # bytes; smaller tensors stay in the graph

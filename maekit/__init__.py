@@ -3,51 +3,51 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from maekit.version import __version__
 
 if TYPE_CHECKING:
-    from maekit.check import check_shards
+    from maekit.checking import check_shards
     from maekit.config import PretrainConfig
+    from maekit.config.evaluate import EvaluateOptions
+    from maekit.config.export import ExportOptions
+    from maekit.config.pages import NeighbourOptions, ReconstructOptions, ReportOptions
+    from maekit.embedding.embed import EmbedConfig, embed
     from maekit.embedding.embedder import Embedder
-    from maekit.embedding.run import EmbedConfig, embed
-    from maekit.errors import MaekitError
-    from maekit.evaluation.options import EvaluateOptions
-    from maekit.evaluation.run import evaluate
+    from maekit.evaluation.evaluate import evaluate
     from maekit.exporters.export import export
-    from maekit.exporters.options import ExportOptions
     from maekit.exporters.verify import verify
-    from maekit.gallery.neighbours import neighbours
-    from maekit.gallery.options import NeighbourOptions, ReconstructOptions, ReportOptions
-    from maekit.gallery.reconstruct import reconstruct
-    from maekit.gallery.report import report
-    from maekit.grid import sweep
+    from maekit.pages.neighbours import neighbours
+    from maekit.pages.reconstruct import reconstruct
+    from maekit.pages.report import report
+    from maekit.pretraining.pretrain import pretrain
     from maekit.shards.pack import PackOptions, pack
     from maekit.shards.spec import find_shards
-    from maekit.training.run import pretrain
+    from maekit.sweeping import sweep
+    from maekit.system.errors import MaekitError
 
 # Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers and for `--help`.
 _HOMES = {
-    "EmbedConfig": "maekit.embedding.run",
+    "EmbedConfig": "maekit.embedding.embed",
     "Embedder": "maekit.embedding.embedder",
-    "EvaluateOptions": "maekit.evaluation.options",
-    "ExportOptions": "maekit.exporters.options",
-    "MaekitError": "maekit.errors",
-    "NeighbourOptions": "maekit.gallery.options",
+    "EvaluateOptions": "maekit.config.evaluate",
+    "ExportOptions": "maekit.config.export",
+    "MaekitError": "maekit.system.errors",
+    "NeighbourOptions": "maekit.config.pages",
     "PackOptions": "maekit.shards.pack",
     "PretrainConfig": "maekit.config",
-    "ReconstructOptions": "maekit.gallery.options",
-    "ReportOptions": "maekit.gallery.options",
-    "check_shards": "maekit.check",
-    "embed": "maekit.embedding.run",
-    "evaluate": "maekit.evaluation.run",
+    "ReconstructOptions": "maekit.config.pages",
+    "ReportOptions": "maekit.config.pages",
+    "check_shards": "maekit.checking",
+    "embed": "maekit.embedding.embed",
+    "evaluate": "maekit.evaluation.evaluate",
     "export": "maekit.exporters.export",
     "find_shards": "maekit.shards.spec",
-    "neighbours": "maekit.gallery.neighbours",
+    "neighbours": "maekit.pages.neighbours",
     "pack": "maekit.shards.pack",
-    "pretrain": "maekit.training.run",
-    "reconstruct": "maekit.gallery.reconstruct",
-    "report": "maekit.gallery.report",
-    "sweep": "maekit.grid",
+    "pretrain": "maekit.pretraining.pretrain",
+    "reconstruct": "maekit.pages.reconstruct",
+    "report": "maekit.pages.report",
+    "sweep": "maekit.sweeping",
     "verify": "maekit.exporters.verify",
 }
 

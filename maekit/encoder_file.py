@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maekit import files, poolings
-from maekit.errors import InputError
+from maekit.config import poolings
 from maekit.images import Preprocess
+from maekit.system import files
+from maekit.system.errors import InputError
 
 METADATA_KEY = "maekit"
 INPUT = "images"

@@ -5,14 +5,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maekit import runs
-from maekit.check import CheckReport, check_shards
-from maekit.embedding.records import BOOKKEEPING, CommitRecord
+from maekit.checking import CheckReport, check_shards
+from maekit.config.settings import fields_of, load_toml
+from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
-from maekit.errors import InputError
-from maekit.machine import cores
 from maekit.runs import RunDirectory
-from maekit.settings import fields_of, load_toml
 from maekit.shards.spec import TAR, find_shards
+from maekit.system.errors import InputError
+from maekit.system.machine import cores
 
 if TYPE_CHECKING:
     from maekit.providers import Opened

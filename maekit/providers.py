@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import onnxruntime as ort
 
-from maekit.errors import InputError
+from maekit.system.errors import InputError
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE

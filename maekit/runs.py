@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from maekit import files
 from maekit.config import PretrainConfig, load_config
-from maekit.errors import InputError, MaekitError
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 FINETUNE_CONFIG = "finetune.toml"

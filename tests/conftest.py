@@ -1,14 +1,12 @@
 """Shared fixtures: tiny pictures, tiny shards, and a cache of the tests' own."""
 
-import io
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+from support.shards import MakeShards, jpeg, write_shard
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -22,36 +20,6 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def rounds() -> Callable[[int, int], int]:
     """Return `rounds(few, many)`: few in `make test`, many in `make campaigns`."""
     return lambda few, many: many if os.environ.get("MAEKIT_CAMPAIGNS") else few
-
-
-def jpeg(number: int, size: tuple[int, int] = (48, 40)) -> bytes:
-    """Return a JPEG of coloured waves; each number another picture."""
-    random = np.random.default_rng(number)
-    y, x = np.mgrid[: size[1], : size[0]]
-    waves = [
-        np.sin(x * random.uniform(0.05, 0.6) + y * random.uniform(0.05, 0.6) + random.uniform(0, 6)) for _ in "rgb"
-    ]
-    pixels = ((np.stack(waves, -1) + 1) * 127).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def write_shard(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
-    """Write {key: {extension: bytes}} as a tar, through tarfile."""
-    import tarfile
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
-        for key, members in samples.items():
-            for extension, data in members.items():
-                info = tarfile.TarInfo(f"{key}.{extension}")
-                info.size = len(data)
-                tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-MakeShards = Callable[..., Path]
 
 
 @pytest.fixture
@@ -75,7 +43,7 @@ def make_shards(tmp_path: Path) -> MakeShards:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with `shards`, a `run` of a tiny model on them, and its export, `encoder.onnx`."""
-    from models import train
+    from support.models import train
 
     return train(tmp_path_factory.mktemp("trained"))
 

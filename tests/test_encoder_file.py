@@ -11,19 +11,19 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from conftest import jpeg
 from onnx import helper, numpy_helper
+from support.shards import jpeg
 
 import maekit
 import maekit.exporters.writing as writing
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
+from maekit.config.export import ExportOptions
 from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_external_data
-from maekit.errors import InputError, MaekitError
 from maekit.exporters.export import export
-from maekit.exporters.options import ExportOptions
 from maekit.exporters.verify import verify
 from maekit.images import Preprocess
 from maekit.inspection import inspect
+from maekit.system.errors import InputError, MaekitError
 
 
 @pytest.fixture

@@ -3,13 +3,13 @@ import math
 
 import numpy as np
 import pytest
-from conftest import jpeg
 from PIL import Image
+from support.shards import jpeg
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.errors import ImageError
 from maekit.images import Preprocess, decode, open_crop, open_rgb, random_resized_crop
-from maekit.random import Purpose, permutation, uniform_rows, uniforms
+from maekit.system.draws import Purpose, permutation, uniform_rows, uniforms
+from maekit.system.errors import ImageError
 
 RNG = np.random.default_rng(0)
 PINNED = [0.6183657700572531, 0.7459779950048457]

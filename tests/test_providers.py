@@ -5,12 +5,14 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
-from models import embed_config
+from support.models import embed_config
 
 import maekit.providers as module
-from maekit.embedding.run import embed
+from maekit.embedding.embed import embed
 from maekit.embedding.session import EncoderSession
-from maekit.errors import InputError
+from maekit.system.errors import InputError
+
+pytestmark = pytest.mark.whole
 
 
 class Driver:

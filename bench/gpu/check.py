@@ -84,8 +84,8 @@ def doctor(bench: Bench) -> Found:
 def losses(bench: Bench) -> Found:
     """Two runs on the same samples: one as CUDA runs by default, watched from within, one in fp32 and not compiled."""
     from maekit.config import PretrainConfig
-    from maekit.settings import set_value
-    from maekit.training.run import pretrain
+    from maekit.config.settings import set_value
+    from maekit.pretraining.pretrain import pretrain
 
     plain = bench.work / "plain"
     command = maekit_command("pretrain", bench.shards, "--out", plain, *as_options(settings(bench)), "--steps", STEPS)

@@ -31,7 +31,7 @@ from PIL import Image
 from step import SIZES, make_step
 
 from maekit.config import ModelConfig
-from maekit.machine import cores
+from maekit.system.machine import cores
 
 COPIES = 24  # of each shard: the sample of 334 images is over in a tenth of a second
 BATCH = {"base": 256, "large": 128}  # what attention written out leaves room for in 80 GB

@@ -11,18 +11,18 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maekit import files
-from maekit.check import check_shards
+from maekit.checking import check_shards
 from maekit.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig
 from maekit.demo.pictures import CLASSES, write_pictures
-from maekit.errors import InputError, MaekitError
-from maekit.evaluation.knn import knn_accuracy
 from maekit.images import decode
-from maekit.progress import Progress, Silent
 from maekit.runs import RunDirectory
 from maekit.shards.pack import PackOptions, pack
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.progress import Progress, Silent
+from maekit.vectors.knn import knn_accuracy
 
 TRAIN_PICTURES, TEST_PICTURES = 2000, 500
 STEPS = 800
@@ -95,12 +95,12 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     Raises:
         InputError: `out` holds something that no demo made.
     """
-    from maekit.embedding.run import EmbedConfig, embed
+    from maekit.config.export import ExportOptions
+    from maekit.config.pages import ReportOptions
+    from maekit.embedding.embed import EmbedConfig, embed
     from maekit.exporters.export import export
-    from maekit.exporters.options import ExportOptions
-    from maekit.gallery.options import ReportOptions
-    from maekit.gallery.report import report
-    from maekit.training.run import pretrain
+    from maekit.pages.report import report
+    from maekit.pretraining.pretrain import pretrain
 
     progress = progress or Silent()
     started = time.monotonic()

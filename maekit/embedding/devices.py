@@ -16,16 +16,16 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from maekit.embedding.decoding import DecodePool
-from maekit.embedding.output import OutputDirectory
+from maekit.embedding.decode_pool import DecodePool
+from maekit.embedding.device_worker import DeviceWork, Outcome, Task
+from maekit.embedding.output_directory import OutputDirectory
 from maekit.embedding.pipeline import Timing
 from maekit.embedding.session import EncoderSession
-from maekit.embedding.work import DeviceWork, Outcome, Task
 from maekit.encoder_file import EncoderDescription
-from maekit.errors import MaekitError
-from maekit.parallel import follow_parent, forking
 from maekit.providers import CPU
 from maekit.shards.remote import RemoteCache
+from maekit.system.errors import MaekitError
+from maekit.system.parallel import follow_parent, forking
 
 _GPU_LANES = 2
 _TELL_SECONDS = 0.5

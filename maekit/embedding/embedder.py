@@ -12,9 +12,9 @@ from PIL import Image
 
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import Embeddings, EncoderSession
-from maekit.errors import InputError
 from maekit.images import Pixels, upright_rgb
-from maekit.machine import cores
+from maekit.system.errors import InputError
+from maekit.system.machine import cores
 
 _BATCH = 16
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maekit import files
+from maekit.system import files
 
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 FORMATS = ("parquet", "npy")

@@ -17,13 +17,13 @@ from typing import Protocol
 
 import numpy as np
 
-from maekit import files
-from maekit.embedding.decoding import Place
-from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.embedding.decode_pool import Place
 from maekit.shards.index import IMAGE_EXTENSIONS, ShardIndex, load_index
 from maekit.shards.read import open_shard, read_bytes, read_file
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile, find_shards, is_shard
+from maekit.system import files
+from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 
 IMAGES_PER_PART = 4096
 _numbers = itertools.count()

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from maekit import files
-from maekit.errors import InputError, MaekitError
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
 
 HEARTBEAT_SECONDS = 15.0
 # A machine that has not given a sign for so long is taken for gone.

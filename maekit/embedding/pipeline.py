@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maekit.embedding.decoding import Chunk, Decoded, DecodePool, Place, Refusal, Ring
+from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Place, Refusal, Ring
 from maekit.embedding.inputs import Images
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels

@@ -11,13 +11,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from maekit import files
+from maekit.config.poolings import UNPOOLED
 from maekit.encoder_file import EMBEDDINGS, INPUT, METADATA_KEY, EncoderDescription, check_digests, check_external_data
-from maekit.errors import InputError, MaekitError
 from maekit.images import Pixels
-from maekit.machine import cores
-from maekit.poolings import UNPOOLED
 from maekit.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.machine import cores
 
 # What ONNX Runtime, CUDA, cuBLAS and the C++ library say when memory runs out.
 _OUT_OF_MEMORY = re.compile(

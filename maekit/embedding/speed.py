@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from maekit.embedding.devices import Devices
 from maekit.embedding.pipeline import Timing
-from maekit.machine import cores
 from maekit.providers import CPU
+from maekit.system.machine import cores
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from maekit.errors import InputError
+from maekit.system.errors import InputError
 
 Item = TypeVar("Item")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0  # such as that of the job's script

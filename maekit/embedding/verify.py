@@ -10,16 +10,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maekit import files
+from maekit.embedding.commit_record import CommitRecord
+from maekit.embedding.device_worker import Task
 from maekit.embedding.inputs import Images
-from maekit.embedding.output import OutputDirectory
-from maekit.embedding.records import CommitRecord
-from maekit.embedding.work import Task
-from maekit.errors import MaekitError
-from maekit.machine import cores
-from maekit.parallel import map_in_threads
-from maekit.progress import Progress
+from maekit.embedding.output_directory import OutputDirectory
 from maekit.shards.remote import RemoteCache
+from maekit.system import files
+from maekit.system.errors import MaekitError
+from maekit.system.machine import cores
+from maekit.system.parallel import map_in_threads
+from maekit.system.progress import Progress
 
 # How far the length of a stored embedding may be from 1: rounding to float16 takes it off by up to 5e-4.
 _NORM_TOLERANCE = 2e-3

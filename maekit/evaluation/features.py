@@ -1,6 +1,6 @@
 """What is judged: one vector for each labelled image, from whatever MODEL names.
 
-    RUN, CHECKPOINT, timm:NAME, FILE, DIRECTORY    an encoder (maekit.mae.sources) in PyTorch, each pooling for itself
+    RUN, CHECKPOINT, timm:NAME, FILE, DIRECTORY    an encoder (maekit.pretrained.sources) in PyTorch, by pooling
     ENCODER.ONNX                                   what is deployed, in ONNX Runtime
     EMBEDDINGS                                     an --out of `maekit embed`: nothing is computed
     raw pixels                                     the image, reduced to 32 x 32
@@ -16,21 +16,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.inputs import TarPart
-from maekit.embedding.reading import EmbeddingFolder, is_made_from
-from maekit.embedding.records import CommitRecord
-from maekit.errors import ImageError, InputError
+from maekit.embedding.stored import EmbeddingFolder, is_made_from
 from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
-from maekit.machine import cores
-from maekit.parallel import map_in_threads
-from maekit.progress import Progress
 from maekit.shards.read import MemberReader, ShardSet
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile
+from maekit.system.errors import ImageError, InputError
+from maekit.system.machine import cores
+from maekit.system.parallel import map_in_threads
+from maekit.system.progress import Progress
 
 if TYPE_CHECKING:
-    from maekit.mae.loading import TrainedEncoder
+    from maekit.pretrained.load import TrainedEncoder
 
 _BATCH = 64
 PIXELS = 32
@@ -121,18 +121,6 @@ def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
     return image_features(labelled, preprocess, embed, "raw pixels", progress)
 
 
-def require_device(device: str) -> None:
-    """See that PyTorch has a device.
-
-    Raises:
-        InputError: it is `cuda`, and there is none.
-    """
-    import torch
-
-    if device == "cuda" and not torch.cuda.is_available():
-        raise InputError("--device cuda: PyTorch finds no CUDA device here; check nvidia-smi, or use --device cpu")
-
-
 class TorchEncoder:
     """An encoder in PyTorch, fp32.
 
@@ -148,16 +136,16 @@ class TorchEncoder:
     def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str) -> None:
         import torch
 
+        from maekit.mae.device import choose_device
+        from maekit.mae.kernels import choose_kernels
         from maekit.mae.normalize import Normalizer
         from maekit.mae.pooling import check_pooling, poolings_of
-        from maekit.training.kernels import choose_kernels
 
         encoder = trained.encoder
         for pool in pools:
             check_pooling(encoder, pool)
-        require_device(device)
         self._torch = torch
-        self._device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+        self._device = torch.device(choose_device(device))
         self._encoder, self._pools = encoder.eval().to(self._device), pools or poolings_of(encoder)
         self._normalizer = Normalizer(
             trained.preprocess.mean,
@@ -170,8 +158,8 @@ class TorchEncoder:
 
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""
+        from maekit.mae.device import device_errors
         from maekit.mae.pooling import pooled
-        from maekit.training.process import device_errors
 
         with device_errors(), self._torch.no_grad(), self._context():
             pixels = self._torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)

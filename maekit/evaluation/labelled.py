@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import ImageError, InputError
-from maekit.progress import Progress
 from maekit.shards.read import MemberReader, ShardSet, open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
+from maekit.system.errors import ImageError, InputError
+from maekit.system.progress import Progress
 
 EXTENSION, _NAMES = "cls", "classes.txt"
 _LONGEST_LABEL = 1000  # bytes

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import InputError
-from maekit.evaluation.neighbours import unit
+from maekit.system.errors import InputError
+from maekit.vectors.nearest import unit
 
 _BLOCK_BYTES = 256 << 20  # of cosines and their order at once
 

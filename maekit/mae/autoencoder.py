@@ -8,13 +8,13 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from maekit.config import ModelConfig
-from maekit.errors import InputError
 from maekit.mae.cross_decoder import CrossDecoder
 from maekit.mae.decoder import Decoder
 from maekit.mae.encoder import build_encoder, embed, encode_layers
 from maekit.mae.mask_shapes import kept_patches
 from maekit.mae.masking import Masking, gather_tokens, random_masking
 from maekit.mae.targets import Target, build_target, patchify
+from maekit.system.errors import InputError
 
 
 class Prediction(NamedTuple):

@@ -8,9 +8,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch.nn import functional
 
 from maekit.config import ModelConfig
-from maekit.errors import InputError
 from maekit.mae.masking import gather_tokens
 from maekit.mae.positions import sincos_positions
+from maekit.system.errors import InputError
 
 DEFAULT_MODEL = "vit_base_patch16_224"
 

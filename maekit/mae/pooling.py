@@ -5,8 +5,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from maekit.errors import InputError
-from maekit.poolings import parts_of
+from maekit.config.poolings import parts_of
+from maekit.system.errors import InputError
 
 # Under the root of a variance, so that patches that are all alike have a gradient.
 VARIANCE_FLOOR = 1e-6
@@ -33,7 +33,7 @@ def check_pooling(encoder: VisionTransformer, pool: str) -> None:
 
 
 def pooled(encoder: VisionTransformer, tokens: torch.Tensor, pool: str) -> torch.Tensor:
-    """Pool what `forward_features` gives: `[B, prefix + N, D]` -> `[B, k·D]`; k is `maekit.poolings.vectors_in(pool)`.
+    """Pool what `forward_features` gives: `[B, prefix + N, D]` -> `[B, k·D]`; k is `vectors_in(pool)`.
 
     Args:
         encoder: whose tokens they are.

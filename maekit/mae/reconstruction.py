@@ -4,11 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from maekit.errors import InputError
 from maekit.images import Pixels
 from maekit.mae.autoencoder import MaskedAutoencoder
 from maekit.mae.masking import gather_tokens, random_masking
 from maekit.mae.targets import TokenTarget, patchify, unpatchify
+from maekit.system.errors import InputError
 
 
 class Reconstruction(NamedTuple):

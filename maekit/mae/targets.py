@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from maekit.config import ModelConfig
-from maekit.errors import InputError
+from maekit.system.errors import InputError
 
 
 def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:

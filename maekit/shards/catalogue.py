@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from maekit import files
-from maekit.errors import MaekitError
 from maekit.shards import columns as columns_file
 from maekit.shards.index import ShardIndex
+from maekit.system import files
+from maekit.system.errors import MaekitError
 
 MAGIC = b"MAEKCAT1"
 _COLUMNS: dict[str, np.dtype[Any]] = {

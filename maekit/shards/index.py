@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit import files
-from maekit.errors import DamagedShard, MaekitError
 from maekit.shards import columns as columns_file
 from maekit.shards.tar import BLOCK, Member, TarDamage, scan_members
+from maekit.system import files
+from maekit.system.errors import DamagedShard, MaekitError
 
 MAGIC = b"MAEKIDX2"
 INDEX_SUFFIX = ".index"

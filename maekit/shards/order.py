@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.config import WINDOW_SHARDS
-from maekit.random import Purpose, permutation
+from maekit.system.draws import Purpose, permutation
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from maekit import files
-from maekit.errors import InputError, MaekitError, Stopped
-from maekit.machine import cores
-from maekit.parallel import Workers
-from maekit.progress import Progress, Silent
 from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
-from maekit.signals import stop_on_signal
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError, Stopped
+from maekit.system.machine import cores
+from maekit.system.parallel import Workers
+from maekit.system.progress import Progress, Silent
+from maekit.system.signals import stop_on_signal
 
 SIDECARS = ("json", "txt", "cls")
 _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")

@@ -11,14 +11,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.errors import DamagedShard, ImageError, InputError, MaekitError
-from maekit.machine import cores
-from maekit.parallel import Workers
 from maekit.shards import catalogue
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile
+from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.system.machine import cores
+from maekit.system.parallel import Workers
 
 # A member larger than this is no image that anybody trains on; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20

@@ -26,12 +26,12 @@ from typing import IO, Any
 
 import numpy as np
 
-from maekit import files
-from maekit.errors import InputError, MaekitError
-from maekit.parallel import map_in_threads
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import INDEX_SUFFIX, ShardIndex, build_index, index_path, parse_index
 from maekit.shards.spec import ShardFile, connect
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.parallel import map_in_threads
 
 DEFAULT_LIMIT = 50_000_000_000
 # A piece is halved when it fails or takes long, and doubled when it comes soon: a connection that drops often still

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from maekit import files
-from maekit.errors import InputError
+from maekit.system import files
+from maekit.system.errors import InputError
 
 TAR = ".tar"
 # Found beside .tar in a directory, so that a compressed shard is reported as such and never passed over.

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-import maekit
-from maekit import files
-from maekit.errors import MaekitError
-from maekit.mae.weights import load_strictly, read_safetensors
+from maekit.pretrained.files import load_strictly, read_safetensors
 from maekit.runs import MANIFEST, MODEL, OPTIMIZER, STATE, Checkpoint, RunDirectory
+from maekit.system import files
+from maekit.system.errors import MaekitError
+from maekit.version import __version__
 
 Tensors = dict[str, torch.Tensor]
 
@@ -144,7 +144,7 @@ def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[
         contents: dict[str, Iterable[bytes | memoryview]] = {
             MODEL: serialize(model),
             OPTIMIZER: serialize(optimizer),
-            STATE: [json.dumps({"maekit": maekit.__version__, **state}).encode()],
+            STATE: [json.dumps({"maekit": __version__, **state}).encode()],
         }
         digests = {name: _write_durably(aside / name, parts) for name, parts in contents.items()}
         _write_durably(aside / MANIFEST, [json.dumps({"sha256": digests}, indent=1).encode()])

@@ -18,14 +18,14 @@ from torch.nn import functional
 from torch.utils.data import get_worker_info
 
 from maekit.config import DataConfig
-from maekit.errors import ImageError, MaekitError
 from maekit.images import CROP_DRAWS, Box, Pixels, fixed_crop, open_crop, random_resized_crop, reduction_of
 from maekit.mae.mask_shapes import MaskShape
-from maekit.random import Purpose, random_bits, uniform_rows
 from maekit.shards.order import Order, Slice
 from maekit.shards.read import MemberReader, ShardSet
 from maekit.shards.remote import FetchAhead
-from maekit.training.ram import DecodedSet
+from maekit.system.draws import Purpose, random_bits, uniform_rows
+from maekit.system.errors import ImageError, MaekitError
+from maekit.training.image_cache import DecodedSet
 
 _SUBSTITUTE_ATTEMPTS = 64
 _WORTH_TORCH = 96 * 96  # pixels

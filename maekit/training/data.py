@@ -27,10 +27,10 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from maekit.errors import MaekitError
-from maekit.parallel import follow_parent
 from maekit.shards.order import Order, Slice
 from maekit.shards.read import ShardSet
+from maekit.system.errors import MaekitError
+from maekit.system.parallel import follow_parent
 from maekit.training.crops import Chunk, CropLoader, Watch
 
 _CHUNK_BYTES = 8 << 20

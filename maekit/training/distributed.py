@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maekit.errors import ElsewhereError, InputError, MaekitError
-from maekit.machine import cores, first_core_and_count
+from maekit.system.errors import ElsewhereError, InputError, MaekitError
+from maekit.system.machine import cores, first_core_and_count
 
 Result = TypeVar("Result")
 

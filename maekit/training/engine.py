@@ -13,28 +13,29 @@ from typing import Any, Protocol
 
 import torch
 
-from maekit import files, runs
-from maekit.config import TrainingConfig
-from maekit.errors import ElsewhereError, InputError, MaekitError, Stopped
+from maekit import runs
+from maekit.config import TrainingConfig, total_steps
+from maekit.config.settings import dump_toml, fields_of
 from maekit.images import Pixels
-from maekit.pictures import encode_png
-from maekit.progress import Progress, duration
 from maekit.runs import RunDirectory
-from maekit.settings import dump_toml, fields_of
 from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
+from maekit.sheet import encode_png
+from maekit.system import files
+from maekit.system.errors import ElsewhereError, InputError, MaekitError, Stopped
+from maekit.system.progress import Progress, duration
 from maekit.training import checkpoint, distributed, metrics
-from maekit.training.board import Board
 from maekit.training.checkpoint import CheckpointWriter
 from maekit.training.crops import CropLoader, Watch
 from maekit.training.data import Division, ExactSource, StepBatches, Upload, make_loader, stop_workers
 from maekit.training.distributed import World
+from maekit.training.image_cache import DecodedSet
+from maekit.training.launch import Stop
 from maekit.training.loop import Cadence, Hooks, Tally, Trainer
 from maekit.training.optim import Schedule
-from maekit.training.prepare import loader_workers, total_steps
-from maekit.training.process import Stop
-from maekit.training.ram import DecodedSet
+from maekit.training.prepare import loader_workers
 from maekit.training.step import Objective, Step, choose_micro_batch
+from maekit.training.tensorboard_log import Board
 
 _BAD_SHOWN = 10  # bad samples named; after that they are counted only
 # The first steps pay for what is done once; the rate after them tells how long the run will take.

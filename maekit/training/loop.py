@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from maekit.errors import ElsewhereError, MaekitError
+from maekit.system.errors import ElsewhereError, MaekitError
 from maekit.training.crops import Chunk
 from maekit.training.data import StepBatches
 from maekit.training.distributed import World

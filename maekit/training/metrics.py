@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from maekit import files, runs
+from maekit import runs
+from maekit.system import files
 
 
 def append(path: Path, row: dict[str, Any]) -> None:

@@ -1,65 +1,17 @@
 """What is settled before the first step: device and precision, model and data, and what is refused."""
 
-import hashlib
-import math
-from pathlib import Path
-
 import torch
 
-from maekit import files, runs
-from maekit.config import PretrainConfig, TrainingConfig
-from maekit.encoder_file import check_external_data
-from maekit.errors import DamagedShard, ElsewhereError, InputError
-from maekit.images import Preprocess
-from maekit.mae.autoencoder import MaskedAutoencoder
-from maekit.mae.loading import fill_in, initialize_from, resolve_model
-from maekit.mae.normalize import Normalizer
-from maekit.mae.targets import PcaTarget
-from maekit.progress import Progress
+from maekit import runs
+from maekit.config import TrainingConfig
 from maekit.runs import RunDirectory
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
+from maekit.system.errors import DamagedShard, ElsewhereError, InputError
+from maekit.system.progress import Progress
 from maekit.training.distributed import World
-from maekit.training.pca import fit_pca
 from maekit.training.step import check_micro_batch
-
-
-def total_steps(config: TrainingConfig, samples: int) -> int:
-    """Return the optimiser steps of the run: as given, or ceil(epochs · N / batch)."""
-    if config.steps is not None:
-        return config.steps
-    assert config.epochs is not None
-    return math.ceil(config.epochs * samples / config.batch_size)
-
-
-def resolve(config: PretrainConfig, run: RunDirectory) -> None:
-    """Fill in what the config leaves to the model that it starts from, and refuse a directory of something else."""
-    if runs.is_run(run.path) and (begun := run.config().model).init_from == config.model.init_from:
-        # What an earlier start resolved; the weights that it began with may be gone by now.
-        fill_in(config.model, vars(begun))
-    else:
-        resolve_model(config.model)
-    height, width = config.model.size
-    if height == width:
-        config.model.image_size = height
-    config.model.tokenizer_sha256 = tokenizer_digest(Path(config.model.tokenizer)) if config.model.tokenizer else None
-    _refuse_foreign_directory(run)
-
-
-def tokenizer_digest(path: Path) -> str:
-    """Return a SHA-256 that names an ONNX file and the files that it keeps weights in.
-
-    Raises:
-        InputError: it cannot be read, or names files that it must not.
-    """
-    try:
-        digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
-    except InputError as error:
-        raise InputError(f"--tokenizer: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read --tokenizer {path}: {error.strerror}") from error
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint | None:
@@ -72,22 +24,6 @@ def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint 
     if newest is None and (lost := run.list_checkpoints()):
         raise InputError(f"none of {len(lost)} checkpoints in {run.checkpoints} is valid; delete it to start anew")
     return newest
-
-
-def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
-    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
-    if config.model.init_from:
-        progress.note(initialize_from(model, config.model.init_from, config.model))
-    if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
-        data = config.data
-        fit_pca(
-            model.target,
-            shards,
-            prepare=Preprocess.for_size(config.model.size, data.mean, data.std),
-            normalizer=Normalizer(data.mean, data.std, torch.device("cpu"), channels=config.model.channels),
-            patch_size=model.patch_size,
-            progress=progress,
-        )
 
 
 def index_shards(config: TrainingConfig, world: World, progress: Progress) -> ShardSet:
@@ -162,21 +98,6 @@ def _refuse_small_cache(config: TrainingConfig, shards: ShardSet) -> None:
     shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
 
 
-def choose_device(config: TrainingConfig) -> str:
-    """Return `cpu` or `cuda`.
-
-    Raises:
-        InputError: CUDA is asked for and not there.
-    """
-    has_cuda = torch.cuda.is_available()
-    if config.run.device == "cuda" and not has_cuda:
-        raise InputError(
-            "--device cuda: PyTorch finds no CUDA device here; check `nvidia-smi` and that this is a CUDA build of "
-            f"torch (it is {torch.__version__}), or use --device cpu"
-        )
-    return "cuda" if has_cuda and config.run.device != "cpu" else "cpu"
-
-
 def choose_precision(config: TrainingConfig, device: torch.device, world: World, progress: Progress) -> str:
     """Return `fp32` or `bf16`, and tell what was chosen and why."""
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
@@ -203,12 +124,3 @@ def loader_workers(config: TrainingConfig, device: torch.device, world: World) -
         return config.data.workers
     # On a CPU the model itself needs the cores; one worker keeps ahead of it.
     return min(16, world.cores) if device.type == "cuda" else 1
-
-
-def _refuse_foreign_directory(run: RunDirectory) -> None:
-    if run.path.is_dir() and not runs.is_run(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new --out")
-    elif run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; --out names a directory")

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maekit.errors import InputError
 from maekit.mae.autoencoder import MaskedAutoencoder
 from maekit.mae.normalize import Normalizer
+from maekit.system.errors import InputError
 from maekit.training.crops import Chunk
 from maekit.training.data import Upload
 from maekit.training.distributed import World

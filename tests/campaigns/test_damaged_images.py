@@ -11,13 +11,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from conftest import jpeg
 from PIL import Image, features
+from support.shards import jpeg
 
-from maekit.errors import ImageError
 from maekit.images import decode
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
+from maekit.system.errors import ImageError
 
 SIZE = (61, 47)
 
@@ -179,7 +179,7 @@ def test_bombs(tmp_path: Path) -> None:
     script = """
 import os, resource, sys, time, warnings
 warnings.simplefilter("ignore")
-from maekit.errors import ImageError
+from maekit.system.errors import ImageError
 from maekit.images import open_rgb
 for name in sorted(os.listdir(sys.argv[1])):
     data = open(os.path.join(sys.argv[1], name), "rb").read()

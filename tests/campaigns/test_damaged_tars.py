@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from maekit.check import check_shards
-from maekit.errors import DamagedShard
+from maekit.checking import check_shards
 from maekit.shards.index import ShardIndex, build_index, parse_index
 from maekit.shards.spec import find_shards
+from maekit.system.errors import DamagedShard
 
 FORMATS = (tarfile.USTAR_FORMAT, tarfile.PAX_FORMAT, tarfile.GNU_FORMAT)
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import jpeg, write_shard
-from models import embed_config
-from processes import fill_disk, finish, kill_at_disk, segments, start, warm_up
+from support.models import embed_config
+from support.processes import fill_disk, finish, kill_at_disk, segments, start, warm_up
+from support.shards import jpeg, write_shard
 
-from maekit.embedding.run import EmbedConfig, embed
+from maekit.embedding.embed import EmbedConfig, embed
 
 FORMATS = ("parquet", "npy")
 

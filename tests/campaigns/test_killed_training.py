@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import fill_disk, finish, kill_in_checkpoint, read_trace, start, tiny_config, warm_up
+from support.processes import fill_disk, finish, kill_in_checkpoint, read_trace, start, tiny_config, warm_up
 
 from maekit.config import PretrainConfig
 from maekit.runs import MODEL, OPTIMIZER, RunDirectory

@@ -1,0 +1,457 @@
+"""`maekit check`: the strict scan of a whole set of shards, decoding of its images, and what both found.
+
+    shards -> fetched (remote ones) -> scanned -> chunks of samples -> decoded (`images`) -> one report
+
+Scanning and decoding run in processes, a bounded number of shards ahead; results come in order.
+"""
+
+import contextlib
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.images import examine
+from maekit.shards.index import (
+    ShardIndex,
+    build_index,
+    cache_index,
+    index_path,
+    load_index,
+    read_index,
+    write_index,
+)
+from maekit.shards.read import MemberReader, worth_processes
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import ShardFile
+from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
+from maekit.system.machine import cores
+from maekit.system.parallel import Workers, map_in_threads
+from maekit.system.progress import Progress, Silent
+
+_CHUNK = 64  # images decoded in one go by one process
+_FETCH_THREADS = 4
+_FAILURES_KEPT = 1000
+
+
+@dataclass
+class ShardReport:
+    """What the scan of one shard found.
+
+    Attributes:
+        name: the shard.
+        samples: how many samples it holds.
+        bytes: its size.
+        extensions: how many members have each extension.
+        without_image: samples that hold no member with an image extension.
+        unused_images: members with an image extension beside the one that is a sample's image.
+        ignored: members that belong to no sample.
+        stale_index: whether the file beside it is no index of it.
+        verified: whether its members were compared with the CRC-32 in the index beside it.
+        damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
+        unreadable: whether it could not be fetched or read at all.
+        digest: of its index.
+    """
+
+    name: str
+    samples: int = 0
+    bytes: int = 0
+    extensions: dict[str, int] = field(default_factory=dict)
+    without_image: int = 0
+    unused_images: int = 0
+    ignored: int = 0
+    stale_index: bool = False
+    verified: bool = False
+    damage: DamagedShard | None = None
+    unreadable: bool = False
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFailure:
+    """A sample whose image cannot be decoded: its shard and key, a reason code, and what was found."""
+
+    shard: str
+    key: str
+    reason: str
+    detail: str
+
+
+@dataclass
+class ImageReport:
+    """What decoding the images found.
+
+    Attributes:
+        decoded: images decoded.
+        failures: images that were not, how many for each reason; samples without an image are among them.
+        examples: the first thousand of them.
+        formats: decoded images of each file format.
+        modes: decoded images of each pixel mode, before conversion to RGB.
+        widths: decoded images of each width in pixels, upright.
+        heights: decoded images of each height in pixels, upright.
+        sums: over images, the mean of each channel, float64 `[3]`, of values in [0, 1].
+        squares: over images, the mean square of each channel, likewise.
+    """
+
+    decoded: int = 0
+    failures: Counter[str] = field(default_factory=Counter)
+    examples: list[ImageFailure] = field(default_factory=list)
+    formats: Counter[str] = field(default_factory=Counter)
+    modes: Counter[str] = field(default_factory=Counter)
+    widths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[int] = field(default_factory=Counter)
+    sums: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+    squares: NDArray[np.float64] = field(default_factory=lambda: np.zeros(3))
+
+    @property
+    def failed(self) -> int:
+        """Images that were not decoded."""
+        return self.failures.total()
+
+    @property
+    def mean(self) -> list[float]:
+        """Mean of each channel, of values in [0, 1]; every image weighs the same, whatever its size."""
+        return [float(value) for value in self.sums / self.decoded]
+
+    @property
+    def std(self) -> list[float]:
+        """Standard deviation of each channel about `mean`; every image weighs the same, whatever its size."""
+        mean = self.sums / self.decoded
+        return [float(value) for value in np.sqrt(np.maximum(self.squares / self.decoded - mean**2, 0))]
+
+    def add(self, other: "ImageReport") -> None:
+        """Add what another process found."""
+        self.decoded += other.decoded
+        self.examples += other.examples[: _FAILURES_KEPT - len(self.examples)]
+        for name in ("failures", "formats", "modes", "widths", "heights"):
+            getattr(self, name).update(getattr(other, name))
+        self.sums, self.squares = self.sums + other.sums, self.squares + other.squares
+
+    def summary(self) -> dict[str, object]:
+        """Return the object that `--json` prints under `images`."""
+        return {
+            "decoded": self.decoded,
+            "failed": self.failed,
+            "failures": dict(self.failures.most_common()),
+            "formats": dict(self.formats.most_common()),
+            "modes": dict(self.modes.most_common()),
+            "width": _spread(self.widths),
+            "height": _spread(self.heights),
+            "examples": [
+                {"shard": f.shard, "key": f.key, "reason": f.reason, "detail": f.detail} for f in self.examples
+            ],
+        }
+
+
+@dataclass
+class CheckReport:
+    """What the scan of all shards found.
+
+    Attributes:
+        shards: one report per shard, in order.
+        duplicates: keys that stand in more than one shard (which is no damage: a sample is named by shard and ordinal).
+        images: what decoding found, where it was asked for.
+    """
+
+    shards: list[ShardReport] = field(default_factory=list)
+    duplicates: int = 0
+    images: ImageReport | None = None
+
+    @property
+    def samples(self) -> int:
+        """Samples in the sound shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def damaged(self) -> list[ShardReport]:
+        """The damaged shards."""
+        return [shard for shard in self.shards if shard.damage]
+
+    @property
+    def extensions(self) -> Counter[str]:
+        """How many members have each extension."""
+        return sum((Counter(shard.extensions) for shard in self.shards), Counter())
+
+    def summary(self) -> dict[str, object]:
+        """Return the object that `--json` prints."""
+        summary: dict[str, object] = {
+            "samples": self.samples,
+            "shards": len(self.shards),
+            "bytes": self.bytes,
+            "damaged": len(self.damaged),
+            "duplicates": self.duplicates,
+            "without_image": sum(shard.without_image for shard in self.shards),
+            "unused_images": sum(shard.unused_images for shard in self.shards),
+            "ignored": sum(shard.ignored for shard in self.shards),
+            "unreadable": sum(shard.unreadable for shard in self.shards),
+            "stale_indexes": sum(shard.stale_index for shard in self.shards),
+            "verified": sum(shard.verified for shard in self.shards),
+            "extensions": dict(self.extensions.most_common()),
+            "damage": [
+                {"shard": shard.name, "offset": shard.damage.offset, "reason": shard.damage.reason}
+                for shard in self.shards
+                if shard.damage
+            ],
+        }
+        if self.images is not None:
+            summary["images"] = self.images.summary()
+            if self.images.decoded:
+                summary["stats"] = {"mean": self.images.mean, "std": self.images.std}
+        return summary
+
+
+def check_shards(
+    shards: Sequence[ShardFile],
+    *,
+    write_indexes: bool = False,
+    crc: bool = False,
+    images: bool = False,
+    workers: int | None = None,
+    remote: RemoteCache | None = None,
+    progress: Progress | None = None,
+) -> CheckReport:
+    """Scan every shard from its first byte to its last; no cached index is trusted.
+
+    Where an index with CRC-32s lies beside a shard, the shard must be what it says.
+
+    Args:
+        shards: the shard files, as `find_shards` returns them.
+        write_indexes: write `NAME.tar.index` beside each sound shard.
+        crc: with the CRC-32 of every member.
+        images: also decode every image.
+        workers: processes; None is one per CPU core.
+        remote: where remote shards are fetched to.
+        progress: where to show how it goes on.
+
+    Raises:
+        InputError: indexes cannot be written beside remote shards.
+        MaekitError: an index cannot be written.
+    """
+    progress = progress or Silent()
+    are_remote = any(shard.url is not None for shard in shards)
+    if write_indexes and are_remote:
+        raise InputError("--write-index writes beside local shards; index a local copy, then upload both")
+    remote = remote or RemoteCache()
+    weights = {shard: 1 if are_remote else _size(shard.path) for shard in shards}
+    report = CheckReport(images=ImageReport() if images else None)
+    hashes: list[NDArray[np.uint64]] = []
+    workers = workers or cores()
+    count = workers if are_remote else worth_processes([shard.path for shard in shards], workers)
+    done, started = 0.0, time.perf_counter()
+    progress.start("check", sum(weights.values()), unit="" if are_remote else "bytes")
+    try:
+        with Workers(count) as pool:
+            tasks = (
+                _Task(shard, failure, remote.limit, crc, write_indexes) for shard, failure in _fetched(shards, remote)
+            )
+            # Few remote shards ahead: they must still be in the cache when their images are decoded.
+            scanned = pool.map(_scan, tasks, ahead=2 if are_remote else None)
+            chunks = _chunks(scanned, report, hashes, remote.limit)
+            for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
+                if isinstance(found, str):
+                    shard = report.shards[chunk.number]
+                    shard.damage, shard.unreadable = DamagedShard(shard.name, 0, found), True
+                elif found is not None and report.images is not None:
+                    report.images.add(found)
+                    progress.figures({"images_per_second": report.images.decoded / (time.perf_counter() - started)})
+                done += chunk.share * weights[shards[chunk.number]]
+                progress.advance(round(done))
+    finally:
+        progress.stop()
+    if hashes:
+        _, counts = np.unique(np.concatenate(hashes), return_counts=True)
+        report.duplicates = int((counts > 1).sum())
+    return report
+
+
+def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple[ShardFile, MaekitError | None]]:
+    """Yield each shard once it is on this machine, or with the reason why it is not."""
+    largest = 0
+
+    def fetch(shard: ShardFile) -> MaekitError | None:
+        nonlocal largest
+        try:
+            if shard.url is not None:
+                remote.fetch(shard)
+                largest = max(largest, _size(shard.path))
+                remote.refuse_if_too_small(min(len(shards), 2 * _FETCH_THREADS), largest)
+        except InputError:
+            raise
+        except MaekitError as error:
+            return error
+        return None
+
+    if any(shard.url is not None for shard in shards):
+        yield from zip(shards, map_in_threads(fetch, shards, threads=_FETCH_THREADS), strict=True)
+    else:
+        yield from ((shard, None) for shard in shards)
+
+
+_Scanned = tuple[ShardFile, ShardReport, NDArray[np.uint64]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One shard to scan; `failure` says why it could not be fetched."""
+
+    shard: ShardFile
+    failure: MaekitError | None
+    cache_limit: int
+    crc: bool
+    write: bool
+
+
+def _have(shard: ShardFile, cache_limit: int) -> None:
+    """See that a remote shard is still in the cache: others may have needed its room since it was fetched."""
+    for _ in range(3):
+        if shard.url is not None and not shard.path.exists():
+            RemoteCache(cache_limit).fetch(shard)
+
+
+def _scan(task: _Task) -> _Scanned:
+    """Scan one shard; what is wrong with it is part of the report."""
+    shard = task.shard
+    report = ShardReport(shard.name)
+    none: NDArray[np.uint64] = np.empty(0, np.uint64)
+    try:
+        if task.failure is not None:
+            raise task.failure
+        _have(shard, task.cache_limit)
+        report.bytes = _size(shard.path)
+        beside = read_index(shard.path, index_path(shard.path))
+        with_crc = task.crc or (beside is not None and beside.has_crc)
+        try:
+            index = build_index(shard.path, crc=with_crc)
+        except DamagedShard:
+            if shard.url is None:
+                raise
+            RemoteCache(task.cache_limit).fetch_anew(shard)  # the copy here may be what is damaged
+            report.bytes = _size(shard.path)
+            index = build_index(shard.path, crc=with_crc)
+        report.stale_index = index_path(shard.path).exists() and (
+            beside is None or (beside.size, beside.digest) != (index.size, index.digest)
+        )
+        if beside is not None and beside.has_crc:
+            if (damage := beside.difference(index)) is not None:
+                hint = f"if it was made anew on purpose, delete {index_path(shard.path).name}"
+                if shard.url is not None:
+                    hint = "publish shards and their indexes together"
+                raise DamagedShard(damage.path, damage.offset, f"{damage.reason}; {hint}")
+            report.verified = True
+    except DamagedShard as damage:
+        report.damage = damage
+        return shard, report, none
+    except MaekitError as error:  # a shard that cannot be read is as good as damaged, and the others still count
+        report.damage, report.unreadable = DamagedShard(str(shard.url or shard.path), 0, str(error)), True
+        return shard, report, none
+    if task.write:
+        write_index(index)
+        report.stale_index = False
+    else:
+        cache_index(index)
+    report.samples, report.digest = index.samples, index.digest
+    report.extensions = index.extensions()
+    report.without_image, report.unused_images = index.count_images()
+    report.ignored = index.ignored_count
+    return shard, report, _key_hashes(index)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunk:
+    """Samples `start` to `stop` of the shard with this number, which are a `share` of all its samples."""
+
+    number: int
+    shard: ShardFile
+    start: int
+    stop: int
+    share: float
+    digest: str
+    cache_limit: int
+
+
+def _chunks(
+    scanned: Iterator[_Scanned], report: CheckReport, hashes: list[NDArray[np.uint64]], cache_limit: int
+) -> Iterator[_Chunk]:
+    """Add each shard to the report, and yield the chunks of its samples; one of none for a shard without."""
+    for shard, found, keys in scanned:
+        number = len(report.shards)
+        report.shards.append(found)
+        hashes.append(keys)
+        if not found.samples:
+            yield _Chunk(number, shard, 0, 0, 1.0, "", cache_limit)
+        for start in range(0, found.samples, _CHUNK):
+            stop = min(start + _CHUNK, found.samples)
+            yield _Chunk(number, shard, start, stop, (stop - start) / found.samples, found.digest, cache_limit)
+
+
+def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport | str]:
+    """Decode the images of one chunk; or say why the shard cannot be read any more."""
+    report = ImageReport()
+    if chunk.start == chunk.stop:
+        return chunk, report
+    try:
+        _have(chunk.shard, chunk.cache_limit)
+        index = load_index(chunk.shard.path)  # just cached by the scan
+        if index.digest != chunk.digest:
+            return chunk, "changed since it was scanned; run the command again"
+        with contextlib.closing(MemberReader()) as reader:
+            for ordinal in range(chunk.start, chunk.stop):
+                _examine(report, chunk.shard.name, index, ordinal, reader)
+    except MaekitError as error:
+        return chunk, str(error)
+    return chunk, report
+
+
+def _examine(report: ImageReport, shard: str, index: ShardIndex, ordinal: int, reader: MemberReader) -> None:
+    """Add what decoding one image finds."""
+    try:
+        image = examine(reader.read_image(index, ordinal))
+    except ImageError as error:
+        report.failures[error.reason] += 1
+        report.examples.append(ImageFailure(shard, index.key(ordinal), error.reason, str(error)))
+        return
+    report.decoded += 1
+    report.formats[image.format] += 1
+    report.modes[image.mode] += 1
+    report.widths[image.rgb.width] += 1
+    report.heights[image.rgb.height] += 1
+    counts = np.array(image.rgb.histogram(), np.float64).reshape(3, 256) / (image.rgb.width * image.rgb.height)
+    report.sums += counts @ _LEVELS
+    report.squares += counts @ _LEVELS**2
+
+
+_LEVELS = np.arange(256) / 255
+
+
+def _key_hashes(index: ShardIndex) -> NDArray[np.uint64]:
+    """Return a 64-bit hash of each key, uint64 `[samples]`: 8 bytes a key, whatever its length."""
+    keys = map(index.key, range(index.samples))
+    digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
+    return np.frombuffer(digests, np.uint64)
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _spread(counts: Counter[int]) -> dict[str, Any] | None:
+    """Return least, median and greatest of the values counted."""
+    if not counts:
+        return None
+    values = sorted(counts)
+    ends = np.cumsum([counts[value] for value in values])
+    middle = values[int(np.searchsorted(ends, (ends[-1] + 1) // 2))]
+    return {"min": values[0], "median": middle, "max": values[-1]}

@@ -1,0 +1,166 @@
+"""The settings of a config, a tree of dataclasses, by dotted key: listed, set, read from TOML and written as TOML.
+
+Imports nothing but the standard library, as `maekit.config`.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from maekit.system.errors import InputError
+
+Config = TypeVar("Config")
+
+
+def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+    """Yield (dotted key, value, free on resuming) of every value in a config."""
+    for f in dataclasses.fields(config):
+        value = getattr(config, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from fields_of(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value, bool(f.metadata.get("free"))
+
+
+def set_value(config: Any, key: str, value: Any) -> None:
+    """Set one value by its dotted key, converted to the field's type.
+
+    Raises:
+        InputError: no such key (names the nearest), or a value of the wrong type.
+    """
+    types_by_key = dict(_types_of(type(config)))
+    if key not in types_by_key:
+        nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or _same_leaf(key, types_by_key)
+        hint = f"; did you mean {nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
+        raise InputError(f"unknown setting {key!r}{hint}")
+    *path, leaf = key.split(".")
+    owner = config
+    for part in path:
+        owner = getattr(owner, part)
+    setattr(owner, leaf, _convert(key, value, types_by_key[key]))
+
+
+def _same_leaf(key: str, known: Iterable[str]) -> list[str]:
+    return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `key=value`; the value is read as TOML, or else as plain text."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise InputError(f"--set {text!r}: must be key=value, as in --set model.mask_ratio=0.6")
+    try:
+        read = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        read = None if value.strip() in ("none", "None", "null") else value.strip()
+    return _renamed(key.strip(), read)
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Return the settings of a TOML file by dotted key.
+
+    Raises:
+        InputError: the file cannot be read or is no TOML.
+    """
+    try:
+        with open(path, "rb") as file:
+            return dict(_renamed(*item) for item in _flatten(tomllib.load(file)))
+    except OSError as error:
+        raise InputError(f"cannot read the config {path}: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is no valid TOML: {error}") from error
+
+
+def load_settings(config: Config, path: Path) -> Config:
+    """Set what a TOML file says in a config, a dataclass, and return that.
+
+    Raises:
+        InputError: the file cannot be read or is no TOML, or holds an unknown key or a value of the wrong type.
+    """
+    for key, value in load_toml(path).items():
+        set_value(config, key, value)
+    return config
+
+
+def _renamed(key: str, value: Any) -> tuple[str, Any]:
+    """Return a setting of an earlier version's run as it is called now."""
+    if key == "model.norm_pixel":
+        return "model.target", "norm_pixel" if value else "pixel"
+    return key, value
+
+
+def dump_toml(config: Any) -> str:
+    """Return a whole config, a dataclass, as TOML; a setting that is None is left out."""
+    lines: dict[str, list[str]] = {"": []}
+    for key, value, _ in fields_of(config):
+        table, _, leaf = key.rpartition(".")
+        if value is not None:
+            lines.setdefault(table, []).append(f"{leaf} = {_toml(value)}")
+    return "\n\n".join("\n".join([f"[{t}]", *rows] if t else rows) for t, rows in lines.items()) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "[" + ", ".join(_toml(v) for v in value) + "]"
+    if isinstance(value, float):
+        return repr(value) if any(c in repr(value) for c in ".en") else f"{value!r}.0"
+    return json.dumps(value, ensure_ascii=False)  # JSON strings, integers and booleans are TOML as well
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _types_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            yield from _types_of(typing.cast(type, kind), f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", kind
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    wrong = InputError(f"{key} = {value!r}: must be {_describe(kind)}")
+    if isinstance(kind, types.UnionType):
+        kinds = typing.get_args(kind)
+        if value is None and types.NoneType in kinds:
+            return None
+        for possible in kinds:
+            with contextlib.suppress(InputError):
+                return _convert(key, value, possible)
+        raise wrong
+    if value is None and kind is str:
+        return "none"  # not what `--set` means where a setting cannot be unset
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):
+            raise wrong
+        return tuple(_convert(key, v, items[0]) for v in value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise wrong
+    return value
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join(_describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        return f"a list of {'' if items[-1] is Ellipsis else f'{len(items)} '}values, each {_describe(items[0])}"
+    return names.get(kind, str(kind))

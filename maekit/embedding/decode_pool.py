@@ -1,0 +1,407 @@
+"""Decoding in processes of their own: bytes -> uint8 pixels, written straight into a ring of batches.
+
+The ring is memory without a name (nothing of it can outlive the processes), shards are handed over as open descriptors,
+and only small messages go to and fro: no pixel is ever pickled.
+
+A process that dies (killed, out of memory, a decoder that crashes or goes on for ever) is replaced and its images are
+tried again one by one; an image that takes two processes with it is refused as `crashed`.
+"""
+
+import contextlib
+import mmap
+import multiprocessing
+import os
+import queue
+import resource
+import signal
+import threading
+import time
+import zlib
+from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import recv_handle, send_handle
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from maekit.images import Pixels, Preprocess
+from maekit.shards.read import read_bytes, read_file
+from maekit.system.errors import ImageError, MaekitError
+from maekit.system.machine import available_memory
+from maekit.system.parallel import follow_parent, forking
+
+_OPEN_SHARDS = 4  # descriptors that a process keeps
+_SECONDS_PER_IMAGE = 30  # of CPU time; the largest images that are decoded at all take two or three
+_MOST_CRASHES = 100  # more than bad luck with images
+_LOWEST_PRIORITY = 19
+
+Place = tuple[int, int, int | None] | str
+"""Where an image lies: (offset, bytes, CRC-32) in a shard's descriptor, or the path of a file."""
+
+
+class Source(Protocol):
+    """What images are read from."""
+
+    @property
+    def number(self) -> int:
+        """Tells sources apart."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+
+    @property
+    def descriptor(self) -> int | None:
+        """An open file, or None where places are paths."""
+
+
+class Refusal(NamedTuple):
+    """An image that gives no row.
+
+    Attributes:
+        row: its place in the batch.
+        reason: a code.
+        detail: what was found.
+    """
+
+    row: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A few images that go to consecutive rows of one batch.
+
+    Attributes:
+        slot: the batch's place in the ring.
+        row: of the first image.
+        source: what they are read from.
+        places: where each lies.
+    """
+
+    slot: int
+    row: int
+    source: Source
+    places: list[Place]
+
+
+@dataclass
+class Decoded:
+    """What became of a chunk.
+
+    Attributes:
+        crcs: CRC-32 of each image's bytes; 0 where they could not be read.
+        refused: the images that give no row.
+        failure: why the source cannot be read at all; then the chunk counts for nothing.
+        seconds: of CPU time.
+    """
+
+    crcs: list[int] = field(default_factory=list)
+    refused: list[Refusal] = field(default_factory=list)
+    failure: str | None = None
+    seconds: float = 0.0
+
+
+class Ring:
+    """Batches of pixels in memory that several processes share.
+
+    Args:
+        slots: how many batches.
+        batch_size: images in each.
+        size: (height, width) of an image, in pixels.
+
+    Attributes:
+        batches: uint8 `[slots, batch_size, H, W, 3]`.
+
+    Raises:
+        MaekitError: there is not so much memory.
+    """
+
+    def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
+        self.shape = (slots, batch_size, *size, 3)
+        count = int(np.prod(self.shape))
+        if count > available_memory():
+            raise _too_large(count, slots, batch_size, "not so much is free")
+        self.descriptor = os.memfd_create("maekit-batches")
+        try:
+            os.posix_fallocate(self.descriptor, 0, count)  # else a lack shows when a page is touched, as SIGBUS
+            self._memory = mmap.mmap(self.descriptor, count)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise _too_large(count, slots, batch_size, error.strerror) from error
+        self.batches: Pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
+
+    def close(self) -> None:
+        """Give the memory back as soon as no array looks at it."""
+        os.close(self.descriptor)
+
+
+def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> MaekitError:
+    return MaekitError(
+        f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({reason}); choose a smaller "
+        "--batch-size"
+    )
+
+
+class DecodePool:
+    """Processes that decode; a context manager. They are forked at once, before anything else starts threads.
+
+    Args:
+        workers: how many.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self.workers = workers
+        self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
+        self._all: list[_Process] = []
+        self._work: _Work | None = None
+        self._crashes = 0
+        self._is_aborted = False
+        self._threads = ThreadPoolExecutor(workers, "decode")
+        try:
+            for _ in range(workers):
+                self._all.append(_Process())
+                self._idle.put(self._all[-1])
+        except MaekitError:
+            self.__exit__()
+            raise
+
+    def __enter__(self) -> "DecodePool":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        self.abort()
+        self._threads.shutdown(wait=True)
+        for process in self._all:
+            process.close()
+
+    def abort(self) -> None:
+        """End the processes, whatever they are at: what they have not decoded will not be."""
+        self._is_aborted = True
+        for process in self._all:
+            process.kill()
+
+    def use(self, ring: Ring, preprocess: Preprocess, *, yielding: bool) -> None:
+        """Decode into this ring from now on.
+
+        Args:
+            ring: where to.
+            preprocess: from bytes to pixels.
+            yielding: take only the CPU time that others leave, for a model that runs on the same cores. It decodes
+                while the model waits for images, and the model runs undisturbed when it has them.
+        """
+        self._work = _Work(ring, preprocess, yielding)
+
+    def submit(self, chunk: Chunk) -> "Future[Decoded]":
+        """Decode a chunk as soon as a process is free.
+
+        The result raises:
+            MaekitError: processes keep dying.
+        """
+        assert self._work is not None
+        return self._threads.submit(self._decode, chunk, self._work)
+
+    def _decode(self, chunk: Chunk, work: "_Work") -> Decoded:
+        process = self._idle.get()
+        try:
+            process.wanted = work
+            try:
+                return process.decode(chunk)
+            except _Died:
+                self._replace(process)
+                return self._one_by_one(process, chunk)
+        finally:
+            self._idle.put(process)
+
+    def _one_by_one(self, process: "_Process", chunk: Chunk) -> Decoded:
+        whole = Decoded()
+        for number, place in enumerate(chunk.places):
+            one = self._tried_twice(process, Chunk(chunk.slot, chunk.row + number, chunk.source, [place]))
+            if one.failure is not None:
+                return one
+            whole.crcs += one.crcs
+            whole.refused += one.refused
+            whole.seconds += one.seconds
+        return whole
+
+    def _tried_twice(self, process: "_Process", one: Chunk) -> Decoded:
+        for _ in range(2):
+            try:
+                return process.decode(one)
+            except _Died as died:
+                how = str(died)
+                self._replace(process)
+        self._crashes += 1
+        if self._crashes > _MOST_CRASHES:
+            raise MaekitError(f"decoding processes keep dying ({how}; out of memory?); run the command again")
+        return Decoded([0], [Refusal(one.row, "crashed", f"two processes died of it ({how})")])
+
+    def _replace(self, process: "_Process") -> None:
+        if self._is_aborted:
+            raise MaekitError("stopped while decoding")
+        process.start_anew()
+        if self._is_aborted:
+            process.kill()  # it was started while the others were ended
+
+
+class _Work(NamedTuple):
+    """What a process must know before it decodes."""
+
+    ring: Ring
+    preprocess: Preprocess
+    yielding: bool
+
+
+class _Died(Exception):
+    """A decoding process is gone; says how."""
+
+
+class _Process:
+    """One decoding process, and this side of the connection to it; used by one thread at a time."""
+
+    # Between making a connection and closing the child's end here, no other child may be forked: it would keep that
+    # end open, and the death of its owner would go unseen.
+    _forking = threading.Lock()
+    _ends: ClassVar[set[Connection]] = set()
+
+    def __init__(self) -> None:
+        self.wanted: _Work | None = None
+        self._start()
+
+    def _start(self) -> None:
+        self._known: _Work | None = None  # to the process
+        self._open: OrderedDict[int, None] = OrderedDict()  # shards that it has
+        context = multiprocessing.get_context("fork")
+        try:
+            with self._forking, forking():
+                self._connection, end = context.Pipe()
+                self._ends.add(self._connection)
+                self._process = context.Process(
+                    target=_serve, args=(end, os.getpid()), name="maekit-decode", daemon=True
+                )
+                try:
+                    self._process.start()
+                finally:
+                    end.close()
+        except OSError as error:
+            raise MaekitError(
+                f"no decoding process can be started ({error.strerror}); choose fewer --workers, or raise the limits "
+                "of open files and processes (ulimit -n, ulimit -u)"
+            ) from error
+
+    def start_anew(self) -> None:
+        self.kill()
+        self.close()
+        self._start()
+
+    def kill(self) -> None:
+        """End the process; who waits for its answer learns of it."""
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+
+    def close(self) -> None:
+        self._ends.discard(self._connection)
+        self._connection.close()
+
+    def decode(self, chunk: Chunk) -> Decoded:
+        source, descriptor = chunk.source, chunk.source.descriptor
+        if descriptor is None and not isinstance(chunk.places[0], str):
+            return Decoded(failure=f"{source.name}: was closed")  # it has been given up meanwhile
+        assert self.wanted is not None
+        try:
+            if self._known is not self.wanted:
+                self._known = self.wanted
+                ring, preprocess, yielding = self.wanted
+                self._connection.send(("work", ring.shape, preprocess, yielding))
+                self._hand_over(ring.descriptor)
+            if descriptor is not None and source.number not in self._open:
+                gone = self._open.popitem(last=False)[0] if len(self._open) == _OPEN_SHARDS else None
+                self._open[source.number] = None
+                self._connection.send(("open", source.number, gone))
+                self._hand_over(descriptor)
+            number = None if descriptor is None else source.number
+            self._connection.send(("decode", chunk.slot, chunk.row, number, source.name, chunk.places))
+            decoded: Decoded = self._connection.recv()
+            return decoded
+        except (EOFError, OSError) as error:
+            self.kill()  # where it is not dead already
+            code = self._process.exitcode or 0
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            raise _Died(how) from error
+
+    def _hand_over(self, descriptor: int) -> None:
+        assert self._process.pid is not None
+        send_handle(self._connection, descriptor, self._process.pid)
+
+
+def _serve(connection: Connection, parent: int) -> None:
+    """Be a decoding process."""
+    follow_parent(parent)
+    for end in _Process._ends:  # of this process and its elder siblings; they are the parent's
+        end.close()
+    worker = _Worker()
+    with contextlib.suppress(EOFError, OSError):  # the parent is gone
+        while True:
+            what, *arguments = connection.recv()
+            if what == "work":
+                worker.use(recv_handle(connection), *arguments)
+            elif what == "open":
+                worker.open(recv_handle(connection), *arguments)
+            else:
+                connection.send(worker.decode(*arguments))
+
+
+class _Worker:
+    """What a decoding process knows."""
+
+    def __init__(self) -> None:
+        self._descriptors: dict[int | None, int] = {}
+
+    def use(self, descriptor: int, shape: tuple[int, ...], preprocess: Preprocess, yielding: bool) -> None:
+        if yielding:
+            os.nice(_LOWEST_PRIORITY)
+        memory = mmap.mmap(descriptor, int(np.prod(shape)))
+        os.close(descriptor)
+        self._batches = np.frombuffer(memory, np.uint8).reshape(shape)
+        self._preprocess = preprocess
+
+    def open(self, descriptor: int, number: int, gone: int | None) -> None:
+        self._descriptors[number] = descriptor
+        if gone is not None:
+            os.close(self._descriptors.pop(gone))
+
+    def decode(self, slot: int, row: int, number: int | None, name: str, places: list[Place]) -> Decoded:
+        started = time.thread_time()  # process_time lags behind by milliseconds
+        decoded = Decoded()
+        for at, place in enumerate(places, row):
+            crc = 0
+            try:
+                data = self._read(number, name, place)
+                crc = zlib.crc32(data)
+                _limit_cpu_time(_SECONDS_PER_IMAGE)
+                self._batches[slot, at] = self._preprocess(data)
+            except ImageError as error:
+                decoded.refused.append(Refusal(at, error.reason, str(error)))
+            except MaekitError as error:
+                return Decoded(failure=str(error))
+            decoded.crcs.append(crc)
+        decoded.seconds = time.thread_time() - started
+        return decoded
+
+    def _read(self, number: int | None, name: str, place: Place) -> bytes:
+        if isinstance(place, str):
+            return read_file(place)
+        return read_bytes(self._descriptors[number], name, *place)
+
+
+def _limit_cpu_time(seconds: int) -> None:
+    """Let the kernel end this process after so much more CPU time: no image may hold up a run for ever."""
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    limit: Any = int(time.process_time()) + 1 + seconds
+    if hard == resource.RLIM_INFINITY or limit <= hard:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

@@ -1,0 +1,462 @@
+"""The output directory: whom it belongs to, which shards are done, and what each of them became.
+
+OUT/…                                what formats.py writes
+OUT/_maekit/.output.json             which model and options the directory belongs to
+OUT/_maekit/a/000.tar.json           commit record of a shard, written last
+OUT/_maekit/errors/a/000.tar.jsonl   every key that has no row, with the reason
+OUT/_maekit/.numbers/00000.json      npy layout: the shards that were first seen together, in the order of their numbers
+OUT/_maekit/.locks/                  who is at work (a shard lies in no hidden folder)
+OUT/_maekit/.tmp/                    unfinished files
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord, ErrorRow, OutputOptions, is_below
+from maekit.embedding.formats import Layout, ShardFiles
+from maekit.embedding.inputs import Images, Part
+from maekit.embedding.ownership import Held, owned, still_owns
+from maekit.encoder_file import EncoderDescription
+from maekit.shards.spec import TAR
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+
+_INTENT = "about_to_write"
+_OUTPUT = ".output.json"
+
+
+@dataclass
+class ShardWork:
+    """What has come of a shard while it is embedded.
+
+    Attributes:
+        files: the rows.
+        errors: keys without.
+        number: of the shard in the npy layout.
+    """
+
+    files: ShardFiles
+    paths: list[str]
+    errors: list[ErrorRow] = field(default_factory=list)
+
+
+class OutputDirectory:
+    """A directory of embeddings.
+
+    Args:
+        path: the directory, new or of an earlier run.
+        model: the encoder.
+        options: what decides its bytes.
+        owner: a name for this run among those that write here at the same time.
+    """
+
+    def __init__(self, path: Path, model: EncoderDescription, options: OutputOptions, owner: str = "all") -> None:
+        self.path, self.options, self._owner = path, options, owner
+        self.bookkeeping = path / BOOKKEEPING
+        footer = {
+            "model_sha256": model.sha256,
+            "pool": model.pool,
+            "normalize": model.normalize,
+            "preprocess": model.preprocess.to_json(),
+        }
+        self.layout = Layout(options.format, options.dtype, model.dim, options.keep, footer)
+        self._numbers: dict[str, int] = {}
+        self._is_new = False
+
+    def refuse_foreign(self) -> None:
+        """See that the directory is new, empty, or an output of embedding.
+
+        Raises:
+            InputError: it is something else.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise InputError(f"{self.path} is a file; --out names a directory")
+        for place in (".", ".tmp", ".locks", ".locks/runs", ".locks/shards", ".numbers", "errors"):
+            if (self.bookkeeping / place).is_symlink():
+                raise InputError(f"{self.bookkeeping / place} is a link; embed notes nothing outside its output")
+        if self.path.is_dir() and not self.bookkeeping.is_dir():
+            try:
+                names = sorted(p.name for p in self.path.iterdir())
+            except OSError as error:
+                raise InputError(f"cannot read {self.path}: {error.strerror}") from error
+            if names:
+                raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new --out")
+
+    @contextlib.contextmanager
+    def sole_run(self) -> Iterator[None]:
+        """Hold this run's part of the directory for this process alone.
+
+        Raises:
+            InputError: another run holds it.
+        """
+        is_new = not self.bookkeeping.exists()
+        try:
+            with owned(self._run_lock(self._owner)):
+                try:
+                    yield
+                finally:
+                    self._sweep()
+        except Held as held:
+            raise InputError(
+                f"{self.path} is in use by {held.owner}; wait for it to end or choose another --out"
+            ) from held
+        finally:
+            if is_new and not (self.bookkeeping / _OUTPUT).exists():
+                _remove_empty(self.bookkeeping)  # refused before anything was written: no trace of it stays
+
+    def claim(self, names: Sequence[str], *, overwrite: bool) -> None:
+        """Make the directory this model's, or see that it already is; number the shards of the input.
+
+        Args:
+            names: of all shards of the input.
+            overwrite: delete what is there.
+
+        Raises:
+            InputError: it belongs to another model or other options, or another run is at work that must not be.
+            MaekitError: it cannot be written.
+        """
+        mark = self.bookkeeping / _OUTPUT
+        self._is_new = overwrite or not mark.is_file()
+        if overwrite and mark.is_file():
+            self._clear()
+        self._sweep()
+        wanted = self.options.to_json()
+        if not mark.is_file() and files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch):
+            there = wanted
+        else:
+            there = _read_json(mark) or {}
+        differing = [key for key in wanted if there.get(key) != wanted[key]]
+        if differing:
+            key = differing[0]
+            raise InputError(
+                f"{self.path} was made with {key} = {there.get(key)}, and {wanted[key]} is asked for now; "
+                "choose another --out, or --overwrite to delete what is there"
+            )
+        if self.options.format == "npy":
+            self._number(names)
+        self._remove_uncommitted()
+
+    def discard_if_new(self) -> None:
+        """Take back what this run has claimed, where it made the directory: a slip must not decide its options."""
+        if self._is_new:
+            self._clear()
+
+    @contextlib.contextmanager
+    def sole_owner_of(self, name: str) -> Iterator[None]:
+        """Hold one shard for this process alone, whatever runs there are.
+
+        Raises:
+            Held: another process is at it.
+        """
+        with owned(self._shard_lock(name)):
+            yield
+
+    def committed(self, name: str, first: int | None = None) -> CommitRecord | None:
+        """Return a shard's commit record if model and options are still the same and its files are there.
+
+        Args:
+            name: of the shard.
+            first: how many samples of it are within the run's limit.
+        """
+        record = self.recorded(name)
+        if record is None:
+            return None
+        # A batch that did not fit into memory was halved: the size may be smaller than what was asked for.
+        if {**record.options, "batch_size": self.options.batch_size} != self.options.to_json() or record.first != first:
+            return None
+        for output in record.outputs:
+            file = self.path / output["path"]
+            if not file.is_file() or file.stat().st_size != output["bytes"]:
+                return None
+        return record
+
+    def recorded(self, name: str) -> CommitRecord | None:
+        """Return a shard's commit record, whatever it was made with."""
+        return CommitRecord.from_json(_read_json(self._record(name)), name)
+
+    def renew(self, record: CommitRecord, version: str | None) -> None:
+        """Note that a shard looks different now and holds the same: the next run need not read it.
+
+        Raises:
+            MaekitError: the record cannot be written.
+        """
+        self._write_record(dataclasses.replace(record, input_version=version))
+
+    def begin(self, name: str) -> ShardWork:
+        """Start the files of a shard."""
+        paths = self.paths_of(name)
+        return ShardWork(ShardFiles(self.layout, self.path, paths, name, self.scratch), paths)
+
+    def paths_of(self, name: str) -> list[str]:
+        """Return the files that a shard's rows go to, relative to the directory."""
+        return self.layout.paths(name.removesuffix(TAR), self._numbers.get(name))
+
+    def commit(self, images: Images, work: ShardWork, record: CommitRecord) -> CommitRecord:
+        """Publish rows, then errors, then the record; a kill in between leaves the shard to be done again.
+
+        Args:
+            images: the shard.
+            work: its rows and errors.
+            record: all of its record but rows, errors and outputs.
+
+        Raises:
+            MaekitError: the disk is full or the place is not writable; names the path.
+        """
+        work.files.complete()
+        if not still_owns(self._shard_lock(images.name)):
+            raise MaekitError(f"another run took over {images.name} while this one stood still; run the command again")
+        # In place of an earlier record, whose rows these are not; a run that is killed here leaves files that nobody
+        # has committed, and the next one must know which.
+        intent = json.dumps({"shard": images.name, _INTENT: work.paths}, indent=1)
+        files.write_atomically(self._record(images.name), intent.encode(), scratch=self.scratch)
+        work.files.publish()
+        if not work.files.rows:
+            for path in work.paths:
+                _unlink(self.path / path)
+        errors_file = self.bookkeeping / "errors" / f"{images.name}.jsonl"
+        if work.errors:
+            lines = [
+                {"key": row.key, "index": row.ordinal, "reason": row.reason, "detail": row.detail}
+                for row in sorted(work.errors, key=lambda row: row.ordinal)
+            ]
+            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+            files.write_atomically(errors_file, text.encode(), scratch=self.scratch)
+        else:
+            _unlink(errors_file)
+        outputs = [
+            {"path": path, "sha256": files.sha256_file(self.path / path), "bytes": (self.path / path).stat().st_size}
+            for path in (work.paths if work.files.rows else [])
+        ]
+        record = dataclasses.replace(record, rows=work.files.rows, errors=len(work.errors), outputs=outputs)
+        if record.rows + record.errors != record.keys:
+            raise MaekitError(
+                f"{images.name}: {record.rows} rows, {record.errors} errors, {record.keys} keys: an error in maekit"
+            )
+        self._write_record(record)
+        return record
+
+    def write_damage(self, name: str, reason: str) -> None:
+        """Record that a shard that was never embedded cannot be; it is judged again by the next run.
+
+        Raises:
+            MaekitError: the record cannot be written.
+        """
+        for path in self.paths_of(name):  # of a run that was killed before its record
+            _unlink(self.path / path)
+        text = json.dumps({"shard": name, "damaged": reason}, indent=1)
+        files.write_atomically(self._record(name), text.encode(), scratch=self.scratch)
+
+    def orphans(self, names: Sequence[str]) -> list[CommitRecord]:
+        """Return the records of committed shards that the input does not hold."""
+        known = set(names)
+        there = [name for name in self._recorded() if name not in known]
+        return [record for name in there if (record := self.committed(name, self._first_of(name))) is not None]
+
+    def unaccounted(self) -> list[str]:
+        """Return the files that look like output and belong to no committed shard, relative to the directory."""
+        names = self._recorded()
+        records = [_read_json(self._record(name)) or {} for name in names]
+        known = {str(output["path"]) for record in records for output in record.get("outputs") or []}
+        found = [
+            path.relative_to(self.path) for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")
+        ]
+        return sorted(path.as_posix() for path in found if path.as_posix() not in known)
+
+    def errors_of(self, name: str) -> list[dict[str, Any]]:
+        """Return the keys of a shard that have no row.
+
+        Raises:
+            MaekitError: the list cannot be read.
+        """
+        path = self.bookkeeping / "errors" / f"{name}.jsonl"
+        try:
+            # Keys may hold what Python takes for the end of a line besides the newline.
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            return [{**row, "index": int(row["index"]), "key": str(row["key"])} for row in rows]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise MaekitError(f"{path}: cannot be read: {error!r}") from error
+
+    def _remove_uncommitted(self) -> None:
+        """Remove the files of shards whose commit record was never written: a run was killed before it could.
+
+        They would be taken for output, and where only one of two files is there, readers of the npy layout would pair
+        the others wrongly.
+        """
+        for name in self._recorded():
+            if self._intended(name):
+                with contextlib.suppress(Held), owned(self._shard_lock(name), sweeping=True):
+                    for path in self._intended(name):  # nobody has committed it meanwhile
+                        _unlink(self.path / path)
+                        _unlink(self._record(name))
+
+    def _intended(self, name: str) -> list[str]:
+        """Return the files that a run was about to publish for a shard when it was killed."""
+        paths = (_read_json(self._record(name)) or {}).get(_INTENT)
+        return [path for path in paths if is_below(path)] if isinstance(paths, list) else []
+
+    def forget(self, name: str) -> None:
+        """Remove a shard that is no more: its files, its errors and its record.
+
+        Raises:
+            MaekitError: they cannot be removed.
+        """
+        with contextlib.suppress(Held), self.sole_owner_of(name):
+            record = self.recorded(name)
+            for output in record.outputs if record is not None else []:
+                _unlink(self.path / output["path"])
+            _unlink(self.bookkeeping / "errors" / f"{name}.jsonl")
+            _unlink(self._record(name))
+
+    def _first_of(self, name: str) -> int | None:
+        first = (_read_json(self._record(name)) or {}).get("first")
+        return first if isinstance(first, int) else None
+
+    def _recorded(self) -> list[str]:
+        """Return the names of the shards that have a record."""
+        paths = sorted(self.bookkeeping.rglob("*.json"))
+        relative = [path.relative_to(self.bookkeeping) for path in paths]
+        return [p.as_posix().removesuffix(".json") for p in relative if not any(q.startswith(".") for q in p.parts)]
+
+    def _write_record(self, record: CommitRecord) -> None:
+        files.write_atomically(
+            self._record(record.shard), json.dumps(asdict(record), indent=1).encode(), scratch=self.scratch
+        )
+
+    def _number(self, names: Sequence[str]) -> None:
+        """Give numbers to shards that have none: in the order of the input, behind those that were seen before.
+
+        Each generation of new shards is one file that is created whole or not at all, so that runs on several machines
+        agree without a lock.
+        """
+        while True:
+            self._numbers, generations = {}, 0
+            while (path := self._generation(generations)).exists():
+                there = (_read_json(path) or {}).get("shards")
+                if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
+                    raise InputError(f"{path} is damaged, and with it the numbers of shards; choose another --out")
+                for name in there:
+                    self._numbers.setdefault(name, len(self._numbers))
+                generations += 1
+            new = [name for name in names if name not in self._numbers]
+            if not new:
+                return
+            text = json.dumps({"shards": new}, indent=0).encode()
+            files.create_whole(self._generation(generations), text, scratch=self.scratch)
+
+    def _generation(self, number: int) -> Path:
+        return self.bookkeeping / ".numbers" / f"{number:05d}.json"
+
+    def _clear(self) -> None:
+        """Delete what embedding wrote here, and nothing else.
+
+        Raises:
+            InputError: another run is at work.
+        """
+        for lock in (self.bookkeeping / ".locks" / "runs").glob("*"):
+            if lock.name != self._owner and not lock.name.startswith("."):
+                with self._refused(lock.name):
+                    pass
+        for name in self._recorded():
+            record = self.recorded(name)
+            outputs = [output["path"] for output in record.outputs] if record is not None else self._intended(name)
+            for path in outputs:
+                _unlink(self.path / path)
+        for child in self.bookkeeping.iterdir():
+            if child.is_dir() and child.name != ".locks":
+                shutil.rmtree(child)
+            elif child.is_file():
+                child.unlink()
+
+    @contextlib.contextmanager
+    def _refused(self, owner: str) -> Iterator[None]:
+        try:
+            with owned(self._run_lock(owner)):
+                yield
+        except Held as held:
+            raise InputError(f"--overwrite: {self.path} is in use by {held.owner}; wait for it to end") from held
+
+    def _sweep(self) -> None:
+        """Remove what killed processes of this run left, and those of other runs that are no longer at work."""
+        shutil.rmtree(self.scratch, ignore_errors=True)
+        for left in (self.bookkeeping / ".tmp").glob("*"):
+            if left.name != self._owner:
+                with contextlib.suppress(MaekitError), owned(self._run_lock(left.name), sweeping=True):
+                    shutil.rmtree(left, ignore_errors=True)
+        for lock in (self.bookkeeping / ".locks").rglob("*"):
+            if lock.is_file() and not lock.is_symlink() and lock != self._run_lock(self._owner):
+                with contextlib.suppress(MaekitError), owned(lock, sweeping=True):
+                    pass  # whoever had it is dead, and taking it removes it
+
+    @property
+    def scratch(self) -> Path:
+        """Where this run keeps unfinished files."""
+        return self.bookkeeping / ".tmp" / self._owner
+
+    def _run_lock(self, owner: str) -> Path:
+        return self.bookkeeping / ".locks" / "runs" / owner
+
+    def _shard_lock(self, name: str) -> Path:
+        return self.bookkeeping / ".locks" / "shards" / name
+
+    def _record(self, name: str) -> Path:
+        return self.bookkeeping / f"{name}.json"
+
+
+def batch_size_of(directory: Path) -> int | None:
+    """Return the batch size of the run that made an output directory, None where there is none."""
+    size = (_read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("batch_size")
+    return size if isinstance(size, int) and size > 0 else None
+
+
+def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
+    """Refuse two parts that would write one file, such as `x` and `x.tar`, and what would lie among the bookkeeping.
+
+    Raises:
+        InputError: names them.
+    """
+    owners: dict[str, Part] = {}
+    for part in parts:
+        pieces = part.name.split("/")
+        if pieces[0] == BOOKKEEPING:
+            raise InputError(f"{part.where}: a folder named {BOOKKEEPING} is no input; it holds what embed notes")
+        if any(piece.startswith(".") for piece in pieces):
+            raise InputError(
+                f"{part.where} would be named {part.name}: a hidden name, or one that leads out of the output"
+            )
+        if layout.format == "npy":
+            continue  # a number for each
+        for path in layout.paths(part.name.removesuffix(TAR), None):
+            owner = owners.setdefault(path, part)
+            if owner is not part:
+                raise InputError(f"{owner.where} and {part.where} would both write {path}; rename one of them")
+
+
+def _unlink(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise files.write_failure(path, error) from error
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder of nothing but folders; its parent, where that was empty too, stays."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None

@@ -1,0 +1,151 @@
+"""Reading the embeddings that `maekit embed` wrote: what its commit records name, shard by shard, and nothing else."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord
+from maekit.embedding.inputs import Images, Part, Scope, content_of
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+
+
+@dataclass(frozen=True)
+class EmbeddedShard:
+    """The rows of one shard, in its order.
+
+    Attributes:
+        record: of its embedding.
+        keys: of the samples.
+        ordinals: their places in the shard, int32 `[n]`.
+        vectors: float32 `[n, dim]`.
+    """
+
+    record: CommitRecord
+    keys: list[str]
+    ordinals: NDArray[np.int32]
+    vectors: NDArray[np.float32]
+
+
+class EmbeddingFolder:
+    """An output directory of `maekit embed`, to read from.
+
+    Args:
+        path: the directory.
+
+    Attributes:
+        path: likewise.
+        records: of the shards that are committed, by name; some may have no row.
+
+    Raises:
+        InputError: it is no such directory, or holds no row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        folder = path / BOOKKEEPING
+        if not is_embeddings(path):
+            raise InputError(f"{path} holds no embeddings: it is no --out of `maekit embed`")
+        self.records: list[CommitRecord] = []
+        self._dim = 0  # known once a shard is read
+        for file in sorted(folder.rglob("*.json")):
+            name = file.relative_to(folder)
+            if any(part.startswith(".") for part in name.parts):
+                continue
+            record = CommitRecord.from_json(_read_json(file), name.as_posix().removesuffix(".json"))
+            if record is not None and bool(record.rows) == bool(record.outputs):
+                self.records.append(record)
+        if not self.rows:
+            raise InputError(f"{path} holds no embedding yet; run `maekit embed` on it first")
+        models = {str(record.options.get("model")) for record in self.records}
+        if len(models) > 1:
+            raise InputError(f"{path} holds embeddings of {len(models)} models; embed anew with --overwrite")
+
+    @property
+    def model(self) -> str:
+        """SHA-256 of the ONNX file that made them."""
+        return str(self.records[0].options.get("model"))
+
+    @property
+    def rows(self) -> int:
+        """Embeddings in all."""
+        return sum(record.rows for record in self.records)
+
+    def shards(self) -> Iterator[EmbeddedShard]:
+        """Yield the rows of one shard after the other, of those that have any.
+
+        Raises:
+            MaekitError: a file is missing, or not what its record says.
+        """
+        return (self.read(record) for record in self.records if record.rows)
+
+    def read(self, record: CommitRecord) -> EmbeddedShard:
+        """Return the rows of a shard.
+
+        Raises:
+            MaekitError: a file is missing, or not what its record says.
+        """
+        paths = [self.path / output["path"] for output in record.outputs]
+        for path, output in zip(paths, record.outputs, strict=True):
+            if not path.is_file() or files.sha256_file(path) != output["sha256"]:
+                raise MaekitError(f"{path}: missing, or changed since it was embedded; `maekit embed --verify` tells")
+        try:
+            table = pq.read_table(paths[-1])
+            if len(paths) == 1:
+                column = table["embedding"].combine_chunks()
+                vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
+            else:
+                vectors = np.load(paths[0], allow_pickle=False)
+            keys, ordinals = table["key"].to_pylist(), table["index"].to_numpy()
+        except (OSError, EOFError, ValueError, KeyError, AttributeError, BadZipFile, pa.ArrowException) as error:
+            raise MaekitError(f"{paths[-1]}: cannot be read: {error}") from error
+        self._dim = self._dim or vectors.shape[-1]
+        if vectors.shape != (record.rows, self._dim) or len(keys) != record.rows:
+            raise MaekitError(
+                f"{paths[-1]}: embeddings {list(vectors.shape)} where {[record.rows, self._dim]} should be"
+            )
+        if not np.isfinite(vectors).all():
+            raise MaekitError(f"{paths[0]}: holds embeddings that are not finite")
+        return EmbeddedShard(record, keys, ordinals, np.asarray(vectors, np.float32))
+
+
+def is_made_from(record: CommitRecord, part: Part, images: Images) -> bool:
+    """Whether a shard's embeddings were made of these images; where time and size do not tell, all bytes are read.
+
+    The digest of an index names keys and sizes alone: two shards of uncompressed images may share it.
+
+    Args:
+        record: of the embeddings.
+        part: where the images lie.
+        images: of the part, open.
+
+    Raises:
+        MaekitError: they cannot be read.
+    """
+    if record.input_digest != images.digest:
+        return False
+    if record.shard == part.name and record.input_version is not None and record.input_version == images.version:
+        return True
+    select, keep = record.options.get("select"), record.options.get("keep") or []
+    ordinals = Scope(select, record.first).ordinals(images)
+    return content_of(images, ordinals, keep) == record.input_content
+
+
+def is_embeddings(path: Path) -> bool:
+    """Whether a path is an output directory of `maekit embed`."""
+    return (path / BOOKKEEPING / ".output.json").is_file()
+
+
+def _read_json(path: Path) -> dict[str, object] | None:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None

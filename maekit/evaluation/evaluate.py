@@ -1,0 +1,373 @@
+"""`maekit evaluate knn|linear|retrieval`: labelled shards -> features -> scores, of a model and of its baselines."""
+
+import copy
+import hashlib
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit import runs
+from maekit.config.evaluate import TASKS, EvaluateOptions
+from maekit.embedding.stored import EmbeddingFolder, is_embeddings
+from maekit.evaluation.features import (
+    Embed,
+    ExportedEncoder,
+    Features,
+    TorchEncoder,
+    image_features,
+    pixel_features,
+    stored_features,
+)
+from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
+from maekit.evaluation.retrieval import retrieval_scores
+from maekit.images import Preprocess
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.progress import Progress, Silent
+from maekit.vectors.knn import knn_accuracies
+
+if TYPE_CHECKING:
+    from maekit.pretrained.load import TrainedEncoder
+
+# Of raw pixels the directions behind these hold noise: whitened, they are better without.
+_PIXEL_DIM = 64
+_ONNX = ".onnx"
+_WHITENED = "whitened already"
+# Of a whitening: with fewer images for each direction it is fitted to these images, and no more to their kind.
+_PER_DIRECTION = 10
+_BLOCK = 4096
+
+Embedding = ExportedEncoder | TorchEncoder | None
+Rows = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class EvaluateResult:
+    """What was found; `--json` prints it.
+
+    Attributes:
+        task: `knn`, `linear` or `retrieval`.
+        model: as it was named.
+        step: of a run or checkpoint; None of anything else.
+        train: the training set: shards, damaged (left out), samples, images, classes, unlabelled, unreadable.
+        test: the test set, likewise; None where each training image searches among the others.
+        rows: a row for each kind of embedding: `name`, `dim`, and its scores.
+        options: how they were judged.
+        path: where this is kept in the run; None for any other model.
+    """
+
+    task: str
+    model: str
+    step: int | None
+    train: dict[str, Any]
+    test: dict[str, Any] | None
+    rows: list[dict[str, Any]]
+    options: dict[str, Any]
+    path: str | None = None
+
+
+def evaluate(
+    task: str,
+    model: str,
+    train: Sequence[str],
+    test: Sequence[str] = (),
+    options: EvaluateOptions | None = None,
+    progress: Progress | None = None,
+) -> EvaluateResult:
+    """Judge embeddings on labelled shards.
+
+    Args:
+        task: `knn`, `linear` or `retrieval`.
+        model: a run, a checkpoint, `timm:NAME`, a file of weights, an exported .onnx, or a directory of embeddings.
+        train: input specs; in a retrieval, what is searched in.
+        test: input specs; in a retrieval the queries, which may be left out: then each image searches for the others.
+        options: how they are judged.
+        progress: is told how it goes on.
+
+    Raises:
+        InputError: no such model, no labels, or impossible options.
+        MaekitError: failed while working.
+    """
+    options, progress = options or EvaluateOptions(), progress or Silent()
+    if task not in TASKS:
+        raise InputError(f"{task}: must be one of {', '.join(TASKS)}")
+    options.validate()
+    if not test and task != "retrieval":
+        raise InputError(f"evaluate {task} needs --test SHARDS")
+    if not test and options.test_images is not None:
+        raise InputError(f"--test-images {options.test_images}: is for --test, which was not given")
+    subject = _Subject(model, options, progress)
+    sets = [open_labelled(train, "--train", progress, images=options.train_images)]
+    if test:
+        sets.append(open_labelled(test, "--test", progress, images=options.test_images))
+    sets = by_name(sets)
+    classes = classes_of(sets[0].texts)
+    if len(classes) < 2:
+        raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
+    unknown = sorted(set(sets[-1].texts) - set(classes))
+    if unknown:
+        progress.note(
+            f"--test has {len(unknown)} classes that --train has not, such as {unknown[0][:60]!r}: never right"
+        )
+    lacking = [labelled.unlabelled for labelled in sets]
+    if any(lacking):
+        said = " and ".join(map(str, lacking))
+        progress.note(f"without a label, and left out: {said} samples ({'--train and --test' if test else '--train'})")
+    _check_counts(task, sets)
+    judge = _Judge(task, options, classes, sets, progress)
+    rows = [row for what, features in subject.features(sets) for row in judge(what, features)]
+    summaries = [
+        {**labelled.summary(classes), "unreadable": unreadable}
+        for labelled, unreadable in zip(sets, subject.unreadable, strict=True)
+    ]
+    asked = asdict(options)
+    result = EvaluateResult(task, model, subject.step, summaries[0], summaries[1] if test else None, rows, asked)
+    if subject.run is None or subject.step is None:
+        return result
+    # Judged on other images, or in another way, it is another evaluation, which stands beside the first.
+    digest = hashlib.sha256(json.dumps([list(train), list(test), asked]).encode()).hexdigest()[:6]
+    path = subject.run.evaluation(f"{task}-{digest}", subject.step)
+    try:
+        path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, json.dumps({**asdict(result), "path": str(path)}, indent=1).encode())
+    except (OSError, MaekitError) as error:
+        progress.note(f"not kept in the run: {error}")
+        return result
+    return EvaluateResult(**{**asdict(result), "path": str(path)})
+
+
+def _check_counts(task: str, sets: Sequence[LabelledSet]) -> None:
+    """Refuse sets that cannot be judged, before any image is decoded.
+
+    Raises:
+        InputError: too few images to hold any out, or no query that has an image of its class.
+    """
+    if task == "linear":
+        from maekit.evaluation.linear import held_out_rows
+
+        held_out_rows(len(sets[0].texts))
+    if task == "retrieval":
+        there = Counter(sets[0].texts)
+        if not any(there[text] > (len(sets) == 1) for text in sets[-1].texts):
+            raise InputError("no query has an image of its class to find")
+
+
+class _Subject:
+    """What MODEL names, and what is judged beside it.
+
+    Attributes:
+        run: that it belongs to, or None.
+        step: of its weights, or None.
+        unreadable: images of each set that have no embedding; known once all features are.
+    """
+
+    def __init__(self, model: str, options: EvaluateOptions, progress: Progress) -> None:
+        self._model, self._options, self._progress = model, options, progress
+        self.run: runs.RunDirectory | None = None
+        self.step: int | None = None
+        self.unreadable: list[int] = []
+        path = Path(model)
+        self._folder = EmbeddingFolder(path) if is_embeddings(path) else None
+        self._is_exported = path.suffix == _ONNX
+        if self._folder or self._is_exported:
+            what = "embeddings" if self._folder else "an exported file"
+            if options.pool:
+                raise InputError(f"--pool {options.pool[0]}: {model} is {what}, pooled already")
+            if options.model:
+                raise InputError(f"--model {options.model}: {model} is {what}, and needs no architecture")
+            if self._folder and options.device == "cuda":
+                raise InputError(f"--device cuda: {model} is embeddings, which are judged where they are")
+            if options.precisions != ("fp32",):
+                raise InputError(
+                    f"--precision {options.precisions[0]} is for models with weights; {model} is judged as it is"
+                )
+            self._trained: TrainedEncoder | None = None
+            self._encoder: Embedding = ExportedEncoder(path, options.device) if self._is_exported else None
+            return
+        from maekit.pretrained.load import load_encoder
+
+        self._trained = load_encoder(model, model=options.model, on_note=progress.note)
+        self._encoder = TorchEncoder(self._trained, options.pool, options.device)
+        if self._trained.provenance.get("source") == "run":
+            self.run, _ = runs.find_checkpoint(path)
+            self.step = int(self._trained.provenance["step"])
+
+    def features(self, sets: Sequence[LabelledSet]) -> Iterator[tuple[str, list[Features]]]:
+        """Yield (what it is, features of each set), the baselines first."""
+        progress, stored = self._progress, None
+        if self._folder is not None:  # read first: nothing is computed for sets that have no embeddings
+            options = ("--train", "--test")
+            stored = [stored_features(s, self._folder, o) for s, o in zip(sets, options, strict=False)]
+        if self._options.baselines:
+            yield "raw pixels", [pixel_features(labelled, progress) for labelled in sets]
+        if stored is not None:
+            self._count(stored)
+            yield "", stored
+            return
+        encoder = self._encoder
+        assert encoder is not None
+        if self._trained is None:
+            is_whitened = isinstance(encoder, ExportedEncoder) and encoder.is_whitened
+            what = _WHITENED if is_whitened else ""
+            yield what, self._embedded(sets, encoder.preprocess, encoder, Path(self._model).name)
+            return
+        if self._options.baselines:
+            yield "untrained", self._of_untrained(self._trained, sets)
+        for precision in self._options.precisions:
+            if precision == "fp32":
+                yield "", self._embedded(sets, encoder.preprocess, encoder, "embed")
+            else:
+                yield from self._of_precision(self._trained, precision, sets)
+
+    def _of_untrained(self, trained: "TrainedEncoder", sets: Sequence[LabelledSet]) -> list[Features]:
+        """Return what the same encoder gives as initialised."""
+        import dataclasses
+
+        from maekit.mae.autoencoder import initialize_encoder
+
+        fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
+        initialize_encoder(fresh.encoder, seed=self._options.seed)
+        encoder = TorchEncoder(fresh, self._options.pool, self._options.device)
+        return self._embedded(sets, encoder.preprocess, encoder, "untrained")
+
+    def _of_precision(
+        self, trained: "TrainedEncoder", precision: str, sets: Sequence[LabelledSet]
+    ) -> Iterator[tuple[str, list[Features]]]:
+        """Export in a precision, and embed with the file."""
+        from maekit.config.export import ExportOptions
+        from maekit.exporters.export import export
+        from maekit.mae.pooling import poolings_of
+
+        specs = tuple(str(file.url or file.path) for file in sets[0].shards.shards)
+        with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
+            for pool in self._options.pool or poolings_of(trained.encoder):
+                path = Path(folder) / f"{pool}-{precision}.onnx"
+                # Judged whether or not it would be kept: that is what is asked here.
+                options = ExportOptions(
+                    pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model, force=True
+                )
+                if warning := export(self._model, path, options, progress=self._progress).warning:
+                    self._progress.note(f"{pool}, {precision}: {warning}")
+                encoder = ExportedEncoder(path, self._options.device)
+                features = self._embedded(sets, encoder.preprocess, encoder, precision)
+                yield precision, [Features({pool: rows}, f.kept) for f in features for rows in f.rows.values()]
+
+    def _embedded(self, sets: Sequence[LabelledSet], preprocess: Preprocess, embed: Embed, what: str) -> list[Features]:
+        features = [image_features(labelled, preprocess, embed, what, self._progress) for labelled in sets]
+        self._count(features)
+        return features
+
+    def _count(self, features: Sequence[Features]) -> None:
+        self.unreadable = [int((~part.kept).sum()) for part in features]
+        if any(self.unreadable):
+            said = " and ".join(f"{count} of {len(p.kept)}" for count, p in zip(self.unreadable, features, strict=True))
+            self._progress.note(f"without an embedding, and left out: {said} labelled images (--train and --test)")
+
+
+class _Judge:
+    """Scores features on a task.
+
+    Args:
+        task: `knn`, `linear` or `retrieval`.
+        options: how.
+        classes: of the training set.
+        sets: training set, and test set where there is one.
+        progress: is told of what says little.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        options: EvaluateOptions,
+        classes: Sequence[str],
+        sets: Sequence[LabelledSet],
+        progress: Progress,
+    ) -> None:
+        self._task, self._options, self._progress = task, options, progress
+        self._labels = [encode(labelled.texts, classes) for labelled in sets]
+
+    def __call__(self, what: str, features: Sequence[Features]) -> Iterator[dict[str, Any]]:
+        """Yield a row for each pooling, plain and whitened."""
+        labels = [labels[part.kept] for labels, part in zip(self._labels, features, strict=True)]
+        for pool in features[0].rows:
+            rows = [part.rows[pool] for part in features]
+            # Of pixels there is one kind.
+            name = "raw pixels" if pool == "pixels" else f"{what} {pool}" if what == "untrained" else pool
+            name += f", {what}" if what in ("fp16", "int8") else ""
+            yield {"name": name, "dim": rows[0].shape[1], **self._score(rows, labels)}
+            # A linear classifier scales directions by itself.
+            if self._options.whiten and self._task != "linear" and what != _WHITENED:
+                default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
+                for dim in self._options.whiten_dims or (default,):
+                    whitened = _whitened_pixels(rows, dim) if pool == "pixels" else _whitened(rows, dim)
+                    if len(rows[0]) < _PER_DIRECTION * whitened[0].shape[1]:
+                        self._progress.note(
+                            f"{name}, whitened: {len(rows[0])} training images are few for {whitened[0].shape[1]} "
+                            f"directions; below {_PER_DIRECTION} for each, take fewer by --whiten-dim"
+                        )
+                    yield {
+                        "name": f"{name}, whitened",
+                        "dim": whitened[0].shape[1],
+                        **self._score(whitened, labels),
+                    }
+
+    def _score(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
+        options = self._options
+        if self._task == "knn":
+            others = [k for k in options.ks if k <= len(rows[0])]
+            ks = [options.k, *others]
+            shares = knn_accuracies(rows[0], labels[0], rows[1], labels[1], ks=ks, temperature=options.temperature)
+            return {"accuracy": shares[0], **{f"k={k}": share for k, share in zip(others, shares[1:], strict=True)}}
+        if self._task == "linear":
+            return self._linear(rows, labels)
+        queries = (rows[1], labels[1]) if len(rows) > 1 else (None, None)
+        found = retrieval_scores(rows[0], labels[0], *queries, recalls=options.recalls)
+        recall = {f"recall@{k}": share for k, share in found.recall.items()}
+        scores = {"map": found.mean_average_precision, "r_precision": found.r_precision, **recall}
+        return {**scores, "queries": found.queries}
+
+    def _linear(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
+        import torch
+
+        from maekit.evaluation.linear import linear_accuracy
+        from maekit.mae.device import choose_device, device_errors
+
+        with device_errors():
+            score = linear_accuracy(
+                rows[0],
+                labels[0],
+                rows[1],
+                labels[1],
+                seed=self._options.seed,
+                device=torch.device(choose_device(self._options.device)),
+            )
+        return {"accuracy": score.accuracy, "held_out": score.held_out[score.c], "c": score.c}
+
+
+def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
+    """Return pixels whitened to their first principal components, which are found by a few passes over the images.
+
+    All directions of 3,072 would take half a minute, and be worse.
+    """
+    from sklearn.decomposition import PCA
+
+    dim = min(dim or _PIXEL_DIM, len(rows[0]) - 1, rows[0].shape[1])
+    pca = PCA(dim, whiten=True, svd_solver="randomized", random_state=0).fit(rows[0])
+    return [pca.transform(part).astype(np.float32) for part in rows]
+
+
+def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
+    """Return rows whitened by the first of them, the training set's."""
+    from maekit.vectors.whitening import fit_whitening
+
+    blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes room
+    made = fit_whitening(blocks, dim, hashlib.sha256())
+    return [part @ made.matrix.T + made.bias for part in rows]

@@ -1,0 +1,1 @@
+"""`maekit evaluate finetune` and `probe`: the encoder trained with labels."""

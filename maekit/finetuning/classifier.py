@@ -1,0 +1,226 @@
+"""An encoder with a linear head, all of it or its last blocks trained (He et al. 2021, appendix A and section 5)."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.data.mixup import Mixup, mixup_target
+from timm.data.random_erasing import RandomErasing
+from timm.models.vision_transformer import VisionTransformer
+from timm.optim._param_groups import param_groups_layer_decay
+from timm.optim.lars import Lars
+from torch import nn
+from torch.nn import functional
+
+from maekit.config.finetune import MixConfig, SupervisedOptimizer
+from maekit.config.poolings import vectors_in
+from maekit.mae.normalize import Normalizer
+from maekit.mae.pooling import pooled
+from maekit.system.errors import InputError
+from maekit.training.crops import Chunk
+from maekit.training.step import Objective
+
+_BATCH_NORM_EPS = 1e-6
+_HEAD_STD, _PROBE_STD = 2e-5, 0.01
+
+
+class Classifier(nn.Module):
+    """Images to logits.
+
+    Args:
+        encoder: a timm VisionTransformer.
+        classes: how many.
+        pool: as in `maekit.mae.pooling`, after the final norm, as it is exported.
+        batch_norm: normalise the pooled features by a BatchNorm without affine parameters (for linear probing, He et
+            al. 2021, appendix A.1).
+        blocks: how many of the last blocks are trained, with the final norm; 0.5 is the MLP of the last one, 0 none,
+            and None is everything.
+        seed: of the head.
+    """
+
+    def __init__(
+        self,
+        encoder: VisionTransformer,
+        classes: int,
+        *,
+        pool: str,
+        batch_norm: bool,
+        blocks: float | None,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.encoder, self.pool = encoder, pool
+        dim = encoder.embed_dim * vectors_in(pool)
+        self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if batch_norm else nn.Identity()
+        self.head = nn.Linear(dim, classes)
+        generator = torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.head.weight, std=_PROBE_STD if batch_norm else _HEAD_STD, generator=generator)
+        nn.init.zeros_(self.head.bias)
+        freeze(encoder, blocks)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Classify normalised images: float32 `[B, C, H, W]` -> float32 `[B, classes]`."""
+        features = pooled(self.encoder, self.encoder.forward_features(images), self.pool)
+        return self.head(self.norm(features)).float()
+
+
+def freeze(encoder: VisionTransformer, blocks: float | None) -> None:
+    """Train only the last blocks of an encoder; see `Classifier`. Where nothing is trained, nothing is dropped.
+
+    Raises:
+        InputError: it has not so many blocks.
+    """
+    if blocks is None:
+        encoder.requires_grad_(True)
+        return
+    depth = len(encoder.blocks)
+    if blocks > depth:
+        raise InputError(f"--blocks {blocks:g}: this model has {depth}")
+    encoder.requires_grad_(False)
+    trained: list[nn.Module] = list(encoder.blocks[depth - int(blocks) :]) if blocks >= 1 else []
+    last: Any = encoder.blocks[-1]
+    if blocks == 0.5:
+        trained = [last.norm2, last.mlp, last.ls2]
+    if blocks:
+        trained += [encoder.norm, encoder.fc_norm]
+    for module in trained:
+        module.requires_grad_(True)
+    for block in encoder.blocks:
+        for name in ("drop_path1", "drop_path2"):
+            part = "mlp" if name == "drop_path2" else "attn"
+            if not any(p.requires_grad for p in getattr(block, part).parameters()):
+                setattr(block, name, nn.Identity())
+
+
+class ClassifierObjective(Objective):
+    """Cross-entropy with soft targets.
+
+    Args:
+        classifier: images -> logits.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def train(self, mode: bool = True) -> "ClassifierObjective":
+        """Set the mode; what is frozen stays as it is when it is used."""
+        super().train(mode)
+        for block in self.classifier.encoder.blocks:
+            if not any(p.requires_grad for p in block.parameters()):
+                block.eval()
+        return self
+
+    def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Return the loss, a scalar, of normalised images, float32 `[B, C, H, W]`, and shares `[B, classes]`."""
+        return torch.sum(-targets * functional.log_softmax(self.classifier(images), dim=-1), dim=-1).mean()
+
+    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
+        """Return arguments of `forward` for so many images of (height, width) pixels."""
+        encoder, device = self.classifier.encoder, next(self.parameters()).device
+        images = torch.zeros(count, encoder.patch_embed.proj.weight.shape[1], *size, device=device)
+        classes = self.classifier.head.out_features
+        return images, torch.full((count, classes), 1 / classes, device=device)
+
+
+class LabelledUpload:
+    """From chunks on the host to normalised, mixed images and soft targets on the device.
+
+    Mirrors, erases, mixes (timm's RandomErasing and Mixup). Their random numbers are the global ones of torch, NumPy
+    and Python, which each step seeds.
+
+    Args:
+        normalizer: of the images; says where they go.
+        device: of the model.
+        classes: how many.
+        mix: how much.
+    """
+
+    def __init__(self, normalizer: Normalizer, device: torch.device, classes: int, mix: MixConfig) -> None:
+        self._normalizer, self._device, self._classes, self._mix = normalizer, device, classes, mix
+        self._mixup = None
+        if mix.mixup or mix.cutmix:
+            self._mixup = Mixup(
+                mixup_alpha=mix.mixup,
+                cutmix_alpha=mix.cutmix,
+                label_smoothing=mix.label_smoothing,
+                num_classes=classes,
+            )
+        self._erasing = None
+        if mix.erase:
+            self._erasing = RandomErasing(mix.erase, mode="pixel", max_count=1, device=str(device))
+
+    def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return images, float32 `[B, C, H, W]`, and the shares of their classes, float32 `[B, classes]`."""
+
+        def together(tensors: list[torch.Tensor]) -> torch.Tensor:
+            return torch.cat([tensor.to(self._device, non_blocking=True) for tensor in tensors])
+
+        images = together([chunk.images for chunk in chunks])
+        flips = together([chunk.flips for chunk in chunks])
+        labels = together([chunk.labels for chunk in chunks if chunk.labels is not None])
+        x = self._normalizer(torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images))
+        if self._erasing is not None:
+            x = self._erasing(x)
+        if self._mixup is not None:
+            return self._mixup(x, labels)
+        smoothing = self._mix.label_smoothing
+        return x, mixup_target(labels, self._classes, smoothing=smoothing)
+
+
+def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch.optim.Optimizer:
+    """Return AdamW with layer-wise decay of the learning rate (timm's groups), or LARS.
+
+    Args:
+        classifier: what requires a gradient is trained.
+        config: see `SupervisedOptimizer`.
+    """
+    names = {id(p): name for name, p in classifier.named_parameters()}
+    if config.kind == "lars":
+        trained = [(name, p) for name, p in classifier.named_parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            # Scaled by the trust ratio, with or without weight decay; biases never are (You et al. 2017).
+            {"params": [p for _, p in trained if p.ndim > 1], "always_adapt": True},
+            {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer: torch.optim.Optimizer = _Lars(
+            groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
+        )
+    else:
+        groups = param_groups_layer_decay(
+            _Layers(classifier),
+            weight_decay=config.weight_decay,
+            no_weight_decay_list=classifier.encoder.no_weight_decay(),
+            layer_decay=config.layer_decay,
+        )
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+    for group in optimizer.param_groups:
+        group["param_names"] = [names[id(p)] for p in group["params"]]
+    return optimizer
+
+
+class _Layers(nn.Module):
+    """A classifier under the names that timm's grouping knows."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self._classifier = classifier
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the encoder's parameters under timm's names, then the head's."""
+        yield from self._classifier.encoder.named_parameters()
+        yield from (("head." + name, p) for name, p in self._classifier.head.named_parameters())
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Return timm's own grouping; what it does not name belongs to the last layer."""
+        return self._classifier.encoder.group_matcher(coarse=coarse)
+
+
+class _Lars(Lars):
+    """timm's LARS, which a gradient that is not finite leaves as it is; asking for that waits for the device."""
+
+    found_inf: torch.Tensor | None = None
+
+    def step(self, closure: Any = None) -> Any:
+        """Take a step."""
+        return None if self.found_inf is not None and bool(self.found_inf) else super().step(closure)

@@ -1,0 +1,244 @@
+"""`maekit evaluate finetune`: supervised training of an encoder with a head, by the engine of pretraining.
+
+Stopped and gone on with as a pretraining is: same samples, crops, policies, mixtures and dropped paths; bit for bit on
+a CPU with as many threads.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from maekit import runs
+from maekit.config import DEFAULT_FINETUNE_EPOCHS
+from maekit.config.finetune import FinetuneConfig
+from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
+from maekit.finetuning.task import Supervised
+from maekit.images import Preprocess
+from maekit.pretrained.load import TrainedEncoder, load_encoder, set_norm_eps
+from maekit.pretrained.sources import Note, create_timm
+from maekit.runs import FinetuneDirectory
+from maekit.system import files
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.progress import Progress, Silent
+from maekit.training.engine import Engine, Finished
+from maekit.training.launch import started
+from maekit.training.prepare import (
+    choose_precision,
+    index_shards,
+    newest_checkpoint,
+    refuse_different_data,
+    refuse_indivisible,
+)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """What a finished run amounts to; `--json` prints it.
+
+    Attributes:
+        out: the directory of the run.
+        steps: optimiser steps done.
+        samples: images trained on, repeats counted.
+        loss: mean training loss over the last logged steps.
+        accuracy: share of test images that the last weights get right, of those that can be read.
+        test_loss: their mean cross-entropy.
+        test_images: that could be read.
+        trained: parameters that were.
+        images_per_second: over this process's part of the run, on all ranks together.
+        data_wait: share of this process's time spent waiting for data.
+        bad: samples replaced, over the whole run.
+        resumed_from: the step that this process went on from; 0 for a fresh start.
+        already_finished: whether there was nothing left to do.
+        path: where the figures are kept in the run that the encoder is from; None for any other model.
+    """
+
+    out: str
+    steps: int
+    samples: int
+    loss: float | None
+    accuracy: float | None
+    test_loss: float | None
+    test_images: int
+    trained: int
+    images_per_second: float
+    data_wait: float
+    bad: int
+    resumed_from: int
+    already_finished: bool = False
+    path: str | None = None
+
+
+def finetune(config: FinetuneConfig, progress: Progress | None = None) -> FinetuneResult:
+    """Train an encoder, or its last blocks, with a linear head on labels; called again, go on.
+
+    In several processes (`torchrun`), each calls this with the same config and all return the same.
+
+    Raises:
+        InputError: bad usage, no labels, damaged data, or a directory of another run; found before any step.
+        Stopped: a signal came, or the time is over; everything is saved.
+        ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
+        MaekitError: failed while working.
+    """
+    progress = progress or Silent()
+    config = copy.deepcopy(config)
+    if config.epochs is None and config.steps is None:
+        config.epochs = DEFAULT_FINETUNE_EPOCHS
+    config.validate()
+    run = FinetuneDirectory(Path(config.out))
+    files.require_utf8(run.path)
+    with started(config) as process, ExitStack() as stack:
+        world, device = process.world, process.device
+        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(lambda: _refuse_foreign_directory(run))
+        note = progress.note if world.is_main else Silent().note
+        trained = world.together(lambda: _source(config, run, note))
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        shards = world.in_turn(lambda: index_shards(config, world, progress))
+        refuse_different_data(shards, world)
+        labels, classes, test = world.together(lambda: _labels(config, progress))
+        config.classes, config.model.sha256 = len(classes), _digest(trained)
+        config.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
+        config.data.mean, config.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
+        precision = choose_precision(config, device, world, progress)
+        task = world.together(
+            lambda: Supervised(config, run, shards, labels, classes, test, trained, device, precision, world)
+        )
+        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
+        newest = world.on_main(lambda: newest_checkpoint(run, progress))
+        finished = Engine(task, run, shards, task.order, device, world, progress, process.stop).go(newest)
+        world.on_main(lambda: task.measure_once(finished))
+        found = _result(config, finished, task, trained, progress) if world.is_main else None
+        result: FinetuneResult = world.share(found)
+        return result
+
+
+def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> TrainedEncoder:
+    """Return the encoder that is started from; where there is a checkpoint, as far as that one does not hold it.
+
+    A run that the encoder came from may have gone on, or be gone.
+    """
+    if run.list_checkpoints() and run.start_file.is_file():
+        try:
+            start = json.loads(run.start_file.read_text(encoding="utf-8"))
+            if start["source"] == config.model.source:
+                encoder = create_timm(start["name"], start["arguments"])
+                set_norm_eps(encoder, start["norm_eps"])
+                preprocess = Preprocess.from_json(start["preprocess"])
+                return TrainedEncoder(encoder, start["name"], preprocess, start["arguments"], start["provenance"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{run.start_file} is damaged ({error!r}); delete {run.path} to start anew") from error
+    return load_encoder(config.model.source, model=config.model.name, on_note=note)
+
+
+def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file; --out names a directory")
+    if run.path.is_dir() and not runs.is_finetuned(run.path):
+        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        if others:
+            raise InputError(
+                f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new --out"
+            )
+
+
+def _three(values: Sequence[float]) -> tuple[float, float, float]:
+    red, green, blue = values
+    return red, green, blue
+
+
+def _digest(trained: TrainedEncoder) -> str:
+    """Return what names the weights that are started from."""
+    return str(trained.provenance.get("sha256") or trained.provenance.get("name"))
+
+
+def _labels(
+    config: FinetuneConfig, progress: Progress
+) -> tuple[NDArray[np.int64], tuple[str, ...], tuple[LabelledSet, NDArray[np.int64]]]:
+    """Return the class of every training sample, int64 `[samples]`, -1 where it has none, the classes, the test set."""
+    images, cache = config.test_images, config.data.cache_gb
+    labelled, test = by_name(
+        [
+            open_labelled(config.shards, "--train", progress, cache_gb=cache),
+            open_labelled(config.test, "--test", progress, images=images, cache_gb=cache),
+        ]
+    )
+    classes = classes_of(labelled.texts)
+    if len(classes) < 2:
+        raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
+    if not set(test.texts) & set(classes):
+        raise InputError(
+            f"--test {' '.join(config.test)}: --train has none of its classes, such as {test.texts[0][:60]!r}"
+        )
+    labels = np.full(labelled.shards.samples, -1, np.int64)
+    labels[labelled.numbers] = encode(labelled.texts, classes)
+    if labelled.unlabelled > config.data.max_bad * len(labels):
+        raise InputError(
+            f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than --max-bad "
+            f"{config.data.max_bad:g}; put the labelled ones into shards of their own"
+        )
+    return labels, classes, (test, encode(test.texts, classes))
+
+
+def _result(
+    config: FinetuneConfig, finished: Finished, task: Supervised, trained: TrainedEncoder, progress: Progress
+) -> FinetuneResult:
+    tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
+    last: dict[str, Any] = tested[-1] if tested else {}
+    tally = finished.tally
+    result = FinetuneResult(
+        out=config.out,
+        steps=finished.steps,
+        samples=finished.steps * config.batch_size,
+        loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
+        accuracy=last.get("accuracy"),
+        test_loss=last.get("test_loss"),
+        test_images=last.get("test_images", 0),
+        trained=sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        images_per_second=finished.images_per_second(config.batch_size),
+        data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
+        bad=tally.bad,
+        resumed_from=finished.resumed_from,
+        already_finished=finished.already_finished,
+    )
+    return dataclasses.replace(result, path=_keep(config, result, task, trained, progress))
+
+
+def _keep(
+    config: FinetuneConfig, result: FinetuneResult, task: Supervised, trained: TrainedEncoder, progress: Progress
+) -> str | None:
+    """Note the figures in the run that the encoder is from."""
+    if trained.provenance.get("source") != "run" or config.model.from_scratch:
+        return None
+    step = int(trained.provenance["step"])
+    blocks = "all" if config.model.blocks is None else f"{config.model.blocks:g}"
+    row = {"name": Path(config.out).name, "blocks": blocks, "steps": result.steps, "accuracy": result.accuracy}
+    said = {
+        "task": task.name,
+        "model": config.model.source,
+        "step": step,
+        "train": {"shards": len(task.shards.shards), "images": int((task.labels >= 0).sum())},
+        "test": {"images": result.test_images},
+        "rows": [row],
+    }
+    # Two directories of one name are two trainings.
+    place = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
+    try:
+        run, _ = runs.find_checkpoint(Path(config.model.source))
+        path = run.evaluation(f"{task.name}-{Path(config.out).name}-{place}", step)
+        path.parent.mkdir(exist_ok=True)
+        files.write_atomically(path, json.dumps(said, indent=1).encode())
+    except (OSError, MaekitError) as error:
+        progress.note(f"not kept in the run: {error}")
+        return None
+    return str(path)

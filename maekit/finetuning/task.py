@@ -1,0 +1,282 @@
+"""A classifier as what is trained: labels, augmentation, mixing, its test; see `maekit.training.engine.Task`."""
+
+import hashlib
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+
+from maekit import runs
+from maekit.config.finetune import FinetuneConfig
+from maekit.config.settings import load_settings
+from maekit.evaluation.labelled import LabelledSet
+from maekit.finetuning.classifier import Classifier, ClassifierObjective, LabelledUpload, make_optimizer
+from maekit.finetuning.rand_augment import RandAugment
+from maekit.images import Pixels
+from maekit.mae.autoencoder import initialize_encoder
+from maekit.mae.kernels import choose_kernels
+from maekit.mae.mask_shapes import MaskShape
+from maekit.mae.normalize import Normalizer
+from maekit.mae.pooling import check_pooling
+from maekit.pretrained.files import encoder_bytes, load_strictly, read_safetensors
+from maekit.pretrained.load import TrainedEncoder, norm_eps, set_norm_eps
+from maekit.pretrained.sources import create_timm
+from maekit.runs import FinetuneDirectory, RunDirectory
+from maekit.shards.order import Order
+from maekit.shards.read import ShardSet
+from maekit.system import files
+from maekit.system.draws import Purpose, random_bits
+from maekit.system.errors import ImageError, InputError, MaekitError
+from maekit.system.parallel import map_in_threads
+from maekit.training import distributed, metrics
+from maekit.training.crops import Augmentation, CropLoader, Watch
+from maekit.training.data import Division
+from maekit.training.distributed import World
+from maekit.training.engine import Finished
+from maekit.training.image_cache import DecodedSet
+from maekit.training.optim import Schedule, make_schedule
+
+_TEST_BATCH = 64
+
+
+class Supervised:
+    """A classifier as what is trained.
+
+    Args:
+        config: of the training, resolved.
+        run: its directory.
+        shards: the training set.
+        labels: of its samples, int64 `[samples]`, -1 where there is none.
+        classes: what the labels mean.
+        test: the test set and its labels, int64 `[n]`, -1 for classes that are not learned.
+        trained: the encoder that is started from.
+        device: to train on.
+        precision: `fp32` or `bf16`.
+        world: the processes of the run.
+
+    Raises:
+        InputError: an impossible batch, pooling, number of blocks or policy.
+    """
+
+    masks, pictures = 1, False
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        run: FinetuneDirectory,
+        shards: ShardSet,
+        labels: NDArray[np.int64],
+        classes: tuple[str, ...],
+        test: tuple[LabelledSet, NDArray[np.int64]],
+        trained: TrainedEncoder,
+        device: torch.device,
+        precision: str,
+        world: World,
+    ) -> None:
+        self.config, self.classes = config, classes
+        self.name = "probe" if config.model.batch_norm and config.model.blocks == 0 else "finetune"
+        self._run, self.shards, self.labels, self.test, self._world = run, shards, labels, test, world
+        self._trained, self._prepare = trained, trained.preprocess
+        self.size = trained.preprocess.size
+        self.clip_grad = config.optimizer.clip_grad
+        policy = config.mix.rand_augment
+        self._policy = None if policy == "none" else RandAugment(policy, self.size, self._prepare.mean)
+        share = config.batch_size // world.size
+        if not self.fits(config.run.micro_batch or share):
+            why = "mixup and cutmix mix pairs of images" if self._mixes else "a BatchNorm needs two images at least"
+            raise InputError(
+                f"{why}: a batch of {config.batch_size} gives each process {config.run.micro_batch or share} at a time"
+            )
+        check_pooling(trained.encoder, config.model.pool)
+        self.model = Classifier(
+            self._encoder(),
+            len(classes),
+            pool=config.model.pool,
+            batch_norm=config.model.batch_norm,
+            blocks=config.model.blocks,
+            seed=config.seed,
+        ).to(device)
+        self.objective = ClassifierObjective(self.model)
+        self.forward = choose_kernels(self.model, device, precision)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        channels = trained.encoder.patch_embed.proj.weight.shape[1]
+        self._normalizer = Normalizer(self._prepare.mean, self._prepare.std, device, channels=channels)
+        self.upload = LabelledUpload(self._normalizer, device, len(classes), config.mix)
+        self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
+
+    def _encoder(self) -> Any:
+        """Return the encoder to start from, with stochastic depth."""
+        arguments = {**self._trained.arguments, "drop_path_rate": self.config.model.drop_path}
+        encoder = create_timm(self._trained.name, arguments)
+        encoder.load_state_dict(self._trained.encoder.state_dict())
+        set_norm_eps(encoder, norm_eps(self._trained.encoder))
+        if self.config.model.from_scratch:
+            initialize_encoder(encoder, seed=self.config.seed)
+        return encoder
+
+    @property
+    def _mixes(self) -> bool:
+        return bool(self.config.mix.mixup or self.config.mix.cutmix)
+
+    def fits(self, count: int) -> bool:
+        """Whether so many images may go through the model at a time: pairs are mixed, a BatchNorm needs two."""
+        return count % 2 == 0 if self._mixes else count > 1 or not self.config.model.batch_norm
+
+    def schedule(self, steps: int) -> Schedule:
+        """Return the learning rate of a run of so many steps."""
+        size, samples = self.config.batch_size, self.shards.samples
+        return make_schedule(self.config.optimizer, batch_size=size, samples=samples, steps=steps)
+
+    def crops(self, watch: Watch, decoded: DecodedSet | None) -> CropLoader:
+        """Return what makes labelled images of places in the order."""
+        data = self.config.data
+        augmentation = Augmentation(
+            self.size,
+            self._prepare.resize,
+            self.config.seed,
+            data.augmentation,
+            data.crop_scale,
+            data.flip,
+            data.color_jitter,
+            self._policy,
+        )
+        # Nothing is masked; the numbers that would choose a mask are of no use and cost next to nothing.
+        nothing = MaskShape("random", (1, 2), 0.5)
+        return CropLoader(
+            self.shards, self.order, augmentation, nothing, watch=watch, decoded=decoded, labels=self.labels
+        )
+
+    def begin_step(self, done: int) -> None:
+        """Seed the global generators, which dropping paths, erasing and mixing take their numbers from."""
+        words = random_bits(3, Purpose.STEP, seed=self.config.seed, epoch=done, position=self._world.rank).tolist()
+        torch.manual_seed(words[0])
+        np.random.seed(words[1] & 0xFFFFFFFF)
+        random.seed(words[2])
+
+    def open_validation(self, division: Division) -> Callable[[], dict[str, Any]]:
+        """Return what measures the model on the test set, on all ranks together."""
+        return lambda: self._measure(self._world)
+
+    def measure_once(self, finished: Finished) -> None:
+        """Measure the final weights, where that was not done on this test set: after a kill, or with another set."""
+        done, digest = finished.steps, self.test_digest
+        if any(row["step"] == done and row.get("test") == digest for row in finished.rows):
+            return
+        load_strictly(self.model, read_safetensors(self._run.checkpoint(done).path / runs.MODEL), str(self._run.path))
+        row = {"step": done, **self._measure(World())}
+        metrics.append(self._run.metrics_file, row)
+        finished.rows.append(row)
+
+    def _measure(self, world: World) -> dict[str, Any]:
+        """Return accuracy and mean cross-entropy on the test set, each rank of `world` doing its part."""
+        labelled, labels = self.test
+        distributed.share_buffers(self.model, world)
+        mine = np.arange(len(labels))[world.rank :: world.size]
+        right = loss = seen = known_seen = 0.0
+        device = next(self.model.parameters()).device
+        self.objective.eval()
+        try:
+            for images, wanted in self._test_batches(labelled, labels, mine):
+                with torch.no_grad(), self.forward():
+                    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
+                    logits = self.model(self._normalizer(pixels)).cpu()
+                known = torch.from_numpy(wanted)
+                right += float((logits.argmax(dim=1) == known).sum())
+                loss += float(functional.cross_entropy(logits, known, ignore_index=-1, reduction="sum"))
+                seen, known_seen = seen + len(known), known_seen + float((known >= 0).sum())
+        finally:
+            self.objective.train()
+        right, loss, seen, known_seen = world.sum([right, loss, seen, known_seen])
+        if not known_seen:
+            raise MaekitError("--test: none of the test images can be read, or none is of a known class")
+        found = {"accuracy": right / seen, "test_loss": loss / known_seen, "test_images": int(seen)}
+        return {**found, "test": self.test_digest}
+
+    @property
+    def test_digest(self) -> str:
+        """What names the test set: its samples and their labels."""
+        labelled, labels = self.test
+        digest = hashlib.sha256(labelled.shards.digest.encode() + labelled.numbers.tobytes() + labels.tobytes())
+        return digest.hexdigest()[:16]
+
+    def _test_batches(self, labelled: LabelledSet, labels: NDArray[np.int64], mine: NDArray[np.int64]) -> Any:
+        starts = range(0, len(mine), _TEST_BATCH)
+
+        def read(start: int) -> tuple[list[Pixels], NDArray[np.int64]]:
+            reader = labelled.shards.reader()
+            images, wanted = [], []
+            try:
+                for place in mine[start : start + _TEST_BATCH].tolist():
+                    shard, ordinal = labelled.shards.locate(int(labelled.numbers[place]))
+                    try:
+                        data = reader.read_image(labelled.shards.index(shard), ordinal)
+                        images.append(self._prepare(data))
+                    except ImageError:
+                        continue
+                    wanted.append(labels[place])
+            finally:
+                reader.close()
+            return images, np.array(wanted, np.int64)
+
+        for images, wanted in map_in_threads(read, starts, threads=self._world.cores):
+            if images:
+                yield np.stack(images), wanted
+
+    def draw(self) -> Pixels | None:
+        """Return nothing: there is nothing to draw."""
+        return None
+
+    @property
+    def otherwise(self) -> str:
+        """What to do where settings are not those that it was started with."""
+        return f"({self._run.config_file} has all of them), or choose another --out"
+
+    def difference(self, key: str, before: Any, now: Any) -> str | None:
+        """Return what to say of weights that are not the ones it was started from."""
+        if key != "model.sha256":
+            return None
+        return (
+            f"{self.config.model.source} holds other weights than {self._run.path} was started from; go on with those, "
+            "or start another --out"
+        )
+
+    def read_config(self, run: RunDirectory) -> FinetuneConfig:
+        """Return the settings that it was started with."""
+        return load_settings(FinetuneConfig(), run.config_file)
+
+    def is_finished(self) -> bool:
+        """Whether encoder and head have been written."""
+        return self._run.encoder_file.exists() and self._run.head_file.exists()
+
+    def begin(self) -> None:
+        """Note what the encoder is, so that the run can go on without the one it came from."""
+        start = {
+            "source": self.config.model.source,
+            "name": self._trained.name,
+            "arguments": self._trained.arguments,
+            "preprocess": self._prepare.to_json(),
+            "provenance": self._trained.provenance,
+            "norm_eps": norm_eps(self._trained.encoder),
+        }
+        files.write_atomically(self._run.start_file, json.dumps(start, indent=1).encode())
+
+    def finish(self, steps: int) -> None:
+        """Write encoder and head."""
+        description = {
+            "model": self._trained.name,
+            "timm_arguments": self._trained.arguments,
+            "preprocess": self._prepare.to_json(),
+            "step": steps,
+            "data_digest": self.shards.digest,
+        }
+        head = {f"head.{name}": tensor.cpu().contiguous() for name, tensor in self.model.head.state_dict().items()}
+        head |= {f"norm.{name}": tensor.cpu() for name, tensor in self.model.norm.state_dict().items()}
+        about = {"maekit": json.dumps({"classes": self.classes, "pool": self.config.model.pool})}
+        files.write_atomically(self._run.head_file, safetensors.torch.save(head, metadata=about))
+        files.write_atomically(self._run.encoder_file, encoder_bytes(self.model.encoder, description))

@@ -1,0 +1,229 @@
+"""`maekit reconstruct`: masked | reconstruction | original of chosen samples, as a PNG or an HTML page."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from maekit.config.pages import ENDINGS, ReconstructOptions
+from maekit.images import Pixels, Preprocess
+from maekit.mae import reconstruction
+from maekit.mae.autoencoder import MaskedAutoencoder
+from maekit.mae.device import choose_device
+from maekit.mae.mask_shapes import MaskShape, kept_patches
+from maekit.mae.normalize import Normalizer
+from maekit.mae.reconstruction import images_of, refuse_unpicturable
+from maekit.pages import html
+from maekit.pretrained.load import load_autoencoder
+from maekit.shards.read import ShardSet, open_shards
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import find_shards
+from maekit.sheet import encode_png, sheet
+from maekit.system import files
+from maekit.system.draws import Purpose, random_bits, uniforms
+from maekit.system.errors import ImageError, InputError
+from maekit.system.progress import Progress, Silent
+
+TITLES = ("masked", "reconstruction", "original")
+_BATCH = 16
+# Drawn at random, some numbers come twice and some images cannot be read.
+_SPARE = 4
+_CACHE_BYTES = 50 * 10**9
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sample of the picture.
+
+    Attributes:
+        shard: its name.
+        key: within the shard.
+        loss: over all its removed patches, in the terms of the training.
+    """
+
+    shard: str
+    key: str
+    loss: float
+
+
+@dataclass(frozen=True)
+class ReconstructResult:
+    """What was drawn; `--json` prints it.
+
+    Attributes:
+        path: the picture.
+        loss: mean over the samples.
+        mask_ratio: share of patches removed.
+        masking: how they were chosen.
+        samples: in the order of the picture.
+    """
+
+    path: str
+    loss: float
+    mask_ratio: float
+    masking: str
+    samples: tuple[Drawn, ...]
+
+
+def reconstruct(
+    source: str,
+    shards: Sequence[str],
+    out: str | Path,
+    options: ReconstructOptions | None = None,
+    progress: Progress | None = None,
+) -> ReconstructResult:
+    """Draw what a masked autoencoder sees of some samples, and what it makes of them.
+
+    Args:
+        source: a run, a checkpoint, or others' weights with a decoder; see `maekit.pretrained.sources`.
+        shards: input specs.
+        out: the picture: .png, or .html with the keys and losses as well.
+        options: which samples, and under which masks.
+        progress: is told of what goes on.
+
+    Raises:
+        InputError: no such model, sample or device, or a model that predicts no pixels.
+        MaekitError: the picture cannot be written.
+    """
+    options, progress, out = options or ReconstructOptions(), progress or Silent(), Path(out)
+    options.validate()
+    if out.suffix.lower() not in ENDINGS:
+        raise InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a directory")
+    device = torch.device(choose_device(options.device))
+    trained = load_autoencoder(source, target=options.target, on_note=progress.note)
+    model, preprocess = trained.model, trained.preprocess
+    refuse_unpicturable(model)
+    if options.mask_ratio is not None:
+        model.mask_ratio = options.mask_ratio
+    shape = MaskShape(options.masking or trained.masking, model.grid, model.mask_ratio)
+    if not 0 < kept_patches(shape.patches, shape.mask_ratio) < shape.patches:
+        raise InputError(f"--mask-ratio {shape.mask_ratio} keeps none or all of the {shape.patches} patches")
+    found = open_shards(
+        find_shards(tuple(shards)),
+        skip_damaged=True,
+        remote=RemoteCache(_CACHE_BYTES),
+        on_damage=lambda damage: progress.note(f"left out: {damage}"),
+    )
+    files.require_writable(out.parent)
+    numbers, pixels = _read(found, options, preprocess, progress)
+    drawn = _draw(model.to(device), preprocess, shape, numbers, pixels, options, progress)
+    names = [_name(found, number) for number in numbers]
+    samples = tuple(Drawn(*name, row.loss) for name, row in zip(names, drawn, strict=True))
+    loss = float(np.mean([sample.loss for sample in samples]))
+    if out.suffix.lower() == ".png":
+        data = encode_png(sheet([list(column) for column in zip(*(row.images for row in drawn), strict=True)], TITLES))
+    else:
+        rows = [
+            html.Captioned(f"{sample.key} ({sample.shard}), loss {sample.loss:.4f}", row.images)
+            for sample, row in zip(samples, drawn, strict=True)
+        ]
+        about = f"{source}: {shape.mask_ratio:.0%} of the patches removed ({shape.kind}), mean loss {loss:.4f}"
+        data = html.document("Reconstructions", about, [html.image_rows(TITLES, rows)])
+    files.write_atomically(out, data)
+    return ReconstructResult(str(out), loss, shape.mask_ratio, shape.kind, samples)
+
+
+@dataclass(frozen=True)
+class _Row:
+    images: tuple[Pixels, ...]
+    loss: float
+
+
+def _draw(
+    model: MaskedAutoencoder,
+    preprocess: Preprocess,
+    shape: MaskShape,
+    numbers: Sequence[int],
+    pixels: Sequence[Pixels],
+    options: ReconstructOptions,
+    progress: Progress,
+) -> list[_Row]:
+    """Return masked, reconstructed and original of each image. Its mask hangs on its number, not on the others."""
+    device = next(model.parameters()).device
+    channels = model.encoder.patch_embed.proj.weight.shape[1]
+    normalizer = Normalizer(preprocess.mean, preprocess.std, device, channels=channels)
+    rows: list[_Row] = []
+    progress.start("reconstruct", len(numbers))
+    for start in range(0, len(numbers), _BATCH):
+        part = slice(start, start + _BATCH)
+        draws = [uniforms(shape.draws, Purpose.PICTURE, seed=options.seed, position=n) for n in numbers[part]]
+        noise = torch.from_numpy(shape.noise(np.stack(draws))).to(device)
+        images = normalizer(torch.from_numpy(np.stack(pixels[part])).permute(0, 3, 1, 2).to(device))
+        shown = reconstruction.reconstruct(model, images, noise)
+        predicted = shown.overlaid if options.overlay_visible else shown.predicted
+        columns = [images_of(normalizer.to_pixels(x)) for x in (shown.masked, predicted, images)]
+        rows += [_Row(tuple(row), loss) for *row, loss in zip(*columns, shown.losses.tolist(), strict=True)]
+        progress.advance(len(rows))
+    progress.stop()
+    return rows
+
+
+def _read(
+    shards: ShardSet, options: ReconstructOptions, preprocess: Preprocess, progress: Progress
+) -> tuple[list[int], list[Pixels]]:
+    """Read the chosen samples, or so many random ones as can be read."""
+    chosen = [_find(shards, key) for key in options.keys]
+    numbers, pixels = [], []
+    reader = shards.reader()
+    try:
+        for number in chosen or _random_numbers(shards, options):
+            shard, ordinal = shards.locate(number)
+            try:
+                image = preprocess(reader.read_image(shards.index(shard), ordinal))
+            except ImageError as error:
+                name, key = _name(shards, number)
+                said = f"{name} {key} holds no readable image: {error.reason}, {error}"
+                if chosen:
+                    raise InputError(said) from error
+                progress.note(f"left out: {said}")
+                continue
+            numbers.append(number)
+            pixels.append(image)
+            if not chosen and len(numbers) == options.count:
+                break
+    finally:
+        reader.close()
+    if not numbers:
+        raise InputError("none of the samples drawn holds a readable image")
+    return numbers, pixels
+
+
+def _random_numbers(shards: ShardSet, options: ReconstructOptions) -> list[int]:
+    """Return more numbers of samples than are wanted, at random; of a remote set, from its first shard."""
+    samples = int(shards.counts[shards.counts > 0][0]) if shards.remote else shards.samples
+    if samples <= _SPARE * options.count:
+        bits = random_bits(samples, Purpose.PICTURE, seed=options.seed, salt=1)
+        return [int(number) for number in np.argsort(bits, kind="stable")]
+    bits = random_bits(_SPARE * options.count, Purpose.PICTURE, seed=options.seed, salt=1)
+    return list(dict.fromkeys((bits % np.uint64(samples)).tolist()))
+
+
+def _find(shards: ShardSet, wanted: str) -> int:
+    """Return the number of a sample by KEY or SHARD:KEY.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    found = []
+    start = 0
+    for shard, file in enumerate(shards.shards):
+        key = wanted.removeprefix(f"{file.name}:")
+        index = shards.index(shard)
+        found += [start + ordinal for ordinal in range(index.samples) if index.key(ordinal) in (key, wanted)]
+        start += index.samples
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        name, key = _name(shards, 0)
+        raise InputError(f"--key {wanted}: there is no such sample; the first is {name}:{key}")
+    names = [":".join(_name(shards, number)) for number in found[:3]]
+    raise InputError(f"--key {wanted}: {len(found)} samples have this key; name one, as in --key {names[0]}")
+
+
+def _name(shards: ShardSet, number: int) -> tuple[str, str]:
+    shard, ordinal = shards.locate(number)
+    return shards.shards[shard].name, shards.index(shard).key(ordinal)

@@ -1,0 +1,364 @@
+"""`maekit report`: a run as one HTML page: its curves, its pictures, what its encoder finds alike, how good it is."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from maekit.config import PretrainConfig, total_steps
+from maekit.config.pages import ReportOptions
+from maekit.config.settings import fields_of
+from maekit.images import open_rgb
+from maekit.mae.device import choose_device
+from maekit.pages import embedding_map, html
+from maekit.pages.chart import Line, by_step, line_chart
+from maekit.pages.html import Html
+from maekit.pages.samples import Samples, embed_samples, neighbours_within
+from maekit.pages.score_tables import evaluation_parts
+from maekit.pretrained.load import load_encoder
+from maekit.runs import Checkpoint, RunDirectory, is_run
+from maekit.shards.read import open_shards
+from maekit.shards.remote import RemoteCache
+from maekit.shards.spec import find_shards
+from maekit.system import files
+from maekit.system.errors import ImageError, InputError, MaekitError
+from maekit.system.progress import Progress, Silent, duration
+
+_QUERIES, _NEIGHBOURS = 8, 8
+_PICTURES = 6
+_PICTURE_WIDTH = 480  # pixels
+_CLASSES = 12
+_CACHE_BYTES = 50 * 10**9
+# Beyond this, values come from a damaged file, and arithmetic with them overflows.
+_LARGEST = 1e100
+# Told apart from each other and from both backgrounds; the last is for all classes that are not named.
+_COLOURS = (
+    (230, 75, 60), (60, 130, 230), (60, 175, 90), (240, 160, 30), (150, 90, 210), (30, 185, 195),
+    (235, 110, 175), (150, 110, 60), (170, 200, 50), (100, 110, 240), (255, 215, 70), (0, 125, 110),
+)  # fmt: skip
+_OTHER = (140, 145, 152)
+
+
+@dataclass(frozen=True)
+class ReportResult:
+    """What was written; `--json` prints it.
+
+    Attributes:
+        path: the page.
+        bytes: its size.
+        step: of the last row of metrics; None where there is none.
+        loss: the last one; None likewise.
+        samples: how many were embedded for neighbours and map.
+        evaluations: how many tables it holds.
+        missing: what could not be shown, and why.
+    """
+
+    path: str
+    bytes: int
+    step: int | None
+    loss: float | None
+    samples: int
+    evaluations: int
+    missing: tuple[str, ...]
+
+
+def report(
+    run: str | Path,
+    out: str | Path | None = None,
+    options: ReportOptions | None = None,
+    progress: Progress | None = None,
+) -> ReportResult:
+    """Write a page that shows a run. What cannot be shown is said on the page, in its place.
+
+    Args:
+        run: the run directory.
+        out: the page, .html; None is `report.html` in the run.
+        options: which samples are looked at.
+        progress: is told of what goes on.
+
+    Raises:
+        InputError: no run, no such device, or a page that cannot be written there.
+        MaekitError: the page cannot be written.
+    """
+    options, progress, path = options or ReportOptions(), progress or Silent(), Path(run)
+    options.validate()
+    if not is_run(path):
+        what = "is no run" if path.exists() else "does not exist"
+        raise InputError(f"{path} {what}; a run is the --out of `maekit pretrain`")
+    out = Path(out) if out is not None else path / "report.html"
+    if out.suffix.lower() != ".html":
+        raise InputError(f"--out {out}: must end in .html")
+    if out.is_dir():
+        raise InputError(f"--out {out}: is a directory")
+    choose_device(options.device)
+    directory = RunDirectory(path)
+    config, rows = directory.config(), directory.metrics()
+    files.require_writable(out.parent)
+    checkpoint: Checkpoint | None = None
+    samples: Samples | None = None
+    missing = []
+    try:
+        checkpoint = directory.newest_valid(progress.note)
+        samples = _samples(config, checkpoint, options, progress)
+    except MaekitError as error:
+        missing.append(f"neighbours and map: {error}")
+        progress.note(f"left out: {missing[-1]}")
+    pictures, damaged = _reconstructions(path / "pictures")
+    tables, unread = evaluation_parts(path / "evaluations")
+    missing += [*damaged, *unread]
+    for said in (*damaged, *unread):
+        progress.note(f"left out: {said}")
+    why = missing[0] if samples is None else ""
+    parts = [
+        html.facts(_summary(directory, config, rows, checkpoint)),
+        html.section("Curves", *_curves(rows, config.model.target)),
+        html.section("Reconstructions over time", *pictures, *map(html.note, damaged)),
+        html.section("Nearest neighbours", *(_neighbours(samples) if samples else [html.note(f"Not shown: {why}")])),
+        html.section("Map of the embeddings", *(_map(samples) if samples else [html.note(f"Not shown: {why}")])),
+        html.section("Evaluation", *(tables or [_no_evaluation()]), *map(html.note, unread)),
+        html.section("Settings", *_settings(config)),
+    ]
+    data = html.document("Pre-training report", f"The run {path}", parts)
+    files.write_atomically(out, data)
+    losses = _series(rows, "loss")
+    return ReportResult(
+        path=str(out),
+        bytes=len(data),
+        step=int(losses[-1][0]) if losses else None,
+        loss=losses[-1][1] if losses else None,
+        samples=len(samples.names) if samples else 0,
+        evaluations=len(tables),
+        missing=tuple(missing),
+    )
+
+
+def _samples(
+    config: PretrainConfig, checkpoint: Checkpoint | None, options: ReportOptions, progress: Progress
+) -> Samples:
+    """Embed samples by the newest checkpoint.
+
+    Raises:
+        MaekitError: there is no checkpoint, or the shards cannot be read.
+    """
+    if checkpoint is None:
+        raise InputError("the run has no checkpoint yet")
+    trained = load_encoder(str(checkpoint.path), on_note=progress.note)
+    shards = open_shards(
+        find_shards(options.shards or config.shards),
+        skip_damaged=True,
+        remote=RemoteCache(_CACHE_BYTES),
+        on_damage=lambda damage: progress.note(f"left out: {damage}"),
+    )
+    trained.encoder.to(choose_device(options.device))
+    return embed_samples(trained, shards, options.samples, progress)
+
+
+def _summary(
+    directory: RunDirectory, config: PretrainConfig, rows: list[dict[str, Any]], checkpoint: Checkpoint | None
+) -> list[tuple[str, str]]:
+    done = int(rows[-1]["step"]) if rows else checkpoint.step if checkpoint else 0
+    total = _total_steps(config, checkpoint)
+    is_finished = directory.encoder_file.is_file()
+    height, width = config.model.size
+    found = [
+        ("Model", config.model.name or "not chosen yet"),
+        ("Input", f"{width} × {height} {'RGB' if config.model.channels == 3 else 'grey'}"),
+        ("State", "finished" if is_finished else "not finished"),
+        ("Steps", f"{done:,} of {total:,}" if total else f"{done:,}"),
+    ]
+    seen = _series(rows, "samples")
+    if seen:
+        found.append(("Images seen", f"{seen[-1][1]:,.0f}"))
+    for key, name in (("loss", "Last loss"), ("val_loss", "Last held-out loss")):
+        if points := _series(rows, key):
+            found.append((name, f"{points[-1][1]:.4f}"))
+    if rates := _series(rows, "images_per_second"):
+        found.append(("Images/s, median", f"{median(y for _, y in rates):,.1f}"))
+    if waits := _series(rows, "data_wait"):
+        found.append(("Wait for data, median", f"{median(y for _, y in waits):.1%}"))
+    if seconds := _seconds(rows):
+        found.append(("Time in training", duration(seconds)))
+    for key, name in (("bad", "Unreadable images met"), ("skipped", "Steps left out")):
+        if (points := _series(rows, key)) and points[-1][1]:
+            found.append((name, f"{points[-1][1]:,.0f}"))
+    return found
+
+
+def _total_steps(config: PretrainConfig, checkpoint: Checkpoint | None) -> int | None:
+    """Return the steps of the whole run; None where it hangs on a number of samples that is not known."""
+    try:
+        state = checkpoint.state() if checkpoint else {}
+        return total_steps(config, int(state.get("samples_per_epoch", 0))) or None
+    except (OSError, ValueError, TypeError, OverflowError):
+        return config.steps
+
+
+def _seconds(rows: list[dict[str, Any]]) -> float:
+    """Return the time that the logged steps took: images over images per second, row by row."""
+    seconds = before = 0.0
+    for row in rows:
+        samples, rate = _number(row.get("samples")), _number(row.get("images_per_second"))
+        if samples is not None and rate:
+            seconds += max(0.0, samples - before) / rate
+            before = samples
+    return seconds
+
+
+def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
+    charts = []
+    loss = "cross-entropy" if target == "tokens" else "mean squared error"
+    for title, keys, unit, from_zero, share in (
+        ("Loss", (("loss", "training"), ("val_loss", "held out")), loss, False, False),
+        ("Learning rate", (("lr", "learning rate"),), "per step", True, False),
+        ("Throughput", (("images_per_second", "throughput"),), "images per second", True, False),
+        ("Wait for data", (("data_wait", "wait"),), "share of the time", True, True),
+        ("Gradient", (("grad_norm", "norm"),), "L2 norm", False, False),
+    ):
+        lines = [Line(name, _series(rows, key)) for key, name in keys]
+        if any(line.points for line in lines):
+            charts.append(line_chart(title, lines, unit=unit, from_zero=from_zero, share=share))
+    return [html.group("charts", charts)] if charts else [html.note("Not shown: the run has no row of metrics yet.")]
+
+
+def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    pairs = ((_number(row["step"]), _number(row.get(key))) for row in rows)
+    return by_step([(step, value) for step, value in pairs if step is not None and value is not None])
+
+
+def _number(value: Any) -> float | None:
+    """Return a number that can be drawn."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST < value < _LARGEST:
+        return None
+    return float(value) if abs(value) > 1 / _LARGEST else 0.0
+
+
+def _reconstructions(folder: Path) -> tuple[list[Html], list[str]]:
+    """Return the pictures of some steps, and what is wrong with others."""
+    found = sorted(folder.glob("step-*.png"))
+    count = min(_PICTURES, len(found))
+    # The first and the last are among them.
+    chosen = [found[(len(found) - 1) * i // max(1, count - 1)] for i in range(count)]
+    shown, damaged = [], []
+    for path in chosen:
+        step = path.stem.removeprefix("step-").lstrip("0") or "0"
+        try:
+            image = open_rgb(path.read_bytes())
+        except (OSError, ImageError) as error:
+            damaged.append(f"{path.name} cannot be read: {error}")
+            continue
+        is_small = image.width <= _PICTURE_WIDTH
+        image.thumbnail((_PICTURE_WIDTH, 10 * _PICTURE_WIDTH), Image.Resampling.LANCZOS)
+        pixels = np.asarray(image)
+        alt = f"masked, reconstructed and original images at step {step}"
+        shown.append(html.figure(html.picture(pixels, alt, exact=is_small), f"step {step}"))
+    if not shown:
+        return [html.note("Not shown: the run has no picture.")], damaged
+    about = "From left to right: masked, reconstructed, original. The same images under the same masks at every step."
+    return [html.paragraph(about), html.group("row", shown)], damaged
+
+
+def _neighbours(samples: Samples) -> list[Html]:
+    count = len(samples.names)
+    queries = [count * i // min(_QUERIES, count) for i in range(min(_QUERIES, count))]
+    said = [f"The nearest of {count:,} samples by cosine, for {len(queries)} of them."]
+    if samples.whitened:
+        said.append(f"The embeddings are the mean of the patch tokens, whitened to {samples.whitened} directions.")
+    else:
+        said.append("The embeddings are the mean of the patch tokens; they differ too little to be whitened.")
+    if (shares := _agreement(samples)) is not None:
+        said.append(
+            f"Of the {_NEIGHBOURS} nearest of every sample, {shares[0]:.1%} are of its class; "
+            f"of all others {shares[1]:.1%}."
+        )
+    groups = []
+    for query, near in zip(queries, neighbours_within(samples.vectors, queries, _NEIGHBOURS), strict=True):
+        found = [
+            (
+                html.picture(samples.thumbnails[number], f"{_named(samples, number)}, cosine {cosine:.3f}"),
+                " · ".join(filter(None, (f"{cosine:.3f}", samples.labels[number]))),
+            )
+            for number, cosine in near
+        ]
+        image = html.picture(samples.thumbnails[query], f"query: {_named(samples, query)}")
+        groups.append(html.neighbours(image, _named(samples, query), found))
+    return [html.paragraph(" ".join(said)), html.group("queries", groups)]
+
+
+def _named(samples: Samples, number: int) -> str:
+    label = samples.labels[number]
+    return f"{samples.names[number]}, {label}" if label is not None else samples.names[number]
+
+
+def _agreement(samples: Samples) -> tuple[float, float] | None:
+    """Return which share of the nearest neighbours, and which of all other samples, is of a sample's own class."""
+    known = [i for i, label in enumerate(samples.labels) if label is not None]
+    counts = Counter(samples.labels[i] for i in known)
+    # Where most classes have fewer samples than there are neighbours, the share says little.
+    if len(known) < len(samples.names) or len(counts) < 2 or len(known) < _NEIGHBOURS * len(counts):
+        return None
+    near = neighbours_within(samples.vectors, known, _NEIGHBOURS)
+    same = [samples.labels[i] == samples.labels[n] for i, found in zip(known, near, strict=True) for n, _ in found]
+    any_other = sum(c * (c - 1) for c in counts.values()) / (len(known) * (len(known) - 1))
+    return sum(same) / len(same), any_other
+
+
+def _map(samples: Samples) -> list[Html]:
+    count = len(samples.names)
+    if count < embedding_map.SMALLEST:
+        return [html.note(f"Not shown: {count} samples are too few for a map.")]
+    counts = Counter(label for label in samples.labels if label is not None)
+    named = sorted((label for label, _ in counts.most_common(_CLASSES)), key=_natural)
+    by_class = dict(zip(named, _COLOURS, strict=False))
+    colours = [by_class.get(label or "", _OTHER) for label in samples.labels] if counts else None
+    picture, drawn = embedding_map.draw_map(samples.thumbnails, embedding_map.lay_out(samples.vectors), colours)
+    about = f"{drawn:,} samples at their places by t-SNE: near each other means alike, far apart means little."
+    if drawn < count:
+        about += f" {count - drawn:,} more found no room near their place."
+    entries = [(_css(colour), name) for name, colour in by_class.items()]
+    rest = len(counts) - len(named)
+    others = " and ".join(([f"{rest} more classes"] if rest else []) + (["no class"] if None in samples.labels else []))
+    if counts and others:
+        entries.append((_css(_OTHER), others))
+    alt = f"map of {drawn} thumbnails, alike ones beside each other"
+    picture_box = html.scrolling(html.picture(picture, alt, exact=False))
+    return [html.paragraph(about), *([html.legend(entries)] if entries else []), picture_box]
+
+
+def _natural(label: str) -> tuple[int, int, str]:
+    """Return what orders classes: numbers by size, before names."""
+    return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
+
+
+def _css(colour: Sequence[int]) -> str:
+    return "#" + "".join(f"{channel:02x}" for channel in colour)
+
+
+def _no_evaluation() -> Html:
+    return html.note("Nothing was measured yet: maekit evaluate puts its tables into the run.")
+
+
+def _settings(config: PretrainConfig) -> list[Html]:
+    usual = {key: value for key, value, _ in fields_of(PretrainConfig())}
+    every = [(key, value) for key, value, _ in fields_of(config) if value is not None]
+    changed = [(key, value, usual[key]) for key, value in every if value != usual[key]]
+    rows = [(key, _shown(value), _shown(default)) for key, value, default in changed]
+    return [
+        html.table(("setting", "value", "default"), rows, caption="What differs from the defaults"),
+        html.details("All settings", html.table(("setting", "value"), [(key, _shown(value)) for key, value in every])),
+    ]
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}" if math.isfinite(value) else str(value)
+    return "–" if value is None else str(value) or "none"

@@ -1,0 +1,145 @@
+"""Samples of a set of shards seen through an encoder: their embeddings, and pictures of them to show."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.images import Pixels
+from maekit.pages.thumbnails import thumbnail, without
+from maekit.pretrained.load import TrainedEncoder
+from maekit.pretrained.torch_embedder import reference_embeddings
+from maekit.shards.index import ShardIndex
+from maekit.shards.read import MemberReader, ShardSet
+from maekit.system.errors import ImageError, InputError, MaekitError
+from maekit.system.progress import Progress
+from maekit.vectors.nearest import nearest, unit
+from maekit.vectors.whitening import fit_whitening
+
+_THUMBNAIL = 96  # pixels, the longer side
+_BATCH = 32
+# A whitening of as many directions as there are images would make all of them equally unlike each other.
+_IMAGES_PER_DIRECTION = 10
+_LONGEST_LABEL = 60
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples, in the order of their shards.
+
+    Attributes:
+        names: SHARD:KEY of each.
+        thumbnails: uint8 `[h, w, 3]` each.
+        labels: class of each as its `cls` member says, by name where `classes.txt` lies beside the shard; None
+            without one.
+        vectors: float32 `[n, d]`, of unit length.
+        whitened: directions that the whitening kept; None where none could be fitted.
+    """
+
+    names: list[str]
+    thumbnails: list[Pixels]
+    labels: list[str | None]
+    vectors: NDArray[np.float32]
+    whitened: int | None
+
+
+def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progress: Progress) -> Samples:
+    """Embed samples evenly spread over the shards: mean of the patch tokens, whitened by the samples themselves.
+
+    Args:
+        trained: the encoder, on the device it is to run on.
+        shards: where the samples are.
+        count: how many, at most.
+        progress: is told of what goes on, and of what cannot be read.
+
+    Raises:
+        InputError: fewer than two samples hold a readable image.
+        MaekitError: a shard can no longer be read.
+    """
+    names: list[str] = []
+    labels: list[str | None] = []
+    thumbnails: list[Pixels] = []
+    rows: list[NDArray[np.float32]] = []
+    batch: list[Pixels] = []
+    classes = _Classes()
+    numbers = shards.spread(count)
+    reader = shards.reader()
+    unreadable = 0
+    progress.start("embed", len(numbers))
+    try:
+        for done, number in enumerate(numbers, 1):
+            shard, ordinal = shards.locate(number)
+            index = shards.index(shard)
+            try:
+                pixels = trained.preprocess(reader.read_image(index, ordinal))
+            except ImageError:
+                unreadable += 1
+                continue
+            names.append(f"{shards.shards[shard].name}:{index.key(ordinal)}")
+            labels.append(classes.label(reader, index, ordinal))
+            thumbnails.append(thumbnail(pixels, _THUMBNAIL))
+            batch.append(pixels)
+            if len(batch) == _BATCH:
+                rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
+                batch = []
+            progress.advance(done)
+        if batch:
+            rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
+    finally:
+        reader.close()
+        progress.stop()
+    if unreadable:
+        progress.note(f"{unreadable} of {len(numbers)} samples hold no readable image")
+    if len(names) < 2:
+        raise InputError(f"{len(names)} of {len(numbers)} samples hold a readable image; two are needed")
+    vectors = np.concatenate(rows)
+    if not np.isfinite(vectors).all():
+        raise InputError("the model gives values that are not finite")
+    return Samples(names, thumbnails, labels, *_whiten(vectors))
+
+
+def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | None]:
+    """Return the vectors whitened, of unit length, and how many directions were kept."""
+    dim = max(2, min(len(vectors) // _IMAGES_PER_DIRECTION, vectors.shape[1]))
+    try:
+        whitening = fit_whitening([vectors], dim, sha256())
+    except InputError:  # they hardly differ
+        return unit(vectors), None
+    return unit(vectors @ whitening.matrix.T + whitening.bias), whitening.dim
+
+
+class _Classes:
+    """The names of classes that `maekit pack` writes beside the shards, read once for each folder."""
+
+    def __init__(self) -> None:
+        self._names: dict[Path, list[str]] = {}
+
+    def label(self, reader: MemberReader, index: ShardIndex, ordinal: int) -> str | None:
+        """Return the class of a sample, None where it has none."""
+        for member in index.members(ordinal):
+            if member.extension.lower() == "cls" and member.size < 1000:
+                try:
+                    label = reader.read(index, member).decode("utf-8", "replace").strip()
+                except (ImageError, MaekitError):
+                    return None
+                names = self._of(index.path.parent)
+                is_known = label.isascii() and label.isdigit() and int(label) < len(names)
+                return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None
+        return None
+
+    def _of(self, folder: Path) -> list[str]:
+        if folder not in self._names:
+            try:
+                self._names[folder] = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
+            except (OSError, ValueError):
+                self._names[folder] = []
+        return self._names[folder]
+
+
+def neighbours_within(vectors: NDArray[np.float32], queries: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
+    """Return (number, cosine) of the k nearest of each query, itself left out."""
+    cosines, numbers = nearest(vectors[list(queries)], [vectors], k + 1)
+    return [without(query, n, c, k) for query, n, c in zip(queries, numbers, cosines, strict=True)]

@@ -1,0 +1,127 @@
+"""Files of weights: read without running their code, loaded strictly, written under timm's names."""
+
+import argparse
+import json
+import pickle
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from maekit.system.errors import InputError
+
+# Under which a training script keeps the weights, beside its optimiser and its arguments.
+_WRAPPERS = ("model", "state_dict")
+
+
+def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        InputError: the file cannot be read or is none.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"cannot read weights from {path}: {error}") from error
+
+
+def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of a PyTorch file onto the CPU; no code in it runs.
+
+    Raises:
+        InputError: the file cannot be read, needs code to be read, or holds no weights.
+    """
+    try:
+        # The reference implementation keeps its command line in its checkpoints; a Namespace only holds values.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's own message advises to run the code.
+        raise InputError(
+            f"cannot read weights from {path}: no PyTorch file, or one that needs code to be read; none is run"
+        ) from error
+    except Exception as error:  # whatever a damaged file leads to
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise InputError(f"cannot read weights from {path}: {first}") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
+            loaded = loaded[wrapper]
+            break
+    if not isinstance(loaded, dict) or not loaded or not all(_is_weight(*item) for item in loaded.items()):
+        raise InputError(f"{path} holds no dictionary of weights")
+    return dict(loaded)
+
+
+def _is_weight(name: Any, value: Any) -> bool:
+    return isinstance(name, str) and isinstance(value, torch.Tensor)
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read a file of weights, safetensors or PyTorch's, onto the CPU.
+
+    Raises:
+        InputError: the file cannot be read or holds no weights.
+    """
+    return read_safetensors(path) if path.suffix == ".safetensors" else read_pytorch(path)
+
+
+def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
+    """Load weights; every parameter must be there with its shape, and nothing else.
+
+    Raises:
+        InputError: names what is missing, left over, of another shape, or no finite numbers.
+    """
+    wanted = module.state_dict()
+    missing, unexpected = ([n for n in a if n not in b] for a, b in ((wanted, weights), (weights, wanted)))
+    problems = [f"missing {name}" for name in _by_block(missing, wanted)]
+    problems += [f"unexpected {name}" for name in _by_block(unexpected, weights)]
+    problems += [
+        f"{name} is {list(weights[name].shape)}, the model wants {list(wanted[name].shape)}"
+        for name in wanted
+        if name in weights and weights[name].shape != wanted[name].shape
+    ]
+    problems += [f"{name} {problem}" for name, tensor in weights.items() if (problem := _unfit(tensor))]
+    if problems:
+        raise InputError(f"{source} does not fit the model: {'; '.join(problems)}")
+    module.load_state_dict(dict(weights))
+
+
+def _unfit(tensor: torch.Tensor) -> str | None:
+    """Return why a tensor cannot be a weight, or None."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "is no plain tensor of numbers"
+    return None if bool(torch.isfinite(tensor).all()) else "holds values that are not finite"
+
+
+def _by_block(names: Sequence[str], whole: Iterable[str]) -> list[str]:
+    """Return names in order, those of a whole block as one: `blocks.2.*`."""
+    rest = {_block_of(name) for name in set(whole) - set(names)}
+    shown = {f"{block}*" if (block := _block_of(name)) and block not in rest else name: None for name in names}
+    return list(shown)
+
+
+def _block_of(name: str) -> str:
+    match = re.match(r"blocks\.\d+\.", name)
+    return match[0] if match else ""
+
+
+def encoder_bytes(encoder: VisionTransformer, description: dict[str, Any]) -> bytes:
+    """Return the encoder as a safetensors file under timm's names, its description as JSON in the metadata."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    return safetensors.torch.save(tensors, metadata={"maekit": json.dumps(description)})
+
+
+def file_description(path: Path) -> dict[str, Any]:
+    """Return what `encoder_bytes` wrote into the metadata of a file; nothing for any other file."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            description = json.loads((file.metadata() or {}).get("maekit", "{}"))
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
+        return {}
+    return description if isinstance(description, dict) else {}

@@ -1,0 +1,220 @@
+"""Models built and filled with the weights of a source: to export, to reconstruct with, to start a training from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from maekit.images import Preprocess
+from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
+from maekit.mae.encoder import DEFAULT_MODEL, build_encoder, timm_arguments
+from maekit.pretrained.files import load_strictly
+from maekit.pretrained.sources import (
+    TIMM_NAMES,
+    TIMM_PREFIX,
+    Note,
+    create_timm,
+    fetch_timm,
+    read_source,
+    timm_preprocess,
+    without_head,
+)
+from maekit.system.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainedEncoder:
+    """An encoder that is ready for use, and what is known of it.
+
+    Attributes:
+        encoder: on the CPU, in evaluation mode.
+        name: of the model, timm's.
+        preprocess: from a decoded image to its input.
+        arguments: with which `timm.create_model(name, …)` builds it.
+        provenance: JSON values that name the weights.
+        shards: what it was trained on, where that is known.
+    """
+
+    encoder: VisionTransformer
+    name: str
+    preprocess: Preprocess
+    arguments: dict[str, Any]
+    provenance: dict[str, Any]
+    shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class TrainedAutoencoder:
+    """An autoencoder that is ready for use, and what is known of it.
+
+    Attributes:
+        model: on the CPU, in evaluation mode.
+        preprocess: from a decoded image to its input.
+        masking: the kind of masks that it was trained with.
+    """
+
+    model: MaskedAutoencoder
+    preprocess: Preprocess
+    masking: str
+
+
+def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> TrainedEncoder:
+    """Load the encoder that a source names.
+
+    Args:
+        name: the source; see the top of this file.
+        model: timm's name of the architecture, for a file of weights: any plain ViT, with or without a tag; a tag
+            (`vit_base_patch16_224.mae`) also says how its images are prepared. Without it, the weights tell.
+        on_note: is told of damaged checkpoints, of what is left out and of what is assumed.
+
+    Raises:
+        InputError: no such source, or it does not fit the model.
+    """
+    source = None if name.startswith(TIMM_PREFIX) else read_source(name, model=model, on_note=on_note)
+    if model and (source is None or source.is_named):
+        raise InputError(f"--model {model}: {name} says itself which model it is")
+    if source is None:
+        return _published(name.removeprefix(TIMM_PREFIX))
+    config = source.config()
+    config.name = config.name or DEFAULT_MODEL
+    arguments = source.timm_arguments or timm_arguments(config)
+    encoder = create_timm(config.name, arguments) if source.sizes.get("is_any_vit") else build_encoder(config)
+    load_strictly(encoder, without_head(source.encoder, encoder, on_note), name)
+    set_norm_eps(encoder, source.norm_eps)
+    preprocess = source.preprocess
+    if preprocess is None:
+        on_note(f"{name} does not say how its images were normalised: taken are ImageNet's mean and std")
+        preprocess = Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
+    return TrainedEncoder(encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards)
+
+
+def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = lambda text: None) -> TrainedAutoencoder:
+    """Load the whole autoencoder that a source names.
+
+    Args:
+        name: the source; see the top of this file.
+        target: what it predicts, for a file that does not tell: `norm_pixel` or `pixel`.
+        on_note: is told of damaged checkpoints and of what is assumed.
+
+    Raises:
+        InputError: no such source, it holds no decoder, or it does not fit.
+    """
+    source = None if name.startswith(TIMM_PREFIX) else read_source(name, on_note=on_note)
+    if source is None or not source.decoder:
+        raise InputError(f"{name} holds no decoder")
+    config = source.config()
+    if "target" not in source.sizes:
+        config.target = target or config.target
+        if target is None:
+            on_note(f"{name} does not say what it predicts: assumed is {config.target}; --target says otherwise")
+    elif target not in (None, config.target):
+        raise InputError(f"--target {target}: {name} says itself that it predicts {config.target}")
+    model = build_autoencoder(config, seed=0)
+    load_strictly(model.encoder, source.encoder, name)
+    load_strictly(model.decoder, source.decoder, f"the decoder of {name}")
+    _load_task(model, source.task, name)
+    set_norm_eps(model, source.norm_eps)
+    preprocess = source.preprocess or Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
+    return TrainedAutoencoder(model.eval(), preprocess, config.masking)
+
+
+def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], name: str) -> None:
+    """Load what is neither the encoder's nor the decoder's."""
+    tensors = {key: p for key, p in model.named_parameters() if not key.startswith(("encoder.", "decoder."))}
+    if {key: p.shape for key, p in tensors.items()} != {key: tensor.shape for key, tensor in weights.items()}:
+        wanted, there = (", ".join(names) or "nothing" for names in (tensors, weights))
+        raise InputError(f"{name} does not fit the model: besides encoder and decoder it wants {wanted}, not {there}")
+    with torch.no_grad():
+        for key, parameter in tensors.items():
+            parameter.copy_(weights[key])
+
+
+def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) -> str:
+    """Give a new model the weights that `--init-from` names: the encoder's, and the decoder's where it is the same.
+
+    Args:
+        model: changed in place; its positions become the source's as well.
+        name: the source; see the top of this file.
+        config: of the model that is built.
+
+    Returns:
+        what was taken, in words.
+
+    Raises:
+        InputError: no such source, or it does not fit.
+    """
+    said = f"--init-from {name}"
+    if name.startswith(TIMM_PREFIX):
+        donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
+        load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
+        return f"the encoder starts from {name}"
+    source = read_source(name, model=config.name)
+    if (channels := source.sizes.get("channels", 3)) != config.channels:
+        raise InputError(f"{said} sees {channels} channel{'s' * (channels > 1)}, as --channels {channels} does")
+    plain, ours = {*TIMM_NAMES.values(), "img_size", "num_classes"}, timm_arguments(config)
+    theirs = source.timm_arguments or {}
+    if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:
+        raise InputError(f"{said} was built with {', '.join(unknown)}; pretrain builds plain ViTs only")
+    load_strictly(model.encoder, without_head(source.encoder, model.encoder), said)
+    if not source.decoder:
+        return f"the encoder starts from {name}"
+    own = vars(config)
+    kinds = ("decoder_heads", "decoder", "mask_tokens", "target", "tokenizer_sha256")
+    differing = [key for key in kinds if source.sizes.get(key, own[key]) != own[key]]
+    shapes = {key: tensor.shape for key, tensor in model.decoder.state_dict().items()}
+    if differing or shapes != {key: tensor.shape for key, tensor in source.decoder.items()}:
+        return f"the encoder starts from {name}, the decoder anew: it is not the one of these settings"
+    load_strictly(model.decoder, source.decoder, said)
+    _load_task(model, source.task, said)
+    basis = ", with its basis of principal components" if source.task and config.target == "pca" else ""
+    return f"encoder and decoder start from {name}{basis}"
+
+
+def resolve_model(config: ModelConfig) -> None:
+    """Fill in what `init_from` says of the encoder and the config leaves open: name, patch size, width, depth, heads.
+
+    `timm:NAME` tells the name alone; without any source the name is the default.
+    """
+    if config.init_from is not None:
+        if config.init_from.startswith(TIMM_PREFIX):
+            config.name = config.name or config.init_from.removeprefix(TIMM_PREFIX).split(".")[0]
+        else:
+            fill_in(config, read_source(config.init_from, model=config.name).sizes)
+    config.name = config.name or DEFAULT_MODEL
+
+
+def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
+    """Take the sizes that `config` leaves open from a donor of the same name."""
+    if config.name not in (None, donor.get("name")):
+        return  # another model was asked for; whether the weights fit it shows when they are loaded
+    for name in ("name", "class_token", *TIMM_NAMES):
+        if getattr(config, name) is None:
+            setattr(config, name, donor.get(name))
+
+
+def norm_eps(module: torch.nn.Module) -> float | None:
+    """Return the epsilon of the first LayerNorm; None where there is none."""
+    return next((float(part.eps) for part in module.modules() if isinstance(part, torch.nn.LayerNorm)), None)
+
+
+def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
+    """Set the epsilon of every LayerNorm; None leaves them as they are."""
+    for part in module.modules():
+        if eps is not None and isinstance(part, torch.nn.LayerNorm):
+            part.eps = eps
+
+
+def _published(name: str) -> TrainedEncoder:
+    """Fetch published weights with timm, in the model that they were published for."""
+    encoder = fetch_timm(name, {"num_classes": 0}, f"{TIMM_PREFIX}{name}")
+    kind = type(encoder)
+    if kind is not VisionTransformer:
+        raise InputError(f"{TIMM_PREFIX}{name} is a {kind.__name__}; VisionTransformers are known")
+    cfg = encoder.pretrained_cfg
+    arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
+    provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}
+    preprocess = timm_preprocess(cfg, (arguments["img_size"], arguments["img_size"]))
+    return TrainedEncoder(encoder.eval(), name.split(".")[0], preprocess, arguments, provenance)

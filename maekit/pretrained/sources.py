@@ -1,0 +1,379 @@
+"""Where a model comes from: a run, one of its checkpoints, published weights, a file of anybody's weights.
+
+    RUN, CHECKPOINT        maekit's own: model, decoder, normalisation and all
+    FINETUNED              the --out of `maekit evaluate finetune`: its encoder
+    timm:NAME              weights that timm fetches
+    FILE                   an encoder under timm's names (safetensors, or a PyTorch file that needs no code to load),
+                           or the reference implementation's .pth, with its decoder where it holds one
+    DIRECTORY              config.json and weights: transformers' ViTMAE, or a model of timm as its hub keeps it
+
+The same sources serve `pretrain --init-from`, `export`, and whatever needs a decoder.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from maekit import runs
+from maekit.config import ModelConfig
+from maekit.images import Preprocess
+from maekit.mae.encoder import DEFAULT_MODEL
+from maekit.pretrained.files import file_description, read_safetensors, read_weights
+from maekit.pretrained.key_names import Parts, from_reference, from_transformers
+from maekit.system import files
+from maekit.system.errors import InputError
+
+Note = Callable[[str], None]
+
+TIMM_PREFIX = "timm:"
+TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
+_HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
+# timm's classifier; an encoder has none, and a norm behind its pooling only where it has none before it.
+_HEAD = ("head.", "fc_norm.")
+# What values of another kind than expected lead to.
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, InputError)
+# The published ViTs by width: timm's name and the number of heads (Dosovitskiy et al. 2021, table 1; tiny: DeiT).
+_PUBLISHED = {
+    192: ("vit_tiny_patch16_224", 3),
+    384: ("vit_small_patch16_224", 6),
+    768: ("vit_base_patch16_224", 12),
+    1024: ("vit_large_patch16_224", 16),
+    1280: ("vit_huge_patch14_224", 16),
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """The weights that a name leads to, and what is known of the model they belong to.
+
+    Attributes:
+        encoder: under timm's names.
+        decoder: under those of `maekit.mae.decoder.Decoder`; empty where there is none.
+        task: what else an autoencoder of maekit holds: the basis of its target, the mask token of its encoder.
+        sizes: of the model, under the names of `ModelConfig`, as far as the source tells.
+        preprocess: from a decoded image to the input; None where the source does not tell.
+        norm_eps: of the LayerNorms, where it is not the published one.
+        provenance: JSON values that name the weights.
+        shards: what they were trained on, where that is known.
+        timm_arguments: all that timm builds the model with, where the source tells; else `sizes` do.
+        is_named: whether the source itself says which model it is; else its name is told or guessed from the weights.
+    """
+
+    encoder: dict[str, torch.Tensor]
+    decoder: dict[str, torch.Tensor]
+    sizes: dict[str, Any]
+    preprocess: Preprocess | None = None
+    norm_eps: float | None = None
+    provenance: dict[str, Any] = field(default_factory=dict)
+    shards: tuple[str, ...] = ()
+    timm_arguments: dict[str, Any] | None = None
+    is_named: bool = True
+    task: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def config(self) -> ModelConfig:
+        """Return the model that these weights belong to."""
+        return ModelConfig(**{f.name: self.sizes[f.name] for f in fields(ModelConfig) if f.name in self.sizes})
+
+
+def read_source(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> Source:
+    """Read the weights that a name leads to; not `timm:NAME`, which needs timm and a network.
+
+    Args:
+        name: the source; see the top of this file.
+        model: timm's name of the architecture, for a file that does not tell.
+        on_note: is told of damaged checkpoints and of what is left out.
+
+    Raises:
+        InputError: no such source, or none of the known kinds.
+    """
+    path = Path(name)
+    try:
+        path.stat()
+    except OSError as error:
+        if not isinstance(error, FileNotFoundError):
+            raise InputError(f"cannot read {name[:200]}: {error.strerror}") from error
+    if runs.is_finetuned(path):
+        path = runs.FinetuneDirectory(path).encoder_file
+        if not path.is_file():
+            raise InputError(f"{name} is a fine-tuning that has not ended; run its command again to go on")
+    if path.is_file():
+        return _from_file(path, model)
+    if (path / "config.json").is_file() and not runs.is_run(path):
+        return _from_hugging_face(path)
+    if not path.exists():
+        raise InputError(f"{name} does not exist; published weights are named timm:NAME")
+    return _from_run(path, on_note)
+
+
+def _from_run(path: Path, on_note: Note) -> Source:
+    run, checkpoint = runs.find_checkpoint(path, on_note)
+    config = run.config()
+    whole = read_safetensors(checkpoint.path / runs.MODEL)
+    encoder, decoder = (
+        {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
+        for prefix in ("encoder.", "decoder.")
+    )
+    task = {key: tensor for key, tensor in whole.items() if not key.startswith(("encoder.", "decoder."))}
+    provenance = {
+        "source": "run",
+        "step": checkpoint.step,
+        "sha256": checkpoint.digest(),
+        "data_digest": checkpoint.state()["data_digest"],
+    }
+    preprocess = Preprocess.for_size(config.model.size, config.data.mean, config.data.std)
+    on_note(f"weights of {checkpoint.path} (step {checkpoint.step})")
+    return Source(encoder, decoder, vars(config.model), preprocess, None, provenance, config.shards, task=task)
+
+
+def _from_file(path: Path, model: str | None) -> Source:
+    parts = from_reference(read_weights(path))
+    description = file_description(path) if path.suffix == ".safetensors" else {}
+    provenance = {"source": "file", "file": path.name, "sha256": files.sha256_file(path)}
+    preprocess = None
+    is_named = "timm_arguments" in description
+    if is_named:
+        try:
+            arguments = description["timm_arguments"]
+            sizes: dict[str, Any] = {
+                key: int(arguments[argument]) for key, argument in TIMM_NAMES.items() if argument in arguments
+            }
+            sizes |= {"name": str(description["model"]), "image_size": _image_size(arguments["img_size"])}
+            sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
+            preprocess = Preprocess.from_json(description["preprocess"])
+        except _MALFORMED as error:
+            raise InputError(f"{path}: its maekit metadata is damaged: {error!r}") from error
+        provenance |= {key: description[key] for key in ("step", "data_digest") if key in description}
+    else:
+        sizes = _told_by_weights(path, parts, model)
+        if model and "." in model:
+            preprocess = timm_preprocess(_pretrained_cfg(model), (sizes["image_size"], sizes["image_size"]))
+    return Source(parts.encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
+
+
+def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, Any]:
+    """Return the sizes of an encoder by the shapes of its weights."""
+    weights = parts.encoder
+    projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
+    if projection is None or positions is None or projection.ndim != 4 or positions.ndim != 3:
+        some = ", ".join(list(weights)[:3])
+        raise InputError(
+            f"{path} holds no ViT encoder under timm's names: no patch_embed.proj.weight or pos_embed (it has {some})"
+        )
+    width, channels, patch, _ = map(int, projection.shape)
+    tokens = int(positions.shape[1])
+    if model:
+        with torch.device("meta"):
+            donor = create_timm(model.split(".")[0], {"num_classes": 0})
+        prefix = 0 if getattr(donor, "no_embed_class", False) else getattr(donor, "num_prefix_tokens", 0)
+        side = _side(path, tokens - prefix)
+        return {"name": model.split(".")[0], "image_size": side * patch, "is_any_vit": True}
+    if width not in _PUBLISHED:
+        raise InputError(
+            f"{path}: a width of {width} is none of the published ({', '.join(map(str, _PUBLISHED))}), and a file of "
+            "weights does not tell the number of heads; name the architecture with --model"
+        )
+    name, heads = _PUBLISHED[width]
+    side = _side(path, tokens - 1)  # a class token has a position in front of the patches'
+    sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "width": width}
+    sizes |= {"heads": heads, "depth": _count_blocks(weights), "channels": channels}
+    if parts.decoder:
+        sizes |= _decoder_sizes(parts.decoder)
+    return sizes
+
+
+def _image_size(value: Any) -> int | tuple[int, int]:
+    """Return a size as `ModelConfig` has it from what timm is given."""
+    if isinstance(value, (list, tuple)):
+        height, width = map(int, value)
+        return height if height == width else (height, width)
+    return int(value)
+
+
+def _side(path: Path, patches: int) -> int:
+    """Return how many patches stand in a row of a square.
+
+    Raises:
+        InputError: so many make no square.
+    """
+    side = math.isqrt(max(patches, 0))
+    if not side or side**2 != patches:
+        raise InputError(f"{path} has positions for {patches} patches, which make no square of patches")
+    return side
+
+
+def _decoder_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Return the sizes of a decoder by its weights; its heads are as published unless something else tells."""
+    embed = weights.get("embed.weight")
+    return {
+        "decoder_depth": _count_blocks(weights),
+        "decoder_width": len(embed) if embed is not None and embed.ndim else ModelConfig.decoder_width,
+        "decoder_heads": ModelConfig.decoder_heads,
+    }
+
+
+def _count_blocks(weights: Mapping[str, torch.Tensor]) -> int:
+    return len({key.split(".")[1] for key in weights if key.startswith("blocks.")})
+
+
+def _from_hugging_face(path: Path) -> Source:
+    """Read a directory of config.json and weights, as the hub keeps it."""
+    config = _read_json(path / "config.json")
+    file = next((path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()), None)
+    if file is None:
+        raise InputError(f"{path} holds a config.json, and none of {', '.join(_HUGGING_FACE_FILES)} beside it")
+    provenance = {"file": file.name, "sha256": files.sha256_file(file)}
+    if isinstance(config.get("architecture"), str):
+        provenance["source"] = "timm"
+        return _from_timm_directory(path, config, read_weights(file), provenance)
+    if config.get("model_type") != "vit_mae":
+        raise InputError(
+            f"{path}/config.json is of a model of type {config.get('model_type')!r}; known are vit_mae (transformers' "
+            "ViTMAE) and timm's models"
+        )
+    parts = from_transformers(read_weights(file))
+    try:
+        if config.get("hidden_act", "gelu") != "gelu" or int(config.get("num_channels", 3)) != 3:
+            raise InputError(f"{path}: only models of three channels with exact GELU are known")
+        image_size = int(config["image_size"])
+        sizes = {
+            "name": _PUBLISHED.get(config["hidden_size"], (DEFAULT_MODEL, 0))[0],
+            "image_size": image_size,
+            "patch_size": int(config["patch_size"]),
+            "width": int(config["hidden_size"]),
+            "depth": int(config["num_hidden_layers"]),
+            "heads": int(config["num_attention_heads"]),
+            "decoder_width": int(config["decoder_hidden_size"]),
+            "decoder_depth": int(config["decoder_num_hidden_layers"]),
+            "decoder_heads": int(config["decoder_num_attention_heads"]),
+            "mask_ratio": float(config["mask_ratio"]),
+            "target": "norm_pixel" if config["norm_pix_loss"] else "pixel",
+        }
+        eps = float(config["layer_norm_eps"])
+        if not 0 < eps < 1:
+            raise ValueError(f"layer_norm_eps {eps}")
+    except _MALFORMED as error:
+        raise InputError(f"{path}/config.json is no config of ViTMAE: {error!r}") from error
+    preprocess = None
+    if (path / "preprocessor_config.json").is_file():
+        prepared = _read_json(path / "preprocessor_config.json")
+        if "image_mean" in prepared and "image_std" in prepared:
+            mean, std = (_three(prepared[key], path) for key in ("image_mean", "image_std"))
+            preprocess = Preprocess.for_size((image_size, image_size), mean, std)
+    return Source(parts.encoder, parts.decoder, sizes, preprocess, eps, {"source": "transformers", **provenance})
+
+
+def _three(values: Any, path: Path) -> tuple[float, ...]:
+    try:
+        red, green, blue = map(float, values)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{path}/preprocessor_config.json: {values!r} are no three numbers") from error
+    return red, green, blue
+
+
+def _from_timm_directory(
+    path: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor], provenance: dict[str, Any]
+) -> Source:
+    """Read a model of timm as its hub keeps it, and as `export --format timm` writes it."""
+    try:
+        arguments = dict(config.get("model_args") or {})
+        cfg = dict(config.get("pretrained_cfg") or {})
+        sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
+        image_size = _image_size(arguments.get("img_size") or cfg["input_size"][1:])
+        sizes |= {"name": str(config["architecture"]), "image_size": image_size, "is_any_vit": True}
+        sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
+        preprocess = timm_preprocess(cfg, (image_size, image_size) if isinstance(image_size, int) else image_size)
+    except _MALFORMED as error:
+        raise InputError(f"{path}/config.json is no config of a timm model: {error!r}") from error
+    # All of them: an activation or a norm does not show in the weights.
+    img_size = image_size if isinstance(image_size, int) else list(image_size)
+    timm_arguments = {**arguments, "img_size": img_size, "num_classes": 0}
+    return Source(weights, {}, sizes, preprocess, None, provenance, timm_arguments=timm_arguments)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object")
+    return value
+
+
+def without_head(
+    weights: Mapping[str, torch.Tensor], encoder: torch.nn.Module, on_note: Note = lambda text: None
+) -> dict[str, torch.Tensor]:
+    """Return a ViT's weights without those of a classifier that the encoder does not have, and say so."""
+    known = encoder.state_dict()
+    left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
+    if left_out:
+        on_note(f"left out, a classifier: {', '.join(left_out)}")
+    return {key: tensor for key, tensor in weights.items() if key not in left_out}
+
+
+def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
+    """Return timm's model with its published weights.
+
+    Raises:
+        InputError: timm knows no such model, or cannot get its weights.
+    """
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise InputError(f"{said}: timm knows no such model")
+    try:
+        return timm.create_model(name, pretrained=True, **arguments)
+    except Exception as error:  # whatever the hub's client raises: no network, no such tag, no such file
+        first = (str(error).strip() or type(error).__name__).split("\n")[0]
+        raise InputError(
+            f"{said}: timm cannot get these weights ({first}); with no network, download the file elsewhere and name "
+            "that instead"
+        ) from error
+
+
+def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
+    """Build any model of timm.
+
+    Raises:
+        InputError: timm knows no such model, or cannot build it so.
+    """
+    import timm
+
+    if not timm.is_model(name):
+        raise InputError(f"--model {name}: timm knows no such model")
+    try:
+        return timm.create_model(name, pretrained=False, **arguments)
+    except Exception as error:  # whatever impossible sizes lead to
+        raise InputError(f"timm cannot build {name} with {dict(arguments)}: {error}") from error
+
+
+def _pretrained_cfg(name: str) -> Mapping[str, Any]:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise InputError(f"--model {name}: timm knows no such model")
+    try:
+        cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
+    except RuntimeError as error:
+        raise InputError(f"--model {name}: timm knows no such tag of {name.split('.')[0]}") from error
+    return cfg.to_dict() if cfg is not None else {}
+
+
+def timm_preprocess(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
+    """Return the evaluation preprocessing that timm keeps with weights, for images of (height, width) pixels."""
+    height, width = (math.floor(side / float(cfg.get("crop_pct") or 1.0)) for side in size)
+    # Of a model of one channel there is one number, which is then that of all three, whose luma it sees.
+    mean, std = (tuple(map(float, cfg[key])) * (3 if len(cfg[key]) == 1 else 1) for key in ("mean", "std"))
+    return Preprocess(
+        size,
+        (height, width),
+        mean,
+        std,
+        str(cfg.get("interpolation") or "bicubic"),
+        str(cfg.get("crop_mode") or "center"),
+    )

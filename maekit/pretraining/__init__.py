@@ -1,0 +1,1 @@
+"""`maekit pretrain`: the masked autoencoder as what is trained."""

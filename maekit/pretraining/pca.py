@@ -1,0 +1,60 @@
+"""The basis of a PCA target, fitted on the shards before the first step; from then on it is part of the checkpoints."""
+
+from collections.abc import Iterator
+
+import torch
+
+from maekit.images import Preprocess
+from maekit.mae.normalize import Normalizer
+from maekit.mae.targets import PcaTarget, patchify
+from maekit.shards.read import ShardSet
+from maekit.system.errors import ImageError, InputError
+from maekit.system.progress import Progress
+
+# 200,000 patches of a ViT-B/16.
+_IMAGES = 1024
+_BATCH = 32
+
+
+def fit_pca(
+    target: PcaTarget,
+    shards: ShardSet,
+    *,
+    prepare: Preprocess,
+    normalizer: Normalizer,
+    patch_size: int,
+    progress: Progress,
+) -> None:
+    """Fit the basis to patches of at most 1,024 images, evenly spread (of a remote set, over its first shard).
+
+    Raises:
+        InputError: none of them can be read, or they have too few patches.
+    """
+    numbers = shards.spread(_IMAGES)
+    progress.start("fit the PCA target", len(numbers))
+
+    def patches() -> Iterator[torch.Tensor]:
+        reader = shards.reader()
+        images = []
+        try:
+            for done, number in enumerate(numbers, 1):
+                shard, ordinal = shards.locate(number)
+                try:
+                    image = prepare(reader.read_image(shards.index(shard), ordinal))
+                    images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
+                except ImageError:
+                    pass  # counted where it is trained on
+                progress.advance(done)
+                if images and (len(images) == _BATCH or done == len(numbers)):
+                    yield patchify(normalizer(torch.stack(images)), patch_size)
+                    images.clear()
+        finally:
+            reader.close()
+
+    try:
+        kept = target.fit(patches())
+    except InputError as error:
+        raise InputError(f"{error}, those of {len(numbers)} images") from error
+    finally:
+        progress.stop()
+    progress.note(f"target: {target.outputs} principal components, {kept:.1%} of the variance of patches")

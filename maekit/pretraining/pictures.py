@@ -1,0 +1,53 @@
+"""The picture of a run: the same few images, under the same masks, every time."""
+
+import numpy as np
+import torch
+
+from maekit.images import Pixels, Preprocess
+from maekit.mae.mask_shapes import MaskShape
+from maekit.mae.reconstruction import images_of, reconstruct
+from maekit.shards.read import ShardSet
+from maekit.sheet import sheet
+from maekit.system.draws import Purpose, uniforms
+from maekit.system.errors import ImageError
+from maekit.training.step import MaskedObjective
+
+_IMAGES = 8
+
+
+def draw_samples(
+    objective: MaskedObjective, shards: ShardSet, prepare: Preprocess, shape: MaskShape, *, seed: int
+) -> Pixels | None:
+    """Draw masked | reconstruction | original of eight samples, evenly spread.
+
+    Args:
+        objective: in training mode, and left so.
+        shards: the training set.
+        prepare: the evaluation preprocessing.
+        shape: of the masks.
+        seed: of the masks.
+
+    Returns:
+        uint8 `[H, W, 3]`, or None where none of them can be read.
+    """
+    reader = shards.reader()
+    images = []
+    for number in shards.spread(_IMAGES):
+        shard, ordinal = shards.locate(number)
+        try:
+            image = prepare(reader.read_image(shards.index(shard), ordinal))
+            images.append(torch.from_numpy(image.copy()))
+        except ImageError:
+            continue  # counted where it is trained on; a picture shows what can be shown
+    reader.close()
+    if not images:
+        return None
+    model, normalizer = objective.model, objective.normalizer
+    device = next(model.parameters()).device
+    draws = [uniforms(shape.draws, Purpose.PICTURE, seed=seed, position=i) for i in range(len(images))]
+    noise = torch.from_numpy(shape.noise(np.stack(draws))).to(device)
+    originals = normalizer(torch.stack(images).permute(0, 3, 1, 2).to(device))
+    model.eval()
+    shown = reconstruct(model, originals, noise)
+    model.train()
+    return sheet([images_of(normalizer.to_pixels(x)) for x in (shown.masked, shown.overlaid, originals)])

@@ -1,0 +1,185 @@
+"""`maekit pretrain`: from a config to a run directory, and on from where it was killed.
+
+The order of things: check the config -> join the other processes -> resolve the model -> index the shards -> build the
+model -> own the directory -> find what to resume, or start from weights -> the engine, which compares with what is
+there, writes the config, loops, and has the encoder written.
+"""
+
+import copy
+import hashlib
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from maekit import runs
+from maekit.config import DEFAULT_EPOCHS, PretrainConfig
+from maekit.encoder_file import check_external_data
+from maekit.images import Preprocess
+from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
+from maekit.mae.normalize import Normalizer
+from maekit.mae.targets import PcaTarget
+from maekit.pretrained.load import fill_in, initialize_from, resolve_model
+from maekit.pretraining.pca import fit_pca
+from maekit.pretraining.task import Pretraining
+from maekit.runs import RunDirectory
+from maekit.shards.order import Order
+from maekit.shards.read import ShardSet
+from maekit.system import files
+from maekit.system.errors import InputError
+from maekit.system.progress import Progress, Silent
+from maekit.training.engine import Engine, Finished
+from maekit.training.launch import started
+from maekit.training.prepare import (
+    choose_precision,
+    index_shards,
+    newest_checkpoint,
+    refuse_different_data,
+    refuse_indivisible,
+)
+
+
+@dataclass(frozen=True)
+class PretrainResult:
+    """What a finished run amounts to; `--json` prints it.
+
+    Attributes:
+        out: the run directory.
+        steps: optimiser steps done.
+        samples: images trained on, repeats counted.
+        loss: mean loss over the last logged steps; None where no row of metrics is left.
+        val_loss: the last loss on held-out images; None without `--val`.
+        images_per_second: over this process's part of the run, on all ranks together.
+        data_wait: share of this process's time spent waiting for data.
+        bad: samples replaced, over the whole run.
+        skipped: steps left out because their gradient was not finite, over the whole run.
+        resumed_from: the step that this process went on from; 0 for a fresh start.
+        already_finished: whether there was nothing left to do.
+    """
+
+    out: str
+    steps: int
+    samples: int
+    loss: float | None
+    val_loss: float | None
+    images_per_second: float
+    data_wait: float
+    bad: int
+    skipped: int
+    resumed_from: int
+    already_finished: bool = False
+
+
+def pretrain(config: PretrainConfig, progress: Progress | None = None) -> PretrainResult:
+    """Pre-train a masked autoencoder; called again with the same config, go on or say that it is finished.
+
+    In several processes (`torchrun`), each calls this with the same config and all return the same.
+
+    Raises:
+        InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
+        Stopped: SIGTERM or SIGINT came to any of the processes, or the time is over; everything is saved.
+        ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
+        MaekitError: failed while working.
+    """
+    progress = progress or Silent()
+    config = copy.deepcopy(config)
+    if config.epochs is None and config.steps is None:
+        config.epochs = DEFAULT_EPOCHS
+    config.validate()
+    run = RunDirectory(Path(config.out))
+    files.require_utf8(run.path)
+    with started(config) as process, ExitStack() as stack:
+        world, device = process.world, process.device
+        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(lambda: resolve(config, run))
+        config = world.share(config)
+        precision = choose_precision(config, device, world, progress)
+        shards = world.in_turn(lambda: index_shards(config, world, progress))
+        refuse_different_data(shards, world)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        model = world.together(lambda: build_autoencoder(config.model, seed=config.seed))
+        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
+
+        # Asked inside the lock: a former process may just have saved its last checkpoint.
+        newest = world.on_main(lambda: newest_checkpoint(run, progress))
+        # Of a checkpoint the main process alone knows, and all must come to the same exchanges.
+        world.on_main(lambda: None if newest else start_from(config, model, shards, progress))
+        order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
+        task = Pretraining(config, run, shards, order, model.to(device), precision, world, progress)
+        finished = Engine(task, run, shards, order, device, world, progress, process.stop).go(newest)
+        result: PretrainResult = world.share(_result(config, finished))
+        return result
+
+
+def resolve(config: PretrainConfig, run: RunDirectory) -> None:
+    """Fill in what the config leaves to the model that it starts from, and refuse a directory of something else."""
+    if runs.is_run(run.path) and (begun := run.config().model).init_from == config.model.init_from:
+        # What an earlier start resolved; the weights that it began with may be gone by now.
+        fill_in(config.model, vars(begun))
+    else:
+        resolve_model(config.model)
+    height, width = config.model.size
+    if height == width:
+        config.model.image_size = height
+    config.model.tokenizer_sha256 = tokenizer_digest(Path(config.model.tokenizer)) if config.model.tokenizer else None
+    _refuse_foreign_directory(run)
+
+
+def tokenizer_digest(path: Path) -> str:
+    """Return a SHA-256 that names an ONNX file and the files that it keeps weights in.
+
+    Raises:
+        InputError: it cannot be read, or names files that it must not.
+    """
+    try:
+        digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
+    except InputError as error:
+        raise InputError(f"--tokenizer: {error}") from error
+    except OSError as error:
+        raise InputError(f"cannot read --tokenizer {path}: {error.strerror}") from error
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
+    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
+    if config.model.init_from:
+        progress.note(initialize_from(model, config.model.init_from, config.model))
+    if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
+        data = config.data
+        fit_pca(
+            model.target,
+            shards,
+            prepare=Preprocess.for_size(config.model.size, data.mean, data.std),
+            normalizer=Normalizer(data.mean, data.std, torch.device("cpu"), channels=config.model.channels),
+            patch_size=model.patch_size,
+            progress=progress,
+        )
+
+
+def _refuse_foreign_directory(run: RunDirectory) -> None:
+    if run.path.is_dir() and not runs.is_run(run.path):
+        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        if others:
+            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new --out")
+    elif run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file; --out names a directory")
+
+
+def _result(config: PretrainConfig, finished: Finished) -> PretrainResult:
+    held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
+    done, first, tally = finished.steps, finished.resumed_from, finished.tally
+    return PretrainResult(
+        out=str(Path(config.out)),
+        steps=done,
+        samples=done * config.batch_size,
+        loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
+        val_loss=held_out[-1] if held_out else None,
+        images_per_second=finished.images_per_second(config.batch_size),
+        data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
+        bad=tally.bad,
+        skipped=tally.skipped,
+        resumed_from=first,
+        already_finished=finished.already_finished,
+    )

@@ -1,0 +1,392 @@
+"""`maekit sweep`: one pre-training for each cell of a small grid, each judged alike, drawn as curves.
+
+The file is a config of `maekit pretrain` with a table more:
+
+    [sweep]
+    train = ["train-*.tar"]             # labelled, to judge with
+    test = ["test-*.tar"]
+    judge = ["knn"]                     # knn, linear, or both
+    every = "one"                       # vary one setting at a time, from the base; or "all": the whole grid
+
+    [sweep.vary]
+    "model.mask_ratio" = [0.5, 0.75, 0.9]
+    "model.decoder_depth" = [1, 2, 4]
+
+Each cell is a run of its own below OUT and goes on where it was stopped; what is trained and judged is not done again.
+"""
+
+import copy
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from maekit.config import PretrainConfig
+from maekit.config.poolings import check_pool
+from maekit.config.settings import fields_of, load_toml, set_value
+from maekit.system import files
+from maekit.system.errors import ElsewhereError, InputError, MaekitError, Stopped
+from maekit.system.progress import Progress, Silent
+
+_TABLE = "sweep."
+_VARY = "sweep.vary."
+_BASE = "base"
+_MOST_CELLS = 200
+
+
+@dataclass
+class SweepSettings:
+    """What is varied, and how it is judged: the table `[sweep]` of the file.
+
+    Attributes:
+        train: labelled shards to judge with.
+        test: likewise, held out.
+        judge: `knn`, `linear`, or both.
+        every: `one` varies one setting at a time, from the base; `all` goes through all combinations.
+        pool: of the embeddings.
+        train_images: at most so many, drawn at random; None is all.
+        test_images: likewise.
+    """
+
+    train: tuple[str, ...] = ()
+    test: tuple[str, ...] = ()
+    judge: tuple[str, ...] = ("knn",)
+    every: str = "one"
+    pool: str = "avg"
+    train_images: int | None = None
+    test_images: int | None = None
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        if not self.train or not self.test:
+            raise InputError("[sweep] needs train and test: labelled shards to judge with")
+        check_pool("sweep.pool =", self.pool)
+        for key, values, allowed in (
+            ("judge", self.judge, ("knn", "linear")),
+            ("every", (self.every,), ("one", "all")),
+        ):
+            if not values or any(value not in allowed for value in values):
+                raise InputError(f"sweep.{key} = {list(values)}: must be one of {', '.join(allowed)}")
+        for key, count in (("train_images", self.train_images), ("test_images", self.test_images)):
+            if count is not None and count < 1:
+                raise InputError(f"sweep.{key} = {count}: must be greater than 0")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid.
+
+    Attributes:
+        name: of its directory.
+        changes: settings by dotted key, which the base has otherwise.
+    """
+
+    name: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """What was found; `--json` prints it.
+
+    Attributes:
+        out: the directory.
+        page: the curves and the table.
+        rows: for each cell its name, its changes, and its scores; or, in place of those, why it `failed`.
+        trained: cells that were trained now.
+    """
+
+    out: str
+    page: str
+    rows: list[dict[str, Any]]
+    trained: int
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """A sweep as its file says it.
+
+    Attributes:
+        base: the config that each cell changes.
+        settings: how cells are judged.
+        vary: the values of each setting that is varied.
+    """
+
+    base: PretrainConfig
+    settings: SweepSettings
+    vary: dict[str, list[Any]]
+
+    def cells(self) -> list[Cell]:
+        """Return the cells, the base first; what changes nothing is the base.
+
+        Raises:
+            InputError: nothing is varied, or there are too many cells.
+        """
+        there = {key: value for key, value, _ in fields_of(self.base)}
+        if self.settings.every == "one":
+            chosen = [{key: value} for key, values in self.vary.items() for value in values]
+        else:
+            keys = list(self.vary)
+            chosen = [dict(zip(keys, values, strict=True)) for values in itertools.product(*self.vary.values())]
+        cells = {_BASE: Cell(_BASE)}
+        for changes in chosen:
+            config = copy.deepcopy(self.base)
+            for key, value in changes.items():
+                set_value(config, key, value)
+            now = {key: value for key, value, _ in fields_of(config)}
+            differing = {key: now[key] for key in changes if now[key] != there[key]}
+            if differing:
+                name = _slug(differing)
+                cells[name] = Cell(name, differing)
+        if len(cells) > _MOST_CELLS:
+            raise InputError(f"this sweep has {len(cells)} cells; at most {_MOST_CELLS} are trained")
+        if len(cells) == 1:
+            raise InputError("[sweep.vary] changes nothing; give it settings and their values")
+        return list(cells.values())
+
+
+def read_plan(path: Path) -> SweepPlan:
+    """Read the file of a sweep.
+
+    Raises:
+        InputError: it cannot be read, or says something impossible; names the key.
+    """
+    base, settings = PretrainConfig(), SweepSettings()
+    vary: dict[str, list[Any]] = {}
+    known = {f.name for f in fields(SweepSettings)}
+    for key, value in load_toml(path).items():
+        if key.startswith(_VARY):
+            name = key.removeprefix(_VARY)
+            if not isinstance(value, list) or not value:
+                raise InputError(f"{key} = {value!r}: must be a list of values")
+            for one in value:
+                set_value(copy.deepcopy(base), name, one)  # an unknown setting, or a value of the wrong type
+            vary[name] = value
+        elif key.startswith(_TABLE):
+            name = key.removeprefix(_TABLE)
+            if name not in known:
+                raise InputError(f"unknown setting {key!r} (there are {', '.join(sorted(known))}, and [sweep.vary])")
+            set_value(settings, name, value)
+        else:
+            set_value(base, key, value)
+    settings.validate()
+    return SweepPlan(base, settings, vary)
+
+
+def sweep(
+    plan: str | Path | SweepPlan, out: str | Path, progress: Progress | None = None, *, device: str | None = None
+) -> SweepResult:
+    """Train and judge every cell of a grid; called again, go on.
+
+    Args:
+        plan: the file, or what `read_plan` made of it.
+        out: the directory.
+        progress: is told how it goes on.
+        device: `auto`, `cpu` or `cuda`, in place of the file's.
+
+    Raises:
+        InputError: an impossible plan, labelled shards that cannot judge, or a cell that was begun with other
+            settings; all but the last found before anything is trained.
+        Stopped: a signal came; everything is saved, the same call goes on.
+        MaekitError: a cell failed while working; the others are done all the same.
+    """
+    from maekit.pretraining.pretrain import pretrain
+
+    progress = progress or Silent()
+    plan = plan if isinstance(plan, SweepPlan) else read_plan(Path(plan))
+    out = Path(out)
+    if device is not None:
+        plan.base.run.device = device
+    cells = plan.cells()
+    configs = [_config(plan.base, cell, out) for cell in cells]
+    for cell, config in zip(cells, configs, strict=True):
+        _check_cell(plan.settings, cell, config)
+    _check_judges(plan.settings, progress)
+    files.require_writable(out)
+    rows: list[dict[str, Any]] = []
+    trained = 0
+    page = out / "sweep.html"
+    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+        progress.note(f"cell {number} of {len(cells)}: {cell.name}")
+        row: dict[str, Any] = {"name": cell.name, "changes": cell.changes}
+        try:
+            result = pretrain(config, progress)
+            trained += not result.already_finished
+            row |= {"loss": result.loss, **_judged(plan, cell, config, progress)}
+        except (InputError, Stopped, ElsewhereError):
+            raise
+        except MaekitError as error:  # a rate that is too high must not keep the others from being tried
+            progress.note(f"{cell.name} failed: {error}")
+            row["failed"] = str(error)
+        rows.append(row)
+        files.write_atomically(out / "sweep.json", json.dumps({"rows": rows}, indent=1).encode())
+        files.write_atomically(page, _page(plan, rows, len(cells)))
+    failed = [row for row in rows if "failed" in row]
+    if failed:
+        first = f"{failed[0]['name']}: {failed[0]['failed']}"
+        raise MaekitError(f"{len(failed)} of {len(rows)} cells failed, the others are in {page}; the first: {first}")
+    return SweepResult(str(out), str(page), rows, trained)
+
+
+def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> None:
+    """Refuse a cell that could not be trained or judged, before any is trained.
+
+    Raises:
+        InputError: names the cell.
+    """
+    import torch
+
+    from maekit.mae.autoencoder import build_autoencoder
+    from maekit.mae.pooling import check_pooling
+
+    try:
+        config.validate()
+        if config.model.init_from is None:  # else the weights tell what the model is
+            with torch.device("meta"):  # takes no memory and no time
+                check_pooling(build_autoencoder(config.model, seed=config.seed).encoder, settings.pool)
+    except InputError as error:
+        raise InputError(f"{cell.name}: {error}") from error
+
+
+def _check_judges(settings: SweepSettings, progress: Progress) -> None:
+    """See that the labelled shards are there and have labels.
+
+    Raises:
+        InputError: they are not, or have none.
+    """
+    from maekit.evaluation.labelled import open_labelled
+
+    for specs, option, images in (
+        (settings.train, "sweep.train", settings.train_images),
+        (settings.test, "sweep.test", settings.test_images),
+    ):
+        open_labelled(specs, option, progress, images=images)
+
+
+def _config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
+    config = copy.deepcopy(base)
+    for key, value in cell.changes.items():
+        set_value(config, key, value)
+    config.out = str(out / cell.name)
+    return config
+
+
+def _slug(changes: Mapping[str, Any]) -> str:
+    """Return a name of settings, fit for a directory: `mask_ratio=0.5`."""
+    parts = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in changes.items()]
+    return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "x".join(map(_text, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _judged(plan: SweepPlan, cell: Cell, config: PretrainConfig, progress: Progress) -> dict[str, Any]:
+    """Return the scores of a cell: those that its run keeps, where they were found in the same way."""
+    from maekit.config.evaluate import EvaluateOptions
+    from maekit.evaluation.evaluate import evaluate
+    from maekit.runs import RunDirectory
+
+    settings = plan.settings
+    options = EvaluateOptions(
+        pool=(settings.pool,),
+        baselines=cell.name == _BASE,
+        train_images=settings.train_images,
+        test_images=settings.test_images,
+        device=config.run.device,
+    )
+    asked = {**asdict(settings), "shards": [settings.train, settings.test]}
+    path = Path(config.out) / "evaluations" / ".sweep.json"
+    step = RunDirectory(Path(config.out)).list_checkpoints()[0].step
+    kept = _read(path)
+    if kept.get("asked") == json.loads(json.dumps(asked)) and kept.get("step") == step:
+        scores: dict[str, Any] = kept["scores"]
+        return scores
+    scores = {}
+    for task in settings.judge:
+        found = evaluate(task, config.out, settings.train, settings.test, options, progress)
+        for row in found.rows:
+            name = row["name"]
+            if name == settings.pool:
+                scores[task] = row["accuracy"]
+            elif name == f"{settings.pool}, whitened":
+                scores[f"{task}, whitened"] = row["accuracy"]
+            else:
+                scores.setdefault("baselines", {})[f"{task}: {name}"] = row["accuracy"]
+    files.write_atomically(path, json.dumps({"asked": asked, "step": step, "scores": scores}).encode())
+    return scores
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return there if isinstance(there, dict) else {}
+
+
+def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
+    """Return the page: for each varied setting a curve, where it is a number, and one table of all cells."""
+    from maekit.pages import html
+    from maekit.pages.chart import Line, line_chart
+
+    measures = measures_of(rows)
+    there = {key: value for key, value, _ in fields_of(plan.base)}
+    charts = []
+    for key, values in plan.vary.items():
+        if plan.settings.every != "one" or not all(type(value) in (int, float) for value in values):
+            continue
+        points = [(there[key], row) for row in rows if not row["changes"]] if _is_number(there[key]) else []
+        points += [(row["changes"][key], row) for row in rows if key in row["changes"]]
+        if len(points) > 1:
+            points.sort(key=lambda point: point[0])
+            across = key.rpartition(".")[2]
+            for task in plan.settings.judge:
+                named = [name for name in measures if name.split(", ")[0] == task]
+                lines = [Line(name, [(float(x), row[name]) for x, row in points if name in row]) for name in named]
+                if any(line.points for line in lines):
+                    charts.append(line_chart(f"{key}: {task}", lines, unit="accuracy", share=True, across=across))
+    baselines = rows[0].get("baselines", {})
+    body = [[row["name"], *(_share(row, name) for name in measures), _loss(row)] for row in rows]
+    numbers = range(1, len(measures) + 2)
+    judged_rows = [number for number, row in enumerate(rows) if "failed" not in row]
+    best = [(max(judged_rows, key=lambda n: rows[n][name]), column) for column, name in enumerate(measures, 1)]
+    heads = ["", *(f"{name}, %" for name in measures), "loss"]
+    parts = [html.section("One setting at a time", html.group("charts", charts))] if charts else []
+    parts.append(html.section("Cells", html.table(heads, body, numbers=numbers, best=best if len(rows) > 1 else [])))
+    if baselines:
+        beside = [[name, f"{100 * value:.1f}"] for name, value in baselines.items()]
+        parts.append(html.section("Beside them", html.table(["", "accuracy, %"], beside, numbers=[1])))
+    if len(rows) < cells:
+        parts.append(html.note(f"{len(rows)} of {cells} cells are there so far."))
+    judged = f"{len(rows)} runs, judged by their {plan.settings.pool} embeddings"
+    return html.document("Sweep", f"{judged}; losses under different masks or targets do not compare", parts)
+
+
+def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the names of the scores that rows hold."""
+    others = ("name", "changes", "loss", "baselines", "failed")
+    return list(dict.fromkeys(key for row in rows for key in row if key not in others))
+
+
+def _share(row: dict[str, Any], name: str) -> str:
+    return f"{100 * row[name]:.1f}" if name in row else "–"
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float)
+
+
+def _loss(row: Mapping[str, Any]) -> str:
+    if "failed" in row:
+        return "failed"
+    return "" if row["loss"] is None else f"{row['loss']:.4f}"

@@ -1,0 +1,230 @@
+"""Files that are either whole or absent: atomic writes, digests, and one owner per output directory."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import itertools
+import os
+import socket
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+from maekit.system.errors import InputError, MaekitError
+
+_temporaries = itertools.count()
+
+
+def fsync_directory(directory: Path) -> None:
+    """Make the names in `directory` durable; file systems that cannot say so with EINVAL, which is accepted."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def require_writable(directory: Path) -> None:
+    """See that a file can be made in a directory, which is made if need be; before long work whose result goes there.
+
+    Raises:
+        InputError: it cannot; names the directory.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+
+
+def fsync_file(path: Path) -> None:
+    """Make the bytes of one file durable."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes]]:
+    """Write a file that appears under its name only when it is whole and durable.
+
+    Args:
+        path: the final name.
+        scratch: a directory on the same file system for the unfinished file; by default it lies beside `path`.
+
+    Raises:
+        MaekitError: the disk is full or the place is not writable; names the path.
+    """
+    # The unfinished name ends in .tmp, so that no glob over *.parquet or *.onnx ever sees it.
+    # The number keeps threads apart that write files of one name, for different folders, by way of one scratch.
+    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) -> None:
+    """Write `data` under `path`, whole or not at all."""
+    with atomic_file(path, scratch=scratch) as file:
+        file.write(data)
+
+
+def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
+    """Write `data` under `path` where nothing is yet, whole or not at all; return False where another was first.
+
+    Raises:
+        MaekitError: the disk is full or the place is not writable; names the path.
+    """
+    whole = scratch / f".{path.name}.{os.getpid()}.{next(_temporaries)}.new"
+    write_atomically(whole, data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(whole, path)  # unlike renaming, it never replaces
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
+                raise
+            os.replace(whole, path)  # a file system without links
+        fsync_directory(path.parent)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise write_failure(path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            whole.unlink()
+    return True
+
+
+def cache_directory() -> Path:
+    """Return where maekit caches what it can make again: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache."""
+    if own := os.environ.get("MAEKIT_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit"
+
+
+def walk_files(directory: Path) -> Iterator[Path]:
+    """Yield every file below a directory in sorted order, through symbolic links; hidden names are passed over.
+
+    Raises:
+        InputError: a folder that cannot be read, or a link that leads nowhere: what cannot be seen must not be left out
+            in silence.
+    """
+    seen: set[str] = set()
+
+    def fail(error: OSError) -> None:
+        raise InputError(f"cannot read {error.filename}: {error.strerror}") from error
+
+    found: list[str] = []
+    for folder, folders, names in os.walk(directory, followlinks=True, onerror=fail):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link back up
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            if name.startswith("."):
+                continue
+            path = os.path.join(folder, name)
+            try:
+                kind = os.stat(path).st_mode
+            except FileNotFoundError as error:
+                raise InputError(f"{path} is a link that leads nowhere; mend or remove it") from error
+            except OSError as error:
+                fail(error)
+            if stat.S_ISREG(kind):
+                found.append(path)
+    # By parts, as paths compare: a/x stands before a.b/x.
+    yield from map(Path, sorted(found, key=lambda path: path.split(os.sep)))
+
+
+def require_utf8(path: Path) -> None:
+    """Refuse a path that cannot be written down as text.
+
+    Raises:
+        InputError: the name is not UTF-8.
+    """
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename it") from error
+
+
+def write_failure(path: Path, error: OSError) -> MaekitError:
+    """Return the error for a failed write: the path, and what the system said."""
+    return MaekitError(f"cannot write {path}: {error.strerror or error}; what was written before is intact")
+
+
+def describe_bytes(count: float) -> str:
+    """Return a number of bytes as people say it."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def sole_owner(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process alone; a second process is refused, a killed one leaves nothing behind.
+
+    The lock is POSIX `lockf`: the kernel frees it when the process dies, and forked workers do not inherit it (they do
+    inherit `flock`, which then outlives a killed parent).
+
+    Raises:
+        InputError: another process holds the directory, or it cannot be written.
+    """
+    path = directory / ".lock"
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
+        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
+            owner = file.read().strip() or "another process"
+            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another --out") from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise write_failure(path, error) from error
+        yield
+    finally:
+        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
+            # Refused before anything was written: no trace of it stays.
+            path.unlink()
+            directory.rmdir()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+            file.close()

@@ -1,0 +1,120 @@
+"""Work divided among processes or threads on one machine, results in order."""
+
+import contextlib
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TypeVar
+
+from maekit.system.errors import MaekitError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+_PR_SET_PDEATHSIG = 1
+
+
+class Workers:
+    """Processes that work on items in order; a context manager.
+
+    Args:
+        count: how many; with 1, the work is done in this process.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self._pool: ProcessPoolExecutor | None = None
+        if count > 1:
+            # Forked children start at once and see what is loaded here; elsewhere than on Linux, libraries forbid it.
+            context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+            self._pool = ProcessPoolExecutor(count, context, follow_parent, (os.getpid(),))
+            with forking():
+                self._pool.submit(os.getpid)  # forks now, before the work that follows starts threads
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int | None = None
+    ) -> Iterator[Result]:
+        """Yield `function(item)` for each item, in order.
+
+        Args:
+            function: of a module, so that a process can find it; what it raises is raised here.
+            items: read only as fast as the work goes on.
+            ahead: how many items are worked on before their turn; None is four per process.
+
+        Raises:
+            MaekitError: a process was killed.
+        """
+        if self._pool is None:
+            yield from map(function, items)
+            return
+        try:
+            yield from _run_ahead(self._pool, function, items, ahead=ahead or 4 * self.count)
+        except BrokenProcessPool as error:
+            raise MaekitError("a worker process was killed (out of memory?); run the command again") from error
+
+
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
+    """Yield `function(item)` for each item, in order, computed ahead in threads, one item for each.
+
+    For work that waits, as for a network.
+    """
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield from _run_ahead(pool, function, items, ahead=threads)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _run_ahead(
+    pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int
+) -> Iterator[Result]:
+    flying: deque[Future[Result]] = deque()
+    for item in items:
+        flying.append(pool.submit(function, item))
+        if len(flying) > ahead:
+            yield flying.popleft().result()
+    while flying:
+        yield flying.popleft().result()
+
+
+@contextlib.contextmanager
+def forking() -> Iterator[None]:
+    """Fork within this: a child's garbage collector leaves alone what is garbage here.
+
+    Destroying what belongs to threads of the parent, such as a session of ONNX Runtime, would wait for them for ever:
+    they do not exist in the child.
+    """
+    was_frozen = gc.get_freeze_count() > 0
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not was_frozen:
+            gc.unfreeze()
+
+
+def follow_parent(parent: int) -> None:
+    """Make this worker process end with its parent, and leave signals to it.
+
+    Ctrl-C goes to the whole process group, and schedulers send SIGTERM to it; the parent alone decides when to stop.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be followed
+            os._exit(1)

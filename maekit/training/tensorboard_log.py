@@ -1,0 +1,65 @@
+"""RUN/tensorboard: the rows of metrics as curves, and the pictures of reconstructions. Loads TensorBoard when used."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.system import files
+
+_NO_CURVES = ("step", "samples")
+
+
+class Board:
+    """A writer of TensorBoard's event files; a run that resumes hides what it writes again.
+
+    Args:
+        folder: for the event files.
+        first: steps already done.
+
+    Raises:
+        MaekitError: the files cannot be written.
+    """
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._folder = folder
+        # TensorBoard's thread tells of a full disk here, and raises it again to nobody.
+        self._excepthook = threading.excepthook
+        threading.excepthook = self._heed
+        try:
+            self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None, flush_secs=30)
+        except OSError as error:
+            raise files.write_failure(folder, error) from error
+
+    def _heed(self, failed: threading.ExceptHookArgs) -> None:
+        if not isinstance(failed.exc_value, OSError):
+            self._excepthook(failed)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Add a row of metrics."""
+        try:
+            for name, value in row.items():
+                if name not in _NO_CURVES and isinstance(value, int | float):  # the name of a test set is no curve
+                    self._writer.add_scalar(name, value, row["step"])
+        except OSError as error:
+            raise files.write_failure(self._folder, error) from error
+
+    def picture(self, pixels: NDArray[np.uint8], step: int) -> None:
+        """Add a picture, uint8 `[H, W, 3]`."""
+        try:
+            self._writer.add_image("reconstructions", pixels, step, dataformats="HWC")
+        except OSError as error:
+            raise files.write_failure(self._folder, error) from error
+
+    def close(self) -> None:
+        """Write what is left."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            raise files.write_failure(self._folder, error) from error
+        finally:
+            threading.excepthook = self._excepthook

@@ -1,0 +1,1 @@
+"""Arithmetic on embeddings: who is near, and how many directions count."""

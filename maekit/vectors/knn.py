@@ -1,0 +1,64 @@
+"""Nearest-neighbour classification of embeddings: the quickest answer to whether they are any good."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maekit.vectors.nearest import nearest
+
+_ROWS = 1024
+
+Rows = NDArray[np.float32]
+Labels = NDArray[np.int64]
+
+
+def knn_accuracy(
+    train: Rows, train_labels: Labels, test: Rows, test_labels: Labels, *, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Return the share of test rows whose weighted neighbours vote for their label; see `knn_accuracies`."""
+    (share,) = knn_accuracies(train, train_labels, test, test_labels, ks=[k], temperature=temperature)
+    return share
+
+
+def knn_accuracies(
+    train: Rows,
+    train_labels: Labels,
+    test: Rows,
+    test_labels: Labels,
+    *,
+    ks: Sequence[int],
+    temperature: float = 0.07,
+) -> list[float]:
+    """Return the share of test rows whose weighted neighbours vote for their label (Wu et al. 2018, section 3.4).
+
+    Each of the k nearest training rows by cosine votes with exp(cosine / temperature); of equal votes the smaller
+    label wins.
+
+    Args:
+        train: `[n, d]`.
+        train_labels: int64 `[n]`, from 0.
+        test: `[m, d]`.
+        test_labels: int64 `[m]`; -1 is right for no vote.
+        ks: numbers of neighbours, a share for each; all training rows where there are fewer.
+        temperature: of the weights.
+
+    Raises:
+        ValueError: no rows, or labels that do not match them.
+    """
+    if not len(train) or not len(test) or len(train) != len(train_labels) or len(test) != len(test_labels):
+        raise ValueError(f"{len(train)} rows, {len(train_labels)} labels; {len(test)} rows, {len(test_labels)} labels")
+    classes = int(train_labels.max()) + 1
+    right = np.zeros(len(ks), np.int64)
+    cosines, rows = nearest(test, [train], max(ks))
+    for start in range(0, len(test), _ROWS):
+        part = slice(start, start + _ROWS)
+        # The largest weight of a row is 1: e to the power of 1 / 0.07 times many neighbours needs no more range.
+        weights = np.exp((cosines[part].astype(np.float64) - cosines[part, :1]) / temperature)
+        voters = train_labels[rows[part]]
+        for number, k in enumerate(ks):
+            votes = np.zeros((len(voters), classes))
+            np.add.at(votes, (np.arange(len(voters))[:, None], voters[:, :k]), weights[:, :k])
+            right[number] += int((votes.argmax(axis=1) == test_labels[part]).sum())
+    shares: list[float] = (right / len(test)).tolist()
+    return shares

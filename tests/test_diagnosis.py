@@ -1,0 +1,366 @@
+"""`maekit doctor`: what works is found to work, and each thing that is broken here on purpose is found and mended."""
+
+import functools
+import io
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import pytest
+from PIL import Image
+
+from maekit import diagnosis as doctor
+from maekit import providers
+from maekit.diagnosis import Diagnosis, Finding, examine
+from maekit.images import Preprocess
+from maekit.providers import CPU, CUDA, Opened, Problem
+from maekit.system.errors import InputError
+
+pytestmark = pytest.mark.whole
+
+LOOK = """
+import json, sys
+from maekit.diagnosis import examine
+print(json.dumps(examine(seconds=0).summary()))
+assert "torch" not in sys.modules
+"""
+STUB = """
+#include <string.h>
+int cuInit(unsigned flags) { return FAILURE; }
+int cuDriverGetVersion(int *version) { *version = 12040; return 0; }
+int cuDeviceGetCount(int *count) { *count = 2; return 0; }
+int cuDeviceGet(int *device, int number) { *device = number; return 0; }
+int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA Stub", size); return 0; }
+int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 24000000000; return 0; }
+int cuGetErrorString(int code, const char **said) { *said = "system has unsupported display driver"; return 0; }
+"""
+GPU = doctor._Driver("580.1", (13, 0), [("NVIDIA Stub", 24 * 10**9)])
+
+
+def of(diagnosis: Diagnosis, subject: str) -> Finding:
+    (finding,) = [finding for finding in diagnosis.findings if finding.subject == subject]
+    return finding
+
+
+def look(cwd: Path, **environment: str) -> dict[str, dict[str, str]]:
+    """Examine in a fresh process; return what was found, by subject, with what is a problem."""
+    ran = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    summary = json.loads(ran.stdout.splitlines()[-1])
+    found = {row["subject"]: dict(row) for row in summary["findings"]}
+    for row in summary["problems"]:
+        found[row["subject"]] |= row
+    return found
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Run the command in this process and return its exit code."""
+    from maekit.cli.app import main
+
+    monkeypatch.setattr(sys, "argv", ["maekit", "doctor", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+def test_this_machine() -> None:
+    """ONNX Runtime works here, having run; rates are measured, and the limit is below both of its parts."""
+    diagnosis = examine(seconds=0.05)
+    for subject in ("ONNX Runtime", "CPU provider"):
+        assert of(diagnosis, subject).problem is None
+    assert of(diagnosis, "CPU provider").value.startswith("works: ran ")
+    rates = diagnosis.rates
+    decode, session, limit = (float(rates[key]) for key in ("decode_all_cores", "session", "limit"))
+    assert 0 < limit < min(decode, session)
+    assert limit > min(decode, session) / 2.01
+    assert float(rates["decode_one_core"]) > 0
+    assert "ViT-S/16" in str(rates["model"])
+
+
+def test_the_command_and_its_json(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, "-m", "maekit", "doctor", "--json"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    summary = json.loads(ran.stdout.splitlines()[-1])
+    assert list(summary) == ["problems", "findings", "rates"]
+    assert ran.returncode == bool(summary["problems"])
+    assert ran.stderr == ""
+    assert {"model", "cores", "batch_size", "decode_one_core", "decode_all_cores", "session", "limit"} == set(
+        summary["rates"]
+    )
+    for row in summary["findings"]:
+        assert f"{row['subject']}  " in ran.stdout  # the table is there as well
+    assert str(tmp_path) in ran.stdout
+    assert "images per second" in ran.stdout
+
+
+def test_the_usual_encoder_has_the_size_of_vit_small() -> None:
+    """timm's vit_small_patch16_224 has 21,665,664 parameters without its head."""
+    model = onnx.load_from_string(doctor._vit_small())
+    onnx.checker.check_model(model)
+    sizes = [onnx.numpy_helper.to_array(constant).size for constant in model.graph.initializer]
+    assert abs(sum(sizes) - 21_665_664) < 500
+    assert sum(node.op_type == "Attention" for node in model.graph.node) == 12
+
+
+def test_the_photo_is_as_heavy_as_a_photo() -> None:
+    data = doctor._photo()
+    assert 70_000 < len(data) < 130_000
+    assert Image.open(io.BytesIO(data)).size == (500, 375)
+
+
+def test_two_runtimes_are_a_problem_with_its_command(monkeypatch, tmp_path: Path, capsys) -> None:
+    (real,) = providers.installed_runtimes()
+    other = "onnxruntime" if real == "onnxruntime-gpu" else "onnxruntime-gpu"
+    folder = tmp_path / f"{other.replace('-', '_')}-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {other}\nVersion: 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(doctor, "examine", functools.partial(examine, seconds=0))
+    assert run_main(monkeypatch, "--json") == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    fix = f"pip uninstall -y {' '.join(sorted([real, other]))}; pip install 'maekit[cuda]'"
+    (number,) = [number for number, line in enumerate(lines) if line.startswith("problem  ONNX Runtime: ")]
+    assert "overwrite each other" in lines[number]
+    assert lines[number + 1] == f"    fix  {fix}"
+    assert fix in [problem["fix"] for problem in json.loads(last)["problems"]]
+
+
+@pytest.mark.parametrize("code", ["raise ImportError('libfoo.so.1: cannot open')", ""], ids=["raises", "empty"])
+def test_an_onnxruntime_that_does_not_load(tmp_path: Path, code: str) -> None:
+    """Removing one of two distributions leaves such an empty module behind."""
+    (tmp_path / "onnxruntime").mkdir()
+    (tmp_path / "onnxruntime" / "__init__.py").write_text(code)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = look(tmp_path, PYTHONPATH=path)
+    assert "import onnxruntime fails" in found["ONNX Runtime"]["problem"]
+    assert found["ONNX Runtime"]["fix"].startswith("pip uninstall -y onnxruntime onnxruntime-gpu; pip install ")
+    assert "problem" not in found["Python"]
+    assert "CPU provider" not in found
+
+
+def off_by_one(model: bytes) -> bytes:
+    """Return the model with one weight changed."""
+    changed = onnx.load_from_string(model)
+    for constant in changed.graph.initializer:
+        values = onnx.numpy_helper.to_array(constant).copy()
+        if values.dtype.kind == "f":
+            values.flat[0] += 8
+            constant.CopyFrom(onnx.numpy_helper.from_array(values, constant.name))
+    return changed.SerializeToString()
+
+
+def test_wrong_numbers_are_a_problem(monkeypatch) -> None:
+    open_cpu = providers.open_cpu
+    monkeypatch.setattr(providers, "open_cpu", lambda model, **options: open_cpu(off_by_one(model), **options))
+    finding = doctor._cpu_provider(providers)
+    assert finding.problem == f"{CPU} gives wrong numbers"
+    assert str(finding.fix).startswith("pip install --force-reinstall")
+
+
+def test_a_provider_that_fails_while_running_is_a_problem(monkeypatch) -> None:
+    class Torn:
+        def run(self, *_: object) -> list[object]:
+            raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 13\nmore")
+
+    monkeypatch.setattr(providers, "cuda_problem", lambda number=0: None)
+    monkeypatch.setattr(providers, "open_cuda", lambda *_, **__: Opened(Torn(), CUDA, (CUDA, CPU), {CUDA: 1}))
+    finding = doctor._cuda_provider(providers, GPU)
+    assert finding.problem == "[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 13"
+    assert finding.fix
+
+
+def test_cuda_that_is_listed_but_does_not_load(monkeypatch) -> None:
+    """Where no GPU is, the real provider is made to load, which it cannot."""
+    if doctor._driver() or CUDA not in onnxruntime.get_available_providers():
+        problem = Problem("the CUDA provider does not load (libcublas.so.13)", "pip install 'maekit[cuda]'")
+        monkeypatch.setattr(providers, "open_cuda", lambda *_, **__: Opened(None, CPU, (CPU,), {}, problem))
+    monkeypatch.setattr(providers, "cuda_problem", lambda number=0: None)
+    finding = of(examine(seconds=0), "CUDA provider")
+    assert "the CUDA provider does not load (lib" in str(finding.problem)
+    assert "maekit[cuda]" in str(finding.fix)
+
+
+def test_a_gpu_without_cuda_in_the_runtime_is_a_problem_and_no_gpu_is_none(monkeypatch) -> None:
+    problem = Problem("this onnxruntime is a build without CUDA", "pip install 'maekit[cuda]'")
+    monkeypatch.setattr(providers, "cuda_problem", lambda number=0: problem)
+    finding = doctor._cuda_provider(providers, GPU)
+    assert (finding.problem, finding.fix) == (problem.what, problem.fix)
+    for driver in (None, doctor._Driver("", (12, 4), [], code=100)):
+        assert doctor._cuda_provider(providers, driver).problem is None
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Callable[[int], str]:
+    """Return a function that makes a driver whose start gives a code; its CUDA is 12.4, and it has two GPUs."""
+    compiler = shutil.which("cc")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("needs a C compiler")
+
+    def make(code: int) -> str:
+        (tmp_path / "stub.c").write_text(STUB)
+        flags = ["-shared", "-fPIC", f"-DFAILURE={code}", "-Wl,-soname,libcuda.so.1", "-o", "libcuda.so.1"]
+        subprocess.run([compiler, *flags, "stub.c"], cwd=tmp_path, check=True)
+        return str(tmp_path)
+
+    return make
+
+
+def test_a_driver_that_is_too_old(stub, tmp_path: Path) -> None:
+    if not doctor._cuda_of_runtime() or int(doctor._cuda_of_runtime().split(".")[0]) < 13:
+        pytest.skip("needs an ONNX Runtime for CUDA 13")
+    found = look(tmp_path, LD_LIBRARY_PATH=stub(0))
+    assert found["NVIDIA GPU"]["value"] == "2 x NVIDIA Stub, 24.0 GB each"
+    assert "problem" not in found["NVIDIA GPU"]
+    assert "CUDA up to 12.4" in found["NVIDIA driver"]["value"]
+    assert "ends at 12.4" in found["CUDA provider"]["problem"]
+    assert found["CUDA provider"]["fix"] == "update the NVIDIA driver to one for CUDA 13"
+    assert "problem" not in found["CPU provider"]
+
+
+def test_a_driver_that_does_not_start(stub, tmp_path: Path) -> None:
+    found = look(tmp_path, LD_LIBRARY_PATH=stub(803))
+    assert "error 803, system has unsupported display driver" in found["NVIDIA GPU"]["problem"]
+    assert "reboot" in found["NVIDIA GPU"]["fix"]
+
+
+def test_no_driver_is_a_problem_only_where_a_card_is(monkeypatch) -> None:
+    no_device = doctor._Driver("", (13, 0), [], code=100)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for driver in (None, no_device):
+        assert doctor._no_gpu(driver, 0) == Finding("NVIDIA GPU", "none here")
+        assert "--gpus all" in str(doctor._no_gpu(driver, 1).fix)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert doctor._no_gpu(no_device, 1).problem is None
+
+
+@pytest.mark.parametrize(
+    ("code", "out", "said"),
+    [
+        (0, "True 13.0", None),
+        (0, "some library's remark\nFalse None", "without CUDA"),
+        (0, "False 13.0", "built for CUDA 13.0"),
+        (1, "", "OSError: libc10.so"),
+    ],
+)
+def test_torch_beside_a_gpu(code: int, out: str, said: str | None) -> None:
+    ran = subprocess.CompletedProcess([], code, out, "Traceback\nOSError: libc10.so")
+    finding = doctor._torch_on_gpu("2.15.0", GPU, ran)
+    assert (said is None and finding.problem is None) or str(said) in str(finding.problem)
+    assert bool(finding.fix) == bool(said)
+
+
+def test_little_shared_memory(monkeypatch, tmp_path: Path) -> None:
+    if sys.platform == "linux":
+        assert "--shm-size" in str(doctor._shared_memory(tmp_path / "none").fix)
+    usage = type(shutil.disk_usage(tmp_path))
+    for total, free, fix in ((64 << 20, 64 << 20, "--shm-size=8g"), (8 << 30, 1 << 20, "see what lies in")):
+        room = usage(total, total - free, free)
+        monkeypatch.setattr(shutil, "disk_usage", functools.partial(lambda room, _: room, room))
+        finding = doctor._shared_memory(tmp_path)
+        assert "too little" in str(finding.problem)
+        assert fix in str(finding.fix)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(8 << 30, 0, 8 << 30))
+    assert doctor._shared_memory(tmp_path).problem is None
+
+
+def test_disks_that_are_full_or_cannot_be_written(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MAEKIT_CACHE", "/proc/maekit")
+    monkeypatch.chdir(tmp_path)
+    here, _, cache = doctor._disks()
+    assert "/proc/maekit cannot be written" in str(cache.problem)
+    assert "MAEKIT_CACHE" in str(cache.fix)
+    assert here.value.endswith(f"free in {tmp_path}")
+    assert list(tmp_path.iterdir()) == []
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**8, 10**8))
+    assert "only 100.0 MB free" in str(doctor._disks()[0].problem)
+
+
+def test_a_disk_that_takes_no_write(tmp_path: Path) -> None:
+    """A quota shows only in writing: the file can be made, and no byte of it."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+        finding = doctor._disk("disk", tmp_path, "the fix")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(finding.problem)
+    assert finding.fix == "the fix"
+
+
+def test_few_open_files() -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+        finding = doctor._open_files()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert "512 at most" in str(finding.problem)
+    assert "ulimit" in str(finding.fix)
+
+
+def test_a_quota_of_cpu_time(monkeypatch, tmp_path: Path) -> None:
+    """The strictest of a process's control groups counts; a quota below the cores is a problem."""
+    (tmp_path / "own").write_text("4:memory:/x\n0::/pod/container\n")
+    (tmp_path / "pod" / "container").mkdir(parents=True)
+    (tmp_path / "pod" / "container" / "cpu.max").write_text("max 100000\n")
+    assert doctor._cpu_quota(tmp_path / "own", tmp_path) is None
+    (tmp_path / "pod" / "cpu.max").write_text("150000 100000\n")
+    assert doctor._cpu_quota(tmp_path / "own", tmp_path) == 1.5
+    (tmp_path / "pod" / "container" / "cpu.max").write_text("300000 100000\n")
+    assert doctor._cpu_quota(tmp_path / "own", tmp_path) == 1.5
+    assert doctor._cpu_quota(tmp_path / "none", tmp_path) is None
+    monkeypatch.setattr(doctor, "_cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(doctor, "cores", lambda: 2)
+    assert doctor._cores("CPU").problem is None
+    monkeypatch.setattr(doctor, "cores", lambda: 8)
+    assert "1.5 of 8 cores" in str(doctor._cores("CPU").problem)
+    assert str(doctor._cores("CPU").fix).startswith("taskset -c ")
+
+
+def test_the_rate_of_a_model_of_ones_own(tmp_path: Path) -> None:
+    model = onnx.load_from_string(doctor._vit_small(width=48, depth=1, heads=3))
+    preprocess = Preprocess.for_size((224, 224), (0.5,) * 3, (0.5,) * 3)
+    spec = {"preprocess": preprocess.to_json(), "dim": 48, "pool": "avg", "normalize": False}
+    onnx.helper.set_model_props(model, {"maekit": json.dumps(spec)})
+    onnx.save(model, tmp_path / "own.onnx")
+    diagnosis = examine(str(tmp_path / "own.onnx"), seconds=0.05)
+    assert str(diagnosis.rates["model"]).startswith("own.onnx at 224 x 224")
+    assert float(diagnosis.rates["session"]) > 0
+
+
+def test_a_model_that_is_none_exits_2_before_any_work(monkeypatch, tmp_path: Path, capsys) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        examine(str(tmp_path / "none.onnx"))
+    (tmp_path / "some.onnx").write_bytes(b"not an onnx file")
+    assert run_main(monkeypatch, str(tmp_path / "some.onnx")) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_help_has_no_markup_left(monkeypatch, capsys) -> None:
+    assert run_main(monkeypatch, "--help") == 0
+    assert "[ENCODER.ONNX]" in capsys.readouterr().out
