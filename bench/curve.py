@@ -21,7 +21,7 @@ import numpy as np
 
 from maekit import runs
 from maekit.cli.show import make_progress
-from maekit.config.export import ExportOptions
+from maekit.config.export import ExportConfig
 from maekit.evaluation.features import ExportedEncoder, Features, TorchEncoder, image_features, pixel_features
 from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
 from maekit.evaluation.linear import linear_accuracy
@@ -112,7 +112,7 @@ def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progr
     """Return all poolings by one exported file, which is twice as fast here as PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "all.onnx"
-        export(checkpoint, path, ExportOptions(pool="avg+std+cls+avg2x2", normalize=False, parity=tuple(parity)))
+        export(ExportConfig(checkpoint, path, pool="avg+std+cls+avg2x2", normalize=False, parity=tuple(parity)))
         encoder = ExportedEncoder(path, "auto")
         made = [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
     parts = []

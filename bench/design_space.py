@@ -164,7 +164,7 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def run_all(options: argparse.Namespace, task: str, names: list[str]) -> None:
-    """Do a task for each name whose result is not there yet, each in a process of its own, `lanes` at a time."""
+    """Do a task for each name whose result is not there yet, each in a process of its own, `concurrency` at a time."""
     cores, lane = sorted(os.sched_getaffinity(0)), count()
     running: set[subprocess.Popen[bytes]] = set()
 
@@ -185,7 +185,7 @@ def run_all(options: argparse.Namespace, task: str, names: list[str]) -> None:
         print(f"{task} {name}: {f'failed, see {log}' if failed else result.read_text()}", flush=True)
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    with ThreadPoolExecutor(options.lanes, initializer=pin) as pool:
+    with ThreadPoolExecutor(options.concurrency, initializer=pin) as pool:
         try:
             list(pool.map(run, names))
         except BaseException:

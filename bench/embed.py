@@ -25,7 +25,7 @@ from maekit.embedding.decode_pool import Chunk, DecodePool, Ring
 from maekit.embedding.inputs import Images, Scope, find_inputs
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import EncoderSession
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.system.machine import cores as available_cores
 
 FIRST_BATCH = """
@@ -38,7 +38,8 @@ def first(self, images):
     import os, signal
     os.kill(os.getpid(), signal.SIGKILL)
 session.EncoderSession._run = first
-from maekit.embedding.embed import EmbedConfig, embed
+from maekit.config.embed import EmbedConfig
+from maekit.embedding.embed import embed
 embed(EmbedConfig(sys.argv[1], (sys.argv[2],), sys.argv[3], device="cpu"))
 """
 
@@ -70,9 +71,9 @@ def main() -> None:
             rates["decode"].append(count / seconds)
             starts = range(0, count, batch_size)
             before = time.perf_counter()
-            with ThreadPoolExecutor(cores) as lanes:  # as embed runs it: one batch on each core
+            with ThreadPoolExecutor(cores) as concurrency:  # as embed runs it: one batch on each core
                 batches = [decoded[start : start + batch_size] for start in starts]
-                list(lanes.map(lambda batch: embed_padded(session, batch, len(batch)), batches))
+                list(concurrency.map(lambda batch: embed_padded(session, batch, len(batch)), batches))
             rates["session"].append(count / (time.perf_counter() - before))
     decode, alone, whole_rate, command = (statistics.median(rates[name]) for name in rates)
     limit = 1 / (1 / decode + 1 / alone)

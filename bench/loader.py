@@ -27,11 +27,11 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler
 from torchvision import datasets
 
 from maekit.mae.mask_shapes import MaskShape
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
-from maekit.training.crops import Augmentation, CropLoader, Watch
-from maekit.training.data import Division, ExactSource, StepBatches, make_loader, stop_workers
+from maekit.training.crops import Augmentation, CropLoader, WorkerProgress
+from maekit.training.data import BatchLayout, ExactSource, StepBatches, make_loader, stop_workers
 from maekit.training.image_cache import DecodedSet
 
 BATCH = 64
@@ -93,8 +93,8 @@ def _rate(batches: Iterator[object], images: int) -> float:
 def maekit_batches(
     shards: ShardSet, side: int, workers: int, decoded: DecodedSet | None = None, steps: int = 1 << 30
 ) -> Iterator[object]:
-    division, watch = Division(BATCH, BATCH, image_bytes=side * side * 3), Watch(workers)
-    order = Order(shards.counts, seed=0, digest=shards.digest)
+    division, watch = BatchLayout(BATCH, BATCH, image_bytes=side * side * 3), WorkerProgress(workers)
+    order = SampleOrder(shards.counts, seed=0, digest=shards.digest)
     crop, patch = Augmentation((side, side), (side, side), 0), 16 if side > 64 else 4
     loader = CropLoader(
         shards, order, crop, MaskShape("random", (side // patch, side // patch), 0.75), watch=watch, decoded=decoded

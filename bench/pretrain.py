@@ -21,7 +21,8 @@ from maekit.pretraining import pretrain as training
 from maekit.runs import RunDirectory
 from maekit.system.machine import cores
 from maekit.system.progress import Silent
-from maekit.training.loop import Trainer
+from maekit.training.engine import Engine
+from maekit.training.loop import Loop
 from maekit.training.step import Step
 
 
@@ -91,7 +92,7 @@ def main() -> None:
 
 def _measure(clock: Clock, limits: dict, seconds: float) -> None:
     """Watch the run from within: time its steps, and before its loop measure its own loader and step alone."""
-    take, run = Step.__call__, Trainer.run
+    take, run, save, log = Step.__call__, Loop.run, Engine._save, Engine._log
 
     def timed_step(self, micro_batches, done):
         before = time.perf_counter()
@@ -99,52 +100,50 @@ def _measure(clock: Clock, limits: dict, seconds: float) -> None:
         clock.steps.append((before, time.perf_counter()))
         return result
 
-    def timed_run(self, batches, *, first, last, tally):
+    def timed_run(self, first, last):
         limits["device"], limits["ready"] = self.device.type, time.perf_counter()
-        _measure_alone(self, batches, limits, seconds)
-        checkpoint, log = self.hooks.checkpoint, self.hooks.log
-
-        def timed(function, seconds):
-            def called(*arguments):
-                before = time.perf_counter()
-                function(*arguments)
-                seconds.append(time.perf_counter() - before)
-
-            return called
-
-        self.hooks.checkpoint, self.hooks.log = timed(checkpoint, clock.saves), timed(log, clock.logs)
+        _measure_alone(self, limits, seconds)
         Step.__call__ = timed_step
-        return run(self, batches, first=first, last=last, tally=tally)
+        yield from run(self, first, last)
 
-    Trainer.run = timed_run
+    def timed(function, seconds):
+        def called(*arguments):
+            before = time.perf_counter()
+            function(*arguments)
+            seconds.append(time.perf_counter() - before)
+
+        return called
+
+    Loop.run, Engine._save, Engine._log = timed_run, timed(save, clock.saves), timed(log, clock.logs)
 
 
-def _measure_alone(trainer: Trainer, batches, limits: dict, seconds: float) -> None:
+def _measure_alone(loop: Loop, limits: dict, seconds: float) -> None:
     """Measure the loader with nothing beside it, and the step on one batch over and over."""
     from loader import maekit_batches
 
+    batches = loop.batches
     kept = batches.next()
     batches._ready = [chunk for chunks in kept for chunk in chunks]  # given back: the run begins with it
     side = kept[0][0].images.shape[2]
     with torch.no_grad():
-        weights = {name: value.clone() for name, value in trainer.step._wrapped.state_dict().items()}
+        weights = {name: value.clone() for name, value in loop.step._wrapped.state_dict().items()}
     rates = []
-    on_cuda = trainer.device.type == "cuda"
+    on_cuda = loop.device.type == "cuda"
     steps = 8 if on_cuda else 1  # queued one behind the other, as the run queues them
     for _ in range(4):
         before = time.perf_counter()
         for _ in range(steps):
-            trainer.step(kept, 0)  # the first step's learning rate is 0
+            loop.step(kept, 0)  # the first step's learning rate is 0
         if on_cuda:
             torch.cuda.synchronize()
-        rates.append(steps * trainer.batch_size / (time.perf_counter() - before))
+        rates.append(steps * loop.batch_size / (time.perf_counter() - before))
     limits["step"] = sorted(rates[1:])[1]
     before = time.perf_counter()
-    {name: value.detach().to("cpu", copy=True) for name, value in trainer.step._wrapped.state_dict().items()}
+    {name: value.detach().to("cpu", copy=True) for name, value in loop.step._wrapped.state_dict().items()}
     # Weights and both moments.
     limits["copy"] = 3 * (time.perf_counter() - before)
-    trainer.step._wrapped.load_state_dict(weights)
-    trainer.step._optimizer.state.clear()
+    loop.step._wrapped.load_state_dict(weights)
+    loop.step._optimizer.state.clear()
     loader = maekit_batches(batches._shards, side, cores())
     next(loader)
     count, before = 0, time.perf_counter()

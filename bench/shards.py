@@ -32,7 +32,7 @@ from torchvision import datasets, transforms
 from maekit.images import decode, random_resized_crop
 from maekit.mae.mask_shapes import MaskShape
 from maekit.shards.index import build_index
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.system.draws import Purpose, uniforms
@@ -113,7 +113,7 @@ def _scan_with_tarfile(paths: list[Path]) -> int:
 
 
 def _read_with_maekit(shards) -> Iterator[bytes]:
-    order = Order(shards.counts, seed=0, digest=shards.digest)
+    order = SampleOrder(shards.counts, seed=0, digest=shards.digest)
     reader = shards.reader()
     for start in range(0, shards.samples, 64):
         places = order.slice(start, min(start + 64, shards.samples))
@@ -152,7 +152,7 @@ def _usual_transform(side: int) -> transforms.Compose:
 
 
 def _crop_with_maekit(shards, side: int) -> Iterator[object]:
-    order = Order(shards.counts, seed=0, digest=shards.digest)
+    order = SampleOrder(shards.counts, seed=0, digest=shards.digest)
     loader = CropLoader(shards, order, Augmentation((side, side), (side, side), 0), MaskShape("random", (14, 14), 0.75))
     slices = (order.slice(start, min(start + 64, shards.samples)) for start in range(0, shards.samples, 64))
     for chunk in loader(slices):

@@ -126,7 +126,7 @@ def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], obje
     from maekit.mae.normalize import Normalizer
     from maekit.training.crops import Chunk
     from maekit.training.data import Uploader
-    from maekit.training.distributed import World
+    from maekit.training.distributed import DistributedContext
     from maekit.training.optim import make_optimizer, make_schedule
     from maekit.training.step import MaskedObjective, Step
 
@@ -142,7 +142,7 @@ def _maekit(options: argparse.Namespace, **changes: object) -> Callable[[], obje
         make_schedule(config, batch_size=256, samples=1000, steps=100),
         forward=choose_kernels(model, device, options.precision),
         upload=Uploader(device, _no_tokens if sizes.target == "tokens" else None),
-        world=World(),
+        world=DistributedContext(),
         compile=options.compile,
     )
     chunk = Chunk(

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 import maekit
-from maekit.config.export import ExportOptions
+from maekit.config.export import ExportConfig
 from maekit.exporters.export import export
 from maekit.images import decode
 from maekit.shards.read import open_shards
@@ -69,7 +69,7 @@ def main() -> None:
     pixels = {split: np.stack([decode(d).ravel() / 255 for d in data]) for split, (data, _) in sets.items()}
     whitened("raw pixels", {k: v.astype(np.float32) for k, v in pixels.items()}, [64], options.fit)
     with tempfile.TemporaryDirectory() as folder:
-        made_file = export(options.run, f"{folder}/raw.onnx", ExportOptions(pool="cls+avg+std+avg2x2", normalize=False))
+        made_file = export(ExportConfig(options.run, f"{folder}/raw.onnx", pool="cls+avg+std+avg2x2", normalize=False))
         everything, width = embedded(made_file.path, sets), made_file.dim // 7
         places = {"avg": (1, 2), "cls": (0, 1), "avg+cls": (0, 2), "avg+std": (1, 3), "avg2x2": (3, 7)}
         for pool, (first, last) in places.items():
@@ -79,8 +79,12 @@ def main() -> None:
                 for fit in (500, 1000, 2000):
                     whitened(pool, rows, [None], fit)
         for precision, whiten in (("fp32", (options.train,)), ("int8", ()), ("int8", (options.train,))):
-            settings = ExportOptions(precision=precision, whiten=whiten, whiten_images=options.fit, force=True)
-            made_file = export(options.run, f"{folder}/{precision}.onnx", settings)
+            path = f"{folder}/{precision}.onnx"
+            made_file = export(
+                ExportConfig(
+                    options.run, path, precision=precision, whiten=whiten, whiten_images=options.fit, force=True
+                )
+            )
             add(
                 f"export --precision {precision}{' --whiten' if whiten else ''}",
                 made_file.dim,

@@ -23,7 +23,8 @@ from maekit.cli import (
     report,
     sweep,
 )
-from maekit.system.errors import ElsewhereError, MaekitError
+from maekit.cli.options import with_flags
+from maekit.system.errors import MaekitError, OtherRankError
 from maekit.version import __version__
 
 app = typer.Typer(
@@ -80,8 +81,8 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except MaekitError as error:
-        if not isinstance(error, ElsewhereError):
-            print(f"maekit: {error}", file=sys.stderr)
+        if not isinstance(error, OtherRankError):
+            print(f"maekit: {with_flags(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}

@@ -1,8 +1,11 @@
 """`maekit check`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from maekit.cli.options import Json, configured
+from maekit.config.check import CheckConfig
 
 if TYPE_CHECKING:
     from maekit.checking import CheckReport, ImageReport, ShardReport
@@ -10,26 +13,8 @@ if TYPE_CHECKING:
 _ROWS = 20  # a longer table is cut to what needs looking at
 
 
-def command(
-    shards: Annotated[
-        list[str], typer.Argument(help="Directories, .tar files, globs, brace patterns or URLs.", show_default=False)
-    ],
-    write_index: Annotated[
-        bool, typer.Option("--write-index", help="Write NAME.tar.index beside each sound shard.")
-    ] = False,
-    crc: Annotated[bool, typer.Option("--crc", help="Put the CRC-32 of every member into it.")] = False,
-    images: Annotated[
-        bool, typer.Option("--images", help="Decode every image: formats, modes, sizes, failures by reason.")
-    ] = False,
-    stats: Annotated[
-        bool, typer.Option("--stats", help="Mean and standard deviation of each channel, over all images.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(help="Processes. [dim]\\[default: one per core][/dim]", show_default=False)
-    ] = None,
-    cache_gb: Annotated[float, typer.Option(help="Gigabytes that remote shards may take in $MAEKIT_CACHE.")] = 50.0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-) -> None:
+@configured(CheckConfig, arguments=["shards"])
+def command(config: CheckConfig, as_json: Json = False) -> None:
     """Scan shards strictly: samples, bytes, damage, duplicate keys.
 
     Every tar header is checked and every byte accounted for. Where an index with CRC-32s lies beside a shard, every
@@ -38,44 +23,27 @@ def command(
     """
     import sys
 
-    from maekit.checking import check_shards
+    from maekit.checking import check
     from maekit.cli.show import make_progress, print_json
-    from maekit.shards.remote import RemoteCache
-    from maekit.shards.spec import find_shards
-    from maekit.system.errors import InputError
 
-    if crc and not write_index:
-        raise InputError("--crc puts CRC-32s into the index that --write-index writes; give both")
-    if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: must be at least 1")
-    if not cache_gb > 0:
-        raise InputError(f"--cache-gb {cache_gb:g}: must be greater than 0")
-    report = check_shards(
-        find_shards(shards),
-        write_indexes=write_index,
-        crc=crc,
-        images=images or stats,
-        workers=workers,
-        remote=RemoteCache(int(cache_gb * 1e9)),
-        progress=make_progress(),
-    )
+    report = check(config, make_progress())
     for shard in report.damaged:
         assert shard.damage is not None
         what = "unreadable  {}:" if shard.unreadable else "damaged  {}  at byte {}:"
         print(what.format(shard.name, shard.damage.offset), shard.damage.reason, file=sys.stderr)
     _print_shards(report)
-    if report.images is not None and images:
+    if report.images is not None and config.images:
         _print_images(report.images)
-    if report.images is not None and stats and report.images.decoded:
+    if report.images is not None and config.stats and report.images.decoded:
         _print_stats(report.images)
     if as_json:
         summary = report.summary()
-        if not stats:
+        if not config.stats:
             summary.pop("stats", None)
-        if not images:
+        if not config.images:
             summary.pop("images", None)
         print_json(summary)
-    if report.damaged or (images and report.images is not None and report.images.failed):
+    if report.damaged or (config.images and report.images is not None and report.images.failed):
         raise typer.Exit(1)
 
 

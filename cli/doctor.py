@@ -1,24 +1,18 @@
 """`maekit doctor`."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
+
+from maekit.cli.options import Json, configured, with_flags
+from maekit.config.check import DoctorConfig
 
 if TYPE_CHECKING:
     from maekit.diagnosis import Finding, Rates
 
 
-def command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="ENCODER.ONNX",
-            help="Measure this model in place of a ViT-S/16; what `maekit export` wrote.",
-            show_default=False,
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-) -> None:
+@configured(DoctorConfig, arguments=["model"])
+def command(config: DoctorConfig, as_json: Json = False) -> None:
     """Say what this machine has, what does not work on it and what mends that, and how fast it is.
 
     Runs a small model on every provider of ONNX Runtime and compares the numbers, writes into every folder that maekit
@@ -28,11 +22,11 @@ def command(
     from rich.console import Console
 
     from maekit.cli.show import print_json
-    from maekit.diagnosis import examine
+    from maekit.diagnosis import doctor
 
     # On a terminal alone, and gone with the result.
     with Console(stderr=True).status("looking and measuring, about five seconds"):
-        diagnosis = examine(model)
+        diagnosis = doctor(config)
     _print_findings(diagnosis.findings)
     if diagnosis.rates:
         _print_rates(diagnosis.rates)
@@ -89,4 +83,4 @@ def _print_problems(problems: "list[Finding]") -> None:
     for finding in problems:
         console.print(f"problem  {finding.subject}: {finding.problem}")
         # Never folded: it is there to be copied.
-        print(f"    fix  {finding.fix}")
+        print(f"    fix  {with_flags(finding.fix or '')}")

@@ -1,21 +1,17 @@
 """`maekit inspect`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from maekit.cli.curve import draw
+from maekit.cli.options import Json, configured
+from maekit.config.check import InspectConfig
 
 
-def command(
-    thing: Annotated[str, typer.Argument(help="A run, a checkpoint, an .onnx file, or shards.", show_default=False)],
-    providers: Annotated[
-        bool,
-        typer.Option("--providers", help="Of an .onnx file: which provider takes which nodes on this machine."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-) -> None:
+@configured(InspectConfig, arguments=["thing"])
+def command(config: InspectConfig, as_json: Json = False) -> None:
     """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged.
 
     Of a run, the loss is drawn as well. Of an ONNX file: input, output, preprocessing, where its weights come from, how
@@ -24,13 +20,13 @@ def command(
     from maekit.cli.show import print_json
     from maekit.inspection import inspect
 
-    description = inspect(thing, providers=providers)
+    description = inspect(config)
     if as_json:
         print_json(description)
     else:
         _print(description)
         if description["kind"] == "run":
-            _print_curves(thing)
+            _print_curves(config.thing)
     if description.get("damaged"):
         raise typer.Exit(1)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from maekit.cli.options import with_flags
 from maekit.system.files import describe_bytes
 from maekit.system.progress import Silent, duration
 
@@ -42,7 +43,7 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         """Print one line."""
-        print(self._prefix + text, file=sys.stderr, flush=True)
+        print(self._prefix + with_flags(text), file=sys.stderr, flush=True)
 
 
 class Plain:
@@ -55,11 +56,11 @@ class Plain:
 
     def note(self, text: str) -> None:
         """Print one line."""
-        print(text, file=sys.stderr, flush=True)
+        print(with_flags(text), file=sys.stderr, flush=True)
 
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Begin a piece of work."""
-        self._what, self._total, self._row, self._first = what, total, "", done
+        self._what, self._total, self._row, self._first = with_flags(what), total, "", done
         self._count = describe_bytes if unit == "bytes" else str
         self._started = self._shown = time.monotonic()
 
@@ -94,7 +95,7 @@ class Bar:
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(text, highlight=False, markup=False)
+        self._console.print(with_flags(text), highlight=False, markup=False)
 
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Show a bar."""
@@ -115,7 +116,7 @@ class Bar:
             TextColumn("{task.fields[row]}"),
             console=self._console,
         )
-        self._task = self._bar.add_task(what, total=total, completed=done, row="")
+        self._task = self._bar.add_task(with_flags(what), total=total, completed=done, row="")
         self._bar.start()
 
     def advance(self, done: int) -> None:

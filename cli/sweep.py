@@ -1,25 +1,11 @@
 """`maekit sweep`."""
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
+from maekit.cli.options import Json, configured
+from maekit.config.sweep import SweepConfig
 
 
-def command(
-    config: Annotated[
-        Path,
-        typer.Argument(
-            metavar="CONFIG.toml", help="A config of `maekit pretrain` with a table [sweep].", show_default=False
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="The directory: a run for each cell.", show_default=False)],
-    device: Annotated[
-        str | None,
-        typer.Option(help="auto, cpu or cuda. [dim]\\[default: as the file says][/dim]", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-) -> None:
+@configured(SweepConfig, arguments=["plan"])
+def command(config: SweepConfig, as_json: Json = False) -> None:
     r"""Pre-train a small grid of settings, judge each run alike, and draw the curves.
 
     \[sweep] names the labelled shards to judge with (train, test), how (judge = \["knn", "linear"]), and whether one
@@ -34,7 +20,7 @@ def command(
     from maekit.cli.show import make_progress, print_json, print_table
     from maekit.sweeping import measures_of, sweep
 
-    result = sweep(config, out, make_progress(), device=device)
+    result = sweep(config, make_progress())
     measures = measures_of(result.rows)
     table = [
         [row["name"], *(f"{100 * row[name]:.1f}" for name in measures), f"{row['loss']:.4f}" if row["loss"] else ""]

@@ -1,7 +1,6 @@
 """`maekit export`: a model -> one verified ONNX file that holds preprocessing, encoder and pooling, and says so."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ import numpy as np
 import onnx
 import torch
 
-from maekit.config.export import ExportOptions
+from maekit.config.export import ExportConfig
 from maekit.config.poolings import UNPOOLED
 from maekit.encoder_file import EMBEDDINGS, METADATA_KEY, TOKENS
 from maekit.exporters.graph import EmbeddingModule, check_exportable
@@ -57,71 +56,62 @@ class ExportResult:
     warning: str | None = None
 
 
-def export(
-    source: str | os.PathLike[str],
-    out: str | os.PathLike[str],
-    options: ExportOptions | None = None,
-    *,
-    progress: Progress | None = None,
-) -> ExportResult:
+def export(config: ExportConfig, progress: Progress | None = None) -> ExportResult:
     """Export an encoder, compare the written file with PyTorch on real images, and keep it if they agree.
 
     Args:
-        source: a run, one of its checkpoints, `timm:NAME`, a file of weights, or transformers' ViTMAE directory; see
-            `maekit.pretrained.sources`.
-        out: the ONNX file; the directory for timm's format.
-        options: what it computes.
+        config: the source (see `maekit.pretrained.sources`), the file, and what it computes.
         progress: where to show how it goes on.
 
     Raises:
         InputError: no such model, no images to compare on, an impossible option, or a place that is not writable.
         MaekitError: the file differs from PyTorch by more than its precision may; none is left behind.
     """
-    options, progress, out = options or ExportOptions(), progress or Silent(), Path(out)
-    options.validate()
-    if options.format == "onnx" and (out.is_dir() or out.suffix != ".onnx"):
-        raise InputError(f"--out {out}: must name a file that ends in .onnx")
-    if options.format == "timm":
+    progress, out = progress or Silent(), Path(config.out)
+    config.validate()
+    if config.format == "onnx" and (out.is_dir() or out.suffix != ".onnx"):
+        raise InputError(f"`out` {out}: must name a file that ends in .onnx")
+    if config.format == "timm":
         refuse_foreign_directory(out)
     files.require_writable(out.parent)
-    trained = load_encoder(os.fspath(source), model=options.model, on_note=progress.note)
-    check_exportable(trained.encoder, options.pool)
-    images = _comparison_images(os.fspath(source), trained, options)
-    if options.format == "timm":
+    trained = load_encoder(config.source, model=config.model, on_note=progress.note)
+    check_exportable(trained.encoder, config.pool)
+    images = _comparison_images(config.source, trained, config)
+    if config.format == "timm":
         written = write_timm(trained, out, images, progress.note)
         size = sum(file.stat().st_size for file in written)
         return ExportResult(str(out), trained.encoder.embed_dim, None, size, {})
-    whitening = _fit(trained, options, progress) if options.whiten else None
-    return _write(trained, options, whitening, images, out, progress)
+    whitening = _fit(trained, config, progress) if config.whiten else None
+    return _write(trained, config, whitening, images, out, progress)
 
 
-def _comparison_images(source: str, trained: TrainedEncoder, options: ExportOptions) -> Pixels:
+def _comparison_images(source: str, trained: TrainedEncoder, config: ExportConfig) -> Pixels:
     """Return images to calibrate on and to compare on, in this order."""
-    count = IMAGES + (_CALIBRATION_IMAGES if options.precision == "int8" else 0)
+    count = IMAGES + (_CALIBRATION_IMAGES if config.precision == "int8" else 0)
     try:
-        return sample_images(options.parity or trained.shards, trained.preprocess, count)
+        return sample_images(config.parity or trained.shards, trained.preprocess, count)
     except InputError as error:
-        if options.parity:
+        if config.parity:
             raise
         said = str(error) if trained.shards else f"{source} does not say what it was trained on"
-        raise InputError(f"{said}; name shards with images to compare on: --parity SHARDS") from error
+        raise InputError(f"{said}; name shards with images to compare on: `parity` SHARDS") from error
 
 
-def _fit(trained: TrainedEncoder, options: ExportOptions, progress: Progress) -> Whitening:
+def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> Whitening:
     """Fit the whitening, with the encoder on a GPU where PyTorch has one."""
     trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    sample = Sample(options.whiten, trained.preprocess, options.whiten_images)
+    sample = Sample(config.whiten, trained.preprocess, config.whiten_images)
 
     def batches() -> Any:
         done = 0
         for images in sample:
-            yield reference_embeddings(trained, images, pool=options.pool, normalize=False)
+            yield reference_embeddings(trained, images, pool=config.pool, normalize=False)
             done += len(images)
             progress.advance(done)
 
     progress.start("whiten", len(sample))
     try:
-        whitening = fit_whitening(batches(), options.whiten_dim, sample.digest)
+        whitening = fit_whitening(batches(), config.whiten_dim, sample.digest)
     finally:
         progress.stop()
         trained.encoder.to("cpu")
@@ -134,16 +124,16 @@ def _fit(trained: TrainedEncoder, options: ExportOptions, progress: Progress) ->
 
 def _write(
     trained: TrainedEncoder,
-    options: ExportOptions,
+    config: ExportConfig,
     whitening: Whitening | None,
     images: Pixels,
     out: Path,
     progress: Progress,
 ) -> ExportResult:
     """Write the graph, measure the written file, describe it, and give it its name."""
-    output = TOKENS if options.pool == UNPOOLED else EMBEDDINGS
-    proto = _trace(trained, options, whitening, images[:2], output, progress)
-    if options.precision == "int8":
+    output = TOKENS if config.pool == UNPOOLED else EMBEDDINGS
+    proto = _trace(trained, config, whitening, images[:2], output, progress)
+    if config.precision == "int8":
         progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")
         proto = quantize(proto, images[:_CALIBRATION_IMAGES])
         if len(images) >= 2 * _CALIBRATION_IMAGES:
@@ -152,19 +142,17 @@ def _write(
             progress.note(f"only {len(images)} images: int8 is compared on those it is calibrated on as well")
     elif len(images) < IMAGES:
         progress.note(f"compared on {len(images)} images only, there are no more")
-    expected = reference_embeddings(
-        trained, images, pool=options.pool, normalize=options.normalize, whitening=whitening
-    )
+    expected = reference_embeddings(trained, images, pool=config.pool, normalize=config.normalize, whitening=whitening)
     warning = None
     with new_model(out, proto) as model:
         # Compared as a file, before it gets its name; the figures then go into its metadata, the graph stays.
-        opened = open_encoder(model.path, output, device="auto" if options.precision == "fp16" else "cpu")
+        opened = open_encoder(model.path, output, device="auto" if config.precision == "fp16" else "cpu")
         parity = measure(opened.encode, images, expected, provider=opened.provider)
-        warning = GATES[options.precision].problem(parity)
-        if warning and not options.force:
-            raise MaekitError(f"the exported file differs from PyTorch: {warning}; none is written (--force keeps it)")
+        warning = GATES[config.precision].problem(parity)
+        if warning and not config.force:
+            raise MaekitError(f"the exported file differs from PyTorch: {warning}; none is written (`force` keeps it)")
         probe = rows_to_json(opened.encode(probe_images(trained.preprocess.size)))
-        _describe(proto, trained, options, whitening, parity, model, probe)
+        _describe(proto, trained, config, whitening, parity, model, probe)
         model.write(proto)
     said = f"parity with PyTorch on {parity.images} images: {parity.max_relative_difference:.1e} of the largest value"
     progress.note(f"{said}, cosine at least {parity.min_cosine:.5f}, {parity.mean_cosine:.5f} on average")
@@ -176,31 +164,31 @@ def _write(
 
 def _trace(
     trained: TrainedEncoder,
-    options: ExportOptions,
+    config: ExportConfig,
     whitening: Whitening | None,
     images: Pixels,
     output: str,
     progress: Progress,
 ) -> onnx.ModelProto:
     """Return the graph; the module that it is made from is not kept."""
-    progress.note(f"tracing {trained.name} at opset {options.opset}")
+    progress.note(f"tracing {trained.name} at opset {config.opset}")
     module = EmbeddingModule(
         trained.encoder,
         trained.preprocess,
-        pool=options.pool,
-        normalize=options.normalize,
+        pool=config.pool,
+        normalize=config.normalize,
         whitening=whitening,
-        half=options.precision == "fp16",
-        opset=options.opset,
+        half=config.precision == "fp16",
+        opset=config.opset,
     )
     # PyTorch's exporter takes a batch of one for a fixed size.
-    return to_onnx(module.eval(), np.resize(images, (2, *images.shape[1:])), opset=options.opset, output=output)
+    return to_onnx(module.eval(), np.resize(images, (2, *images.shape[1:])), opset=config.opset, output=output)
 
 
 def _describe(
     proto: onnx.ModelProto,
     trained: TrainedEncoder,
-    options: ExportOptions,
+    config: ExportConfig,
     whitening: Whitening | None,
     parity: Parity,
     model: ModelFile,
@@ -212,11 +200,11 @@ def _describe(
         "maekit": __version__,
         "model": trained.name,
         "preprocess": trained.preprocess.to_json(),
-        "pool": options.pool,
-        "normalize": options.normalize,
+        "pool": config.pool,
+        "normalize": config.normalize,
         "whitening": whitening.to_json() if whitening else None,
         "dim": output[-1].dim_value,
-        "precision": options.precision,
+        "precision": config.precision,
         "checkpoint": trained.provenance,
         "parity": parity.to_json(),
         "probe": probe,

@@ -71,7 +71,7 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
     activations = _observe(proto, images)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     if any(node.op_type == "MatMul" and node.input[1] in weights for node in proto.graph.node):
-        raise InputError("--precision int8: this model has blocks whose linear layers are not known here")
+        raise InputError("`precision` int8: this model has blocks whose linear layers are not known here")
     casts = _casts(proto)
     nodes: list[Any] = []
     tensors: list[Any] = []

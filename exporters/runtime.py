@@ -55,5 +55,5 @@ def _open(path: Path, device: str) -> Opened:
         if opened.problem is None:
             return opened
         if device != "auto":
-            raise InputError(f"--device {device}: {opened.problem.what}; {opened.problem.fix}")
+            raise InputError(f"`device` {device}: {opened.problem.what}; {opened.problem.fix}")
     return open_cpu(path, threads=cores())

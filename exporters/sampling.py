@@ -2,12 +2,11 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from maekit.images import Pixels, Preprocess
-from maekit.shards.read import MemberReader, open_shards
+from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import cores
@@ -49,18 +48,17 @@ class Sample:
         """
         found, problem = 0, ""
         pending: list[Pixels] = []
-        with ThreadPoolExecutor(cores()) as pool:
-            for place in self._prepared(pool):
-                if isinstance(place, str):
-                    problem = place
-                    continue
-                pending.append(place)
-                found += 1
-                if len(pending) == _BATCH or found == self._count:
-                    yield self._digested(pending)
-                    pending = []
-                if found == self._count:
-                    return
+        for image in self._shards.images(self._places(), self._preprocess, threads=cores()):
+            if isinstance(image, ImageError):
+                problem = str(image)
+                continue
+            pending.append(image)
+            found += 1
+            if len(pending) == _BATCH or found == self._count:
+                yield self._digested(pending)
+                pending = []
+            if found == self._count:
+                return
         if pending:
             yield self._digested(pending)
         if not found:
@@ -71,34 +69,11 @@ class Sample:
         self.digest.update(batch.tobytes())
         return batch
 
-    def _prepared(self, pool: ThreadPoolExecutor) -> Iterator[Pixels | str]:
-        """Yield the image of each place in turn, or why there is none; decoded some ahead, by several threads."""
-        reader = self._shards.reader()
+    def _places(self) -> list[int]:
+        """Return numbers of samples, the first third of them spread over the whole: 0, 3, 6, …, 1, 4, 7, …"""
         total = self._shards.samples
         places = np.unique(np.linspace(0, total - 1, min(total, _SPARE * self._count)).astype(int))
-        # 0, 3, 6, …, 1, 4, 7, …: the first third is spread over the whole.
-        order = np.concatenate([places[start::_SPARE] for start in range(_SPARE)])
-        try:
-            for first in range(0, len(order), _BATCH):
-                data = [self._read(reader, int(number)) for number in order[first : first + _BATCH]]
-                yield from pool.map(self._prepare, data)
-        finally:
-            reader.close()
-
-    def _read(self, reader: MemberReader, number: int) -> bytes | str:
-        shard, ordinal = self._shards.locate(number)
-        try:
-            return reader.read_image(self._shards.index(shard), ordinal)
-        except ImageError as error:
-            return str(error)
-
-    def _prepare(self, data: bytes | str) -> Pixels | str:
-        if isinstance(data, str):
-            return data
-        try:
-            return self._preprocess(data)
-        except ImageError as error:
-            return str(error)
+        return [int(place) for start in range(_SPARE) for place in places[start::_SPARE]]
 
 
 def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int) -> Pixels:

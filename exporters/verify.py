@@ -87,7 +87,7 @@ def verify(
             raise ValueError(f"images of {description.preprocess.size}, and the graph takes {dims[1:3]}")
         probe = _probe(opened, description, spec["probe"])
     except (KeyError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged or older than --verify: {error!r}") from error
+        raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged or older than `verify`: {error!r}") from error
     if problem := same.problem(probe):
         problems.append(f"it is not what it was when it was exported: {problem}")
     measured = None
@@ -98,8 +98,8 @@ def verify(
         if problem := gate.problem(measured):
             problems.append(f"it differs from PyTorch: {problem}")
     elif parity or model:
-        option = "--parity" if parity else "--model"
-        raise InputError(f"{option} needs the source of the weights, to compute what the file must give")
+        name = "parity" if parity else "model"
+        raise InputError(f"`{name}` needs the source of the weights, to compute what the file must give")
     return Verification(str(path), opened.provider, probe, measured, tuple(problems))
 
 

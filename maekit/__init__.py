@@ -1,4 +1,7 @@
-"""maekit: tar shards -> masked autoencoder -> ONNX encoder -> embeddings."""
+"""maekit: tar shards -> masked autoencoder -> ONNX encoder -> embeddings.
+
+Every command is a function of its name that takes the config of its name: `maekit.embed(maekit.EmbedConfig(...))`.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -6,42 +9,62 @@ from typing import TYPE_CHECKING, Any
 from maekit.version import __version__
 
 if TYPE_CHECKING:
-    from maekit.checking import check_shards
+    from maekit.checking import check, check_shards
     from maekit.config import PretrainConfig
-    from maekit.config.evaluate import EvaluateOptions
-    from maekit.config.export import ExportOptions
-    from maekit.config.pages import NeighbourOptions, ReconstructOptions, ReportOptions
-    from maekit.embedding.embed import EmbedConfig, embed
+    from maekit.config.check import CheckConfig, DoctorConfig, InspectConfig
+    from maekit.config.embed import EmbedConfig
+    from maekit.config.evaluate import EvaluateConfig
+    from maekit.config.export import ExportConfig
+    from maekit.config.finetune import FinetuneConfig
+    from maekit.config.pack import PackConfig
+    from maekit.config.pages import NeighboursConfig, ReconstructConfig, ReportConfig
+    from maekit.config.sweep import SweepConfig
+    from maekit.diagnosis import doctor
+    from maekit.embedding.embed import embed
     from maekit.embedding.embedder import Embedder
     from maekit.evaluation.evaluate import evaluate
     from maekit.exporters.export import export
     from maekit.exporters.verify import verify
+    from maekit.finetuning.finetune import finetune
+    from maekit.inspection import inspect
     from maekit.pages.neighbours import neighbours
     from maekit.pages.reconstruct import reconstruct
     from maekit.pages.report import report
     from maekit.pretraining.pretrain import pretrain
-    from maekit.shards.pack import PackOptions, pack
+    from maekit.shards.pack import pack
     from maekit.shards.spec import find_shards
     from maekit.sweeping import sweep
-    from maekit.system.errors import MaekitError
+    from maekit.system.errors import ImageError, InputError, MaekitError, Stopped
 
 # Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers and for `--help`.
 _HOMES = {
-    "EmbedConfig": "maekit.embedding.embed",
+    "CheckConfig": "maekit.config.check",
+    "DoctorConfig": "maekit.config.check",
+    "EmbedConfig": "maekit.config.embed",
     "Embedder": "maekit.embedding.embedder",
-    "EvaluateOptions": "maekit.config.evaluate",
-    "ExportOptions": "maekit.config.export",
+    "EvaluateConfig": "maekit.config.evaluate",
+    "ExportConfig": "maekit.config.export",
+    "FinetuneConfig": "maekit.config.finetune",
+    "ImageError": "maekit.system.errors",
+    "InputError": "maekit.system.errors",
+    "InspectConfig": "maekit.config.check",
     "MaekitError": "maekit.system.errors",
-    "NeighbourOptions": "maekit.config.pages",
-    "PackOptions": "maekit.shards.pack",
+    "NeighboursConfig": "maekit.config.pages",
+    "PackConfig": "maekit.config.pack",
     "PretrainConfig": "maekit.config",
-    "ReconstructOptions": "maekit.config.pages",
-    "ReportOptions": "maekit.config.pages",
+    "ReconstructConfig": "maekit.config.pages",
+    "ReportConfig": "maekit.config.pages",
+    "Stopped": "maekit.system.errors",
+    "SweepConfig": "maekit.config.sweep",
+    "check": "maekit.checking",
     "check_shards": "maekit.checking",
+    "doctor": "maekit.diagnosis",
     "embed": "maekit.embedding.embed",
     "evaluate": "maekit.evaluation.evaluate",
     "export": "maekit.exporters.export",
     "find_shards": "maekit.shards.spec",
+    "finetune": "maekit.finetuning.finetune",
+    "inspect": "maekit.inspection",
     "neighbours": "maekit.pages.neighbours",
     "pack": "maekit.shards.pack",
     "pretrain": "maekit.pretraining.pretrain",
@@ -52,22 +75,34 @@ _HOMES = {
 }
 
 __all__ = [
+    "CheckConfig",
+    "DoctorConfig",
     "EmbedConfig",
     "Embedder",
-    "EvaluateOptions",
-    "ExportOptions",
+    "EvaluateConfig",
+    "ExportConfig",
+    "FinetuneConfig",
+    "ImageError",
+    "InputError",
+    "InspectConfig",
     "MaekitError",
-    "NeighbourOptions",
-    "PackOptions",
+    "NeighboursConfig",
+    "PackConfig",
     "PretrainConfig",
-    "ReconstructOptions",
-    "ReportOptions",
+    "ReconstructConfig",
+    "ReportConfig",
+    "Stopped",
+    "SweepConfig",
     "__version__",
+    "check",
     "check_shards",
+    "doctor",
     "embed",
     "evaluate",
     "export",
     "find_shards",
+    "finetune",
+    "inspect",
     "neighbours",
     "pack",
     "pretrain",

@@ -17,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maekit.config.check import CheckConfig
 from maekit.images import examine
+from maekit.shards.cache import RemoteCache
 from maekit.shards.index import (
     ShardIndex,
     build_index,
@@ -28,8 +30,7 @@ from maekit.shards.index import (
     write_index,
 )
 from maekit.shards.read import MemberReader, worth_processes
-from maekit.shards.remote import RemoteCache
-from maekit.shards.spec import ShardFile
+from maekit.shards.spec import ShardFile, find_shards
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.system.machine import cores
 from maekit.system.parallel import Workers, map_in_threads
@@ -211,6 +212,25 @@ class CheckReport:
         return summary
 
 
+def check(config: CheckConfig, progress: Progress | None = None) -> CheckReport:
+    """Scan every shard of some input specs; see `check_shards`.
+
+    Raises:
+        InputError: impossible settings, no shards, or indexes that cannot be written beside remote ones.
+        MaekitError: an index cannot be written.
+    """
+    config.validate()
+    return check_shards(
+        find_shards(config.shards),
+        write_indexes=config.write_index,
+        crc=config.crc,
+        images=config.images or config.stats,
+        workers=config.workers,
+        remote=RemoteCache(int(config.cache_gb * 1e9)),
+        progress=progress,
+    )
+
+
 def check_shards(
     shards: Sequence[ShardFile],
     *,
@@ -241,7 +261,7 @@ def check_shards(
     progress = progress or Silent()
     are_remote = any(shard.url is not None for shard in shards)
     if write_indexes and are_remote:
-        raise InputError("--write-index writes beside local shards; index a local copy, then upload both")
+        raise InputError("`write_index` writes beside local shards; index a local copy, then upload both")
     remote = remote or RemoteCache()
     weights = {shard: 1 if are_remote else _size(shard.path) for shard in shards}
     report = CheckReport(images=ImageReport() if images else None)

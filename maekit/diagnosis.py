@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
+from maekit.config.check import DoctorConfig
 from maekit.images import Pixels, Preprocess
 from maekit.system import files
 from maekit.system.errors import MaekitError
@@ -101,16 +102,14 @@ class Diagnosis:
         }
 
 
-def examine(model: str | None = None, *, seconds: float = 5.0) -> Diagnosis:
+def doctor(config: DoctorConfig | None = None) -> Diagnosis:
     """Look at this machine, run a few nodes on every provider, and measure how fast it decodes and embeds.
 
-    Args:
-        model: a file that `maekit export` wrote, for the rate of its session; by default, an encoder of ViT-S/16.
-        seconds: about how long to measure; 0 measures nothing.
-
     Raises:
-        InputError: `model` is no such file.
+        InputError: `model` is no file that `maekit export` wrote.
     """
+    config = config or DoctorConfig()
+    model, seconds = config.model, config.seconds
     runtime, finding = _runtime()
     # A wrong path is told before anything takes its time.
     encoder = _own_encoder(model) if model and runtime else None
@@ -329,7 +328,7 @@ def _cuda_provider(runtime: ModuleType, driver: _Driver | None) -> Finding:
         if has_gpu:
             return Finding(subject, "does not work", problem.what, problem.fix)
         return Finding(subject, f"not tried, {problem.what}")
-    fix = "update the NVIDIA driver, or use --device cpu"
+    fix = "update the NVIDIA driver, or use `device=cpu`"
     finding = _provider(subject, lambda model: runtime.open_cuda(model, "cuda", threads=1), fix)
     needs = int(_cuda_of_runtime().partition(".")[0] or 0)
     if finding.problem and driver is not None and driver.cuda[0] < needs:

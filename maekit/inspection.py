@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from maekit import runs
 from maekit.checking import CheckReport, check_shards
+from maekit.config.check import InspectConfig
 from maekit.config.settings import fields_of, load_toml
 from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
@@ -18,21 +19,18 @@ if TYPE_CHECKING:
     from maekit.providers import Opened
 
 
-def inspect(thing: str, *, providers: bool = False) -> dict[str, Any]:
+def inspect(config: InspectConfig) -> dict[str, Any]:
     """Describe what a path names, as JSON values; the key `kind` says what it is.
-
-    Args:
-        thing: the path.
-        providers: of an ONNX file, also load it here, and say which provider takes which nodes.
 
     Raises:
         InputError: there is no such thing, or it cannot be read.
     """
+    thing, providers = config.thing, config.providers
     path = Path(thing)
     if path.suffix == ".onnx":
         return _inspect_onnx(path, providers=providers)
     if providers:
-        raise InputError(f"--providers is for .onnx files, and {thing} is none")
+        raise InputError(f"`providers` is for .onnx files, and {thing} is none")
     if runs.is_run(path):
         return _inspect_run(RunDirectory(path))
     if runs.is_finetuned(path):

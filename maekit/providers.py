@@ -70,7 +70,7 @@ def check_device(device: str) -> None:
         InputError: it is not.
     """
     if not _DEVICE.fullmatch(device):
-        raise InputError(f"--device {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU")
+        raise InputError(f"`device` {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU")
 
 
 def open_cpu(model: Path | bytes, *, threads: int) -> Opened:
@@ -114,7 +114,7 @@ def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mappin
         fix = "update the NVIDIA driver" if is_driver else "pip install 'maekit[cuda]' brings the CUDA libraries"
         problem = Problem(f"the CUDA provider does not load ({library})", fix)
     elif not opened.nodes.get(CUDA):
-        problem = Problem("the CUDA provider loads but takes no node of this model", "use --device cpu")
+        problem = Problem("the CUDA provider loads but takes no node of this model", "use `device=cpu`")
     else:
         return opened
     return Opened(None, CPU, opened.registered, opened.nodes, problem)
@@ -130,13 +130,13 @@ def cuda_problem(number: int = 0) -> Problem | None:
     try:
         count = gpu_count()
     except OSError:
-        fix = "install the driver, or use --device cpu"
+        fix = "install the driver, or use `device=cpu`"
         return Problem("no NVIDIA driver here (libcuda.so.1 is missing)", fix, is_absent=True)
     if count is None:
         return Problem("the NVIDIA driver does not start", "nvidia-smi says why; update or restart the driver")
     if not count:
         return Problem(
-            "the NVIDIA driver sees no device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use --device cpu"
+            "the NVIDIA driver sees no device", "check nvidia-smi and CUDA_VISIBLE_DEVICES, or use `device=cpu`"
         )
     if number >= count:
         return Problem(f"there is no GPU number {number}", f"this machine has {count}, numbered from 0")

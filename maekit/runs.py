@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from maekit.config import PretrainConfig, load_config
+from maekit.config.finetune import FinetuneConfig
+from maekit.config.settings import load_settings
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 
@@ -137,6 +139,14 @@ class RunDirectory:
 class FinetuneDirectory(RunDirectory):
     """A directory of supervised training: as that of a run, with settings of another kind."""
 
+    def config(self) -> FinetuneConfig:  # type: ignore[override]
+        """Return the settings that the training was started with.
+
+        Raises:
+            InputError: the file is missing or damaged.
+        """
+        return load_settings(FinetuneConfig(), self.config_file)
+
     @property
     def config_file(self) -> Path:
         """The resolved settings."""
@@ -199,4 +209,4 @@ def find_checkpoint(
             raise InputError(f"{path} is damaged: {problem}")
         return RunDirectory(path.parent.parent), checkpoint
     what = "is neither a run nor a checkpoint of one" if path.exists() else "does not exist"
-    raise InputError(f"{path} {what}; a run is the --out of `maekit pretrain`")
+    raise InputError(f"{path} {what}; a run is the `out` of `maekit pretrain`")

@@ -22,13 +22,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from maekit.config import PretrainConfig
+from maekit.config.fields import check, config_class, setting
 from maekit.config.poolings import check_pool
 from maekit.config.settings import fields_of, load_toml, set_value
+from maekit.config.sweep import SweepConfig
 from maekit.system import files
-from maekit.system.errors import ElsewhereError, InputError, MaekitError, Stopped
+from maekit.system.errors import InputError, MaekitError, OtherRankError, Stopped
 from maekit.system.progress import Progress, Silent
 
 _TABLE = "sweep."
@@ -37,27 +39,20 @@ _BASE = "base"
 _MOST_CELLS = 200
 
 
+@config_class
 @dataclass
 class SweepSettings:
-    """What is varied, and how it is judged: the table `[sweep]` of the file.
+    """What is varied, and how it is judged: the table `[sweep]` of the file."""
 
-    Attributes:
-        train: labelled shards to judge with.
-        test: likewise, held out.
-        judge: `knn`, `linear`, or both.
-        every: `one` varies one setting at a time, from the base; `all` goes through all combinations.
-        pool: of the embeddings.
-        train_images: at most so many, drawn at random; None is all.
-        test_images: likewise.
-    """
-
-    train: tuple[str, ...] = ()
-    test: tuple[str, ...] = ()
-    judge: tuple[str, ...] = ("knn",)
-    every: str = "one"
-    pool: str = "avg"
-    train_images: int | None = None
-    test_images: int | None = None
+    train: tuple[str, ...] = setting((), "Labelled shards to judge with.")
+    test: tuple[str, ...] = setting((), "Likewise, held out.")
+    judge: tuple[Literal["knn", "linear"], ...] = setting(("knn",), "knn, linear, or both.")
+    every: Literal["one", "all"] = setting(
+        "one", "one varies one setting at a time, from the base; all goes through all combinations."
+    )
+    pool: str = setting("avg", "Of the embeddings.")
+    train_images: int | None = setting(None, "At most this many, drawn at random.", above=0)
+    test_images: int | None = setting(None, "Likewise.", above=0)
 
     def validate(self) -> None:
         """Check every value.
@@ -67,16 +62,10 @@ class SweepSettings:
         """
         if not self.train or not self.test:
             raise InputError("[sweep] needs train and test: labelled shards to judge with")
-        check_pool("sweep.pool =", self.pool)
-        for key, values, allowed in (
-            ("judge", self.judge, ("knn", "linear")),
-            ("every", (self.every,), ("one", "all")),
-        ):
-            if not values or any(value not in allowed for value in values):
-                raise InputError(f"sweep.{key} = {list(values)}: must be one of {', '.join(allowed)}")
-        for key, count in (("train_images", self.train_images), ("test_images", self.test_images)):
-            if count is not None and count < 1:
-                raise InputError(f"sweep.{key} = {count}: must be greater than 0")
+        check_pool("sweep.pool", self.pool)
+        check(self, _TABLE)
+        if not self.judge:
+            raise InputError("`sweep.judge` = []: must be one of knn, linear, or both")
 
 
 @dataclass(frozen=True)
@@ -165,7 +154,7 @@ def read_plan(path: Path) -> SweepPlan:
         if key.startswith(_VARY):
             name = key.removeprefix(_VARY)
             if not isinstance(value, list) or not value:
-                raise InputError(f"{key} = {value!r}: must be a list of values")
+                raise InputError(f"`{key}` = {value!r}: must be a list of values")
             for one in value:
                 set_value(copy.deepcopy(base), name, one)  # an unknown setting, or a value of the wrong type
             vary[name] = value
@@ -173,23 +162,19 @@ def read_plan(path: Path) -> SweepPlan:
             name = key.removeprefix(_TABLE)
             if name not in known:
                 raise InputError(f"unknown setting {key!r} (there are {', '.join(sorted(known))}, and [sweep.vary])")
-            set_value(settings, name, value)
+            set_value(settings, name, value, _TABLE)
         else:
             set_value(base, key, value)
     settings.validate()
     return SweepPlan(base, settings, vary)
 
 
-def sweep(
-    plan: str | Path | SweepPlan, out: str | Path, progress: Progress | None = None, *, device: str | None = None
-) -> SweepResult:
+def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
     """Train and judge every cell of a grid; called again, go on.
 
     Args:
-        plan: the file, or what `read_plan` made of it.
-        out: the directory.
+        config: the file that says what is varied, and the directory.
         progress: is told how it goes on.
-        device: `auto`, `cpu` or `cuda`, in place of the file's.
 
     Raises:
         InputError: an impossible plan, labelled shards that cannot judge, or a cell that was begun with other
@@ -200,27 +185,27 @@ def sweep(
     from maekit.pretraining.pretrain import pretrain
 
     progress = progress or Silent()
-    plan = plan if isinstance(plan, SweepPlan) else read_plan(Path(plan))
-    out = Path(out)
-    if device is not None:
-        plan.base.run.device = device
+    config.validate()
+    plan, out = read_plan(Path(config.plan)), Path(config.out)
+    if config.device is not None:
+        plan.base.run.device = config.device
     cells = plan.cells()
-    configs = [_config(plan.base, cell, out) for cell in cells]
-    for cell, config in zip(cells, configs, strict=True):
-        _check_cell(plan.settings, cell, config)
+    runs = [_config(plan.base, cell, out) for cell in cells]
+    for cell, run in zip(cells, runs, strict=True):
+        _check_cell(plan.settings, cell, run)
     _check_judges(plan.settings, progress)
     files.require_writable(out)
     rows: list[dict[str, Any]] = []
     trained = 0
     page = out / "sweep.html"
-    for number, (cell, config) in enumerate(zip(cells, configs, strict=True), 1):
+    for number, (cell, run) in enumerate(zip(cells, runs, strict=True), 1):
         progress.note(f"cell {number} of {len(cells)}: {cell.name}")
         row: dict[str, Any] = {"name": cell.name, "changes": cell.changes}
         try:
-            result = pretrain(config, progress)
+            result = pretrain(run, progress)
             trained += not result.already_finished
-            row |= {"loss": result.loss, **_judged(plan, cell, config, progress)}
-        except (InputError, Stopped, ElsewhereError):
+            row |= {"loss": result.loss, **_judged(plan, cell, run, progress)}
+        except (InputError, Stopped, OtherRankError):
             raise
         except MaekitError as error:  # a rate that is too high must not keep the others from being tried
             progress.note(f"{cell.name} failed: {error}")
@@ -292,18 +277,11 @@ def _text(value: Any) -> str:
 
 def _judged(plan: SweepPlan, cell: Cell, config: PretrainConfig, progress: Progress) -> dict[str, Any]:
     """Return the scores of a cell: those that its run keeps, where they were found in the same way."""
-    from maekit.config.evaluate import EvaluateOptions
+    from maekit.config.evaluate import EvaluateConfig
     from maekit.evaluation.evaluate import evaluate
     from maekit.runs import RunDirectory
 
     settings = plan.settings
-    options = EvaluateOptions(
-        pool=(settings.pool,),
-        baselines=cell.name == _BASE,
-        train_images=settings.train_images,
-        test_images=settings.test_images,
-        device=config.run.device,
-    )
     asked = {**asdict(settings), "shards": [settings.train, settings.test]}
     path = Path(config.out) / "evaluations" / ".sweep.json"
     step = RunDirectory(Path(config.out)).list_checkpoints()[0].step
@@ -313,7 +291,18 @@ def _judged(plan: SweepPlan, cell: Cell, config: PretrainConfig, progress: Progr
         return scores
     scores = {}
     for task in settings.judge:
-        found = evaluate(task, config.out, settings.train, settings.test, options, progress)
+        asked_of_task = EvaluateConfig(
+            task,
+            config.out,
+            settings.train,
+            settings.test,
+            pool=(settings.pool,),
+            baselines=cell.name == _BASE,
+            train_images=settings.train_images,
+            test_images=settings.test_images,
+            device=config.run.device,
+        )
+        found = evaluate(asked_of_task, progress)
         for row in found.rows:
             name = row["name"]
             if name == settings.pool:

@@ -114,7 +114,7 @@ def test_an_old_run_is_exported_as_before(old: Path) -> None:
 
 
 def test_an_evaluation_of_then_stands_in_the_report(old: Path) -> None:
-    maekit.report("finished")
+    maekit.report(maekit.ReportConfig("finished"))
     assert "untrained" in Path("finished/report.html").read_text()
 
 

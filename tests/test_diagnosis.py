@@ -15,10 +15,12 @@ import onnx
 import onnxruntime
 import pytest
 from PIL import Image
+from support.errors import raises
 
-from maekit import diagnosis as doctor
+from maekit import diagnosis as module
 from maekit import providers
-from maekit.diagnosis import Diagnosis, Finding, examine
+from maekit.config.check import DoctorConfig
+from maekit.diagnosis import Diagnosis, Finding, doctor
 from maekit.images import Preprocess
 from maekit.providers import CPU, CUDA, Opened, Problem
 from maekit.system.errors import InputError
@@ -27,8 +29,9 @@ pytestmark = pytest.mark.whole
 
 LOOK = """
 import json, sys
-from maekit.diagnosis import examine
-print(json.dumps(examine(seconds=0).summary()))
+from maekit.diagnosis import doctor
+from maekit.config.check import DoctorConfig
+print(json.dumps(doctor(DoctorConfig(seconds=0)).summary()))
 assert "torch" not in sys.modules
 """
 STUB = """
@@ -41,7 +44,7 @@ int cuDeviceGetName(char *name, int size, int device) { strncpy(name, "NVIDIA St
 int cuDeviceTotalMem_v2(size_t *bytes, int device) { *bytes = 24000000000; return 0; }
 int cuGetErrorString(int code, const char **said) { *said = "system has unsupported display driver"; return 0; }
 """
-GPU = doctor._Driver("580.1", (13, 0), [("NVIDIA Stub", 24 * 10**9)])
+GPU = module._Driver("580.1", (13, 0), [("NVIDIA Stub", 24 * 10**9)])
 
 
 def of(diagnosis: Diagnosis, subject: str) -> Finding:
@@ -81,7 +84,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_this_machine() -> None:
     """ONNX Runtime works here, having run; rates are measured, and the limit is below both of its parts."""
-    diagnosis = examine(seconds=0.05)
+    diagnosis = doctor(DoctorConfig(seconds=0.05))
     for subject in ("ONNX Runtime", "CPU provider"):
         assert of(diagnosis, subject).problem is None
     assert of(diagnosis, "CPU provider").value.startswith("works: ran ")
@@ -117,7 +120,7 @@ def test_the_command_and_its_json(tmp_path: Path) -> None:
 
 def test_the_usual_encoder_has_the_size_of_vit_small() -> None:
     """timm's vit_small_patch16_224 has 21,665,664 parameters without its head."""
-    model = onnx.load_from_string(doctor._vit_small())
+    model = onnx.load_from_string(module._vit_small())
     onnx.checker.check_model(model)
     sizes = [onnx.numpy_helper.to_array(constant).size for constant in model.graph.initializer]
     assert abs(sum(sizes) - 21_665_664) < 500
@@ -125,7 +128,7 @@ def test_the_usual_encoder_has_the_size_of_vit_small() -> None:
 
 
 def test_the_photo_is_as_heavy_as_a_photo() -> None:
-    data = doctor._photo()
+    data = module._photo()
     assert 70_000 < len(data) < 130_000
     assert Image.open(io.BytesIO(data)).size == (500, 375)
 
@@ -137,7 +140,7 @@ def test_two_runtimes_are_a_problem_with_its_command(monkeypatch, tmp_path: Path
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {other}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(doctor, "examine", functools.partial(examine, seconds=0))
+    monkeypatch.setattr(module, "doctor", lambda config: doctor(DoctorConfig(config.model, seconds=0)))
     assert run_main(monkeypatch, "--json") == 1
     *lines, last = capsys.readouterr().out.splitlines()
     fix = f"pip uninstall -y {' '.join(sorted([real, other]))}; pip install 'maekit[cuda]'"
@@ -174,7 +177,7 @@ def off_by_one(model: bytes) -> bytes:
 def test_wrong_numbers_are_a_problem(monkeypatch) -> None:
     open_cpu = providers.open_cpu
     monkeypatch.setattr(providers, "open_cpu", lambda model, **options: open_cpu(off_by_one(model), **options))
-    finding = doctor._cpu_provider(providers)
+    finding = module._cpu_provider(providers)
     assert finding.problem == f"{CPU} gives wrong numbers"
     assert str(finding.fix).startswith("pip install --force-reinstall")
 
@@ -186,18 +189,18 @@ def test_a_provider_that_fails_while_running_is_a_problem(monkeypatch) -> None:
 
     monkeypatch.setattr(providers, "cuda_problem", lambda number=0: None)
     monkeypatch.setattr(providers, "open_cuda", lambda *_, **__: Opened(Torn(), CUDA, (CUDA, CPU), {CUDA: 1}))
-    finding = doctor._cuda_provider(providers, GPU)
+    finding = module._cuda_provider(providers, GPU)
     assert finding.problem == "[ONNXRuntimeError] : 1 : FAIL : CUBLAS failure 13"
     assert finding.fix
 
 
 def test_cuda_that_is_listed_but_does_not_load(monkeypatch) -> None:
     """Where no GPU is, the real provider is made to load, which it cannot."""
-    if doctor._driver() or CUDA not in onnxruntime.get_available_providers():
+    if module._driver() or CUDA not in onnxruntime.get_available_providers():
         problem = Problem("the CUDA provider does not load (libcublas.so.13)", "pip install 'maekit[cuda]'")
         monkeypatch.setattr(providers, "open_cuda", lambda *_, **__: Opened(None, CPU, (CPU,), {}, problem))
     monkeypatch.setattr(providers, "cuda_problem", lambda number=0: None)
-    finding = of(examine(seconds=0), "CUDA provider")
+    finding = of(doctor(DoctorConfig(seconds=0)), "CUDA provider")
     assert "the CUDA provider does not load (lib" in str(finding.problem)
     assert "maekit[cuda]" in str(finding.fix)
 
@@ -205,10 +208,10 @@ def test_cuda_that_is_listed_but_does_not_load(monkeypatch) -> None:
 def test_a_gpu_without_cuda_in_the_runtime_is_a_problem_and_no_gpu_is_none(monkeypatch) -> None:
     problem = Problem("this onnxruntime is a build without CUDA", "pip install 'maekit[cuda]'")
     monkeypatch.setattr(providers, "cuda_problem", lambda number=0: problem)
-    finding = doctor._cuda_provider(providers, GPU)
+    finding = module._cuda_provider(providers, GPU)
     assert (finding.problem, finding.fix) == (problem.what, problem.fix)
-    for driver in (None, doctor._Driver("", (12, 4), [], code=100)):
-        assert doctor._cuda_provider(providers, driver).problem is None
+    for driver in (None, module._Driver("", (12, 4), [], code=100)):
+        assert module._cuda_provider(providers, driver).problem is None
 
 
 @pytest.fixture
@@ -228,7 +231,7 @@ def stub(tmp_path: Path) -> Callable[[int], str]:
 
 
 def test_a_driver_that_is_too_old(stub, tmp_path: Path) -> None:
-    if not doctor._cuda_of_runtime() or int(doctor._cuda_of_runtime().split(".")[0]) < 13:
+    if not module._cuda_of_runtime() or int(module._cuda_of_runtime().split(".")[0]) < 13:
         pytest.skip("needs an ONNX Runtime for CUDA 13")
     found = look(tmp_path, LD_LIBRARY_PATH=stub(0))
     assert found["NVIDIA GPU"]["value"] == "2 x NVIDIA Stub, 24.0 GB each"
@@ -246,13 +249,13 @@ def test_a_driver_that_does_not_start(stub, tmp_path: Path) -> None:
 
 
 def test_no_driver_is_a_problem_only_where_a_card_is(monkeypatch) -> None:
-    no_device = doctor._Driver("", (13, 0), [], code=100)
+    no_device = module._Driver("", (13, 0), [], code=100)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     for driver in (None, no_device):
-        assert doctor._no_gpu(driver, 0) == Finding("NVIDIA GPU", "none here")
-        assert "--gpus all" in str(doctor._no_gpu(driver, 1).fix)
+        assert module._no_gpu(driver, 0) == Finding("NVIDIA GPU", "none here")
+        assert "--gpus all" in str(module._no_gpu(driver, 1).fix)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert doctor._no_gpu(no_device, 1).problem is None
+    assert module._no_gpu(no_device, 1).problem is None
 
 
 @pytest.mark.parametrize(
@@ -266,36 +269,36 @@ def test_no_driver_is_a_problem_only_where_a_card_is(monkeypatch) -> None:
 )
 def test_torch_beside_a_gpu(code: int, out: str, said: str | None) -> None:
     ran = subprocess.CompletedProcess([], code, out, "Traceback\nOSError: libc10.so")
-    finding = doctor._torch_on_gpu("2.15.0", GPU, ran)
+    finding = module._torch_on_gpu("2.15.0", GPU, ran)
     assert (said is None and finding.problem is None) or str(said) in str(finding.problem)
     assert bool(finding.fix) == bool(said)
 
 
 def test_little_shared_memory(monkeypatch, tmp_path: Path) -> None:
     if sys.platform == "linux":
-        assert "--shm-size" in str(doctor._shared_memory(tmp_path / "none").fix)
+        assert "--shm-size" in str(module._shared_memory(tmp_path / "none").fix)
     usage = type(shutil.disk_usage(tmp_path))
     for total, free, fix in ((64 << 20, 64 << 20, "--shm-size=8g"), (8 << 30, 1 << 20, "see what lies in")):
         room = usage(total, total - free, free)
         monkeypatch.setattr(shutil, "disk_usage", functools.partial(lambda room, _: room, room))
-        finding = doctor._shared_memory(tmp_path)
+        finding = module._shared_memory(tmp_path)
         assert "too little" in str(finding.problem)
         assert fix in str(finding.fix)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(8 << 30, 0, 8 << 30))
-    assert doctor._shared_memory(tmp_path).problem is None
+    assert module._shared_memory(tmp_path).problem is None
 
 
 def test_disks_that_are_full_or_cannot_be_written(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MAEKIT_CACHE", "/proc/maekit")
     monkeypatch.chdir(tmp_path)
-    here, _, cache = doctor._disks()
+    here, _, cache = module._disks()
     assert "/proc/maekit cannot be written" in str(cache.problem)
     assert "MAEKIT_CACHE" in str(cache.fix)
     assert here.value.endswith(f"free in {tmp_path}")
     assert list(tmp_path.iterdir()) == []
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12 - 10**8, 10**8))
-    assert "only 100.0 MB free" in str(doctor._disks()[0].problem)
+    assert "only 100.0 MB free" in str(module._disks()[0].problem)
 
 
 def test_a_disk_that_takes_no_write(tmp_path: Path) -> None:
@@ -303,7 +306,7 @@ def test_a_disk_that_takes_no_write(tmp_path: Path) -> None:
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-        finding = doctor._disk("disk", tmp_path, "the fix")
+        finding = module._disk("disk", tmp_path, "the fix")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in str(finding.problem)
@@ -314,7 +317,7 @@ def test_few_open_files() -> None:
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
-        finding = doctor._open_files()
+        finding = module._open_files()
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert "512 at most" in str(finding.problem)
@@ -326,34 +329,34 @@ def test_a_quota_of_cpu_time(monkeypatch, tmp_path: Path) -> None:
     (tmp_path / "own").write_text("4:memory:/x\n0::/pod/container\n")
     (tmp_path / "pod" / "container").mkdir(parents=True)
     (tmp_path / "pod" / "container" / "cpu.max").write_text("max 100000\n")
-    assert doctor._cpu_quota(tmp_path / "own", tmp_path) is None
+    assert module._cpu_quota(tmp_path / "own", tmp_path) is None
     (tmp_path / "pod" / "cpu.max").write_text("150000 100000\n")
-    assert doctor._cpu_quota(tmp_path / "own", tmp_path) == 1.5
+    assert module._cpu_quota(tmp_path / "own", tmp_path) == 1.5
     (tmp_path / "pod" / "container" / "cpu.max").write_text("300000 100000\n")
-    assert doctor._cpu_quota(tmp_path / "own", tmp_path) == 1.5
-    assert doctor._cpu_quota(tmp_path / "none", tmp_path) is None
-    monkeypatch.setattr(doctor, "_cpu_quota", lambda: 1.5)
-    monkeypatch.setattr(doctor, "cores", lambda: 2)
-    assert doctor._cores("CPU").problem is None
-    monkeypatch.setattr(doctor, "cores", lambda: 8)
-    assert "1.5 of 8 cores" in str(doctor._cores("CPU").problem)
-    assert str(doctor._cores("CPU").fix).startswith("taskset -c ")
+    assert module._cpu_quota(tmp_path / "own", tmp_path) == 1.5
+    assert module._cpu_quota(tmp_path / "none", tmp_path) is None
+    monkeypatch.setattr(module, "_cpu_quota", lambda: 1.5)
+    monkeypatch.setattr(module, "cores", lambda: 2)
+    assert module._cores("CPU").problem is None
+    monkeypatch.setattr(module, "cores", lambda: 8)
+    assert "1.5 of 8 cores" in str(module._cores("CPU").problem)
+    assert str(module._cores("CPU").fix).startswith("taskset -c ")
 
 
 def test_the_rate_of_a_model_of_ones_own(tmp_path: Path) -> None:
-    model = onnx.load_from_string(doctor._vit_small(width=48, depth=1, heads=3))
+    model = onnx.load_from_string(module._vit_small(width=48, depth=1, heads=3))
     preprocess = Preprocess.for_size((224, 224), (0.5,) * 3, (0.5,) * 3)
     spec = {"preprocess": preprocess.to_json(), "dim": 48, "pool": "avg", "normalize": False}
     onnx.helper.set_model_props(model, {"maekit": json.dumps(spec)})
     onnx.save(model, tmp_path / "own.onnx")
-    diagnosis = examine(str(tmp_path / "own.onnx"), seconds=0.05)
+    diagnosis = doctor(DoctorConfig(str(tmp_path / "own.onnx"), seconds=0.05))
     assert str(diagnosis.rates["model"]).startswith("own.onnx at 224 x 224")
     assert float(diagnosis.rates["session"]) > 0
 
 
 def test_a_model_that_is_none_exits_2_before_any_work(monkeypatch, tmp_path: Path, capsys) -> None:
-    with pytest.raises(InputError, match="no such file"):
-        examine(str(tmp_path / "none.onnx"))
+    with raises(InputError, match="no such file"):
+        doctor(DoctorConfig(str(tmp_path / "none.onnx")))
     (tmp_path / "some.onnx").write_bytes(b"not an onnx file")
     assert run_main(monkeypatch, str(tmp_path / "some.onnx")) == 2
     printed = capsys.readouterr()

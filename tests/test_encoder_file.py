@@ -12,12 +12,14 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import helper, numpy_helper
+from support.errors import raises
 from support.shards import jpeg
 
 import maekit
 import maekit.exporters.writing as writing
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.config.export import ExportOptions
+from maekit.config.check import InspectConfig
+from maekit.config.export import ExportConfig
 from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_external_data
 from maekit.exporters.export import export
 from maekit.exporters.verify import verify
@@ -30,7 +32,7 @@ from maekit.system.errors import InputError, MaekitError
 def divided(trained: Path, tmp_path: Path, monkeypatch) -> Path:
     """An export whose weights did not fit into one file: the limit is lowered instead."""
     monkeypatch.setattr(writing, "MAX_BYTES", 10_000)
-    export(trained / "run", tmp_path / "e" / "encoder.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "e" / "encoder.onnx"))
     return tmp_path / "e" / "encoder.onnx"
 
 
@@ -42,7 +44,7 @@ def test_weights_in_a_second_file(trained: Path, divided: Path, tmp_path: Path) 
     data = [jpeg(i) for i in range(5)]
     whole = maekit.Embedder(trained / "encoder.onnx", device="cpu")(data)
     np.testing.assert_array_equal(maekit.Embedder(divided, device="cpu")(data), whole)
-    described = inspect(str(divided))
+    described = inspect(InspectConfig(str(divided)))
     assert described["weights_in"] == [weights.name]
     assert described["bytes"] == divided.stat().st_size + weights.stat().st_size
     assert described["nodes"]["Attention"] == 2
@@ -54,21 +56,21 @@ def test_weights_in_a_second_file(trained: Path, divided: Path, tmp_path: Path) 
 def test_the_second_file_follows_the_first(trained: Path, divided: Path, monkeypatch) -> None:
     """Another export in its place takes the weights of the old one away; a failed one leaves all as it was."""
     before = {path.name: path.read_bytes() for path in divided.parent.iterdir()}
-    export(trained / "run", divided)
+    export(ExportConfig(trained / "run", divided))
     assert {path.name: path.read_bytes() for path in divided.parent.iterdir()} == before
     older = trained / "run" / "checkpoints" / "step-000000006"
     monkeypatch.setattr("maekit.exporters.export.measure", lambda *_, **__: (_ for _ in ()).throw(MaekitError("no")))
-    with pytest.raises(MaekitError, match="no"):
-        export(older, divided)
+    with raises(MaekitError, match="no"):
+        export(ExportConfig(older, divided))
     assert {path.name: path.read_bytes() for path in divided.parent.iterdir()} == before
     monkeypatch.undo()
     monkeypatch.setattr(writing, "MAX_BYTES", 10_000)
-    export(older, divided)
+    export(ExportConfig(older, divided))
     after = {path.name for path in divided.parent.iterdir()}
     assert len(after) == 2
     assert after & set(before) == {"encoder.onnx"}
     monkeypatch.setattr(writing, "MAX_BYTES", 2_000_000_000)
-    export(older, divided)
+    export(ExportConfig(older, divided))
     assert [path.name for path in divided.parent.iterdir()] == ["encoder.onnx"]
 
 
@@ -77,10 +79,10 @@ def test_other_weights_under_the_same_name(divided: Path) -> None:
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(InputError, match=r"is not the file that .*encoder\.onnx was exported with"):
+    with raises(InputError, match=r"is not the file that .*encoder\.onnx was exported with"):
         maekit.Embedder(divided, device="cpu")
     weights.unlink()
-    with pytest.raises(InputError, match="there is no such file beside it"):
+    with raises(InputError, match="there is no such file beside it"):
         maekit.Embedder(divided, device="cpu")
 
 
@@ -150,11 +152,11 @@ def test_names_that_lead_elsewhere(tmp_path: Path, kind: str, place) -> None:
     for load in (
         check_external_data,
         lambda p: maekit.Embedder(p, device="cpu"),
-        lambda p: inspect(str(p)),
-        lambda p: inspect(str(p), providers=True),
+        lambda p: inspect(InspectConfig(str(p))),
+        lambda p: inspect(InspectConfig(str(p), providers=True)),
         verify,
     ):
-        with pytest.raises(InputError, match=r"keeps weights in"):
+        with raises(InputError, match=r"keeps weights in"):
             load(path)
 
 
@@ -163,7 +165,7 @@ def test_a_plain_file_beside_it_is_none_of_ours(tmp_path: Path) -> None:
     (tmp_path / "plain").write_bytes(bytes(16))
     (tmp_path / "m.onnx").write_bytes(initializer(external("plain")).SerializeToString())
     assert check_external_data(tmp_path / "m.onnx") == [tmp_path / "plain"]
-    with pytest.raises(InputError, match="metadata is damaged"):
+    with raises(InputError, match="metadata is damaged"):
         maekit.Embedder(tmp_path / "m.onnx", device="cpu")
 
 
@@ -172,15 +174,15 @@ def test_a_pooling_that_there_is_none_of_is_damage() -> None:
     about = {"preprocess": preprocess, "dim": 8, "pool": "avg+std", "normalize": True}
     assert EncoderDescription.from_metadata(Path("e.onnx"), json.dumps(about), "").pool == "avg+std"
     for wrong in ("max", "avg+avg", "", None, 3):
-        with pytest.raises(InputError, match=r"metadata is damaged.*must be one of avg, cls, std, avg2x2"):
+        with raises(InputError, match=r"metadata is damaged.*must be one of avg, cls, std, avg2x2"):
             EncoderDescription.from_metadata(Path("e.onnx"), json.dumps({**about, "pool": wrong}), "")
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>location</html>", b"\x00" * 100, b"location"])
 def test_files_that_are_no_model(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "m.onnx").write_bytes(content)
-    for load in (lambda p: maekit.Embedder(p, device="cpu"), lambda p: inspect(str(p)), verify):
-        with pytest.raises(InputError, match=r"m\.onnx"):
+    for load in (lambda p: maekit.Embedder(p, device="cpu"), lambda p: inspect(InspectConfig(str(p))), verify):
+        with raises(InputError, match=r"m\.onnx"):
             load(tmp_path / "m.onnx")
 
 
@@ -188,10 +190,10 @@ def test_an_export_over_a_foreign_file_leaves_its_neighbours(trained: Path, tmp_
     """What stood under the name is replaced; files that it named are not maekit's to delete."""
     (tmp_path / "plain").write_bytes(bytes(16))
     (tmp_path / "m.onnx").write_bytes(initializer(external("plain")).SerializeToString())
-    export(trained / "run", tmp_path / "m.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "m.onnx"))
     assert (tmp_path / "plain").exists()
     (tmp_path / "n.onnx").write_bytes(b"<html>")
-    export(trained / "run", tmp_path / "n.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "n.onnx"))
 
 
 def edited(path: Path, out: Path, change) -> Path:
@@ -218,9 +220,9 @@ def test_verify_finds_a_file_that_is_not_what_it_was(trained: Path, tmp_path: Pa
     broken = verify(edited(path, tmp_path / "b.onnx", scaled), trained / "run", device="cpu")
     assert re.match("it is not what it was when it was exported: max relative difference", broken.problems[0])
     assert re.match("it differs from PyTorch", broken.problems[1])
-    with pytest.raises(InputError, match="was exported from other weights"):
+    with raises(InputError, match="was exported from other weights"):
         verify(path, trained / "run" / "checkpoints" / "step-000000006", device="cpu")
-    with pytest.raises(InputError, match="--parity needs the source"):
+    with raises(InputError, match="--parity needs the source"):
         verify(path, parity=["x"], device="cpu")
 
     def without_probe(proto) -> None:
@@ -228,7 +230,7 @@ def test_verify_finds_a_file_that_is_not_what_it_was(trained: Path, tmp_path: Pa
         del spec["probe"]
         proto.metadata_props[0].value = json.dumps(spec)
 
-    with pytest.raises(InputError, match="older than --verify"):
+    with raises(InputError, match="older than --verify"):
         verify(edited(path, tmp_path / "c.onnx", without_probe), device="cpu")
 
 
@@ -236,8 +238,8 @@ def test_verify_finds_a_file_that_is_not_what_it_was(trained: Path, tmp_path: Pa
 @pytest.mark.parametrize("pool", ["avg+cls", "avg+std", "avg2x2", "tokens"])
 def test_verify_of_every_kind(trained: Path, tmp_path: Path, precision: str, pool: str) -> None:
     whiten = () if pool == "tokens" else (str(trained / "shards"),)
-    options = ExportOptions(precision=precision, pool=pool, whiten=whiten, whiten_dim=8 if whiten else None)
-    result = export(trained / "run", tmp_path / "e.onnx", options)
+    options = dict(precision=precision, pool=pool, whiten=whiten, whiten_dim=8 if whiten else None)
+    result = export(ExportConfig(trained / "run", tmp_path / "e.onnx", **options))
     assert result.dim == (32 if pool == "tokens" else 8)
     again = verify(tmp_path / "e.onnx", trained / "run", device="cpu")
     assert again.problems == ()
@@ -260,21 +262,21 @@ def test_verify_needs_no_torch(trained: Path, tmp_path: Path, python: list[str])
 
 
 def test_inspect_says_which_provider_takes_what(trained: Path) -> None:
-    described = inspect(str(trained / "encoder.onnx"), providers=True)
+    described = inspect(InspectConfig(str(trained / "encoder.onnx"), providers=True))
     cpu = described["providers"]["CPUExecutionProvider"]["CPUExecutionProvider"]
     assert cpu["Attention"] == 2
     cuda = described["providers"]["CUDAExecutionProvider"]
     assert "CUDAExecutionProvider" in cuda or "does not work here" in cuda
     assert "probe" not in described["maekit"]
-    with pytest.raises(InputError, match=r"--providers is for \.onnx files"):
-        inspect(str(trained / "run"), providers=True)
+    with raises(InputError, match=r"--providers is for \.onnx files"):
+        inspect(InspectConfig(str(trained / "run"), providers=True))
 
 
 def test_tokens_are_not_embedded(trained: Path, tmp_path: Path) -> None:
-    export(trained / "run", tmp_path / "t.onnx", ExportOptions(pool="tokens"))
-    described = inspect(str(tmp_path / "t.onnx"))
+    export(ExportConfig(trained / "run", tmp_path / "t.onnx", pool="tokens"))
+    described = inspect(InspectConfig(str(tmp_path / "t.onnx")))
     assert described["outputs"] == {"tokens": "float [batch, 16, 32]"}
-    with pytest.raises(InputError, match="gives the tokens of each image"):
+    with raises(InputError, match="gives the tokens of each image"):
         maekit.Embedder(tmp_path / "t.onnx", device="cpu")
     session = onnxruntime.InferenceSession(tmp_path / "t.onnx", providers=["CPUExecutionProvider"])
     (tokens,) = session.run(["tokens"], {"images": np.zeros((2, 32, 32, 3), np.uint8)})
@@ -284,7 +286,7 @@ def test_tokens_are_not_embedded(trained: Path, tmp_path: Path) -> None:
 def test_weights_that_another_model_needs_stay(trained: Path, divided: Path, monkeypatch) -> None:
     """A copy of the file beside it names the same weights."""
     shutil.copy(divided, divided.with_name("copy.onnx"))
-    export(trained / "run" / "checkpoints" / "step-000000006", divided)
+    export(ExportConfig(trained / "run" / "checkpoints" / "step-000000006", divided))
     maekit.Embedder(divided.with_name("copy.onnx"), device="cpu")
     assert len(list(divided.parent.glob("*.data"))) == 2
     divided.with_name("copy.onnx").unlink()
@@ -297,8 +299,8 @@ def test_weights_that_another_model_needs_stay(trained: Path, divided: Path, mon
         return original(path, **options)
 
     monkeypatch.setattr(writing.files, "atomic_file", interrupted)
-    with pytest.raises(MaekitError, match="interrupted"):
-        export(trained / "run" / "checkpoints" / "step-000000006", divided)
+    with raises(MaekitError, match="interrupted"):
+        export(ExportConfig(trained / "run" / "checkpoints" / "step-000000006", divided))
     maekit.Embedder(divided, device="cpu")
 
 
@@ -307,11 +309,11 @@ def test_what_a_killed_export_left_is_removed_in_time(trained: Path, tmp_path: P
     others = [tmp_path / ".f.onnx.77.0.tmp", tmp_path / "e-mine.onnx.data", tmp_path / "e.onnx.data"]
     for path in (*left, *others):
         path.write_bytes(b"x")
-    export(trained / "run", tmp_path / "e.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "e.onnx"))
     assert all(path.exists() for path in left)  # it may be at work yet
     for path in (*left, *others):
         os.utime(path, (0, 0))
-    export(trained / "run", tmp_path / "e.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "e.onnx"))
     assert not any(path.exists() for path in left)
     assert all(path.exists() for path in others)
 
@@ -360,11 +362,11 @@ def metadata(change) -> object:
 def test_metadata_of_another_kind(trained: Path, tmp_path: Path, change, capsys) -> None:
     """Every command says so in one line, whatever stands there."""
     path = edited(trained / "encoder.onnx", tmp_path / "e.onnx", metadata(change))
-    with pytest.raises(InputError, match=METADATA_KEY):
+    with raises(InputError, match=METADATA_KEY):
         verify(path, trained / "run", device="cpu")
-    inspect(str(path))
+    inspect(InspectConfig(str(path)))
     if isinstance(change, str) or {"dim", "preprocess"} & set(change):
-        with pytest.raises(InputError, match=METADATA_KEY):
+        with raises(InputError, match=METADATA_KEY):
             maekit.Embedder(path, device="cpu")
 
 
@@ -373,11 +375,12 @@ def test_inspect_of_odd_files(trained: Path, tmp_path: Path, monkeypatch, capsys
 
     odd = ['[{"a": 1}, 2]', '[{"problem": 1}]', json.dumps({"model": "\x1b]0;owned\x07", "\x1b[2J": 1}), "[" * 9000]
     for number, text in enumerate(odd):
-        command(str(edited(trained / "encoder.onnx", tmp_path / f"{number}.onnx", metadata(text))), as_json=False)
+        path = edited(trained / "encoder.onnx", tmp_path / f"{number}.onnx", metadata(text))
+        command(thing=str(path), providers=None, as_json=False)
     assert "\x1b" not in capsys.readouterr().out
 
     def of_type_99(proto) -> None:
         proto.graph.input[0].type.tensor_type.elem_type = 99
 
-    described = inspect(str(edited(trained / "encoder.onnx", tmp_path / "t.onnx", of_type_99)))
+    described = inspect(InspectConfig(str(edited(trained / "encoder.onnx", tmp_path / "t.onnx", of_type_99))))
     assert described["inputs"]["images"].startswith("unknown")

@@ -22,7 +22,7 @@ ROOMS = {
     "runs": "config system",
     "shards": "config system",
     "sheet": "images",
-    "checking": "images shards system",
+    "checking": "config images shards system",
     "encoder_file": "config images system",
     "mae": "config images system",
     "embedding": "config encoder_file images providers shards system",
@@ -35,9 +35,10 @@ ROOMS = {
     "evaluation": "config embedding exporters images mae pretrained providers runs shards system vectors",
     "pretraining": "config encoder_file images mae pretrained providers runs shards sheet system training",
     "sweeping": "config evaluation mae pages pretraining runs system",
-    "finetuning": "config evaluation images mae pretrained runs shards system training",
+    "finetuning": "config evaluation images mae pretrained runs system training",
     "demo": "checking config embedding exporters images pages pretraining runs shards system vectors",
-    "maekit": "checking config embedding evaluation exporters pages pretraining shards sweeping system version",
+    "maekit": "checking config diagnosis embedding evaluation exporters finetuning inspection pages pretraining shards "
+    "sweeping system version",
     "cli": "checking config demo diagnosis embedding evaluation exporters finetuning inspection pages pretraining runs "
     "shards sweeping system version",
     "__main__": "cli",

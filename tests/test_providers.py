@@ -5,6 +5,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from support.errors import raises
 from support.models import embed_config
 
 import maekit.providers as module
@@ -121,7 +122,7 @@ def test_cuda_asked_for_and_not_there_is_refused_with_the_fix(
     sabotage, said = SABOTAGE[name]
     sabotage(monkeypatch)
     device = "cuda:3" if "number" in name else "cuda"
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         embed(embed_config(trained, tmp_path / "out", device=device))
     assert not (tmp_path / "out").exists()
     if "number" in name:
@@ -137,5 +138,5 @@ def test_cuda_that_silently_became_cpu_is_caught(trained: Path, monkeypatch) -> 
     if "CUDAExecutionProvider" not in onnxruntime.get_available_providers() or torch.cuda.is_available():
         pytest.skip("needs an onnxruntime-gpu whose CUDA provider cannot work")
     monkeypatch.setattr(module, "cuda_problem", lambda number: None)
-    with pytest.raises(InputError, match="CUDA provider does not load"):
+    with raises(InputError, match="CUDA provider does not load"):
         EncoderSession(trained / "encoder.onnx", device="cuda")

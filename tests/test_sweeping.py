@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from support.planted import plant
 from support.processes import TINY
 from support.shards import write_shard
@@ -70,7 +71,7 @@ def test_cells_of_a_whole_grid(folder: Path) -> None:
 
 def test_it_is_done_once_and_goes_on(folder: Path, tmp_path: Path) -> None:
     plan = write(folder, '"model.mask_ratio" = [0.5]')
-    first = maekit.sweep(plan, tmp_path / "out", device="cpu")
+    first = maekit.sweep(maekit.SweepConfig(plan, tmp_path / "out", device="cpu"))
     assert first.trained == 2
     assert [row["name"] for row in first.rows] == ["base", "mask_ratio=0.5"]
     assert set(first.rows[0]["baselines"]) == {
@@ -78,10 +79,14 @@ def test_it_is_done_once_and_goes_on(folder: Path, tmp_path: Path) -> None:
     }
     ratios = [RunDirectory(tmp_path / "out" / name).config().model.mask_ratio for name in ("base", "mask_ratio=0.5")]
     assert ratios == [0.75, 0.5]
-    again = maekit.sweep(write(folder, '"model.mask_ratio" = [0.5, 0.6]', 'judge = ["knn"]'), tmp_path / "out")
+    again = maekit.sweep(
+        maekit.SweepConfig(write(folder, '"model.mask_ratio" = [0.5, 0.6]', 'judge = ["knn"]'), tmp_path / "out")
+    )
     assert again.trained == 1
     assert again.rows[:2] == [{**row, "loss": row["loss"]} for row in first.rows]
-    judged = maekit.sweep(write(folder, '"model.mask_ratio" = [0.5]', 'judge = ["knn", "linear"]'), tmp_path / "out")
+    judged = maekit.sweep(
+        maekit.SweepConfig(write(folder, '"model.mask_ratio" = [0.5]', 'judge = ["knn", "linear"]'), tmp_path / "out")
+    )
     assert judged.trained == 0
     assert judged.rows[1]["linear"] > 0.5
     assert judged.rows[1]["knn"] == first.rows[1]["knn"]
@@ -90,7 +95,7 @@ def test_it_is_done_once_and_goes_on(folder: Path, tmp_path: Path) -> None:
 
 def test_the_page_draws_numbers_as_curves(folder: Path, tmp_path: Path) -> None:
     vary = '"model.mask_ratio" = [0.5]\n"model.target" = ["pixel"]'
-    result = maekit.sweep(write(folder, vary), tmp_path / "out")
+    result = maekit.sweep(maekit.SweepConfig(write(folder, vary), tmp_path / "out"))
     text = Path(result.page).read_text()
 
     charts: list[str] = []
@@ -114,8 +119,8 @@ def test_the_page_draws_numbers_as_curves(folder: Path, tmp_path: Path) -> None:
 def test_a_cell_that_fails_keeps_no_other_from_being_tried(folder: Path, tmp_path: Path) -> None:
     """A rate that is far too high ends its own cell alone; it is told at the end, and by the page."""
     plan = write(folder, '"optimizer.lr" = [1e30, 0.02]')
-    with pytest.raises(MaekitError, match=r"1 of 3 cells failed, .*sweep\.html; the first: lr=1e\+30: ") as raised:
-        maekit.sweep(plan, tmp_path / "out")
+    with raises(MaekitError, match=r"1 of 3 cells failed, .*sweep\.html; the first: lr=1e\+30: ") as raised:
+        maekit.sweep(maekit.SweepConfig(plan, tmp_path / "out"))
     assert raised.value.exit_code == 1
     base, failed, other = json.loads((tmp_path / "out/sweep.json").read_text())["rows"]
     assert [row["name"] for row in (base, failed, other)] == ["base", "lr=1e+30", "lr=0.02"]
@@ -127,7 +132,7 @@ def test_a_cell_that_fails_keeps_no_other_from_being_tried(folder: Path, tmp_pat
 
 def test_a_cell_is_a_run_that_can_be_reported(folder: Path, tmp_path: Path) -> None:
     """What the sweep keeps of its judging is no damaged evaluation."""
-    maekit.sweep(write(folder, '"model.mask_ratio" = [0.5]'), tmp_path / "out")
+    maekit.sweep(maekit.SweepConfig(write(folder, '"model.mask_ratio" = [0.5]'), tmp_path / "out"))
     tables, damaged = evaluation_parts(tmp_path / "out/base/evaluations")
     assert len(tables) == 1
     assert damaged == []
@@ -135,7 +140,9 @@ def test_a_cell_is_a_run_that_can_be_reported(folder: Path, tmp_path: Path) -> N
 
 def test_each_way_of_judging_has_its_curve(folder: Path, tmp_path: Path) -> None:
     judged = 'judge = ["knn", "linear"]'
-    text = Path(maekit.sweep(write(folder, '"model.mask_ratio" = [0.5]', judged), tmp_path / "out").page).read_text()
+    text = Path(
+        maekit.sweep(maekit.SweepConfig(write(folder, '"model.mask_ratio" = [0.5]', judged), tmp_path / "out")).page
+    ).read_text()
     assert "model.mask_ratio: knn" in text
     assert "model.mask_ratio: linear" in text
 
@@ -144,8 +151,8 @@ def test_labels_are_looked_for_before_anything_is_trained(folder: Path, tmp_path
     plan = write(folder, '"model.mask_ratio" = [0.5]')
     bare = write_shard(tmp_path / "bare/0.tar", {"a": {"png": b"none"}}).parent
     plan.write_text(plan.read_text().replace(f'test = ["{folder}/test"]', f'test = ["{bare}"]'))
-    with pytest.raises(InputError, match=r"sweep\.test .*none of 1 samples has a \.cls member"):
-        maekit.sweep(plan, tmp_path / "out")
+    with raises(InputError, match=r"sweep\.test .*none of 1 samples has a \.cls member"):
+        maekit.sweep(maekit.SweepConfig(plan, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -171,8 +178,8 @@ def test_labels_are_looked_for_before_anything_is_trained(folder: Path, tmp_path
     ],
 )
 def test_what_is_refused(folder: Path, tmp_path: Path, vary: str, sweep: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        maekit.sweep(write(folder, vary, sweep), tmp_path / "out")
+    with raises(InputError, match=said):
+        maekit.sweep(maekit.SweepConfig(write(folder, vary, sweep), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

@@ -1,14 +1,12 @@
-"""The options of every command, a dataclass for each; `settings` reads and writes them by name.
+"""The settings of every command, a dataclass for each. `fields` declares them, `settings` reads and writes them.
 
 Nothing in here imports more than the standard library: `maekit --help` shows the defaults and must not wait for NumPy.
 """
 
 from maekit.config.pretrain import (
     DEFAULT_EPOCHS,
-    DEFAULT_FINETUNE_EPOCHS,
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MASKINGS,
     WINDOW_SHARDS,
     DataConfig,
     ModelConfig,
@@ -16,8 +14,6 @@ from maekit.config.pretrain import (
     PretrainConfig,
     RunConfig,
     TrainingConfig,
-    check_not_negative,
-    check_positive,
     check_training,
     load_config,
     parse_duration,
@@ -26,10 +22,8 @@ from maekit.config.pretrain import (
 
 __all__ = [
     "DEFAULT_EPOCHS",
-    "DEFAULT_FINETUNE_EPOCHS",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
-    "MASKINGS",
     "WINDOW_SHARDS",
     "DataConfig",
     "ModelConfig",
@@ -37,8 +31,6 @@ __all__ = [
     "PretrainConfig",
     "RunConfig",
     "TrainingConfig",
-    "check_not_negative",
-    "check_positive",
     "check_training",
     "load_config",
     "parse_duration",

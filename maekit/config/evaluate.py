@@ -1,79 +1,99 @@
-"""What can be asked of `maekit evaluate`. Imports nothing heavy: its `--help` shows these defaults."""
+"""The settings of `maekit evaluate knn`, `linear` and `retrieval`."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from maekit.config.poolings import check_pool
+from maekit.config.fields import check, config_class, setting
+from maekit.config.poolings import CHOICES, check_pool
+from maekit.config.pretrain import Device
 from maekit.system.errors import InputError
 
-TASKS = ("knn", "linear", "retrieval")
-PRECISIONS = ("fp32", "fp16", "int8")
-_NEIGHBOURS = (1, 5, 10, 20, 50, 100, 200)
-_RECALLS = (1, 5, 10)
+_JUDGED, _IMAGES = "What is judged", "Labelled images"
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
-    """How embeddings are judged.
+@config_class
+@dataclass
+class EvaluateConfig:
+    """How embeddings are judged, and on which labelled images."""
 
-    Attributes:
-        pool: poolings to judge, each for itself; empty is all of `avg` and `cls` that the model has.
-        whiten: judge them whitened as well, by a PCA fitted without labels on the training set.
-        whiten_dims: lengths of a whitened embedding; empty is all directions of any variance (64 for raw pixels).
-        baselines: judge raw pixels and the encoder as initialised beside it.
-        train_images: at most so many samples of the training set, drawn at random; None is all.
-        test_images: likewise of the test set.
-        precisions: of the model, `fp32`, `fp16` or `int8`; all but `fp32` are those of an exported file.
-        k: neighbours that vote (kNN).
-        ks: other numbers of neighbours to tell of.
-        temperature: of the votes (kNN).
-        recalls: the k of recall@k (retrieval).
-        model: timm's name of the architecture, for a file of weights that does not tell.
-        seed: of the part that the regularisation is chosen on (linear), and of the untrained encoder.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    pool: tuple[str, ...] = ()
-    whiten: bool = True
-    whiten_dims: tuple[int, ...] = ()
-    baselines: bool = True
-    train_images: int | None = None
-    test_images: int | None = None
-    precisions: tuple[str, ...] = ("fp32",)
-    k: int = 20
-    ks: tuple[int, ...] = _NEIGHBOURS
-    temperature: float = 0.07
-    recalls: tuple[int, ...] = _RECALLS
-    model: str | None = None
-    seed: int = 0
-    device: str = "auto"
+    task: Literal["knn", "linear", "retrieval"] = setting(help="knn, linear or retrieval.", only_set=True)
+    model: str = setting(
+        help="A run, a checkpoint, timm:NAME, a file of weights, an exported .onnx, or a directory of embeddings.",
+        metavar="MODEL",
+    )
+    train: tuple[str, ...] = setting(help="With a .cls member each.", panel=_IMAGES, metavar="SHARDS")
+    test: tuple[str, ...] = setting(
+        (),
+        "Likewise, held out. In a retrieval these are the queries; without them, each image of `train` searches for "
+        "the others of its class.",
+        panel=_IMAGES,
+        metavar="SHARDS",
+    )
+    k: int = setting(20, "Neighbours that vote.", above=0)
+    temperature: float = setting(0.07, "Each votes with exp(cosine / temperature).", above=0)
+    pool: tuple[str, ...] = setting(
+        (), f"{CHOICES}; may be repeated.", panel=_JUDGED, shown="all of avg and cls that the model has"
+    )
+    whiten: bool = setting(True, "Also whitened by a PCA, fitted without labels on the training images.", panel=_JUDGED)
+    whiten_dims: tuple[int, ...] = setting(
+        (),
+        "Length of a whitened embedding; may be repeated.",
+        panel=_JUDGED,
+        flag="--whiten-dim",
+        shown="all directions; 64 for raw pixels",
+        above=0,
+    )
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = setting(
+        ("fp32",),
+        "fp32, fp16 or int8, the last two as exported; may be repeated.",
+        panel=_JUDGED,
+        flag="--precision",
+    )
+    architecture: str | None = setting(
+        None,
+        "timm's name of the architecture, for a file of weights that does not tell.",
+        panel=_JUDGED,
+        flag="--model",
+    )
+    baselines: bool = setting(True, "Beside it, raw pixels and the encoder as initialised.", panel=_JUDGED)
+    train_images: int | None = setting(None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", above=0)
+    test_images: int | None = setting(None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", above=0)
+    ks: tuple[int, ...] = setting(
+        (1, 5, 10, 20, 50, 100, 200), "Other numbers of neighbours to report.", only_set=True, above=0
+    )
+    recalls: tuple[int, ...] = setting((1, 5, 10), "The k of recall@k.", only_set=True, above=0)
+    seed: int = setting(0, "Of the untrained encoder, and of the part held out.", at_least=0, below=1 << 63)
+    device: Device = setting("auto", "auto, cpu or cuda.")
 
     def validate(self) -> None:
         """Check every value that needs no model.
 
         Raises:
-            InputError: names the first impossible value.
+            InputError: names the first impossible value, or two that do not go together.
         """
         for pool in self.pool:
-            check_pool("--pool", pool)
-        for option, values, allowed in (
-            ("--precision", self.precisions, PRECISIONS),
-            ("--device", (self.device,), ("auto", "cpu", "cuda")),
-        ):
-            for value in values:
-                if value not in allowed:
-                    raise InputError(f"{option} {value}: must be one of {', '.join(allowed)}")
-        for option, number in (
-            ("--train-images", self.train_images),
-            ("--test-images", self.test_images),
-            ("--k", self.k),
-            ("--temperature", self.temperature),
-            *(("--whiten-dim", dim) for dim in self.whiten_dims),
-        ):
-            if number is not None and not number > 0:
-                raise InputError(f"{option} {number}: must be greater than 0")
+            check_pool("pool", pool)
+        check(self)
         if not self.precisions:
-            raise InputError("--precision: at least one is needed")
+            raise InputError("`precisions`: at least one is needed")
         if not self.whiten and self.whiten_dims:
-            raise InputError(f"--whiten-dim {self.whiten_dims[0]} does not go with --no-whiten")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"--seed {self.seed}: must lie between 0 and 2^63")
+            raise InputError(f"`whiten_dims` = {self.whiten_dims[0]} does not go with `whiten=false`")
+
+    def options(self) -> dict[str, Any]:
+        """Return what decides the figures besides model and images, as JSON values: what evaluations are kept with."""
+        return {
+            "pool": self.pool,
+            "whiten": self.whiten,
+            "whiten_dims": self.whiten_dims,
+            "baselines": self.baselines,
+            "train_images": self.train_images,
+            "test_images": self.test_images,
+            "precisions": self.precisions,
+            "k": self.k,
+            "ks": self.ks,
+            "temperature": self.temperature,
+            "recalls": self.recalls,
+            "model": self.architecture,
+            "seed": self.seed,
+            "device": self.device,
+        }

@@ -1,72 +1,92 @@
-"""What can be asked of `maekit export`. Imports nothing heavy: `maekit export --help` shows these defaults."""
+"""The settings of `maekit export`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
+from maekit.config.fields import check, config_class, setting, settings_of
 from maekit.config.poolings import UNPOOLED, check_pool
 from maekit.system.errors import InputError
 
-PRECISIONS = ("fp32", "fp16", "int8")
-OPSETS = (18, 19, 20, 21, 22, 23)
 OPSET_WITH_ATTENTION = 23  # the first that has the operator
-FORMATS = ("onnx", "timm")
+_COMPUTES, _PROVES = "What it computes", "What it is held against"
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What the exported file computes, and what it is held against.
+@config_class
+@dataclass
+class ExportConfig:
+    """One export: what the file computes, and what it is compared with."""
 
-    Attributes:
-        pool: `avg`, `cls`, `std`, `avg2x2`, several joined by `+`, or `tokens`; see `maekit.exporters.graph`.
-        normalize: divide each embedding by its L2 norm.
-        whiten: shards with images to fit a whitening on; none where empty.
-        whiten_dim: length of a whitened embedding; None is all directions of any variance.
-        whiten_images: so many images are taken to fit it, evenly spread.
-        precision: `fp32`, `fp16` (for CUDA) or `int8` (for CPUs).
-        opset: of ONNX; below 23 attention is written as MatMul and Softmax, for older runtimes.
-        format: `onnx`, or `timm` for a directory that timm loads (encoder alone, fp32).
-        model: timm's name of the architecture, for a file of weights that does not tell.
-        parity: shards with the images to compare on, and to calibrate int8 on; by default those of the training.
-        force: keep a file that does not pass.
-    """
+    source: str = setting(
+        help="A run, one of its checkpoints, timm:NAME, a file of weights (under timm's names, or the reference "
+        "implementation's .pth), or a directory of transformers' ViTMAE."
+    )
+    out: str = setting(help="The ONNX file.")
+    pool: str = setting(
+        "avg",
+        "avg: mean of the patch tokens; cls: the class token; std: standard deviation of the patch tokens; avg2x2: "
+        "mean of each quarter of the image; several joined by +; or tokens: all patch tokens.",
+        panel=_COMPUTES,
+    )
+    whiten: tuple[str, ...] = setting(
+        (),
+        "Fit a whitening on images of these shards and bake it in: recommended for cosine search.",
+        panel=_COMPUTES,
+        metavar="SHARDS",
+    )
+    whiten_dim: int | None = setting(
+        None,
+        "Length of a whitened embedding; by default as many as the images vary in.",
+        panel=_COMPUTES,
+        at_least=1,
+    )
+    whiten_images: int = setting(5000, "Images to fit the whitening on, evenly spread.", panel=_COMPUTES, at_least=2)
+    normalize: bool = setting(True, "Divide each embedding by its L2 norm.", panel=_COMPUTES)
+    precision: Literal["fp32", "fp16", "int8"] = setting(
+        "fp32", "fp32; fp16, for CUDA; int8, for CPUs.", panel=_COMPUTES
+    )
+    opset: Literal[18, 19, 20, 21, 22, 23] = setting(
+        23,
+        "Of ONNX, 18 to 23; below 23 attention is written in older operators, for older runtimes.",
+        panel=_COMPUTES,
+    )
+    format: Literal["onnx", "timm"] = setting(
+        "onnx",
+        "onnx; or timm: a directory that timm.create_model('local-dir:DIR') loads, the encoder alone.",
+        panel=_COMPUTES,
+    )
+    model: str | None = setting(
+        None,
+        "timm's name of the architecture, for a file of weights that does not tell; with a tag "
+        "(vit_base_patch16_224.mae), also its normalisation.",
+        panel=_COMPUTES,
+    )
+    parity: tuple[str, ...] = setting(
+        (),
+        "Images to compare on, and to calibrate int8 on; those of the training by default.",
+        panel=_PROVES,
+        metavar="SHARDS",
+    )
+    force: bool = setting(False, "Keep a file that differs too much.", panel=_PROVES)
 
-    pool: str = "avg"
-    normalize: bool = True
-    whiten: tuple[str, ...] = ()
-    whiten_dim: int | None = None
-    whiten_images: int = 5000
-    precision: str = "fp32"
-    opset: int = 23
-    format: str = "onnx"
-    model: str | None = None
-    parity: tuple[str, ...] = ()
-    force: bool = False
+    def changed(self) -> list[str]:
+        """Return the names of the settings that are not at their default."""
+        return [key for key, _, _, default in settings_of(type(self)) if getattr(self, key) != default]
 
     def validate(self) -> None:
         """Check every value that needs no model.
 
         Raises:
-            InputError: names the first impossible value.
+            InputError: names the first impossible value, or two that do not go together.
         """
-        check_pool("--pool", self.pool, also=(UNPOOLED,))
-        for option, value, allowed in (
-            ("--precision", self.precision, PRECISIONS),
-            ("--opset", self.opset, OPSETS),
-            ("--format", self.format, FORMATS),
-        ):
-            if value not in allowed:
-                raise InputError(f"{option} {value}: must be one of {', '.join(map(str, allowed))}")
-        if self.whiten_dim is not None and not self.whiten:
-            raise InputError(f"--whiten-dim {self.whiten_dim}: needs --whiten SHARDS, to fit the whitening on")
-        if self.whiten_dim is not None and self.whiten_dim < 1:
-            raise InputError(f"--whiten-dim {self.whiten_dim}: must be at least 1")
-        if self.whiten_images != ExportOptions.whiten_images and not self.whiten:
-            raise InputError(f"--whiten-images {self.whiten_images}: needs --whiten SHARDS, to take them from")
-        if self.whiten_images < 2:
-            raise InputError(f"--whiten-images {self.whiten_images}: must be at least 2")
+        check_pool("pool", self.pool, also=(UNPOOLED,))
+        check(self)
+        if not self.whiten:
+            for name, what in (("whiten_dim", "to fit the whitening on"), ("whiten_images", "to take them from")):
+                if name in self.changed():
+                    raise InputError(f"`{name}` = {getattr(self, name)}: needs `whiten`, shards {what}")
         if self.whiten and self.pool == UNPOOLED:
-            raise InputError("--whiten is for embeddings; --pool tokens gives tokens")
+            raise InputError("`whiten` is for embeddings; `pool=tokens` gives tokens")
         if self.format == "timm":
-            changed = ("pool", "normalize", "whiten", "precision", "opset", "force")
-            for name in changed:
-                if getattr(self, name) != getattr(ExportOptions, name):
-                    raise InputError(f"--{name} is not for --format timm, which writes the encoder alone in fp32")
+            for name in self.changed():
+                if name not in ("source", "out", "format", "model", "parity"):
+                    raise InputError(f"`{name}` is not for `format=timm`, which writes the encoder alone in fp32")

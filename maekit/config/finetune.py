@@ -1,166 +1,170 @@
-"""What can be asked of supervised training. Imports nothing heavy: the command's `--help` shows these defaults.
+"""The settings of supervised training: `maekit evaluate finetune` and `probe`.
 
 Three published schedules (He et al. 2021, appendix A.1, tables 9 to 11): fine-tuning, training from scratch, linear
 probing.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from maekit.config import DataConfig, OptimizerConfig, RunConfig, check_not_negative, check_positive, check_training
-from maekit.config.poolings import check_pool
+from maekit.config.fields import check, config_class, setting
+from maekit.config.poolings import CHOICES, check_pool
+from maekit.config.pretrain import DataConfig, OptimizerConfig, RunConfig, check_training
 from maekit.system.errors import InputError
 
+DEFAULT_FINETUNE_EPOCHS = 100.0
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
+_JUDGED, _IMAGES = "What is judged", "Labelled images"
+_TRAINING, _AUGMENTED = "Training", "Augmentation and regularisation"
 
 
+def parse_blocks(text: str) -> float | None:
+    """Read a number of blocks, or `all`, which is None.
+
+    Raises:
+        InputError: it is neither.
+    """
+    try:
+        return None if text == "all" else float(text)
+    except ValueError:
+        raise InputError(f"`model.blocks` = {text}: must be all, 0, 0.5, or a whole number") from None
+
+
+@config_class
 @dataclass
 class ClassifierConfig:
-    """The model.
-
-    Attributes:
-        source: whose encoder it starts from: a run, a checkpoint, `timm:NAME`, or a file (`maekit.pretrained.sources`).
-        name: timm's name of the architecture, for a file of weights that does not tell.
-        sha256: names its weights; found by itself.
-        from_scratch: forget its weights, and start from the published initialisation.
-        pool: `avg`, `cls`, `std`, `avg2x2`, or several joined by `+`.
-        blocks: how many of the last blocks are trained; 0.5 is the MLP of the last one, 0 the head alone, None is all.
-        batch_norm: normalise features before the head, without affine parameters.
-        drop_path: largest rate of stochastic depth; it grows with the layers from 0.
-    """
+    """The model."""
 
     # The weights may move; they may not change.
-    source: str = field(default="", metadata={"free": True})
-    name: str | None = None
-    sha256: str | None = None
-    from_scratch: bool = False
-    pool: str = "avg"
-    blocks: float | None = None
-    batch_norm: bool = False
-    drop_path: float = 0.1
+    source: str = setting(
+        "",
+        "A run, a checkpoint, timm:NAME, a file of weights, or the `out` of another fine-tuning.",
+        metavar="MODEL",
+        free=True,
+    )
+    name: str | None = setting(
+        None,
+        "timm's name of the architecture, for a file of weights that does not tell.",
+        panel=_JUDGED,
+        flag="--model",
+    )
+    sha256: str | None = setting(None, "Names the weights; found by itself.", only_set=True)
+    from_scratch: bool = setting(
+        False,
+        "For comparison: the same architecture, trained from nothing by its published schedule.",
+        panel=_JUDGED,
+    )
+    pool: str = setting("avg", f"{CHOICES}.", panel=_JUDGED)
+    blocks: float | None = setting(
+        None,
+        "Train the last N blocks only: all, 12, 4, 1, 0.5 (the MLP of the last), 0 (the head).",
+        panel=_JUDGED,
+        shown="all",
+        parse=parse_blocks,
+    )
+    batch_norm: bool = setting(False, "Normalise features before the head, without affine parameters.", only_set=True)
+    drop_path: float = setting(
+        0.1,
+        "Largest rate of stochastic depth; it grows with the layers from 0.",
+        panel=_AUGMENTED,
+        at_least=0,
+        below=1,
+    )
 
 
+@config_class
 @dataclass
 class MixConfig:
-    """What is done to labelled images besides cropping.
+    """What is done to labelled images besides cropping."""
 
-    Attributes:
-        rand_augment: RandAugment as timm writes it, such as `rand-m9-mstd0.5-inc1`, or `none`.
-        mixup: α of mixup; 0 is none.
-        cutmix: α of cutmix; 0 is none.
-        label_smoothing: share of each target that goes to all classes alike.
-        erase: probability that a rectangle is erased.
-    """
-
-    rand_augment: str = RAND_AUGMENT
-    mixup: float = 0.8
-    cutmix: float = 1.0
-    label_smoothing: float = 0.1
-    erase: float = 0.25
+    rand_augment: str = setting(RAND_AUGMENT, "RandAugment as timm writes it, or none.", panel=_AUGMENTED)
+    mixup: float = setting(0.8, "α of mixup; 0 is none.", panel=_AUGMENTED, at_least=0)
+    cutmix: float = setting(1.0, "α of cutmix; 0 is none.", panel=_AUGMENTED, at_least=0)
+    label_smoothing: float = setting(
+        0.1, "Share of each target that goes to all classes alike.", panel=_AUGMENTED, at_least=0, below=1
+    )
+    erase: float = setting(0.25, "Probability that a rectangle is erased.", panel=_AUGMENTED, at_least=0, at_most=1)
 
 
+@config_class
 @dataclass
 class SupervisedOptimizer(OptimizerConfig):
-    """The optimiser and its schedule.
+    """The optimiser and its schedule."""
 
-    Attributes:
-        kind: `adamw` or `lars`.
-        layer_decay: each layer's learning rate is that of the next one times this (AdamW).
-        momentum: of LARS.
-    """
+    lr: float = setting(1e-3, "Base learning rate, per 256 images.", panel=_TRAINING, shown="as published", above=0)
+    min_lr: float = setting(1e-6, "Learning rate at the end, absolute.", only_set=True, at_least=0)
+    warmup_epochs: float = setting(
+        5.0, "Length of the warm-up; at most a tenth of the run.", panel=_TRAINING, shown="as published", at_least=0
+    )
+    weight_decay: float = setting(0.05, "On parameters of two or more dimensions.", panel=_TRAINING, at_least=0)
+    beta2: float = setting(0.999, "AdamW's β₂.", only_set=True, at_least=0, below=1)
+    kind: str = setting("adamw", "adamw or lars.", only_set=True)
+    layer_decay: float = setting(
+        0.75,
+        "Each layer's learning rate is that of the next one times this (AdamW).",
+        panel=_TRAINING,
+        above=0,
+        at_most=1,
+    )
+    momentum: float = setting(0.9, "Of LARS.", only_set=True, at_least=0, below=1)
 
-    lr: float = 1e-3
-    min_lr: float = 1e-6
-    warmup_epochs: float = 5.0
-    beta2: float = 0.999
-    kind: str = "adamw"
-    layer_decay: float = 0.75
-    momentum: float = 0.9
 
-
+@config_class
 @dataclass
 class FinetuneConfig:
-    """A whole run of supervised training.
+    """A whole run of supervised training."""
 
-    Attributes:
-        shards: input specs of the training set, with labels.
-        out: the directory of the run.
-        test: input specs of the test set.
-        test_images: at most so many of it, drawn at random; None is all.
-        epochs: passes over the training set; 100 where neither is given.
-        steps: optimiser steps, instead of epochs.
-        batch_size: images per optimiser step, over all devices.
-        seed: of the head, order, crops, flips and all that is mixed.
-        classes: of the training set; found by itself.
-        labels_sha256: names classes and labels of the training set; found by itself.
-    """
-
-    shards: tuple[str, ...] = field(default=(), metadata={"free": True})
-    out: str = field(default="", metadata={"free": True})
-    test: tuple[str, ...] = field(default=(), metadata={"free": True})
-    test_images: int | None = field(default=None, metadata={"free": True})
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 1024
-    seed: int = 0
-    classes: int | None = None
-    labels_sha256: str | None = None
-    model: ClassifierConfig = field(default_factory=ClassifierConfig)
-    data: DataConfig = field(default_factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
-    mix: MixConfig = field(default_factory=MixConfig)
-    optimizer: SupervisedOptimizer = field(default_factory=SupervisedOptimizer)
-    run: RunConfig = field(default_factory=RunConfig)
+    shards: tuple[str, ...] = setting(
+        (), "With a .cls member each.", panel=_IMAGES, flag="--train", metavar="SHARDS", free=True
+    )
+    out: str = setting("", "The directory of this training.", free=True)
+    test: tuple[str, ...] = setting((), "Likewise, held out.", panel=_IMAGES, metavar="SHARDS", free=True)
+    test_images: int | None = setting(
+        None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", free=True, above=0
+    )
+    epochs: float | None = setting(
+        None,
+        "Passes over the training images.",
+        panel=_TRAINING,
+        shown="100; 300 from scratch; 90 to probe",
+        above=0,
+    )
+    steps: int | None = setting(None, "Optimiser steps, instead of epochs.", panel=_TRAINING, above=0)
+    batch_size: int = setting(
+        1024, "Images per step, over all devices.", panel=_TRAINING, shown="as published", above=0
+    )
+    seed: int = setting(0, "Of the head, order, crops, and all that is mixed.", at_least=0, below=1 << 63)
+    classes: int | None = setting(None, "Of the training set; found by itself.", only_set=True)
+    labels_sha256: str | None = setting(
+        None, "Names classes and labels of the training set; found by itself.", only_set=True
+    )
+    model: ClassifierConfig = setting(factory=ClassifierConfig)
+    data: DataConfig = setting(factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
+    mix: MixConfig = setting(factory=MixConfig)
+    optimizer: SupervisedOptimizer = setting(factory=SupervisedOptimizer)
+    run: RunConfig = setting(factory=RunConfig)
 
     def validate(self) -> None:
         """Check every value that needs no data and no model.
 
         Raises:
-            InputError: names the first impossible value.
+            InputError: names the first impossible value, or two that do not go together.
         """
+        blocks = self.model.blocks
+        if blocks is not None and blocks != 0.5 and not (0 <= blocks < 1e6 and blocks == int(blocks)):
+            raise InputError(f"`model.blocks` = {blocks:g}: must be all, 0, 0.5, or a whole number")
         check_training(self)
         if not self.test:
-            raise InputError("no test set was given (--test SHARDS)")
+            raise InputError("no test set was given: `test`")
         if not self.model.source:
             raise InputError("no model was given")
-        check_positive(
-            {
-                "test_images": self.test_images,
-                "optimizer.lr": self.optimizer.lr,
-                "optimizer.clip_grad": self.optimizer.clip_grad,
-            }
-        )
-        check_not_negative(
-            {
-                "optimizer.min_lr": self.optimizer.min_lr,
-                "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
-                "optimizer.weight_decay": self.optimizer.weight_decay,
-                "mix.mixup": self.mix.mixup,
-                "mix.cutmix": self.mix.cutmix,
-            }
-        )
-        for key, value in {
-            "model.drop_path": self.model.drop_path,
-            "mix.label_smoothing": self.mix.label_smoothing,
-            "optimizer.beta1": self.optimizer.beta1,
-            "optimizer.beta2": self.optimizer.beta2,
-            "optimizer.momentum": self.optimizer.momentum,
-        }.items():
-            if not 0 <= value < 1:
-                raise InputError(f"{key} = {value}: must lie in [0, 1)")
-        if not 0 < self.optimizer.layer_decay <= 1:
-            raise InputError(f"optimizer.layer_decay = {self.optimizer.layer_decay}: must lie in (0, 1]")
-        if not 0 <= self.mix.erase <= 1:
-            raise InputError(f"mix.erase = {self.mix.erase}: must lie in [0, 1]")
-        elsewhere = {"mean": "the model's own is taken", "std": "the model's own is taken", "val": "use --test"}
-        elsewhere["val_images"] = "use --test-images"
+        elsewhere = {"mean": "the model's own is taken", "std": "the model's own is taken", "val": "use `test`"}
+        elsewhere["val_images"] = "use `test_images`"
         for name, instead in elsewhere.items():
             if getattr(self.data, name) != getattr(DataConfig, name):
                 raise InputError(f"data.{name} is not for fine-tuning: {instead}")
-        blocks = self.model.blocks
-        if blocks is not None and blocks != 0.5 and not (0 <= blocks < 1e6 and blocks == int(blocks)):
-            raise InputError(f"--blocks {blocks:g}: must be all, 0, 0.5, or a whole number")
         if self.model.from_scratch and blocks is not None:
-            raise InputError("--from-scratch trains all blocks; it does not go with --blocks")
-        check_pool("--pool", self.model.pool)
+            raise InputError("`model.from_scratch` trains all blocks; it does not go with `model.blocks`")
+        check_pool("model.pool", self.model.pool)
         if self.optimizer.kind not in ("adamw", "lars"):
             raise InputError(f"optimizer.kind = {self.optimizer.kind!r}: must be one of adamw, lars")
         idle = {"adamw": ("momentum", SupervisedOptimizer.momentum), "lars": ("layer_decay", 1.0)}
@@ -169,6 +173,7 @@ class FinetuneConfig:
             raise InputError(f"optimizer.{name} is not for {self.optimizer.kind}")
         if self.run.pictures_every is not None:
             raise InputError("run.pictures_every is not for fine-tuning: it draws nothing")
+        check(self)
 
 
 def finetuning() -> FinetuneConfig:

@@ -1,40 +1,41 @@
-"""What can be asked of the commands that show. Imports nothing heavy: their `--help` shows these defaults."""
+"""The settings of the commands that show: `maekit reconstruct`, `report` and `neighbours`."""
 
 from dataclasses import dataclass
+from typing import Literal
 
-from maekit.config import MASKINGS
+from maekit.config.fields import check, config_class, setting
+from maekit.config.pretrain import Device, Masking
 from maekit.system.errors import InputError
 
 ENDINGS = (".png", ".html")
 _MOST_ROWS = 1000
 _MOST_SAMPLES = 5000
-TARGETS = ("norm_pixel", "pixel")
-DEVICES = ("auto", "cpu", "cuda")
+_SHARDS = "Directories, .tar files, globs, brace patterns or URLs."
 
 
-@dataclass(frozen=True)
-class ReconstructOptions:
-    """Which samples are drawn, and under which masks.
+@config_class
+@dataclass
+class ReconstructConfig:
+    """Which samples are drawn, and under which masks."""
 
-    Attributes:
-        keys: of the samples, KEY or SHARD:KEY; a random set where empty.
-        count: how many are drawn at random.
-        seed: of the samples and the masks.
-        mask_ratio: share of patches removed, in (0, 1); None is that of the training.
-        masking: `random`, `block` or `grid`; None is that of the training.
-        target: what the model predicts, `norm_pixel` or `pixel`, for a file of weights that does not tell.
-        overlay_visible: show kept patches as they are, and not as they are predicted.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    keys: tuple[str, ...] = ()
-    count: int = 8
-    seed: int = 0
-    mask_ratio: float | None = None
-    masking: str | None = None
-    target: str | None = None
-    overlay_visible: bool = False
-    device: str = "auto"
+    source: str = setting(
+        help="A run, a checkpoint, or others' weights with a decoder: a .pth of the reference implementation, a "
+        "directory of transformers' ViTMAE."
+    )
+    shards: tuple[str, ...] = setting(help=_SHARDS)
+    out: str = setting("reconstruction.png", "The picture: .png, or .html with keys and losses as well.")
+    keys: tuple[str, ...] = setting(
+        (), "A sample, KEY or SHARD:KEY; may be repeated. Without it, a random set.", flag="--key"
+    )
+    count: int = setting(8, "How many samples are drawn at random.", at_least=1, at_most=_MOST_ROWS)
+    seed: int = setting(0, "Of the samples and the masks.", at_least=0, below=1 << 63)
+    mask_ratio: float | None = setting(None, "Share of patches removed.", shown="as trained", above=0, below=1)
+    masking: Masking | None = setting(None, "random, block or grid.", shown="as trained")
+    target: Literal["norm_pixel", "pixel"] | None = setting(
+        None, "norm_pixel or pixel, for a file of weights that does not tell what it predicts."
+    )
+    overlay_visible: bool = setting(False, "Show kept patches as they are, and not as they are predicted.")
+    device: Device = setting("auto", "auto, cpu or cuda.")
 
     def validate(self) -> None:
         """Check every value that needs no model.
@@ -42,36 +43,26 @@ class ReconstructOptions:
         Raises:
             InputError: names the first impossible value.
         """
-        if not 1 <= self.count <= _MOST_ROWS:
-            raise InputError(f"--count {self.count}: must be at least 1, and at most {_MOST_ROWS}")
+        check(self)
         if len(self.keys) > _MOST_ROWS:
             raise InputError(f"{len(self.keys)} keys: at most {_MOST_ROWS} fit into a picture")
-        if not 0 <= self.seed < 1 << 63:
-            raise InputError(f"--seed {self.seed}: must lie between 0 and 2^63")
-        if self.mask_ratio is not None and not 0 < self.mask_ratio < 1:
-            raise InputError(f"--mask-ratio {self.mask_ratio}: must lie between 0 and 1")
-        for option, value, allowed in (
-            ("--masking", self.masking, (None, *MASKINGS)),
-            ("--target", self.target, (None, *TARGETS)),
-            ("--device", self.device, DEVICES),
-        ):
-            if value not in allowed:
-                raise InputError(f"{option} {value}: must be one of {', '.join(filter(None, allowed))}")
 
 
-@dataclass(frozen=True)
-class ReportOptions:
-    """What the report of a run looks at.
+@config_class
+@dataclass
+class ReportConfig:
+    """What the report of a run looks at."""
 
-    Attributes:
-        shards: input specs of the samples shown; empty is what the run was trained on.
-        samples: how many are embedded for neighbours and map, at most.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    shards: tuple[str, ...] = ()
-    samples: int = 600
-    device: str = "auto"
+    run: str = setting(help="What `maekit pretrain` wrote, finished or not.", metavar="RUN")
+    out: str | None = setting(None, "The page.", shown="RUN/report.html")
+    shards: tuple[str, ...] = setting((), "Whose images are shown; may be repeated.", shown="those of the training")
+    samples: int = setting(
+        600,
+        "How many are embedded for the neighbours and the map, evenly spread.",
+        at_least=2,
+        at_most=_MOST_SAMPLES,
+    )
+    device: Device = setting("auto", "auto, cpu or cuda.")
 
     def validate(self) -> None:
         """Check every value.
@@ -79,25 +70,24 @@ class ReportOptions:
         Raises:
             InputError: names the first impossible value.
         """
-        if not 2 <= self.samples <= _MOST_SAMPLES:
-            raise InputError(f"--samples {self.samples}: must be at least 2, and at most {_MOST_SAMPLES}")
-        if self.device not in DEVICES:
-            raise InputError(f"--device {self.device}: must be one of {', '.join(DEVICES)}")
+        check(self)
 
 
-@dataclass(frozen=True)
-class NeighbourOptions:
-    """How neighbours are looked for and shown.
+@config_class
+@dataclass
+class NeighboursConfig:
+    """Whose neighbours are looked for, and how they are shown."""
 
-    Attributes:
-        k: neighbours of each query.
-        shards: input specs of what was embedded, for the pictures; none where empty.
-        model: the ONNX file that made the embeddings, for queries that are image files.
-    """
-
-    k: int = 10
-    shards: tuple[str, ...] = ()
-    model: str | None = None
+    embeddings: str = setting(help="What `maekit embed` wrote: its `out`.", metavar="EMBEDDINGS")
+    queries: tuple[str, ...] = setting(
+        help="KEY or SHARD:KEY of a row, or an image file; may be repeated.", flag="--query", metavar="KEY|IMAGE"
+    )
+    out: str = setting("neighbours.html", "The page.")
+    k: int = setting(10, "Neighbours of each query.", flag="--k/-k", at_least=1, at_most=_MOST_ROWS)
+    shards: tuple[str, ...] = setting((), "What was embedded, for the pictures; may be repeated.")
+    model: str | None = setting(
+        None, "The file that made the embeddings, for queries that are images.", metavar="ENCODER.ONNX"
+    )
 
     def validate(self) -> None:
         """Check every value.
@@ -105,5 +95,4 @@ class NeighbourOptions:
         Raises:
             InputError: names the first impossible value.
         """
-        if not 1 <= self.k <= _MOST_ROWS:
-            raise InputError(f"--k {self.k}: must be at least 1, and at most {_MOST_ROWS}")
+        check(self)

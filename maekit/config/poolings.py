@@ -13,11 +13,11 @@ PARTS = tuple(_VECTORS)
 CHOICES = f"{', '.join(PARTS)}, or several joined by +"
 
 
-def check_pool(option: str, pool: str, also: tuple[str, ...] = ()) -> None:
+def check_pool(key: str, pool: str, also: tuple[str, ...] = ()) -> None:
     """Refuse what is no pooling.
 
     Args:
-        option: that it was given by.
+        key: of the setting that it was given by.
         pool: what was given.
         also: what may be given besides.
 
@@ -28,7 +28,7 @@ def check_pool(option: str, pool: str, also: tuple[str, ...] = ()) -> None:
     if pool in also or (set(parts) <= set(PARTS) and len(set(parts)) == len(parts)):
         return
     others = "".join(f"; or {other}" for other in also)
-    raise InputError(f"{option} {pool}: must be one of {CHOICES} (as in avg+std), each once{others}")
+    raise InputError(f"`{key}` = {pool}: must be one of {CHOICES} (as in avg+std), each once{others}")
 
 
 def parts_of(pool: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""The configuration of pre-training: a dataclass per subject, composed into one.
+"""The settings of pre-training: a dataclass per subject, composed into one.
 
 Defaults are the published recipe (He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", appendix A.1).
 Values come, each over the one before: defaults, `--config FILE.toml`, options, `--set key=value`.
@@ -6,85 +6,124 @@ Values come, each over the one before: defaults, `--config FILE.toml`, options, 
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
+from maekit.config.fields import check, config_class, setting
 from maekit.config.settings import load_settings
 from maekit.system.errors import InputError
 
-# Imports nothing but the standard library: `maekit --help` shows these defaults and must not wait for NumPy.
-DEFAULT_EPOCHS, DEFAULT_FINETUNE_EPOCHS = 400.0, 100.0
+DEFAULT_EPOCHS = 400.0
 WINDOW_SHARDS = 16
-MASKINGS = ("random", "block", "grid")
-_MOST_MASKS = 64
+Masking = Literal["random", "block", "grid"]
+Device = Literal["auto", "cpu", "cuda"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+_TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Encoder", "Machine", "Output"
+_DECODER, _MASKING, _TARGET, _IMAGES = "Decoder", "Masking", "Target", "Images"
 
 
-def _free(default: Any) -> Any:
-    """Return a field that may change when a run is resumed: it does not touch what is trained."""
-    return field(default=default, metadata={"free": True})
+def parse_image_size(text: str) -> int | tuple[int, int]:
+    """Read a number of pixels, or HEIGHTxWIDTH.
+
+    Raises:
+        InputError: it is neither.
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"`image_size` {text!r}: must be a number of pixels, or two as in 192x256 (height x width)")
+    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
+def parse_micro_batch(text: str) -> int | None:
+    """Read a number of images, or `auto`, which is None.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if text == "auto":
+        return None
+    if not text.isdecimal() or not int(text):
+        raise InputError(f"`micro_batch` {text!r}: must be a whole number greater than 0, or auto")
+    return int(text)
+
+
+@config_class
 @dataclass
 class ModelConfig:
     """The encoder (a timm VisionTransformer by its timm name), the decoder, and the task.
 
-    Attributes:
-        name: timm name of the encoder; taken from `init_from` where that names one.
-        image_size: side of the square input in pixels, or [height, width].
-        channels: 3 for RGB, or 1 for its luma, which of a grey image is the image itself.
-        patch_size: side of a patch, in pixels; None is the named model's own.
-        width: the encoder's width; None is the named model's own.
-        depth: its number of blocks, likewise.
-        heads: its number of attention heads, likewise.
-        class_token: whether the encoder has one; None is the named model's own way.
-        positions: the encoder's: `sincos` (fixed) or `learned`.
-        masking: which patches are removed: `random`, `block` (BEiT's) or `grid`.
-        mask_ratio: share of patches removed, in (0, 1).
-        masks_per_image: so many masks of each image are trained on in the same step.
-        mask_tokens: where they stand for the removed patches: in the `decoder`, or already in the `encoder`.
-        decoder: `self`, blocks of self-attention, or `cross`, blocks of cross-attention to the encoder's (CrossMAE).
-        decoder_width: width of the decoder.
-        decoder_depth: its number of blocks.
-        decoder_heads: its number of attention heads.
-        predict_ratio: share of the removed patches that are predicted, in (0, 1].
-        target: what is predicted: `norm_pixel` (pixels, normalised by each patch's own mean and variance), `pixel`,
-            `pca` (coefficients) or `tokens`.
-        pca_components: how many coefficients; their basis is fitted on the shards before the training.
-        tokenizer: ONNX file that turns an image into a grid of whole numbers, one for each patch.
-        tokenizer_sha256: its digest; found by itself.
-        vocabulary: how many different numbers it gives.
-        init_from: `timm:NAME`, a run, or a weights file to start the encoder from.
+    The name is taken from `init_from` where that names one; a size that is None is the named model's own.
     """
 
-    name: str | None = None
-    image_size: int | tuple[int, int] = 224
-    channels: int = 3
-    patch_size: int | None = None
-    width: int | None = None
-    depth: int | None = None
-    heads: int | None = None
-    class_token: bool | None = None
-    positions: str = "sincos"
-    masking: str = "random"
-    mask_ratio: float = 0.75
-    masks_per_image: int = 1
-    mask_tokens: str = "decoder"
-    decoder: str = "self"
-    decoder_width: int = 512
-    decoder_depth: int = 8
-    decoder_heads: int = 16
-    predict_ratio: float = 1.0
-    target: str = "norm_pixel"
-    pca_components: int = 96
+    name: str | None = setting(
+        None, "Encoder, by its timm name.", panel=_MODEL, flag="--model", shown="vit_base_patch16_224"
+    )
+    image_size: int | tuple[int, int] = setting(
+        224, "Side of the input in pixels, or HEIGHTxWIDTH.", panel=_MODEL, parse=parse_image_size, above=0
+    )
+    channels: Literal[1, 3] = setting(3, "3 for RGB, 1 for grey (the luma).", panel=_MODEL)
+    patch_size: int | None = setting(
+        None, "Side of a patch, in pixels; the model's own by default.", panel=_MODEL, above=0
+    )
+    width: int | None = setting(None, "Width of the encoder.", only_set=True, above=0)
+    depth: int | None = setting(None, "Number of its blocks.", only_set=True, above=0)
+    heads: int | None = setting(None, "Number of its attention heads.", only_set=True, above=0)
+    class_token: bool | None = setting(
+        None, "Whether the encoder has a class token; the model's own way by default.", panel=_MODEL
+    )
+    positions: Literal["sincos", "learned"] = setting(
+        "sincos", "Positions of the encoder: sincos (fixed) or learned.", panel=_MODEL
+    )
+    masking: Masking = setting("random", "Which patches are removed: random, block (BEiT's) or grid.", panel=_MASKING)
+    mask_ratio: float = setting(0.75, "Share of patches removed.", panel=_MASKING, above=0, below=1)
+    masks_per_image: int = setting(
+        1, "Masks of each image in a step: one decoding serves them all.", panel=_MASKING, at_least=1, at_most=64
+    )
+    mask_tokens: Literal["decoder", "encoder"] = setting(
+        "decoder",
+        "Where they stand for removed patches: in the decoder, or already in the encoder (slow).",
+        panel=_MASKING,
+    )
+    decoder: Literal["self", "cross"] = setting(
+        "self",
+        "self: blocks of self-attention; cross: of cross-attention to the encoder alone (CrossMAE).",
+        panel=_DECODER,
+    )
+    decoder_width: int = setting(512, "Width.", panel=_DECODER, above=0)
+    decoder_depth: int = setting(8, "Blocks.", panel=_DECODER, above=0)
+    decoder_heads: int = setting(16, "Attention heads.", panel=_DECODER, above=0)
+    predict_ratio: float = setting(
+        1.0, "Share of the removed patches that are predicted.", panel=_DECODER, above=0, at_most=1
+    )
+    target: Literal["norm_pixel", "pixel", "pca", "tokens"] = setting(
+        "norm_pixel",
+        "What is predicted: norm_pixel (pixels, each patch normalised by its own mean and variance), pixel, pca "
+        "(coefficients) or tokens.",
+        panel=_TARGET,
+    )
+    pca_components: int = setting(
+        96,
+        "Coefficients of `target=pca`; their basis is fitted on the shards before the training.",
+        panel=_TARGET,
+        above=0,
+    )
     # The file may move; what is in it may not change.
-    tokenizer: str | None = _free(None)
-    tokenizer_sha256: str | None = None
-    vocabulary: int | None = None
-    init_from: str | None = None
+    tokenizer: str | None = setting(
+        None,
+        "Of `target=tokens`: an ONNX file, images in, a whole number for each patch out.",
+        panel=_TARGET,
+        metavar="FILE.onnx",
+        free=True,
+    )
+    tokenizer_sha256: str | None = setting(None, "Digest of the tokenizer; found by itself.", only_set=True)
+    vocabulary: int | None = setting(None, "How many different tokens there are.", panel=_TARGET, above=0)
+    init_from: str | None = setting(
+        None,
+        "Start from timm:NAME (published weights), a run, a file of weights, or transformers' ViTMAE directory.",
+        panel=_MODEL,
+    )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -95,135 +134,167 @@ class ModelConfig:
         """Check what needs no model.
 
         Raises:
-            InputError: names the first impossible value.
+            InputError: names the first impossible value, or two that do not go together.
         """
-        _check_choices(
-            ("model.positions", self.positions, ("sincos", "learned")),
-            ("model.masking", self.masking, MASKINGS),
-            ("model.mask_tokens", self.mask_tokens, ("decoder", "encoder")),
-            ("model.decoder", self.decoder, ("self", "cross")),
-            ("model.target", self.target, ("norm_pixel", "pixel", "pca", "tokens")),
-        )
-        if self.channels not in (1, 3):
-            raise InputError(f"model.channels = {self.channels}: must be 1 or 3")
-        if not 0 < self.mask_ratio < 1:
-            raise InputError(f"model.mask_ratio = {self.mask_ratio}: must lie between 0 and 1")
-        if self.masks_per_image > _MOST_MASKS:
-            raise InputError(f"model.masks_per_image = {self.masks_per_image}: must be at most {_MOST_MASKS}")
-        if not 0 < self.predict_ratio <= 1:
-            raise InputError(f"model.predict_ratio = {self.predict_ratio}: must be greater than 0, and at most 1")
+        check(self, "model.")
         if self.mask_tokens == "encoder" and self.decoder == "cross":
-            raise InputError("model.mask_tokens = 'encoder' leaves a decoder of cross-attention no patch to read from")
+            raise InputError("`model.mask_tokens` = encoder leaves a decoder of cross-attention no patch to read from")
         if self.target == "tokens" and (self.tokenizer is None or self.vocabulary is None):
-            raise InputError("model.target = 'tokens' needs --tokenizer FILE.onnx and --vocabulary COUNT")
+            raise InputError("`model.target` = tokens needs `model.tokenizer` and `model.vocabulary`")
         if self.target != "pca" and self.pca_components != ModelConfig.pca_components:
-            raise InputError("--pca-components is for --target pca")
+            raise InputError("`model.pca_components` is for `model.target=pca`")
         if self.target != "tokens" and (self.tokenizer is not None or self.vocabulary is not None):
-            raise InputError("--tokenizer and --vocabulary are for --target tokens")
+            raise InputError("`model.tokenizer` and `model.vocabulary` are for `model.target=tokens`")
 
 
+@config_class
 @dataclass
 class DataConfig:
-    """How samples become training images.
+    """How samples become training images."""
 
-    Attributes:
-        augmentation: `random_resized_crop`; `fixed_crop`, of fixed size at a random place; or `none`, the evaluation's
-            centre crop, never mirrored.
-        crop_scale: bounds of a random resized crop's share of the image area.
-        flip: mirror half of the images.
-        color_jitter: brightness, contrast and saturation change by random factors within 1 ± this; 0 is not at all.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        window: how many shards are mixed with each other in the order of samples.
-        skip_damaged: leave damaged shards out.
-        max_bad: largest share of samples without a readable image, of at least an epoch or 1,000, before the run stops.
-        workers: processes that read and decode; None is one per CPU core, at most 16.
-        prefetch: steps whose batches are kept ready, at least.
-        cache: `ram` keeps the images of small sets decoded in memory, `off` decodes them anew each time.
-        cache_gb: gigabytes of disk for shards fetched from remote.
-        patience: seconds without any progress in reading after which the run stops.
-        val: input specs of held-out images, for `val_loss`.
-        val_images: at most so many of them, evenly spread.
-    """
+    augmentation: Literal["random_resized_crop", "fixed_crop", "none"] = setting(
+        "random_resized_crop",
+        "random_resized_crop; fixed_crop, of fixed size at a random place; or none: the evaluation's centre crop, "
+        "never mirrored.",
+        panel=_IMAGES,
+    )
+    crop_scale: tuple[float, float] = setting(
+        (0.2, 1.0), "Bounds of a random resized crop's share of the image area.", only_set=True
+    )
+    flip: bool = setting(True, "Mirror half of the images.", only_set=True)
+    color_jitter: float = setting(
+        0.0,
+        "Change brightness, contrast and saturation by random factors within 1 ± this.",
+        panel=_IMAGES,
+        shown="0: not at all",
+        at_least=0,
+        at_most=1,
+    )
+    mean: tuple[float, float, float] = setting(IMAGENET_MEAN, "Per channel, of values in [0, 1].", only_set=True)
+    std: tuple[float, float, float] = setting(IMAGENET_STD, "Per channel, of values in [0, 1].", only_set=True, above=0)
+    window: int = setting(
+        WINDOW_SHARDS, "How many shards are mixed with each other in the order of samples.", only_set=True, above=0
+    )
+    skip_damaged: bool = setting(False, "Leave damaged shards out.", panel=_IMAGES)
+    max_bad: float = setting(
+        0.01,
+        "Stop when a larger share of samples, of at least an epoch or 1,000, has no readable image.",
+        panel=_IMAGES,
+        free=True,
+        at_least=0,
+        at_most=1,
+    )
+    workers: int | None = setting(
+        None,
+        "Processes that read and decode.",
+        panel=_MACHINE,
+        shown="on CUDA one per core, at most 16; on a CPU 1",
+        free=True,
+        at_least=0,
+    )
+    prefetch: int = setting(2, "Steps whose batches are kept ready, at least.", only_set=True, free=True, above=0)
+    cache: Literal["off", "ram"] = setting(
+        "off",
+        "ram: keep the images of a small set decoded in memory; or off.",
+        panel=_MACHINE,
+        free=True,
+    )
+    cache_gb: float = setting(
+        50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", panel=_MACHINE, free=True, above=0
+    )
+    patience: float = setting(
+        600.0, "Seconds without any progress in reading after which the run stops.", only_set=True, free=True, above=0
+    )
+    val: tuple[str, ...] = setting(
+        (),
+        "Held-out shards: the loss on 2000 of their images at every checkpoint (data.val_images, run.val_every).",
+        panel=_TRAINING,
+        free=True,
+    )
+    val_images: int = setting(2000, "At most this many of them, evenly spread.", only_set=True, free=True, above=0)
 
-    augmentation: str = "random_resized_crop"
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    flip: bool = True
-    color_jitter: float = 0.0
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
-    window: int = WINDOW_SHARDS
-    skip_damaged: bool = False
-    max_bad: float = _free(0.01)
-    workers: int | None = _free(None)
-    prefetch: int = _free(2)
-    cache: str = _free("off")
-    cache_gb: float = _free(50.0)
-    patience: float = _free(600.0)
-    val: tuple[str, ...] = _free(())
-    val_images: int = _free(2000)
 
-
+@config_class
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule: linear warm-up, then half a cosine to `min_lr`, per step.
+    """AdamW and its schedule: linear warm-up, then half a cosine to `min_lr`, per step."""
 
-    Attributes:
-        lr: base learning rate, per 256 images of batch.
-        min_lr: learning rate at the end, absolute.
-        warmup_epochs: length of the warm-up; never more than a tenth of the run.
-        weight_decay: on every parameter of two or more dimensions.
-        beta1: AdamW's β₁.
-        beta2: AdamW's β₂.
-        clip_grad: largest norm of the gradient; None leaves it as it is, as published.
-    """
-
-    lr: float = 1.5e-4
-    min_lr: float = 0.0
-    warmup_epochs: float = 40.0
-    weight_decay: float = 0.05
-    beta1: float = 0.9
-    beta2: float = 0.95
-    clip_grad: float | None = None
+    lr: float = setting(1.5e-4, "Base learning rate, per 256 images.", panel=_TRAINING, above=0)
+    min_lr: float = setting(0.0, "Learning rate at the end, absolute.", only_set=True, at_least=0)
+    warmup_epochs: float = setting(
+        40.0, "Length of the warm-up; at most a tenth of the run.", panel=_TRAINING, at_least=0
+    )
+    weight_decay: float = setting(0.05, "On parameters of two or more dimensions.", only_set=True, at_least=0)
+    beta1: float = setting(0.9, "AdamW's β₁.", only_set=True, at_least=0, below=1)
+    beta2: float = setting(0.95, "AdamW's β₂.", only_set=True, at_least=0, below=1)
+    clip_grad: float | None = setting(
+        None, "Scale longer gradients down to this norm.", panel=_TRAINING, shown="none, as published", above=0
+    )
 
 
+@config_class
 @dataclass
 class RunConfig:
-    """How the run goes about it; all of it may change on resuming.
+    """How a run is carried out; all of it may change on resuming."""
 
-    Attributes:
-        device: `auto`, `cpu` or `cuda`.
-        precision: `auto` (bf16 where the hardware has it), `fp32` or `bf16`.
-        threads: CPU threads of the model; None is torch's own choice.
-        compile: compile the step; None is on CUDA only.
-        micro_batch: images that go through the model at a time; None is as many as memory allows.
-        checkpoint_every: steps from one checkpoint to the next; None is ten of them, at most 1,000 steps apart.
-        checkpoint_minutes: longest time from one checkpoint to the next.
-        keep_checkpoints: how many of the newest are kept.
-        keep_every: the checkpoints of steps that are multiples of it are made, and kept for ever; None is none.
-        log_every: steps from one row of metrics to the next; None is a hundred rows, at most 50 steps apart.
-        pictures_every: steps from one picture of reconstructions to the next; None is at every checkpoint, 0 is never.
-        val_every: steps from one held-out loss to the next; None is at every checkpoint.
-        max_time: as in `3h50m`: save and stop after it, as after a signal.
-        skip_nonfinite: how many steps may be left out, over the whole run, because their gradient is not finite.
-        tensorboard: write RUN/tensorboard.
-    """
-
-    device: str = _free("auto")
-    precision: str = _free("auto")
-    threads: int | None = _free(None)
-    compile: bool | None = _free(None)
-    micro_batch: int | None = _free(None)
-    checkpoint_every: int | None = _free(None)
-    checkpoint_minutes: float = _free(30.0)
-    keep_checkpoints: int = _free(2)
-    keep_every: int | None = _free(None)
-    log_every: int | None = _free(None)
-    pictures_every: int | None = _free(None)
-    val_every: int | None = _free(None)
-    max_time: str | None = _free(None)
-    skip_nonfinite: int = _free(0)
-    tensorboard: bool = _free(True)
+    device: Device = setting("auto", "auto, cpu or cuda.", panel=_MACHINE, free=True)
+    precision: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", "auto (bf16 where the hardware has it), fp32 or bf16.", panel=_MACHINE, free=True
+    )
+    threads: int | None = setting(
+        None, "CPU threads of the model; torch's own choice by default.", only_set=True, free=True, above=0
+    )
+    compile: bool | None = setting(None, "Compile the step.", panel=_MACHINE, shown="on CUDA only", free=True)
+    micro_batch: int | None = setting(
+        None,
+        "Images that go through the model at a time on each device, or auto.",
+        panel=_MACHINE,
+        shown="auto: as memory allows",
+        parse=parse_micro_batch,
+        free=True,
+        above=0,
+    )
+    checkpoint_every: int | None = setting(
+        None,
+        "Steps between checkpoints.",
+        panel=_OUTPUT,
+        shown="a tenth of the run, at most 1000",
+        free=True,
+        above=0,
+    )
+    checkpoint_minutes: float = setting(30.0, "Longest time between checkpoints.", panel=_OUTPUT, free=True, above=0)
+    keep_checkpoints: int = setting(2, "How many of the newest are kept.", panel=_OUTPUT, free=True, above=0)
+    keep_every: int | None = setting(
+        None, "Also write a checkpoint every N steps, and never delete it.", panel=_OUTPUT, free=True, above=0
+    )
+    log_every: int | None = setting(
+        None, "Steps between rows of metrics.", panel=_OUTPUT, shown="a hundredth, at most 50", free=True, above=0
+    )
+    pictures_every: int | None = setting(
+        None,
+        "Steps between pictures of reconstructions; at every checkpoint by default, 0 is never.",
+        only_set=True,
+        free=True,
+        at_least=0,
+    )
+    val_every: int | None = setting(
+        None, "Steps between held-out losses; at every checkpoint by default.", only_set=True, free=True, above=0
+    )
+    max_time: str | None = setting(
+        None,
+        "Save and exit with 75 after a time such as 3h50m; the same command goes on.",
+        panel=_OUTPUT,
+        free=True,
+    )
+    skip_nonfinite: int = setting(
+        0,
+        "Leave out up to this many steps, over the whole run, whose gradient is not finite.",
+        panel=_TRAINING,
+        shown="0: stop",
+        free=True,
+        at_least=0,
+    )
+    tensorboard: bool = setting(True, "Write RUN/tensorboard.", panel=_OUTPUT, free=True)
 
 
 class TrainingConfig(Protocol):
@@ -238,31 +309,27 @@ class TrainingConfig(Protocol):
     data: DataConfig
     run: RunConfig
 
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        """The optimiser, or one with more settings."""
 
+
+@config_class
 @dataclass
 class PretrainConfig:
-    """A whole pre-training run.
-
-    Attributes:
-        shards: input specs: directories, tars, globs, brace patterns.
-        out: the run directory.
-        epochs: passes over the data; 400 where neither is given.
-        steps: optimiser steps, instead of epochs.
-        batch_size: images per optimiser step, over all devices.
-        seed: of weights, order, crops, flips and masks.
-    """
+    """A whole pre-training run."""
 
     # Where the shards lie may change on resuming; what is in them may not (the run keeps their digest).
-    shards: tuple[str, ...] = _free(())
-    out: str = _free("")
-    epochs: float | None = None
-    steps: int | None = None
-    batch_size: int = 256
-    seed: int = 0
-    model: ModelConfig = field(default_factory=ModelConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    shards: tuple[str, ...] = setting((), "Directories, .tar files, globs, brace patterns or URLs.", free=True)
+    out: str = setting("", "The run directory.", panel=_OUTPUT, free=True)
+    epochs: float | None = setting(None, "Passes over the data.", panel=_TRAINING, shown=f"{DEFAULT_EPOCHS:g}", above=0)
+    steps: int | None = setting(None, "Optimiser steps, instead of epochs.", panel=_TRAINING, above=0)
+    batch_size: int = setting(256, "Images per step, over all devices.", panel=_TRAINING, above=0)
+    seed: int = setting(0, "Of weights, order, crops, flips and masks.", panel=_TRAINING, at_least=0, below=1 << 63)
+    model: ModelConfig = setting(factory=ModelConfig)
+    data: DataConfig = setting(factory=DataConfig)
+    optimizer: OptimizerConfig = setting(factory=OptimizerConfig)
+    run: RunConfig = setting(factory=RunConfig)
 
     def validate(self) -> None:
         """Check every value that needs no data and no model.
@@ -271,101 +338,30 @@ class PretrainConfig:
             InputError: names the first impossible value.
         """
         check_training(self)
-        check_positive(
-            {
-                "model.image_size": min(self.model.size),
-                "model.patch_size": self.model.patch_size,
-                "model.depth": self.model.depth,
-                "model.width": self.model.width,
-                "model.heads": self.model.heads,
-                "model.masks_per_image": self.model.masks_per_image,
-                "model.pca_components": self.model.pca_components,
-                "model.vocabulary": self.model.vocabulary,
-                "model.decoder_width": self.model.decoder_width,
-                "model.decoder_depth": self.model.decoder_depth,
-                "model.decoder_heads": self.model.decoder_heads,
-                "optimizer.lr": self.optimizer.lr,
-                "optimizer.clip_grad": self.optimizer.clip_grad,
-            }
-        )
-        check_not_negative(
-            {
-                "optimizer.min_lr": self.optimizer.min_lr,
-                "optimizer.warmup_epochs": self.optimizer.warmup_epochs,
-                "optimizer.weight_decay": self.optimizer.weight_decay,
-            }
-        )
         self.model.validate()
-        for key, value in {"optimizer.beta1": self.optimizer.beta1, "optimizer.beta2": self.optimizer.beta2}.items():
-            if not 0 <= value < 1:
-                raise InputError(f"{key} = {value}: must lie in [0, 1)")
 
 
 def check_training(config: TrainingConfig) -> None:
     """Check what every training run has.
 
     Raises:
-        InputError: names the first impossible value.
+        InputError: names the first impossible value, or two that do not go together.
     """
     if not config.shards:
         raise InputError("no shards were given")
     if not config.out:
-        raise InputError("no run directory was given (--out RUN)")
+        raise InputError("no run directory was given: `out`")
     if config.epochs is not None and config.steps is not None:
-        raise InputError(f"epochs = {config.epochs:g} and steps = {config.steps} were both given; give one of them")
-    data, run = config.data, config.run
-    check_positive(
-        {
-            "epochs": config.epochs,
-            "steps": config.steps,
-            "batch_size": config.batch_size,
-            "data.window": data.window,
-            "data.prefetch": data.prefetch,
-            "data.cache_gb": data.cache_gb,
-            "data.patience": data.patience,
-            "data.val_images": data.val_images,
-            "run.threads": run.threads,
-            "run.micro_batch": run.micro_batch,
-            "run.checkpoint_every": run.checkpoint_every,
-            "run.checkpoint_minutes": run.checkpoint_minutes,
-            "run.keep_every": run.keep_every,
-            "run.val_every": run.val_every,
-            "run.keep_checkpoints": run.keep_checkpoints,
-            "run.log_every": run.log_every,
-        }
-    )
-    check_not_negative(
-        {
-            "seed": config.seed,
-            "data.workers": data.workers,
-            "data.max_bad": data.max_bad,
-            "run.pictures_every": run.pictures_every,
-            "run.skip_nonfinite": run.skip_nonfinite,
-        }
-    )
-    if data.max_bad > 1:
-        raise InputError(f"data.max_bad = {data.max_bad}: must be a share, at most 1")
-    if config.epochs is not None and not math.isfinite(config.epochs):
-        raise InputError(f"epochs = {config.epochs}: must be finite")
-    if config.seed >= 1 << 63:
-        raise InputError(f"seed = {config.seed}: must be below 2^63")
+        raise InputError(f"`epochs` = {config.epochs:g} and `steps` = {config.steps} were both given; give one of them")
+    check(config)
+    data = config.data
     low, high = data.crop_scale
     if not 0 < low <= high <= 1:
-        raise InputError(f"data.crop_scale = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
+        raise InputError(f"`data.crop_scale` = {[low, high]}: must be two numbers with 0 < low <= high <= 1")
     if data.augmentation != "random_resized_crop" and data.crop_scale != DataConfig.crop_scale:
-        raise InputError(f"data.crop_scale is for random resized crops, not for {data.augmentation!r}")
-    if any(not value > 0 for value in data.std):
-        raise InputError(f"data.std = {list(data.std)}: must be greater than 0")
-    if not 0 <= data.color_jitter <= 1:
-        raise InputError(f"data.color_jitter = {data.color_jitter}: must lie in [0, 1]")
-    _check_choices(
-        ("data.augmentation", data.augmentation, ("random_resized_crop", "fixed_crop", "none")),
-        ("run.device", run.device, ("auto", "cpu", "cuda")),
-        ("run.precision", run.precision, ("auto", "fp32", "bf16")),
-        ("data.cache", data.cache, ("off", "ram")),
-    )
-    if run.max_time is not None:
-        parse_duration(run.max_time)
+        raise InputError(f"`data.crop_scale` is for random resized crops, not for {data.augmentation!r}")
+    if config.run.max_time is not None:
+        parse_duration(config.run.max_time)
 
 
 def total_steps(config: TrainingConfig, samples: int) -> int:
@@ -376,34 +372,6 @@ def total_steps(config: TrainingConfig, samples: int) -> int:
     return math.ceil(config.epochs * samples / config.batch_size)
 
 
-def check_positive(settings: Mapping[str, float | None]) -> None:
-    """Refuse a setting that is given and not greater than 0.
-
-    Raises:
-        InputError: names it.
-    """
-    for key, value in settings.items():
-        if value is not None and not value > 0:
-            raise InputError(f"{key} = {value}: must be greater than 0")
-
-
-def check_not_negative(settings: Mapping[str, float | None]) -> None:
-    """Refuse a setting that is given and negative.
-
-    Raises:
-        InputError: names it.
-    """
-    for key, value in settings.items():
-        if value is not None and not value >= 0:
-            raise InputError(f"{key} = {value}: must not be negative")
-
-
-def _check_choices(*settings: tuple[str, str, tuple[str, ...]]) -> None:
-    for key, choice, allowed in settings:
-        if choice not in allowed:
-            raise InputError(f"{key} = {choice!r}: must be one of {', '.join(allowed)}")
-
-
 def parse_duration(text: str) -> float:
     """Return the seconds of a time span such as `3h50m`, `90s` or `1d12h`.
 
@@ -412,10 +380,10 @@ def parse_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not match or not any(match.groups()):
-        raise InputError(f"run.max_time = {text!r}: must be a time span such as 3h50m, 90s or 1d12h")
+        raise InputError(f"`run.max_time` = {text}: must be a time span such as 3h50m, 90s or 1d12h")
     seconds = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (86400, 3600, 60, 1), strict=True))
     if not seconds:
-        raise InputError(f"run.max_time = {text!r}: must be greater than 0")
+        raise InputError(f"`run.max_time` = {text}: must be greater than 0")
     return float(seconds)
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from maekit.config.fields import is_union
 from maekit.system.errors import InputError
 
 Config = TypeVar("Config")
@@ -26,11 +27,11 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
         if dataclasses.is_dataclass(value):
             yield from fields_of(value, f"{prefix}{f.name}.")
         else:
-            yield f"{prefix}{f.name}", value, bool(f.metadata.get("free"))
+            yield f"{prefix}{f.name}", value, f.metadata["setting"].free
 
 
-def set_value(config: Any, key: str, value: Any) -> None:
-    """Set one value by its dotted key, converted to the field's type.
+def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
+    """Set one value by its dotted key, converted to the field's type; `prefix` stands before the key in messages.
 
     Raises:
         InputError: no such key (names the nearest), or a value of the wrong type.
@@ -44,7 +45,7 @@ def set_value(config: Any, key: str, value: Any) -> None:
     owner = config
     for part in path:
         owner = getattr(owner, part)
-    setattr(owner, leaf, _convert(key, value, types_by_key[key]))
+    setattr(owner, leaf, _convert(prefix + key, value, types_by_key[key]))
 
 
 def _same_leaf(key: str, known: Iterable[str]) -> list[str]:
@@ -55,7 +56,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     """Split `key=value`; the value is read as TOML, or else as plain text."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise InputError(f"--set {text!r}: must be key=value, as in --set model.mask_ratio=0.6")
+        raise InputError(f"{text!r}: a setting must be key=value, as in model.mask_ratio=0.6")
     try:
         read = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
@@ -133,15 +134,27 @@ def _types_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
-    wrong = InputError(f"{key} = {value!r}: must be {_describe(kind)}")
-    if isinstance(kind, types.UnionType):
+    wrong = InputError(f"`{key}` = {value!r}: must be {_describe(kind)}")
+    if is_union(kind):
         kinds = typing.get_args(kind)
         if value is None and types.NoneType in kinds:
             return None
+        if len(kinds) == 2 and kinds[1] is types.NoneType:
+            return _convert(key, value, kinds[0])
         for possible in kinds:
             with contextlib.suppress(InputError):
                 return _convert(key, value, possible)
         raise wrong
+    if typing.get_origin(kind) is Mapping:
+        if not isinstance(value, Mapping):
+            raise wrong
+        return value
+    if typing.get_origin(kind) is typing.Literal:
+        if value is None and "none" in typing.get_args(kind):
+            return "none"  # as `--set` reads it
+        if value not in typing.get_args(kind):
+            raise InputError(f"`{key}` = {value}: must be one of {', '.join(map(str, typing.get_args(kind)))}")
+        return value
     if value is None and kind is str:
         return "none"  # not what `--set` means where a setting cannot be unset
     if typing.get_origin(kind) is tuple:
@@ -158,8 +171,12 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
 
 def _describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if isinstance(kind, types.UnionType):
+    if is_union(kind):
         return " or ".join(_describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
+    if typing.get_origin(kind) is Mapping:
+        return "a table of names and texts"
+    if typing.get_origin(kind) is typing.Literal:
+        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         return f"a list of {'' if items[-1] is Ellipsis else f'{len(items)} '}values, each {_describe(items[0])}"

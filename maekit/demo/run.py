@@ -13,10 +13,11 @@ from numpy.typing import NDArray
 
 from maekit.checking import check_shards
 from maekit.config import DataConfig, ModelConfig, OptimizerConfig, PretrainConfig, RunConfig
+from maekit.config.pack import PackConfig
 from maekit.demo.pictures import CLASSES, write_pictures
 from maekit.images import decode
 from maekit.runs import RunDirectory
-from maekit.shards.pack import PackOptions, pack
+from maekit.shards.pack import pack
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.system import files
@@ -95,9 +96,10 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     Raises:
         InputError: `out` holds something that no demo made.
     """
-    from maekit.config.export import ExportOptions
-    from maekit.config.pages import ReportOptions
-    from maekit.embedding.embed import EmbedConfig, embed
+    from maekit.config.embed import EmbedConfig
+    from maekit.config.export import ExportConfig
+    from maekit.config.pages import ReportConfig
+    from maekit.embedding.embed import embed
     from maekit.exporters.export import export
     from maekit.pages.report import report
     from maekit.pretraining.pretrain import pretrain
@@ -109,7 +111,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     for split, count, seed in (("train", TRAIN_PICTURES, 1), ("test", TEST_PICTURES, 2)):
         progress.note(f"drawing {count} pictures of {len(CLASSES)} classes: {out}/pictures/{split}")
         write_pictures(out / "pictures" / split, count, seed=seed)
-        packed = pack(out / "pictures" / split, out / "shards" / split, PackOptions(samples_per_shard=500))
+        packed = pack(PackConfig(str(out / "pictures" / split), str(out / "shards" / split), samples_per_shard=500))
         progress.note(f"packed into {len(packed.shards)} shards: {out}/shards/{split}")
         found = find_shards(str(out / "shards" / split))
         checked = check_shards(found)
@@ -135,7 +137,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         ("trained encoder", trained.out, "", ()),
         ("trained, whitened", trained.out, "-whitened", whitening),
     ):
-        exported = export(run, out / f"encoder{ending}.onnx", ExportOptions(pool="cls", whiten=whiten))
+        exported = export(ExportConfig(run, str(out / f"encoder{ending}.onnx"), pool="cls", whiten=whiten))
         assert exported.parity is not None
         parity = exported.parity.max_relative_difference
         folder = out / f"embeddings{ending}"
@@ -145,7 +147,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
         progress.note(f"exported {exported.path} (parity {parity:.1e}) and embedded {folder}")
     run_directory = RunDirectory(Path(config.out))
     _write_evaluation(run_directory, shards, accuracy)
-    page = report(config.out, out / "report.html", ReportOptions(samples=_REPORT_SAMPLES), progress)
+    page = report(ReportConfig(config.out, str(out / "report.html"), samples=_REPORT_SAMPLES), progress)
     rows = run_directory.metrics()
     return DemoResult(
         out=str(out),
@@ -164,16 +166,16 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
 
 def _make_room(out: Path) -> None:
     if out.exists() and not out.is_dir():
-        raise InputError(f"{out} is a file; --out names a folder")
+        raise InputError(f"{out} is a file; `out` names a folder")
     if out.is_dir() and any(out.iterdir()):
         if not (out / _MARK).is_file():
-            raise InputError(f"{out} holds files that no demo made; choose another --out")
+            raise InputError(f"{out} holds files that no demo made; choose another `out`")
         shutil.rmtree(out)
     try:
         out.mkdir(parents=True, exist_ok=True)
         (out / _MARK).touch()
     except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; choose another --out") from error
+        raise InputError(f"cannot write to {out}: {error.strerror}; choose another `out`") from error
 
 
 def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Rows]) -> float:
@@ -193,25 +195,12 @@ def _write_evaluation(run: RunDirectory, shards: dict[str, ShardSet], accuracy: 
 
 
 def _labels(shards: ShardSet) -> NDArray[np.int64]:
-    reader = shards.reader()
-    labels = []
-    for index in map(shards.index, range(len(shards.shards))):
-        for ordinal in range(index.samples):
-            (member,) = [m for m in index.members(ordinal) if m.extension == "cls"]
-            labels.append(int(reader.read(index, member)))
-    reader.close()
-    return np.array(labels)
+    return np.array([int(label) for label in shards.labels(range(shards.samples))])
 
 
 def _pixels(split: str, shards: ShardSet) -> Rows:
-    reader = shards.reader()
-    rows = [
-        decode(reader.read_image(index, ordinal)).astype(np.float32).ravel() / 127.5 - 1
-        for index in map(shards.index, range(len(shards.shards)))
-        for ordinal in range(index.samples)
-    ]
-    reader.close()
-    return np.stack(rows)
+    images = shards.images(range(shards.samples), decode)
+    return np.stack([np.asarray(image).astype(np.float32).ravel() / 127.5 - 1 for image in images])
 
 
 def _embeddings(folder: Path) -> Callable[[str, ShardSet], Rows]:

@@ -57,7 +57,7 @@ class Source(Protocol):
         """An open file, or None where places are paths."""
 
 
-class Refusal(NamedTuple):
+class Rejected(NamedTuple):
     """An image that gives no row.
 
     Attributes:
@@ -100,7 +100,7 @@ class Decoded:
     """
 
     crcs: list[int] = field(default_factory=list)
-    refused: list[Refusal] = field(default_factory=list)
+    refused: list[Rejected] = field(default_factory=list)
     failure: str | None = None
     seconds: float = 0.0
 
@@ -142,7 +142,7 @@ class Ring:
 def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> MaekitError:
     return MaekitError(
         f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({reason}); choose a smaller "
-        "--batch-size"
+        "`batch_size`"
     )
 
 
@@ -238,7 +238,7 @@ class DecodePool:
         self._crashes += 1
         if self._crashes > _MOST_CRASHES:
             raise MaekitError(f"decoding processes keep dying ({how}; out of memory?); run the command again")
-        return Decoded([0], [Refusal(one.row, "crashed", f"two processes died of it ({how})")])
+        return Decoded([0], [Rejected(one.row, "crashed", f"two processes died of it ({how})")])
 
     def _replace(self, process: "_Process") -> None:
         if self._is_aborted:
@@ -289,7 +289,7 @@ class _Process:
                     end.close()
         except OSError as error:
             raise MaekitError(
-                f"no decoding process can be started ({error.strerror}); choose fewer --workers, or raise the limits "
+                f"no decoding process can be started ({error.strerror}); choose fewer `workers`, or raise the limits "
                 "of open files and processes (ulimit -n, ulimit -u)"
             ) from error
 
@@ -386,7 +386,7 @@ class _Worker:
                 _limit_cpu_time(_SECONDS_PER_IMAGE)
                 self._batches[slot, at] = self._preprocess(data)
             except ImageError as error:
-                decoded.refused.append(Refusal(at, error.reason, str(error)))
+                decoded.refused.append(Rejected(at, error.reason, str(error)))
             except MaekitError as error:
                 return Decoded(failure=str(error))
             decoded.crcs.append(crc)

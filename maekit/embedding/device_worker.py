@@ -15,12 +15,12 @@ from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.decode_pool import DecodePool
 from maekit.embedding.inputs import Part, Scope, content_of
 from maekit.embedding.output_directory import OutputDirectory
-from maekit.embedding.ownership import Held
 from maekit.embedding.pipeline import EmbeddingPipeline, Opened, Timing
 from maekit.embedding.session import EncoderSession, OutOfMemory
 from maekit.embedding.writer import Writer, Written
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
+from maekit.system.locks import LockedError
 
 _GLANCE_SECONDS = 0.05  # how long a shard that is not there yet is waited for before looking round
 
@@ -75,7 +75,7 @@ class DeviceWork:
         output: where rows and records go.
         remote: where remote shards come from.
         batch_size: images per run of the model.
-        lanes: batches in the session at once.
+        concurrency: batches in the session at once.
         ahead: shards that are fetched and indexed before their turn.
         report: called once for each shard, from any thread.
         note: called with what is worth telling.
@@ -90,14 +90,14 @@ class DeviceWork:
         remote: RemoteCache,
         *,
         batch_size: int,
-        lanes: int,
+        concurrency: int,
         ahead: int,
         report: Callable[[Outcome], None],
         note: Callable[[str], None],
         stopped: Callable[[], object],
     ) -> None:
         self._session, self._pool, self._output, self._remote = session, pool, output, remote
-        self._batch_size, self._lanes, self._ahead = batch_size, lanes, ahead
+        self._batch_size, self._concurrency, self._ahead = batch_size, concurrency, ahead
         self._report, self._note, self._stopped = report, note, stopped
         self._under_way: dict[int, _UnderWay] = {}
         self._past = Timing()
@@ -136,7 +136,9 @@ class DeviceWork:
 
     def _embed(self, shards: Iterable[Opened | None]) -> Iterator[None]:
         self._past, self._timing = self.timing, Timing()
-        pipeline = EmbeddingPipeline(self._session, self._pool, batch_size=self._batch_size, lanes=self._lanes)
+        pipeline = EmbeddingPipeline(
+            self._session, self._pool, batch_size=self._batch_size, concurrency=self._concurrency
+        )
         self._timing = pipeline.timing
         writer = Writer(self._output, self._blank, self._settle, pipeline.timing)
         parts = pipeline.run(shards)
@@ -231,7 +233,7 @@ class DeviceWork:
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._output.sole_owner_of(name))
-            except Held as held:
+            except LockedError as held:
                 self._report(Outcome(name, "elsewhere", reason=held.owner))
                 return None
             try:

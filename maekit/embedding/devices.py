@@ -23,7 +23,7 @@ from maekit.embedding.pipeline import Timing
 from maekit.embedding.session import EncoderSession
 from maekit.encoder_file import EncoderDescription
 from maekit.providers import CPU
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.parallel import follow_parent, forking
 
@@ -75,7 +75,7 @@ class DeviceOptions:
         """
         return EncoderSession(self.model, device=self.device, threads=1, provider_options=self.provider_options)
 
-    def lanes(self, provider: str) -> int:
+    def concurrency(self, provider: str) -> int:
         """Return how many batches are in the session at once.
 
         On a CPU, one for each core, each in one thread: none waits for another, and a row has the same bits whatever
@@ -111,13 +111,13 @@ class Devices(Protocol):
     Attributes:
         running: where the model runs, once it is entered.
         count: how many there are.
-        lanes: batches in sessions at once, over all devices.
+        concurrency: batches in sessions at once, over all devices.
         workers: decoding processes, over all devices.
     """
 
     running: Running
     count: int
-    lanes: int
+    concurrency: int
     workers: int
 
     def __enter__(self) -> "Devices":
@@ -148,7 +148,7 @@ class OneDevice:
 
     running: Running
     count = 1
-    lanes: int
+    concurrency: int
 
     def __init__(self, options: DeviceOptions, remote: RemoteCache) -> None:
         self._options, self._remote, self.workers = options, remote, options.workers
@@ -161,7 +161,7 @@ class OneDevice:
             self._pool = stack.enter_context(DecodePool(self._options.workers))
             self._session = self._options.open_session()
             self.running = _running(self._session)
-            self.lanes = self._options.lanes(self._session.provider)
+            self.concurrency = self._options.concurrency(self._session.provider)
             self._stack = stack.pop_all()
         return self
 
@@ -181,7 +181,7 @@ class OneDevice:
             job.output,
             self._remote,
             batch_size=job.batch_size,
-            lanes=self.lanes,
+            concurrency=self.concurrency,
             ahead=4 if any(task.part.is_remote for task in job.tasks) else 2,
             report=job.report,
             note=job.note,
@@ -224,7 +224,7 @@ class ManyDevices:
     """
 
     running: Running
-    lanes: int
+    concurrency: int
 
     def __init__(self, options: Sequence[DeviceOptions], remote: RemoteCache) -> None:
         self._options, self._remote = options, remote
@@ -246,7 +246,7 @@ class ManyDevices:
                 self._children.append(_Child(options.device, process, connection, set(), Timing()))
             ready = [self._receive_first(child) for child in self._children]
             self.running = ready[0]
-            self.lanes = sum(options.lanes(self.running.provider) for options in self._options)
+            self.concurrency = sum(options.concurrency(self.running.provider) for options in self._options)
             for child, running in zip(self._children, ready, strict=True):
                 if running.provider != self.running.provider:
                     raise MaekitError(f"{child.device} runs on {running.provider}, not on {self.running.provider}")
@@ -389,7 +389,7 @@ def _serve(
                 output,
                 remote,
                 batch_size=batch_size,
-                lanes=options.lanes(session.provider),
+                concurrency=options.concurrency(session.provider),
                 ahead=2,
                 report=tell,
                 note=tell,

@@ -1,17 +1,16 @@
 """`maekit embed`: from images to embeddings, shard by shard, each committed whole."""
 
 import contextlib
-import math
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from maekit.config.embed import EmbedConfig
 from maekit.embedding.commit_record import CommitRecord, OutputOptions
 from maekit.embedding.device_worker import Outcome, Task
 from maekit.embedding.devices import Assignment, DeviceOptions, Devices, ManyDevices, OneDevice
-from maekit.embedding.formats import DTYPES, FORMATS
 from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
 from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names
 from maekit.embedding.speed import Speed
@@ -19,8 +18,8 @@ from maekit.embedding.splits import Split, find_split
 from maekit.embedding.verify import Verdict, verify
 from maekit.images import Preprocess
 from maekit.providers import CPU, check_device, gpu_count
+from maekit.shards.cache import RemoteCache
 from maekit.shards.index import load_index
-from maekit.shards.remote import RemoteCache
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
@@ -36,51 +35,6 @@ _USUAL_PIXELS = 224 * 224
 _LOOKING = 16  # shards whose version is asked for at once
 # Shards of one device that are in use at once: fetched ahead, being embedded, and at the end of it.
 _IN_USE = 6
-
-
-@dataclass
-class EmbedConfig:
-    """One embedding job.
-
-    Attributes:
-        model: the ONNX file that `maekit export` wrote.
-        shards: input specs: directories, tars, globs, brace patterns, URLs; or one directory of images.
-        out: the output directory.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        devices: several of them, which share the work; in place of `device`.
-        provider_options: of the CUDA provider, in place of the usual ones.
-        format: `parquet` or `npy`.
-        dtype: of the stored embeddings, `float32` or `float16`.
-        keep: extensions of members that become columns, such as `json` and `cls`.
-        limit: embed only the first so many samples of the input.
-        select: embed only samples whose key matches this glob.
-        batch_size: images per run of the model; None is what the output has, else a size that fits device and images.
-        workers: decoding processes; None is one per CPU core.
-        num_splits: of the input, for as many runs on one output; None is what SLURM or torchrun says, else 1.
-        split: which of them this run embeds, from 0.
-        overwrite: delete what another model or other options left in `out`.
-        verify: at the end, read everything again and see that it is whole.
-        cache_gb: gigabytes of disk for shards fetched from remote.
-    """
-
-    model: str
-    shards: tuple[str, ...]
-    out: str
-    device: str = "auto"
-    devices: tuple[str, ...] = ()
-    provider_options: Mapping[str, str] = field(default_factory=dict)
-    format: str = "parquet"
-    dtype: str = "float32"
-    keep: tuple[str, ...] = ()
-    limit: int | None = None
-    select: str | None = None
-    batch_size: int | None = None
-    workers: int | None = None
-    num_splits: int | None = None
-    split: int | None = None
-    overwrite: bool = False
-    verify: bool = False
-    cache_gb: float = 50.0
 
 
 @dataclass(frozen=True)
@@ -182,43 +136,15 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
 
 def _check(config: EmbedConfig) -> Split:
     """Refuse what cannot be, before anything starts."""
-    if config.dtype not in DTYPES:
-        raise InputError(f"--dtype {config.dtype}: must be one of {', '.join(DTYPES)}")
-    if config.format not in FORMATS:
-        raise InputError(f"--format {config.format}: must be one of {', '.join(FORMATS)}")
-    numbers = (("--batch-size", config.batch_size), ("--workers", config.workers), ("--limit", config.limit))
-    for option, value in numbers:
-        if value is not None and value < 1:
-            raise InputError(f"{option} {value}: must be at least 1")
-    for extension in config.keep:
-        if not extension or extension in ("key", "shard", "index", "embedding"):
-            raise InputError(f"--keep {extension or repr(extension)}: must be the extension of a member, such as json")
-        if "/" in extension or "\0" in extension:
-            raise InputError(f"--keep {extension!r}: no member has such an extension")
-        if config.keep.count(extension) > 1:
-            raise InputError(f"--keep {extension}: given twice")
-    if config.devices and config.device != "auto":
-        raise InputError(f"--device {config.device} and --devices {','.join(config.devices)}: give one of them")
+    config.validate()
     for device in config.devices or (config.device,):
         check_device(device)
-    if "auto" in config.devices:
-        raise InputError("--devices: name each of them, such as 0,1")
-    if not 0 < config.cache_gb < math.inf:
-        raise InputError(f"--cache-gb {config.cache_gb:g}: must be a number greater than 0")
-    if "device_id" in config.provider_options:
-        raise InputError("--provider-option device_id: choose the GPU by --device cuda:N")
-    if "://" in config.model:
-        raise InputError(f"{config.model}: the model is read from a local file; download it first")
     files.require_utf8(Path(config.out))
-    if "://" in config.out:
-        raise InputError(
-            f"--out {config.out}: write to a local or mounted directory, then copy it (aws s3 sync, gsutil)"
-        )
     split = find_split(config.split, config.num_splits)
     if config.overwrite and split.count > 1:
-        raise InputError("--overwrite with several splits: each would delete what the others wrote; delete --out first")
+        raise InputError("`overwrite` with several splits: each would delete what the others wrote; delete `out` first")
     if config.limit is not None and split.count > 1:
-        raise InputError("--limit with several splits: run it as one")
+        raise InputError("`limit` with several splits: run it as one")
     return split
 
 
@@ -375,7 +301,7 @@ class _Job:
             raise InputError(
                 f"the shard {earlier.shard} of an earlier run would be {part.name} now, and stand twice in "
                 f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
-                "another --out"
+                "another `out`"
             )
         for record in orphans:
             if any(isinstance(part, FolderPart) for part in parts) and re.fullmatch(r"images-\d{5,}", record.shard):
@@ -468,4 +394,4 @@ def raise_if_incomplete(result: EmbedResult) -> None:
         )
     if result.verified is not None and result.verified.problems:
         problems = result.verified.problems
-        raise MaekitError(f"--verify: {len(problems)} problems, the first: {problems[0]}")
+        raise MaekitError(f"`verify`: {len(problems)} problems, the first: {problems[0]}")

@@ -130,7 +130,7 @@ class _File(Protocol):
 
 
 class ShardFiles:
-    """The files of one shard, unfinished until `finish`; a context manager that leaves nothing behind otherwise.
+    """Writer of the files of one shard. They stay in the scratch directory until they are committed.
 
     Args:
         layout: what they hold.

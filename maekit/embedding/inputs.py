@@ -18,9 +18,9 @@ from typing import Protocol
 import numpy as np
 
 from maekit.embedding.decode_pool import Place
+from maekit.shards.cache import RemoteCache
 from maekit.shards.index import IMAGE_EXTENSIONS, ShardIndex, load_index
 from maekit.shards.read import open_shard, read_bytes, read_file
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile, find_shards, is_shard
 from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError

@@ -22,11 +22,11 @@ from typing import Any
 from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord, ErrorRow, OutputOptions, is_below
 from maekit.embedding.formats import Layout, ShardFiles
 from maekit.embedding.inputs import Images, Part
-from maekit.embedding.ownership import Held, owned, still_owns
 from maekit.encoder_file import EncoderDescription
 from maekit.shards.spec import TAR
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.locks import LockedError, owned, still_owns
 
 _INTENT = "about_to_write"
 _OUTPUT = ".output.json"
@@ -34,12 +34,12 @@ _OUTPUT = ".output.json"
 
 @dataclass
 class ShardWork:
-    """What has come of a shard while it is embedded.
+    """Output of a shard while it is being embedded.
 
     Attributes:
-        files: the rows.
-        errors: keys without.
-        number: of the shard in the npy layout.
+        files: writes the rows.
+        paths: of the files, relative to the output directory.
+        errors: keys without a row, each with the reason.
     """
 
     files: ShardFiles
@@ -77,7 +77,7 @@ class OutputDirectory:
             InputError: it is something else.
         """
         if self.path.exists() and not self.path.is_dir():
-            raise InputError(f"{self.path} is a file; --out names a directory")
+            raise InputError(f"{self.path} is a file; `out` names a directory")
         for place in (".", ".tmp", ".locks", ".locks/runs", ".locks/shards", ".numbers", "errors"):
             if (self.bookkeeping / place).is_symlink():
                 raise InputError(f"{self.bookkeeping / place} is a link; embed notes nothing outside its output")
@@ -87,7 +87,7 @@ class OutputDirectory:
             except OSError as error:
                 raise InputError(f"cannot read {self.path}: {error.strerror}") from error
             if names:
-                raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new --out")
+                raise InputError(f"{self.path} holds {names[0]} and is no output of `maekit embed`; choose a new `out`")
 
     @contextlib.contextmanager
     def sole_run(self) -> Iterator[None]:
@@ -103,9 +103,9 @@ class OutputDirectory:
                     yield
                 finally:
                     self._sweep()
-        except Held as held:
+        except LockedError as held:
             raise InputError(
-                f"{self.path} is in use by {held.owner}; wait for it to end or choose another --out"
+                f"{self.path} is in use by {held.owner}; wait for it to end or choose another `out`"
             ) from held
         finally:
             if is_new and not (self.bookkeeping / _OUTPUT).exists():
@@ -137,7 +137,7 @@ class OutputDirectory:
             key = differing[0]
             raise InputError(
                 f"{self.path} was made with {key} = {there.get(key)}, and {wanted[key]} is asked for now; "
-                "choose another --out, or --overwrite to delete what is there"
+                "choose another `out`, or `overwrite` to delete what is there"
             )
         if self.options.format == "npy":
             self._number(names)
@@ -153,7 +153,7 @@ class OutputDirectory:
         """Hold one shard for this process alone, whatever runs there are.
 
         Raises:
-            Held: another process is at it.
+            LockedError: another process is at it.
         """
         with owned(self._shard_lock(name)):
             yield
@@ -293,7 +293,7 @@ class OutputDirectory:
         """
         for name in self._recorded():
             if self._intended(name):
-                with contextlib.suppress(Held), owned(self._shard_lock(name), sweeping=True):
+                with contextlib.suppress(LockedError), owned(self._shard_lock(name), sweeping=True):
                     for path in self._intended(name):  # nobody has committed it meanwhile
                         _unlink(self.path / path)
                         _unlink(self._record(name))
@@ -309,7 +309,7 @@ class OutputDirectory:
         Raises:
             MaekitError: they cannot be removed.
         """
-        with contextlib.suppress(Held), self.sole_owner_of(name):
+        with contextlib.suppress(LockedError), self.sole_owner_of(name):
             record = self.recorded(name)
             for output in record.outputs if record is not None else []:
                 _unlink(self.path / output["path"])
@@ -342,7 +342,7 @@ class OutputDirectory:
             while (path := self._generation(generations)).exists():
                 there = (_read_json(path) or {}).get("shards")
                 if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
-                    raise InputError(f"{path} is damaged, and with it the numbers of shards; choose another --out")
+                    raise InputError(f"{path} is damaged, and with it the numbers of shards; choose another `out`")
                 for name in there:
                     self._numbers.setdefault(name, len(self._numbers))
                 generations += 1
@@ -381,8 +381,8 @@ class OutputDirectory:
         try:
             with owned(self._run_lock(owner)):
                 yield
-        except Held as held:
-            raise InputError(f"--overwrite: {self.path} is in use by {held.owner}; wait for it to end") from held
+        except LockedError as held:
+            raise InputError(f"`overwrite`: {self.path} is in use by {held.owner}; wait for it to end") from held
 
     def _sweep(self) -> None:
         """Remove what killed processes of this run left, and those of other runs that are no longer at work."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Place, Refusal, Ring
+from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Place, Rejected, Ring
 from maekit.embedding.inputs import Images
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
@@ -56,7 +56,7 @@ class Part:
     shard: Opened
     positions: list[int]
     embeddings: Embeddings
-    refused: list[Refusal]
+    refused: list[Rejected]
     crcs: list[tuple[int, int]]
     failure: str | None
     is_last: bool
@@ -116,19 +116,19 @@ class EmbeddingPipeline:
         session: the encoder.
         pool: decodes.
         batch_size: images per run of the session.
-        lanes: batches in the session at once.
+        concurrency: batches in the session at once.
 
     Raises:
         MaekitError: there is no memory for the ring.
     """
 
-    def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, lanes: int = 1) -> None:
-        self._session, self._pool, self._batch_size, self._lanes = session, pool, batch_size, lanes
+    def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, concurrency: int = 1) -> None:
+        self._session, self._pool, self._batch_size, self._concurrency = session, pool, batch_size, concurrency
         self._chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, batch_size // 8))
         # Besides those in the session: one being filled, and enough for each process to have the next chunk waiting.
         ahead = 1 + max(2, -(-2 * pool.workers * self._chunk // batch_size))
-        self._ring = Ring(lanes + ahead, batch_size, session.description.preprocess.size)
-        self._free = deque(range(lanes + ahead))
+        self._ring = Ring(concurrency + ahead, batch_size, session.description.preprocess.size)
+        self._free = deque(range(concurrency + ahead))
         self._failed: set[int] = set()
         self._decoding: deque[_Batch] = deque()
         self._running: deque[tuple[_Batch, list[Decoded], Future[Embeddings]]] = deque()
@@ -145,7 +145,7 @@ class EmbeddingPipeline:
             OutOfMemory: a batch is too large for the device.
             MaekitError: the session failed, or decoding processes keep dying.
         """
-        with ThreadPoolExecutor(self._lanes, "session") as runner:
+        with ThreadPoolExecutor(self._concurrency, "session") as runner:
             try:
                 for shard in shards:
                     if shard is None:
@@ -198,7 +198,7 @@ class EmbeddingPipeline:
 
     def _advance(self, runner: ThreadPoolExecutor) -> Part | None:
         """Bring the oldest batches one step further."""
-        if self._running and (len(self._running) == self._lanes or not self._decoding):
+        if self._running and (len(self._running) == self._concurrency or not self._decoding):
             batch, decoded, future = self._running[0]
             if wait([future], _GLANCE_SECONDS).not_done:
                 return None
@@ -239,7 +239,7 @@ class EmbeddingPipeline:
         crcs = [crc for chunk in decoded for crc in chunk.crcs]
         refusals = {r.row: r for chunk in decoded for r in chunk.refused}
         refused = [refusals[row]._replace(row=batch.positions[row]) for row in refusals]
-        refused += [Refusal(position, "no_image", "no member with an image extension") for position in batch.imageless]
+        refused += [Rejected(position, "no_image", "no member with an image extension") for position in batch.imageless]
         kept = [position for row, position in enumerate(batch.positions) if row not in refusals]
         samples = len(batch.positions) + len(batch.imageless)
         self.timing.samples += samples

@@ -78,7 +78,7 @@ class EncoderSession:
         check_digests(self.description, external)
         if self.description.pool == UNPOOLED:
             raise InputError(
-                f"{path} gives the tokens of each image, not one vector; export it with another --pool to embed with it"
+                f"{path} gives the tokens of each image, not one vector; export it with another `pool` to embed with it"
             )
 
     def _load(self, path: Path, device: str, threads: int, provider_options: Mapping[str, str] | None) -> None:
@@ -88,12 +88,12 @@ class EncoderSession:
         if device != "cpu":
             opened = open_cuda(path, "cuda" if device == "auto" else device, threads=threads, options=provider_options)
             if opened.problem and device != "auto":
-                raise InputError(f"--device {device}: {opened.problem.what}; {opened.problem.fix}")
+                raise InputError(f"`device` {device}: {opened.problem.what}; {opened.problem.fix}")
             if device == "auto":
                 self.reason = f"chosen by auto: {_said(opened.problem)}"
         if opened is None or opened.problem:
             if provider_options:
-                raise InputError(f"--provider-option sets what the CUDA provider does, and {path} runs on the CPU here")
+                raise InputError(f"`provider_options` is for the CUDA provider, and {path} runs on the CPU here")
             opened = open_cpu(path, threads=threads)
         self._session = opened.session
         self.provider, self.registered, self.nodes = opened.provider, opened.registered, opened.nodes

@@ -29,7 +29,7 @@ class Speed:
         """Return the speed of work that took so many seconds."""
         workers, provider = devices.workers, devices.running.provider
         decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
-        model = timing.images * devices.lanes / timing.running if timing.running else 0.0
+        model = timing.images * devices.concurrency / timing.running if timing.running else 0.0
         write = timing.rows * devices.count / timing.writing if timing.writing else 0.0
         whole = timing.images / seconds if seconds else 0.0
         rates = {"decode": decode, "model": model, "write": write}

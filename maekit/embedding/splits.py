@@ -50,10 +50,10 @@ def find_split(number: int | None, count: int | None) -> Split:
         InputError: an impossible split.
     """
     if (number is None) != (count is None):
-        raise InputError("--split and --num-splits go together: --num-splits 8 --split 0 to 7")
+        raise InputError("`split` and `num_splits` go together: `num_splits=8` and `split=0` to 7")
     if number is not None and count is not None:
         if not 0 <= number < count:
-            raise InputError(f"--split {number}: must be 0 to {count - 1} with --num-splits {count}")
+            raise InputError(f"`split` = {number}: must be 0 to {count - 1} with `num_splits={count}`")
         return Split(number, count, "options" if count > 1 else "")
     for origin, names in (
         ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
@@ -70,7 +70,7 @@ def find_split(number: int | None, count: int | None) -> Split:
     last, step = _number("SLURM_ARRAY_TASK_MAX"), _number("SLURM_ARRAY_TASK_STEP") or 1
     if task is not None and first is not None and tasks is not None and last is not None and tasks > 1:
         if last - first != (tasks - 1) * step:
-            raise InputError("this SLURM array has gaps: give --num-splits and --split")
+            raise InputError("this SLURM array has gaps: give `num_splits` and `split`")
         return Split((task - first) // step, tasks, "a SLURM array")
     return Split()
 

@@ -52,7 +52,7 @@ class EmbeddingFolder:
         self.path = path
         folder = path / BOOKKEEPING
         if not is_embeddings(path):
-            raise InputError(f"{path} holds no embeddings: it is no --out of `maekit embed`")
+            raise InputError(f"{path} holds no embeddings: it is no `out` of `maekit embed`")
         self.records: list[CommitRecord] = []
         self._dim = 0  # known once a shard is read
         for file in sorted(folder.rglob("*.json")):
@@ -66,7 +66,7 @@ class EmbeddingFolder:
             raise InputError(f"{path} holds no embedding yet; run `maekit embed` on it first")
         models = {str(record.options.get("model")) for record in self.records}
         if len(models) > 1:
-            raise InputError(f"{path} holds embeddings of {len(models)} models; embed anew with --overwrite")
+            raise InputError(f"{path} holds embeddings of {len(models)} models; embed anew with `overwrite`")
 
     @property
     def model(self) -> str:

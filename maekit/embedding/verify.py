@@ -14,7 +14,7 @@ from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.device_worker import Task
 from maekit.embedding.inputs import Images
 from maekit.embedding.output_directory import OutputDirectory
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.system import files
 from maekit.system.errors import MaekitError
 from maekit.system.machine import cores

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from maekit.embedding.commit_record import CommitRecord, ErrorRow
-from maekit.embedding.decode_pool import Refusal
+from maekit.embedding.decode_pool import Rejected
 from maekit.embedding.formats import Rows
 from maekit.embedding.inputs import Images, riding_crc
 from maekit.embedding.output_directory import OutputDirectory, ShardWork
@@ -142,7 +142,7 @@ class Writer:
             try:
                 values = [images.riding(ordinals[position], extension) for extension in keep]
             except ImageError as error:
-                refused.append(Refusal(position, error.reason, f"a member kept: {error}"))
+                refused.append(Rejected(position, error.reason, f"a member kept: {error}"))
                 continue
             good.append(row)
             for number, (extension, value) in enumerate(zip(keep, values, strict=True), 1):

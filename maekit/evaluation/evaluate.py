@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit import runs
-from maekit.config.evaluate import TASKS, EvaluateOptions
+from maekit.config.evaluate import EvaluateConfig
 from maekit.embedding.stored import EmbeddingFolder, is_embeddings
 from maekit.evaluation.features import (
     Embed,
@@ -74,62 +74,50 @@ class EvaluateResult:
     path: str | None = None
 
 
-def evaluate(
-    task: str,
-    model: str,
-    train: Sequence[str],
-    test: Sequence[str] = (),
-    options: EvaluateOptions | None = None,
-    progress: Progress | None = None,
-) -> EvaluateResult:
+def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
     """Judge embeddings on labelled shards.
 
     Args:
-        task: `knn`, `linear` or `retrieval`.
-        model: a run, a checkpoint, `timm:NAME`, a file of weights, an exported .onnx, or a directory of embeddings.
-        train: input specs; in a retrieval, what is searched in.
-        test: input specs; in a retrieval the queries, which may be left out: then each image searches for the others.
-        options: how they are judged.
+        config: the task, the model, and the images.
         progress: is told how it goes on.
 
     Raises:
-        InputError: no such model, no labels, or impossible options.
+        InputError: no such model, no labels, or impossible settings.
         MaekitError: failed while working.
     """
-    options, progress = options or EvaluateOptions(), progress or Silent()
-    if task not in TASKS:
-        raise InputError(f"{task}: must be one of {', '.join(TASKS)}")
-    options.validate()
+    progress = progress or Silent()
+    config.validate()
+    task, train, test = config.task, config.train, config.test
     if not test and task != "retrieval":
-        raise InputError(f"evaluate {task} needs --test SHARDS")
-    if not test and options.test_images is not None:
-        raise InputError(f"--test-images {options.test_images}: is for --test, which was not given")
-    subject = _Subject(model, options, progress)
-    sets = [open_labelled(train, "--train", progress, images=options.train_images)]
+        raise InputError(f"evaluate {task} needs `test`, labelled shards")
+    if not test and config.test_images is not None:
+        raise InputError(f"`test_images` = {config.test_images}: is for `test`, which was not given")
+    subject = _Subject(config, progress)
+    sets = [open_labelled(train, "train", progress, images=config.train_images)]
     if test:
-        sets.append(open_labelled(test, "--test", progress, images=options.test_images))
+        sets.append(open_labelled(test, "test", progress, images=config.test_images))
     sets = by_name(sets)
     classes = classes_of(sets[0].texts)
     if len(classes) < 2:
-        raise InputError(f"--train {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
+        raise InputError(f"`train` {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
     unknown = sorted(set(sets[-1].texts) - set(classes))
     if unknown:
         progress.note(
-            f"--test has {len(unknown)} classes that --train has not, such as {unknown[0][:60]!r}: never right"
+            f"`test` has {len(unknown)} classes that `train` has not, such as {unknown[0][:60]!r}: never right"
         )
     lacking = [labelled.unlabelled for labelled in sets]
     if any(lacking):
         said = " and ".join(map(str, lacking))
-        progress.note(f"without a label, and left out: {said} samples ({'--train and --test' if test else '--train'})")
+        progress.note(f"without a label, and left out: {said} samples ({'`train` and `test`' if test else '`train`'})")
     _check_counts(task, sets)
-    judge = _Judge(task, options, classes, sets, progress)
+    judge = _Judge(config, classes, sets, progress)
     rows = [row for what, features in subject.features(sets) for row in judge(what, features)]
     summaries = [
         {**labelled.summary(classes), "unreadable": unreadable}
         for labelled, unreadable in zip(sets, subject.unreadable, strict=True)
     ]
-    asked = asdict(options)
-    result = EvaluateResult(task, model, subject.step, summaries[0], summaries[1] if test else None, rows, asked)
+    asked = config.options()
+    result = EvaluateResult(task, config.model, subject.step, summaries[0], summaries[1] if test else None, rows, asked)
     if subject.run is None or subject.step is None:
         return result
     # Judged on other images, or in another way, it is another evaluation, which stands beside the first.
@@ -169,8 +157,9 @@ class _Subject:
         unreadable: images of each set that have no embedding; known once all features are.
     """
 
-    def __init__(self, model: str, options: EvaluateOptions, progress: Progress) -> None:
-        self._model, self._options, self._progress = model, options, progress
+    def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        model, options = config.model, config
         self.run: runs.RunDirectory | None = None
         self.step: int | None = None
         self.unreadable: list[int] = []
@@ -180,21 +169,23 @@ class _Subject:
         if self._folder or self._is_exported:
             what = "embeddings" if self._folder else "an exported file"
             if options.pool:
-                raise InputError(f"--pool {options.pool[0]}: {model} is {what}, pooled already")
-            if options.model:
-                raise InputError(f"--model {options.model}: {model} is {what}, and needs no architecture")
+                raise InputError(f"`pool` = {options.pool[0]}: {model} is {what}, pooled already")
+            if options.architecture:
+                raise InputError(
+                    f"`architecture` = {options.architecture}: {model} is {what}, and needs no architecture"
+                )
             if self._folder and options.device == "cuda":
-                raise InputError(f"--device cuda: {model} is embeddings, which are judged where they are")
+                raise InputError(f"`device` = cuda: {model} is embeddings, which are judged where they are")
             if options.precisions != ("fp32",):
                 raise InputError(
-                    f"--precision {options.precisions[0]} is for models with weights; {model} is judged as it is"
+                    f"`precisions` = {options.precisions[0]} is for models with weights; {model} is judged as it is"
                 )
             self._trained: TrainedEncoder | None = None
             self._encoder: Embedding = ExportedEncoder(path, options.device) if self._is_exported else None
             return
         from maekit.pretrained.load import load_encoder
 
-        self._trained = load_encoder(model, model=options.model, on_note=progress.note)
+        self._trained = load_encoder(model, model=options.architecture, on_note=progress.note)
         self._encoder = TorchEncoder(self._trained, options.pool, options.device)
         if self._trained.provenance.get("source") == "run":
             self.run, _ = runs.find_checkpoint(path)
@@ -204,9 +195,9 @@ class _Subject:
         """Yield (what it is, features of each set), the baselines first."""
         progress, stored = self._progress, None
         if self._folder is not None:  # read first: nothing is computed for sets that have no embeddings
-            options = ("--train", "--test")
-            stored = [stored_features(s, self._folder, o) for s, o in zip(sets, options, strict=False)]
-        if self._options.baselines:
+            names = ("train", "test")
+            stored = [stored_features(s, self._folder, name) for s, name in zip(sets, names, strict=False)]
+        if self._config.baselines:
             yield "raw pixels", [pixel_features(labelled, progress) for labelled in sets]
         if stored is not None:
             self._count(stored)
@@ -217,11 +208,11 @@ class _Subject:
         if self._trained is None:
             is_whitened = isinstance(encoder, ExportedEncoder) and encoder.is_whitened
             what = _WHITENED if is_whitened else ""
-            yield what, self._embedded(sets, encoder.preprocess, encoder, Path(self._model).name)
+            yield what, self._embedded(sets, encoder.preprocess, encoder, Path(self._config.model).name)
             return
-        if self._options.baselines:
+        if self._config.baselines:
             yield "untrained", self._of_untrained(self._trained, sets)
-        for precision in self._options.precisions:
+        for precision in self._config.precisions:
             if precision == "fp32":
                 yield "", self._embedded(sets, encoder.preprocess, encoder, "embed")
             else:
@@ -234,29 +225,36 @@ class _Subject:
         from maekit.mae.autoencoder import initialize_encoder
 
         fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
-        initialize_encoder(fresh.encoder, seed=self._options.seed)
-        encoder = TorchEncoder(fresh, self._options.pool, self._options.device)
+        initialize_encoder(fresh.encoder, seed=self._config.seed)
+        encoder = TorchEncoder(fresh, self._config.pool, self._config.device)
         return self._embedded(sets, encoder.preprocess, encoder, "untrained")
 
     def _of_precision(
-        self, trained: "TrainedEncoder", precision: str, sets: Sequence[LabelledSet]
+        self, trained: "TrainedEncoder", precision: Literal["fp16", "int8"], sets: Sequence[LabelledSet]
     ) -> Iterator[tuple[str, list[Features]]]:
         """Export in a precision, and embed with the file."""
-        from maekit.config.export import ExportOptions
+        from maekit.config.export import ExportConfig
         from maekit.exporters.export import export
         from maekit.mae.pooling import poolings_of
 
         specs = tuple(str(file.url or file.path) for file in sets[0].shards.shards)
         with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
-            for pool in self._options.pool or poolings_of(trained.encoder):
+            for pool in self._config.pool or poolings_of(trained.encoder):
                 path = Path(folder) / f"{pool}-{precision}.onnx"
                 # Judged whether or not it would be kept: that is what is asked here.
-                options = ExportOptions(
-                    pool=pool, precision=precision, normalize=False, parity=specs, model=self._options.model, force=True
+                config = ExportConfig(
+                    self._config.model,
+                    str(path),
+                    pool=pool,
+                    precision=precision,
+                    normalize=False,
+                    parity=specs,
+                    model=self._config.architecture,
+                    force=True,
                 )
-                if warning := export(self._model, path, options, progress=self._progress).warning:
+                if warning := export(config, self._progress).warning:
                     self._progress.note(f"{pool}, {precision}: {warning}")
-                encoder = ExportedEncoder(path, self._options.device)
+                encoder = ExportedEncoder(path, self._config.device)
                 features = self._embedded(sets, encoder.preprocess, encoder, precision)
                 yield precision, [Features({pool: rows}, f.kept) for f in features for rows in f.rows.values()]
 
@@ -269,15 +267,14 @@ class _Subject:
         self.unreadable = [int((~part.kept).sum()) for part in features]
         if any(self.unreadable):
             said = " and ".join(f"{count} of {len(p.kept)}" for count, p in zip(self.unreadable, features, strict=True))
-            self._progress.note(f"without an embedding, and left out: {said} labelled images (--train and --test)")
+            self._progress.note(f"without an embedding, and left out: {said} labelled images (`train` and `test`)")
 
 
 class _Judge:
     """Scores features on a task.
 
     Args:
-        task: `knn`, `linear` or `retrieval`.
-        options: how.
+        config: the task, and how.
         classes: of the training set.
         sets: training set, and test set where there is one.
         progress: is told of what says little.
@@ -285,13 +282,12 @@ class _Judge:
 
     def __init__(
         self,
-        task: str,
-        options: EvaluateOptions,
+        config: EvaluateConfig,
         classes: Sequence[str],
         sets: Sequence[LabelledSet],
         progress: Progress,
     ) -> None:
-        self._task, self._options, self._progress = task, options, progress
+        self._config, self._progress = config, progress
         self._labels = [encode(labelled.texts, classes) for labelled in sets]
 
     def __call__(self, what: str, features: Sequence[Features]) -> Iterator[dict[str, Any]]:
@@ -304,14 +300,14 @@ class _Judge:
             name += f", {what}" if what in ("fp16", "int8") else ""
             yield {"name": name, "dim": rows[0].shape[1], **self._score(rows, labels)}
             # A linear classifier scales directions by itself.
-            if self._options.whiten and self._task != "linear" and what != _WHITENED:
+            if self._config.whiten and self._config.task != "linear" and what != _WHITENED:
                 default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
-                for dim in self._options.whiten_dims or (default,):
+                for dim in self._config.whiten_dims or (default,):
                     whitened = _whitened_pixels(rows, dim) if pool == "pixels" else _whitened(rows, dim)
                     if len(rows[0]) < _PER_DIRECTION * whitened[0].shape[1]:
                         self._progress.note(
                             f"{name}, whitened: {len(rows[0])} training images are few for {whitened[0].shape[1]} "
-                            f"directions; below {_PER_DIRECTION} for each, take fewer by --whiten-dim"
+                            f"directions; below {_PER_DIRECTION} for each, take fewer by `whiten_dims`"
                         )
                     yield {
                         "name": f"{name}, whitened",
@@ -320,13 +316,13 @@ class _Judge:
                     }
 
     def _score(self, rows: Sequence[Rows], labels: Sequence[Labels]) -> dict[str, Any]:
-        options = self._options
-        if self._task == "knn":
+        options = self._config
+        if self._config.task == "knn":
             others = [k for k in options.ks if k <= len(rows[0])]
             ks = [options.k, *others]
             shares = knn_accuracies(rows[0], labels[0], rows[1], labels[1], ks=ks, temperature=options.temperature)
             return {"accuracy": shares[0], **{f"k={k}": share for k, share in zip(others, shares[1:], strict=True)}}
-        if self._task == "linear":
+        if self._config.task == "linear":
             return self._linear(rows, labels)
         queries = (rows[1], labels[1]) if len(rows) > 1 else (None, None)
         found = retrieval_scores(rows[0], labels[0], *queries, recalls=options.recalls)
@@ -346,8 +342,8 @@ class _Judge:
                 labels[0],
                 rows[1],
                 labels[1],
-                seed=self._options.seed,
-                device=torch.device(choose_device(self._options.device)),
+                seed=self._config.seed,
+                device=torch.device(choose_device(self._config.device)),
             )
         return {"accuracy": score.accuracy, "held_out": score.held_out[score.c], "c": score.c}
 

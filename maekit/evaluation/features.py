@@ -8,7 +8,7 @@
 Images are read and prepared by threads, some ahead; those that cannot be are left out and counted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,12 +21,11 @@ from maekit.embedding.inputs import TarPart
 from maekit.embedding.stored import EmbeddingFolder, is_made_from
 from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
-from maekit.shards.read import MemberReader, ShardSet
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.shards.spec import ShardFile
 from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import cores
-from maekit.system.parallel import map_in_threads
+from maekit.system.parallel import batched
 from maekit.system.progress import Progress
 
 if TYPE_CHECKING:
@@ -74,41 +73,22 @@ def image_features(
     problem = ""
     progress.start(what, len(kept))
     try:
-        for start, images in _decoded(labelled, preprocess):
-            good = [number for number, image in enumerate(images) if not isinstance(image, str)]
-            problem = next((image for image in images if isinstance(image, str)), problem)
+        numbers = labelled.numbers.tolist()
+        found = labelled.shards.images(numbers, preprocess, threads=cores())
+        for batch in batched(enumerate(found), _BATCH):
+            good = [(place, image) for place, image in batch if not isinstance(image, ImageError)]
+            for place, image in batch:
+                if isinstance(image, ImageError):
+                    problem = f"{' '.join(labelled.shards.name(numbers[place]))}: {image}"
             if good:
-                kept[start + np.array(good)] = True
-                parts.append(embed(np.stack([images[number] for number in good])))
-            progress.advance(start + len(images))
+                kept[[place for place, _ in good]] = True
+                parts.append(embed(np.stack([image for _, image in good])))
+            progress.advance(batch[-1][0] + 1)
     finally:
         progress.stop()
     if not parts:
         raise InputError(f"none of {len(kept)} labelled images can be read: {problem}")
     return Features({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, kept)
-
-
-def _decoded(labelled: LabelledSet, preprocess: Preprocess) -> Iterator[tuple[int, list[Pixels | str]]]:
-    """Yield (place of the first, images or why there is none) of batch after batch, some ahead, in threads."""
-    starts = range(0, len(labelled.numbers), _BATCH)
-
-    def read(start: int) -> list[Pixels | str]:
-        # A reader for each batch: they are no more than a few open files, and not to be shared.
-        reader = labelled.shards.reader()
-        try:
-            return [_read(labelled.shards, reader, n, preprocess) for n in labelled.numbers[start:][:_BATCH].tolist()]
-        finally:
-            reader.close()
-
-    yield from zip(starts, map_in_threads(read, starts, threads=cores()), strict=True)
-
-
-def _read(shards: ShardSet, reader: MemberReader, number: int, preprocess: Preprocess) -> Pixels | str:
-    shard, ordinal = shards.locate(number)
-    try:
-        return preprocess(reader.read_image(shards.index(shard), ordinal))
-    except ImageError as error:
-        return f"{shards.shards[shard].name} {shards.index(shard).key(ordinal)}: {error}"
 
 
 def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
@@ -201,13 +181,13 @@ class ExportedEncoder:
         return {self.name: np.concatenate(parts)}
 
 
-def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, option: str) -> Features:
+def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -> Features:
     """Return the rows of a labelled set that were embedded before; shards are known by what is in them.
 
     Args:
         labelled: the set.
         folder: where the rows are.
-        option: under which the set was given, for messages.
+        name: of the setting that the set was given by, for messages.
 
     Raises:
         InputError: a shard was not embedded, or none of its labelled images has a row.
@@ -221,7 +201,7 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, option: str)
         record = _record_of(folder, file, labelled.shards.index(shard).digest, labelled.shards.remote)
         if record is None:
             raise InputError(
-                f"{folder.path} has no embeddings of {file.url or file.path} ({option}); embed it into the same --out, "
+                f"{folder.path} has no embeddings of {file.url or file.path} (`{name}`); embed it into the same `out`, "
                 "or name the shards that were embedded"
             )
         if not record.rows:
@@ -233,7 +213,7 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, option: str)
         kept[mine[there]] = True
         parts.append(embedded.vectors[at[there]])
     if not kept.any():
-        raise InputError(f"{folder.path}: none of the labelled images of {option} has an embedding")
+        raise InputError(f"{folder.path}: none of the labelled images of `{name}` has an embedding")
     return Features({"embeddings": np.concatenate(parts)}, kept)
 
 

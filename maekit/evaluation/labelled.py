@@ -7,14 +7,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.shards.read import MemberReader, ShardSet, open_shards
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
+from maekit.shards.read import LABEL, ShardSet, open_shards
 from maekit.shards.spec import find_shards
-from maekit.system.errors import ImageError, InputError
+from maekit.system.errors import InputError
 from maekit.system.progress import Progress
 
-EXTENSION, _NAMES = "cls", "classes.txt"
-_LONGEST_LABEL = 1000  # bytes
 _NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -52,13 +50,13 @@ class LabelledSet:
 
 
 def open_labelled(
-    specs: Sequence[str], option: str, progress: Progress, *, images: int | None = None, cache_gb: float = 50.0
+    specs: Sequence[str], name: str, progress: Progress, *, images: int | None = None, cache_gb: float = 50.0
 ) -> LabelledSet:
     """Read the labels of shards.
 
     Args:
         specs: input specs.
-        option: under which they were given, for messages.
+        name: of the setting that they were given by, for messages.
         progress: is told of damaged shards, which are left out.
         images: at most so many samples, drawn at random, the same each time; None is all.
         cache_gb: gigabytes of disk for remote shards.
@@ -76,24 +74,21 @@ def open_labelled(
     count = min(images or shards.samples, shards.samples)
     # Not evenly spaced: where classes come in turn, every fourth sample may be of the same one.
     chosen = np.sort(np.random.default_rng(0).choice(shards.samples, count, replace=False)).tolist()
-    progress.start(f"labels of {option}", count)
+    progress.start(f"labels of `{name}`", count)
     numbers, texts = [], []
-    reader = shards.reader()
     try:
-        for done, number in enumerate(chosen, 1):
-            text = _label(shards, reader, number)
+        for done, (number, text) in enumerate(zip(chosen, shards.labels(chosen), strict=True), 1):
             if text:
                 numbers.append(number)
                 texts.append(text)
             if done % 1000 == 0 or done == count:
                 progress.advance(done)
     finally:
-        reader.close()
         progress.stop()
     if not numbers:
         raise InputError(
-            f"{option} {' '.join(specs)}: none of {count} samples has a .{EXTENSION} member; `maekit pack` makes them "
-            "of class folders or of --table"
+            f"`{name}` {' '.join(specs)}: none of {count} samples has a .{LABEL} member; `maekit pack` makes them "
+            "of class folders or of `table`"
         )
     unlabelled, damaged = count - len(numbers), len(found) - len(shards.shards)
     return LabelledSet(shards, np.array(numbers, np.int64), texts, unlabelled, _names(shards), damaged)
@@ -104,10 +99,7 @@ def _names(shards: ShardSet) -> tuple[str, ...]:
     folders = {file.path.parent for file in shards.shards if file.url is None}
     if len(folders) != 1 or shards.remote is not None:
         return ()
-    try:
-        return tuple((folders.pop() / _NAMES).read_text(encoding="utf-8").splitlines())
-    except (OSError, ValueError):
-        return ()
+    return shards.class_names(0)
 
 
 def by_name(sets: Sequence[LabelledSet]) -> list[LabelledSet]:
@@ -122,18 +114,6 @@ def by_name(sets: Sequence[LabelledSet]) -> list[LabelledSet]:
         return names[int(text)] if _NUMBER.fullmatch(text) and 0 <= int(text) < len(names) else text
 
     return [replace(labelled, texts=[named(text, labelled.names) for text in labelled.texts]) for labelled in sets]
-
-
-def _label(shards: ShardSet, reader: MemberReader, number: int) -> str:
-    shard, ordinal = shards.locate(number)
-    index = shards.index(shard)
-    for member in index.members(ordinal):
-        if member.extension.lower() == EXTENSION and member.size <= _LONGEST_LABEL:
-            try:
-                return reader.read(index, member).decode("utf-8", errors="replace").strip()
-            except ImageError:  # other bytes than were indexed
-                return ""
-    return ""
 
 
 def classes_of(texts: Iterable[str]) -> tuple[str, ...]:

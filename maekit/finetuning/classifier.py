@@ -75,7 +75,7 @@ def freeze(encoder: VisionTransformer, blocks: float | None) -> None:
         return
     depth = len(encoder.blocks)
     if blocks > depth:
-        raise InputError(f"--blocks {blocks:g}: this model has {depth}")
+        raise InputError(f"`blocks` {blocks:g}: this model has {depth}")
     encoder.requires_grad_(False)
     trained: list[nn.Module] = list(encoder.blocks[depth - int(blocks) :]) if blocks >= 1 else []
     last: Any = encoder.blocks[-1]
@@ -99,27 +99,29 @@ class ClassifierObjective(Objective):
         classifier: images -> logits.
     """
 
+    model: Classifier
+
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
-        self.classifier = classifier
+        self.model = classifier
 
     def train(self, mode: bool = True) -> "ClassifierObjective":
         """Set the mode; what is frozen stays as it is when it is used."""
         super().train(mode)
-        for block in self.classifier.encoder.blocks:
+        for block in self.model.encoder.blocks:
             if not any(p.requires_grad for p in block.parameters()):
                 block.eval()
         return self
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Return the loss, a scalar, of normalised images, float32 `[B, C, H, W]`, and shares `[B, classes]`."""
-        return torch.sum(-targets * functional.log_softmax(self.classifier(images), dim=-1), dim=-1).mean()
+        return torch.sum(-targets * functional.log_softmax(self.model(images), dim=-1), dim=-1).mean()
 
-    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
+    def example(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
         """Return arguments of `forward` for so many images of (height, width) pixels."""
-        encoder, device = self.classifier.encoder, next(self.parameters()).device
+        encoder, device = self.model.encoder, next(self.parameters()).device
         images = torch.zeros(count, encoder.patch_embed.proj.weight.shape[1], *size, device=device)
-        classes = self.classifier.head.out_features
+        classes = self.model.head.out_features
         return images, torch.full((count, classes), 1 / classes, device=device)
 
 

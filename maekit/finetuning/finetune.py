@@ -9,20 +9,17 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from maekit import runs
-from maekit.config import DEFAULT_FINETUNE_EPOCHS
-from maekit.config.finetune import FinetuneConfig
+from maekit.config.finetune import DEFAULT_FINETUNE_EPOCHS, FinetuneConfig
 from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
-from maekit.finetuning.task import Supervised
+from maekit.finetuning.task import Labelled, Supervised
 from maekit.images import Preprocess
 from maekit.pretrained.load import TrainedEncoder, load_encoder, set_norm_eps
 from maekit.pretrained.sources import Note, create_timm
@@ -30,15 +27,8 @@ from maekit.runs import FinetuneDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.progress import Progress, Silent
-from maekit.training.engine import Engine, Finished
-from maekit.training.launch import started
-from maekit.training.prepare import (
-    choose_precision,
-    index_shards,
-    newest_checkpoint,
-    refuse_different_data,
-    refuse_indivisible,
-)
+from maekit.training.engine import Finished
+from maekit.training.launch import launched
 
 
 @dataclass(frozen=True)
@@ -86,7 +76,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
     Raises:
         InputError: bad usage, no labels, damaged data, or a directory of another run; found before any step.
         Stopped: a signal came, or the time is over; everything is saved.
-        ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
+        OtherRankError: another process of the run failed or was stopped, and raises the error itself.
         MaekitError: failed while working.
     """
     progress = progress or Silent()
@@ -95,30 +85,19 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         config.epochs = DEFAULT_FINETUNE_EPOCHS
     config.validate()
     run = FinetuneDirectory(Path(config.out))
-    files.require_utf8(run.path)
-    with started(config) as process, ExitStack() as stack:
-        world, device = process.world, process.device
-        world.on_main(lambda: refuse_indivisible(config, world))
-        world.on_main(lambda: _refuse_foreign_directory(run))
+    with launched(config, run, progress, lambda: _refuse_foreign_directory(run)) as launch:
+        resolved, world = launch.config, launch.world
         note = progress.note if world.is_main else Silent().note
-        trained = world.together(lambda: _source(config, run, note))
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-        shards = world.in_turn(lambda: index_shards(config, world, progress))
-        refuse_different_data(shards, world)
-        labels, classes, test = world.together(lambda: _labels(config, progress))
-        config.classes, config.model.sha256 = len(classes), _digest(trained)
-        config.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
-        config.data.mean, config.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
-        precision = choose_precision(config, device, world, progress)
-        task = world.together(
-            lambda: Supervised(config, run, shards, labels, classes, test, trained, device, precision, world)
-        )
-        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
-        newest = world.on_main(lambda: newest_checkpoint(run, progress))
-        finished = Engine(task, run, shards, task.order, device, world, progress, process.stop).go(newest)
+        trained = world.together(lambda: _source(resolved, run, note))
+        labels, classes, test = world.together(lambda: _labels(resolved, progress))
+        resolved.classes, resolved.model.sha256 = len(classes), _digest(trained)
+        resolved.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
+        resolved.data.mean, resolved.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
+        data = Labelled(labels, classes, *test)
+        task = world.together(lambda: Supervised(launch, run, trained, data))
+        finished = launch.train(task, launch.own())
         world.on_main(lambda: task.measure_once(finished))
-        found = _result(config, finished, task, trained, progress) if world.is_main else None
+        found = _result(resolved, finished, task, trained, progress) if world.is_main else None
         result: FinetuneResult = world.share(found)
         return result
 
@@ -143,12 +122,12 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
 
 def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
     if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; --out names a directory")
+        raise InputError(f"{run.path} is a file; `out` names a directory")
     if run.path.is_dir() and not runs.is_finetuned(run.path):
         others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
         if others:
             raise InputError(
-                f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new --out"
+                f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new `out`"
             )
 
 
@@ -169,22 +148,22 @@ def _labels(
     images, cache = config.test_images, config.data.cache_gb
     labelled, test = by_name(
         [
-            open_labelled(config.shards, "--train", progress, cache_gb=cache),
-            open_labelled(config.test, "--test", progress, images=images, cache_gb=cache),
+            open_labelled(config.shards, "train", progress, cache_gb=cache),
+            open_labelled(config.test, "test", progress, images=images, cache_gb=cache),
         ]
     )
     classes = classes_of(labelled.texts)
     if len(classes) < 2:
-        raise InputError(f"--train {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
+        raise InputError(f"`train` {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
     if not set(test.texts) & set(classes):
         raise InputError(
-            f"--test {' '.join(config.test)}: --train has none of its classes, such as {test.texts[0][:60]!r}"
+            f"`test` {' '.join(config.test)}: `train` has none of its classes, such as {test.texts[0][:60]!r}"
         )
     labels = np.full(labelled.shards.samples, -1, np.int64)
     labels[labelled.numbers] = encode(labelled.texts, classes)
     if labelled.unlabelled > config.data.max_bad * len(labels):
         raise InputError(
-            f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than --max-bad "
+            f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than `max_bad` "
             f"{config.data.max_bad:g}; put the labelled ones into shards of their own"
         )
     return labels, classes, (test, encode(test.texts, classes))
@@ -195,7 +174,7 @@ def _result(
 ) -> FinetuneResult:
     tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
     last: dict[str, Any] = tested[-1] if tested else {}
-    tally = finished.tally
+    state = finished.state
     result = FinetuneResult(
         out=config.out,
         steps=finished.steps,
@@ -206,8 +185,8 @@ def _result(
         test_images=last.get("test_images", 0),
         trained=sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         images_per_second=finished.images_per_second(config.batch_size),
-        data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
-        bad=tally.bad,
+        data_wait=round(state.wait / state.seconds, 4) if state.seconds else 0.0,
+        bad=state.bad,
         resumed_from=finished.resumed_from,
         already_finished=finished.already_finished,
     )
@@ -227,7 +206,7 @@ def _keep(
         "task": task.name,
         "model": config.model.source,
         "step": step,
-        "train": {"shards": len(task.shards.shards), "images": int((task.labels >= 0).sum())},
+        "train": {"shards": len(task.shards.shards), "images": int((task.data.labels >= 0).sum())},
         "test": {"images": result.test_images},
         "rows": [row],
     }

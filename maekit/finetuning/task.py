@@ -4,6 +4,7 @@ import hashlib
 import json
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,9 @@ from torch.nn import functional
 
 from maekit import runs
 from maekit.config.finetune import FinetuneConfig
-from maekit.config.settings import load_settings
 from maekit.evaluation.labelled import LabelledSet
 from maekit.finetuning.classifier import Classifier, ClassifierObjective, LabelledUpload, make_optimizer
 from maekit.finetuning.rand_augment import RandAugment
-from maekit.images import Pixels
 from maekit.mae.autoencoder import initialize_encoder
 from maekit.mae.kernels import choose_kernels
 from maekit.mae.mask_shapes import MaskShape
@@ -27,64 +26,64 @@ from maekit.mae.pooling import check_pooling
 from maekit.pretrained.files import encoder_bytes, load_strictly, read_safetensors
 from maekit.pretrained.load import TrainedEncoder, norm_eps, set_norm_eps
 from maekit.pretrained.sources import create_timm
-from maekit.runs import FinetuneDirectory, RunDirectory
-from maekit.shards.order import Order
-from maekit.shards.read import ShardSet
+from maekit.runs import FinetuneDirectory
 from maekit.system import files
 from maekit.system.draws import Purpose, random_bits
 from maekit.system.errors import ImageError, InputError, MaekitError
-from maekit.system.parallel import map_in_threads
+from maekit.system.parallel import batched
 from maekit.training import distributed, metrics
-from maekit.training.crops import Augmentation, CropLoader, Watch
-from maekit.training.data import Division
-from maekit.training.distributed import World
+from maekit.training.crops import Augmentation, CropLoader, WorkerProgress
+from maekit.training.data import BatchLayout
+from maekit.training.distributed import DistributedContext
 from maekit.training.engine import Finished
 from maekit.training.image_cache import DecodedSet
-from maekit.training.optim import Schedule, make_schedule
+from maekit.training.launch import Launch
+from maekit.training.task import Task, changed_setting
 
 _TEST_BATCH = 64
 
 
-class Supervised:
+@dataclass(frozen=True)
+class Labelled:
+    """What is learned.
+
+    Attributes:
+        labels: of the training samples, int64 `[samples]`, -1 where there is none.
+        classes: what the labels mean.
+        test: the test set.
+        test_labels: int64 `[n]`, -1 for classes that are not learned.
+    """
+
+    labels: NDArray[np.int64]
+    classes: tuple[str, ...]
+    test: LabelledSet
+    test_labels: NDArray[np.int64]
+
+
+class Supervised(Task):
     """A classifier as what is trained.
 
     Args:
-        config: of the training, resolved.
+        launch: the run.
         run: its directory.
-        shards: the training set.
-        labels: of its samples, int64 `[samples]`, -1 where there is none.
-        classes: what the labels mean.
-        test: the test set and its labels, int64 `[n]`, -1 for classes that are not learned.
         trained: the encoder that is started from.
-        device: to train on.
-        precision: `fp32` or `bf16`.
-        world: the processes of the run.
+        data: labels of the training set, and the test set.
 
     Raises:
         InputError: an impossible batch, pooling, number of blocks or policy.
     """
 
-    masks, pictures = 1, False
+    config: FinetuneConfig
 
     def __init__(
-        self,
-        config: FinetuneConfig,
-        run: FinetuneDirectory,
-        shards: ShardSet,
-        labels: NDArray[np.int64],
-        classes: tuple[str, ...],
-        test: tuple[LabelledSet, NDArray[np.int64]],
-        trained: TrainedEncoder,
-        device: torch.device,
-        precision: str,
-        world: World,
+        self, launch: Launch[FinetuneConfig], run: FinetuneDirectory, trained: TrainedEncoder, data: Labelled
     ) -> None:
-        self.config, self.classes = config, classes
+        config, device, shards, world = launch.config, launch.device, launch.shards, launch.world
+        self.config, self.data = config, data
         self.name = "probe" if config.model.batch_norm and config.model.blocks == 0 else "finetune"
-        self._run, self.shards, self.labels, self.test, self._world = run, shards, labels, test, world
+        self._run, self.shards, self.order, self._world = run, shards, launch.order, world
         self._trained, self._prepare = trained, trained.preprocess
         self.size = trained.preprocess.size
-        self.clip_grad = config.optimizer.clip_grad
         policy = config.mix.rand_augment
         self._policy = None if policy == "none" else RandAugment(policy, self.size, self._prepare.mean)
         share = config.batch_size // world.size
@@ -96,19 +95,18 @@ class Supervised:
         check_pooling(trained.encoder, config.model.pool)
         self.model = Classifier(
             self._encoder(),
-            len(classes),
+            len(data.classes),
             pool=config.model.pool,
             batch_norm=config.model.batch_norm,
             blocks=config.model.blocks,
             seed=config.seed,
         ).to(device)
         self.objective = ClassifierObjective(self.model)
-        self.forward = choose_kernels(self.model, device, precision)
+        self.forward = choose_kernels(self.model, device, launch.precision)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         channels = trained.encoder.patch_embed.proj.weight.shape[1]
         self._normalizer = Normalizer(self._prepare.mean, self._prepare.std, device, channels=channels)
-        self.upload = LabelledUpload(self._normalizer, device, len(classes), config.mix)
-        self.order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
+        self.upload = LabelledUpload(self._normalizer, device, len(data.classes), config.mix)
 
     def _encoder(self) -> Any:
         """Return the encoder to start from, with stochastic depth."""
@@ -128,12 +126,7 @@ class Supervised:
         """Whether so many images may go through the model at a time: pairs are mixed, a BatchNorm needs two."""
         return count % 2 == 0 if self._mixes else count > 1 or not self.config.model.batch_norm
 
-    def schedule(self, steps: int) -> Schedule:
-        """Return the learning rate of a run of so many steps."""
-        size, samples = self.config.batch_size, self.shards.samples
-        return make_schedule(self.config.optimizer, batch_size=size, samples=samples, steps=steps)
-
-    def crops(self, watch: Watch, decoded: DecodedSet | None) -> CropLoader:
+    def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
         """Return what makes labelled images of places in the order."""
         data = self.config.data
         augmentation = Augmentation(
@@ -149,7 +142,7 @@ class Supervised:
         # Nothing is masked; the numbers that would choose a mask are of no use and cost next to nothing.
         nothing = MaskShape("random", (1, 2), 0.5)
         return CropLoader(
-            self.shards, self.order, augmentation, nothing, watch=watch, decoded=decoded, labels=self.labels
+            self.shards, self.order, augmentation, nothing, watch=watch, decoded=decoded, labels=self.data.labels
         )
 
     def begin_step(self, done: int) -> None:
@@ -159,7 +152,7 @@ class Supervised:
         np.random.seed(words[1] & 0xFFFFFFFF)
         random.seed(words[2])
 
-    def open_validation(self, division: Division) -> Callable[[], dict[str, Any]]:
+    def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]]:
         """Return what measures the model on the test set, on all ranks together."""
         return lambda: self._measure(self._world)
 
@@ -169,13 +162,13 @@ class Supervised:
         if any(row["step"] == done and row.get("test") == digest for row in finished.rows):
             return
         load_strictly(self.model, read_safetensors(self._run.checkpoint(done).path / runs.MODEL), str(self._run.path))
-        row = {"step": done, **self._measure(World())}
+        row = {"step": done, **self._measure(DistributedContext())}
         metrics.append(self._run.metrics_file, row)
         finished.rows.append(row)
 
-    def _measure(self, world: World) -> dict[str, Any]:
+    def _measure(self, world: DistributedContext) -> dict[str, Any]:
         """Return accuracy and mean cross-entropy on the test set, each rank of `world` doing its part."""
-        labelled, labels = self.test
+        labelled, labels = self.data.test, self.data.test_labels
         distributed.share_buffers(self.model, world)
         mine = np.arange(len(labels))[world.rank :: world.size]
         right = loss = seen = known_seen = 0.0
@@ -194,61 +187,34 @@ class Supervised:
             self.objective.train()
         right, loss, seen, known_seen = world.sum([right, loss, seen, known_seen])
         if not known_seen:
-            raise MaekitError("--test: none of the test images can be read, or none is of a known class")
+            raise MaekitError("`test`: none of the test images can be read, or none is of a known class")
         found = {"accuracy": right / seen, "test_loss": loss / known_seen, "test_images": int(seen)}
         return {**found, "test": self.test_digest}
 
     @property
     def test_digest(self) -> str:
         """What names the test set: its samples and their labels."""
-        labelled, labels = self.test
+        labelled, labels = self.data.test, self.data.test_labels
         digest = hashlib.sha256(labelled.shards.digest.encode() + labelled.numbers.tobytes() + labels.tobytes())
         return digest.hexdigest()[:16]
 
     def _test_batches(self, labelled: LabelledSet, labels: NDArray[np.int64], mine: NDArray[np.int64]) -> Any:
-        starts = range(0, len(mine), _TEST_BATCH)
+        found = labelled.shards.images(labelled.numbers[mine].tolist(), self._prepare, threads=self._world.cores)
+        pairs = ((image, label) for image, label in zip(found, labels[mine], strict=True))
+        readable = (pair for pair in pairs if not isinstance(pair[0], ImageError))
+        for batch in batched(readable, _TEST_BATCH):
+            images, wanted = zip(*batch, strict=True)
+            yield np.stack(images), np.array(wanted, np.int64)
 
-        def read(start: int) -> tuple[list[Pixels], NDArray[np.int64]]:
-            reader = labelled.shards.reader()
-            images, wanted = [], []
-            try:
-                for place in mine[start : start + _TEST_BATCH].tolist():
-                    shard, ordinal = labelled.shards.locate(int(labelled.numbers[place]))
-                    try:
-                        data = reader.read_image(labelled.shards.index(shard), ordinal)
-                        images.append(self._prepare(data))
-                    except ImageError:
-                        continue
-                    wanted.append(labels[place])
-            finally:
-                reader.close()
-            return images, np.array(wanted, np.int64)
-
-        for images, wanted in map_in_threads(read, starts, threads=self._world.cores):
-            if images:
-                yield np.stack(images), wanted
-
-    def draw(self) -> Pixels | None:
-        """Return nothing: there is nothing to draw."""
-        return None
-
-    @property
-    def otherwise(self) -> str:
-        """What to do where settings are not those that it was started with."""
-        return f"({self._run.config_file} has all of them), or choose another --out"
-
-    def difference(self, key: str, before: Any, now: Any) -> str | None:
-        """Return what to say of weights that are not the ones it was started from."""
-        if key != "model.sha256":
-            return None
-        return (
-            f"{self.config.model.source} holds other weights than {self._run.path} was started from; go on with those, "
-            "or start another --out"
-        )
-
-    def read_config(self, run: RunDirectory) -> FinetuneConfig:
-        """Return the settings that it was started with."""
-        return load_settings(FinetuneConfig(), run.config_file)
+    def mismatch_message(self, key: str, before: Any, now: Any) -> str:
+        """Return the message for a setting, or weights, that are not those that it was started with."""
+        if key == "model.sha256":
+            return (
+                f"{self.config.model.source} holds other weights than {self._run.path} was started from; go on with "
+                "those, or start another `out`"
+            )
+        remedy = f"({self._run.config_file} has all of them), or choose another `out`"
+        return changed_setting(self._run.path, key, before, now, remedy)
 
     def is_finished(self) -> bool:
         """Whether encoder and head have been written."""
@@ -277,6 +243,6 @@ class Supervised:
         }
         head = {f"head.{name}": tensor.cpu().contiguous() for name, tensor in self.model.head.state_dict().items()}
         head |= {f"norm.{name}": tensor.cpu() for name, tensor in self.model.norm.state_dict().items()}
-        about = {"maekit": json.dumps({"classes": self.classes, "pool": self.config.model.pool})}
+        about = {"maekit": json.dumps({"classes": self.data.classes, "pool": self.config.model.pool})}
         files.write_atomically(self._run.head_file, safetensors.torch.save(head, metadata=about))
         files.write_atomically(self._run.encoder_file, encoder_bytes(self.model.encoder, description))

@@ -17,8 +17,8 @@ def choose_device(asked: str) -> str:
     has_cuda = torch.cuda.is_available()
     if asked == "cuda" and not has_cuda:
         raise InputError(
-            "--device cuda: PyTorch finds no CUDA device here; check `nvidia-smi` and that this is a CUDA build of "
-            f"torch (it is {torch.__version__}), or use --device cpu"
+            "`device` = cuda: PyTorch finds no CUDA device here; check `nvidia-smi` and that this is a CUDA build of "
+            f"torch (it is {torch.__version__}), or use `device=cpu`"
         )
     return "cuda" if has_cuda and asked != "cpu" else "cpu"
 
@@ -35,4 +35,4 @@ def device_errors() -> Iterator[None]:
         if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise
         said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise MaekitError(f"compiling the step failed: {said}; --no-compile goes without") from error
+        raise MaekitError(f"compiling the step failed: {said}; `compile=false` goes without") from error

@@ -76,8 +76,8 @@ def _check_maskable(name: str, encoder: Any) -> None:
     wanted = {
         "is no plain VisionTransformer": type(encoder) is VisionTransformer,
         "adds no absolute positions": getattr(encoder, "pos_embed", None) is not None,
-        "pools by attention (--no-class-token leaves that out)": getattr(encoder, "attn_pool", None) is None,
-        "has no norm before its pooling (--class-token or --no-class-token puts it there)": not isinstance(
+        "pools by attention (`class_token=false` leaves that out)": getattr(encoder, "attn_pool", None) is None,
+        "has no norm before its pooling (`class_token=true` or `class_token=false` puts it there)": not isinstance(
             getattr(encoder, "norm", None), torch.nn.Identity
         ),
         "embeds its patches by more than one projection": type(encoder.patch_embed) is PatchEmbed,

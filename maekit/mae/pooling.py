@@ -24,11 +24,11 @@ def check_pooling(encoder: VisionTransformer, pool: str) -> None:
         InputError: there is no class token, or the patch tokens are not normalised before they are pooled.
     """
     if "cls" in parts_of(pool) and not encoder.has_class_token:
-        raise InputError(f"--pool {pool}: this model has no class token; use --pool avg")
+        raise InputError(f"`pool` {pool}: this model has no class token; use `pool=avg`")
     if "std" in parts_of(pool) and not isinstance(encoder.fc_norm, nn.Identity):
         raise InputError(
-            f"--pool {pool}: this model normalises behind its pooling, which a standard deviation has no place in; "
-            "use --pool avg or avg2x2"
+            f"`pool` {pool}: this model normalises behind its pooling, which a standard deviation has no place in; "
+            "use `pool=avg` or `pool=avg2x2`"
         )
 
 

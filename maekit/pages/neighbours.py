@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from maekit.config.pages import NeighbourOptions
+from maekit.config.pages import NeighboursConfig
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.embedder import Embedder
 from maekit.embedding.inputs import Images, Part, find_inputs, read_place
@@ -19,7 +19,7 @@ from maekit.images import Pixels, open_rgb
 from maekit.pages import html
 from maekit.pages.html import Html
 from maekit.pages.thumbnails import thumbnail, without
-from maekit.shards.remote import RemoteCache
+from maekit.shards.cache import RemoteCache
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError, MaekitError
 from maekit.system.progress import Progress, Silent
@@ -87,46 +87,37 @@ class NeighboursResult:
     queries: tuple[Query, ...]
 
 
-def neighbours(
-    embeddings: str | Path,
-    queries: Sequence[str],
-    out: str | Path = "neighbours.html",
-    options: NeighbourOptions | None = None,
-    progress: Progress | None = None,
-) -> NeighboursResult:
+def neighbours(config: NeighboursConfig, progress: Progress | None = None) -> NeighboursResult:
     """Find the nearest rows of each query by cosine, exactly, and write them as a page.
 
     One shard's embeddings are in memory at a time.
 
     Args:
-        embeddings: an output directory of `maekit embed`.
-        queries: KEY or SHARD:KEY of a row, or the path of an image file.
-        out: the page, .html.
-        options: how many, and where the pictures are.
+        config: the embeddings, the queries, and what is shown.
         progress: is told of what goes on.
 
     Raises:
         InputError: no embeddings, no such row or image, another model than theirs, shards that are others.
         MaekitError: an embedding cannot be read, or the page cannot be written.
     """
-    options, progress, out = options or NeighbourOptions(), progress or Silent(), Path(out)
-    options.validate()
+    progress, out, queries = progress or Silent(), Path(config.out), config.queries
+    config.validate()
     if not 1 <= len(queries) <= _MOST_QUERIES:
-        raise InputError(f"{len(queries)} queries: give at least 1, and at most {_MOST_QUERIES} (--query KEY|IMAGE)")
+        raise InputError(f"{len(queries)} queries: give at least 1, and at most {_MOST_QUERIES} (`queries` KEY|IMAGE)")
     if out.suffix.lower() != ".html":
-        raise InputError(f"--out {out}: must end in .html")
+        raise InputError(f"`out` {out}: must end in .html")
     if out.is_dir():
-        raise InputError(f"--out {out}: is a directory")
-    folder = EmbeddingFolder(Path(embeddings))
-    parts = find_inputs(options.shards) if options.shards else []
-    wanted = _vectors(folder, queries, options.model)
+        raise InputError(f"`out` {out}: is a directory")
+    folder = EmbeddingFolder(Path(config.embeddings))
+    parts = find_inputs(config.shards) if config.shards else []
+    wanted = _vectors(folder, queries, config.model)
     files.require_writable(out.parent)
     progress.start("search", folder.rows)
     vectors = np.stack([query.vector for query in wanted])
-    cosines, numbers = nearest(vectors, _advancing(folder, progress), options.k + 1)
+    cosines, numbers = nearest(vectors, _advancing(folder, progress), config.k + 1)
     progress.stop()
     found = [
-        without(query.number, near, cosine, options.k)
+        without(query.number, near, cosine, config.k)
         for query, near, cosine in zip(wanted, numbers, cosines, strict=True)
     ]
     named = _rows(folder, {number for near in found for number, _ in near})
@@ -140,12 +131,12 @@ def neighbours(
     )
     pictures = _pictures(folder, parts, results, progress) if parts else {}
     if parts and not pictures:
-        raise InputError(f"--shards {', '.join(options.shards)}: {folder.path} was made of none of these")
+        raise InputError(f"`shards` {', '.join(config.shards)}: {folder.path} was made of none of these")
     about = f"{folder.path}: {folder.rows:,} embeddings, exact search by cosine"
     body = [_shown(query, given.image, pictures, bool(parts)) for query, given in zip(results, wanted, strict=True)]
     if not parts:
-        body.insert(0, html.note("Without pictures: --shards SHARDS names the images that were embedded."))
-        progress.note("no --shards were given: the page shows names and no pictures")
+        body.insert(0, html.note("Without pictures: the shards that were embedded were not named."))
+        progress.note("no `shards` were given: the page shows names and no pictures")
     files.write_atomically(out, html.document("Nearest neighbours", about, body))
     return NeighboursResult(str(out), folder.rows, results)
 
@@ -186,9 +177,9 @@ def _vectors(folder: EmbeddingFolder, queries: Sequence[str], model: str | None)
         rows = found[query]
         if len(rows) > 1:
             names = [f"{w.row.shard}:{w.row.key}" for w in rows[:_SHOWN] if w.row]
-            raise InputError(f"--query {query}: {len(rows)} rows have this key; name one, as in --query {names[0]}")
+            raise InputError(f"`queries` {query}: {len(rows)} rows have this key; name one, as in `queries` {names[0]}")
         if not rows and not os.path.isfile(query):
-            raise InputError(f"--query {query}: no such row, and no such file; the first rows are {', '.join(first)}")
+            raise InputError(f"`queries` {query}: no such row, and no such file; the first rows are {', '.join(first)}")
         wanted.append(rows[0] if rows else embed(query))
     return wanted
 
@@ -202,14 +193,14 @@ class _ImageEmbedder:
     @cached_property
     def _embedder(self) -> Embedder:
         if self._model is None:
-            raise InputError("a query is an image: name the file that made the embeddings, --model ENCODER.ONNX")
+            raise InputError("a query is an image: name the file that made the embeddings, `model` ENCODER.ONNX")
         try:
             digest = files.sha256_file(Path(self._model))
         except OSError as error:
-            raise InputError(f"--model {self._model}: cannot be read: {error.strerror or error}") from error
+            raise InputError(f"`model` {self._model}: cannot be read: {error.strerror or error}") from error
         if digest != self._folder.model:
             raise InputError(
-                f"--model {self._model} is not the file that made {self._folder.path}: the SHA-256 of the one begins "
+                f"`model` {self._model} is not the file that made {self._folder.path}: the SHA-256 of the one begins "
                 f"with {digest[:12]}, of the other with {self._folder.model[:12]}"
             )
         return Embedder(self._model, device="cpu")  # for a few images a GPU is not worth its start
@@ -220,9 +211,9 @@ class _ImageEmbedder:
             vector = self._embedder(data)[0]
             image = thumbnail(np.asarray(open_rgb(data, at_least=(_SIDE, _SIDE))), _SIDE)
         except OSError as error:
-            raise InputError(f"--query {path}: cannot be read: {error.strerror or error}") from error
+            raise InputError(f"`queries` {path}: cannot be read: {error.strerror or error}") from error
         except ImageError as error:
-            raise InputError(f"--query {path} is no readable image: {error.reason}, {error}") from error
+            raise InputError(f"`queries` {path} is no readable image: {error.reason}, {error}") from error
         return _Wanted(path, vector, image=image)
 
 
@@ -269,7 +260,7 @@ def _pictures(
     for shard, ordinals in rows.items():
         images = _open(records[shard], parts, remote)
         if images is None:
-            progress.note(f"{shard}: not among --shards, or no longer what was embedded; shown without pictures")
+            progress.note(f"{shard}: not among `shards`, or no longer what was embedded; shown without pictures")
             continue
         with contextlib.closing(images):
             for ordinal in sorted(ordinals):

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from maekit.config.pages import ENDINGS, ReconstructOptions
+from maekit.config.pages import ENDINGS, ReconstructConfig
 from maekit.images import Pixels, Preprocess
 from maekit.mae import reconstruction
 from maekit.mae.autoencoder import MaskedAutoencoder
@@ -17,8 +17,8 @@ from maekit.mae.normalize import Normalizer
 from maekit.mae.reconstruction import images_of, refuse_unpicturable
 from maekit.pages import html
 from maekit.pretrained.load import load_autoencoder
+from maekit.shards.cache import RemoteCache
 from maekit.shards.read import ShardSet, open_shards
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.sheet import encode_png, sheet
 from maekit.system import files
@@ -67,51 +67,42 @@ class ReconstructResult:
     samples: tuple[Drawn, ...]
 
 
-def reconstruct(
-    source: str,
-    shards: Sequence[str],
-    out: str | Path,
-    options: ReconstructOptions | None = None,
-    progress: Progress | None = None,
-) -> ReconstructResult:
+def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> ReconstructResult:
     """Draw what a masked autoencoder sees of some samples, and what it makes of them.
 
     Args:
-        source: a run, a checkpoint, or others' weights with a decoder; see `maekit.pretrained.sources`.
-        shards: input specs.
-        out: the picture: .png, or .html with the keys and losses as well.
-        options: which samples, and under which masks.
+        config: the model (see `maekit.pretrained.sources`), the samples, and under which masks.
         progress: is told of what goes on.
 
     Raises:
         InputError: no such model, sample or device, or a model that predicts no pixels.
         MaekitError: the picture cannot be written.
     """
-    options, progress, out = options or ReconstructOptions(), progress or Silent(), Path(out)
-    options.validate()
+    progress, out = progress or Silent(), Path(config.out)
+    config.validate()
     if out.suffix.lower() not in ENDINGS:
-        raise InputError(f"--out {out}: must end in {' or '.join(ENDINGS)}")
+        raise InputError(f"`out` {out}: must end in {' or '.join(ENDINGS)}")
     if out.is_dir():
-        raise InputError(f"--out {out}: is a directory")
-    device = torch.device(choose_device(options.device))
-    trained = load_autoencoder(source, target=options.target, on_note=progress.note)
+        raise InputError(f"`out` {out}: is a directory")
+    device = torch.device(choose_device(config.device))
+    trained = load_autoencoder(config.source, target=config.target, on_note=progress.note)
     model, preprocess = trained.model, trained.preprocess
     refuse_unpicturable(model)
-    if options.mask_ratio is not None:
-        model.mask_ratio = options.mask_ratio
-    shape = MaskShape(options.masking or trained.masking, model.grid, model.mask_ratio)
+    if config.mask_ratio is not None:
+        model.mask_ratio = config.mask_ratio
+    shape = MaskShape(config.masking or trained.masking, model.grid, model.mask_ratio)
     if not 0 < kept_patches(shape.patches, shape.mask_ratio) < shape.patches:
-        raise InputError(f"--mask-ratio {shape.mask_ratio} keeps none or all of the {shape.patches} patches")
+        raise InputError(f"`mask_ratio` {shape.mask_ratio} keeps none or all of the {shape.patches} patches")
     found = open_shards(
-        find_shards(tuple(shards)),
+        find_shards(config.shards),
         skip_damaged=True,
         remote=RemoteCache(_CACHE_BYTES),
         on_damage=lambda damage: progress.note(f"left out: {damage}"),
     )
     files.require_writable(out.parent)
-    numbers, pixels = _read(found, options, preprocess, progress)
-    drawn = _draw(model.to(device), preprocess, shape, numbers, pixels, options, progress)
-    names = [_name(found, number) for number in numbers]
+    numbers, pixels = _read(found, config, preprocess, progress)
+    drawn = _draw(model.to(device), preprocess, shape, numbers, pixels, config, progress)
+    names = [found.name(number) for number in numbers]
     samples = tuple(Drawn(*name, row.loss) for name, row in zip(names, drawn, strict=True))
     loss = float(np.mean([sample.loss for sample in samples]))
     if out.suffix.lower() == ".png":
@@ -121,7 +112,7 @@ def reconstruct(
             html.Captioned(f"{sample.key} ({sample.shard}), loss {sample.loss:.4f}", row.images)
             for sample, row in zip(samples, drawn, strict=True)
         ]
-        about = f"{source}: {shape.mask_ratio:.0%} of the patches removed ({shape.kind}), mean loss {loss:.4f}"
+        about = f"{config.source}: {shape.mask_ratio:.0%} of the patches removed ({shape.kind}), mean loss {loss:.4f}"
         data = html.document("Reconstructions", about, [html.image_rows(TITLES, rows)])
     files.write_atomically(out, data)
     return ReconstructResult(str(out), loss, shape.mask_ratio, shape.kind, samples)
@@ -139,7 +130,7 @@ def _draw(
     shape: MaskShape,
     numbers: Sequence[int],
     pixels: Sequence[Pixels],
-    options: ReconstructOptions,
+    config: ReconstructConfig,
     progress: Progress,
 ) -> list[_Row]:
     """Return masked, reconstructed and original of each image. Its mask hangs on its number, not on the others."""
@@ -150,11 +141,11 @@ def _draw(
     progress.start("reconstruct", len(numbers))
     for start in range(0, len(numbers), _BATCH):
         part = slice(start, start + _BATCH)
-        draws = [uniforms(shape.draws, Purpose.PICTURE, seed=options.seed, position=n) for n in numbers[part]]
+        draws = [uniforms(shape.draws, Purpose.PICTURE, seed=config.seed, position=n) for n in numbers[part]]
         noise = torch.from_numpy(shape.noise(np.stack(draws))).to(device)
         images = normalizer(torch.from_numpy(np.stack(pixels[part])).permute(0, 3, 1, 2).to(device))
         shown = reconstruction.reconstruct(model, images, noise)
-        predicted = shown.overlaid if options.overlay_visible else shown.predicted
+        predicted = shown.overlaid if config.overlay_visible else shown.predicted
         columns = [images_of(normalizer.to_pixels(x)) for x in (shown.masked, predicted, images)]
         rows += [_Row(tuple(row), loss) for *row, loss in zip(*columns, shown.losses.tolist(), strict=True)]
         progress.advance(len(rows))
@@ -163,42 +154,35 @@ def _draw(
 
 
 def _read(
-    shards: ShardSet, options: ReconstructOptions, preprocess: Preprocess, progress: Progress
+    shards: ShardSet, config: ReconstructConfig, preprocess: Preprocess, progress: Progress
 ) -> tuple[list[int], list[Pixels]]:
     """Read the chosen samples, or so many random ones as can be read."""
-    chosen = [_find(shards, key) for key in options.keys]
+    chosen = [_find(shards, key) for key in config.keys]
     numbers, pixels = [], []
-    reader = shards.reader()
-    try:
-        for number in chosen or _random_numbers(shards, options):
-            shard, ordinal = shards.locate(number)
-            try:
-                image = preprocess(reader.read_image(shards.index(shard), ordinal))
-            except ImageError as error:
-                name, key = _name(shards, number)
-                said = f"{name} {key} holds no readable image: {error.reason}, {error}"
-                if chosen:
-                    raise InputError(said) from error
-                progress.note(f"left out: {said}")
-                continue
-            numbers.append(number)
-            pixels.append(image)
-            if not chosen and len(numbers) == options.count:
-                break
-    finally:
-        reader.close()
+    wanted = chosen or _random_numbers(shards, config)
+    for number, image in zip(wanted, shards.images(wanted, preprocess), strict=False):
+        if isinstance(image, ImageError):
+            said = f"{' '.join(shards.name(number))} holds no readable image: {image.reason}, {image}"
+            if chosen:
+                raise InputError(said) from image
+            progress.note(f"left out: {said}")
+            continue
+        numbers.append(number)
+        pixels.append(image)
+        if not chosen and len(numbers) == config.count:
+            break
     if not numbers:
         raise InputError("none of the samples drawn holds a readable image")
     return numbers, pixels
 
 
-def _random_numbers(shards: ShardSet, options: ReconstructOptions) -> list[int]:
+def _random_numbers(shards: ShardSet, config: ReconstructConfig) -> list[int]:
     """Return more numbers of samples than are wanted, at random; of a remote set, from its first shard."""
     samples = int(shards.counts[shards.counts > 0][0]) if shards.remote else shards.samples
-    if samples <= _SPARE * options.count:
-        bits = random_bits(samples, Purpose.PICTURE, seed=options.seed, salt=1)
+    if samples <= _SPARE * config.count:
+        bits = random_bits(samples, Purpose.PICTURE, seed=config.seed, salt=1)
         return [int(number) for number in np.argsort(bits, kind="stable")]
-    bits = random_bits(_SPARE * options.count, Purpose.PICTURE, seed=options.seed, salt=1)
+    bits = random_bits(_SPARE * config.count, Purpose.PICTURE, seed=config.seed, salt=1)
     return list(dict.fromkeys((bits % np.uint64(samples)).tolist()))
 
 
@@ -218,12 +202,7 @@ def _find(shards: ShardSet, wanted: str) -> int:
     if len(found) == 1:
         return found[0]
     if not found:
-        name, key = _name(shards, 0)
-        raise InputError(f"--key {wanted}: there is no such sample; the first is {name}:{key}")
-    names = [":".join(_name(shards, number)) for number in found[:3]]
-    raise InputError(f"--key {wanted}: {len(found)} samples have this key; name one, as in --key {names[0]}")
-
-
-def _name(shards: ShardSet, number: int) -> tuple[str, str]:
-    shard, ordinal = shards.locate(number)
-    return shards.shards[shard].name, shards.index(shard).key(ordinal)
+        name, key = shards.name(0)
+        raise InputError(f"`keys` {wanted}: there is no such sample; the first is {name}:{key}")
+    names = [":".join(shards.name(number)) for number in found[:3]]
+    raise InputError(f"`keys` {wanted}: {len(found)} samples have this key; name one, as in `keys` {names[0]}")

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from maekit.config import PretrainConfig, total_steps
-from maekit.config.pages import ReportOptions
+from maekit.config.pages import ReportConfig
 from maekit.config.settings import fields_of
 from maekit.images import open_rgb
 from maekit.mae.device import choose_device
@@ -23,8 +23,8 @@ from maekit.pages.samples import Samples, embed_samples, neighbours_within
 from maekit.pages.score_tables import evaluation_parts
 from maekit.pretrained.load import load_encoder
 from maekit.runs import Checkpoint, RunDirectory, is_run
+from maekit.shards.cache import RemoteCache
 from maekit.shards.read import open_shards
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError, MaekitError
@@ -68,44 +68,37 @@ class ReportResult:
     missing: tuple[str, ...]
 
 
-def report(
-    run: str | Path,
-    out: str | Path | None = None,
-    options: ReportOptions | None = None,
-    progress: Progress | None = None,
-) -> ReportResult:
+def report(config: ReportConfig, progress: Progress | None = None) -> ReportResult:
     """Write a page that shows a run. What cannot be shown is said on the page, in its place.
 
     Args:
-        run: the run directory.
-        out: the page, .html; None is `report.html` in the run.
-        options: which samples are looked at.
+        config: the run, the page, and which samples are looked at.
         progress: is told of what goes on.
 
     Raises:
         InputError: no run, no such device, or a page that cannot be written there.
         MaekitError: the page cannot be written.
     """
-    options, progress, path = options or ReportOptions(), progress or Silent(), Path(run)
-    options.validate()
+    asked, progress, path = config, progress or Silent(), Path(config.run)
+    asked.validate()
     if not is_run(path):
         what = "is no run" if path.exists() else "does not exist"
-        raise InputError(f"{path} {what}; a run is the --out of `maekit pretrain`")
-    out = Path(out) if out is not None else path / "report.html"
+        raise InputError(f"{path} {what}; a run is the `out` of `maekit pretrain`")
+    out = Path(asked.out) if asked.out is not None else path / "report.html"
     if out.suffix.lower() != ".html":
-        raise InputError(f"--out {out}: must end in .html")
+        raise InputError(f"`out` {out}: must end in .html")
     if out.is_dir():
-        raise InputError(f"--out {out}: is a directory")
-    choose_device(options.device)
+        raise InputError(f"`out` {out}: is a directory")
+    choose_device(asked.device)
     directory = RunDirectory(path)
-    config, rows = directory.config(), directory.metrics()
+    run, rows = directory.config(), directory.metrics()
     files.require_writable(out.parent)
     checkpoint: Checkpoint | None = None
     samples: Samples | None = None
     missing = []
     try:
         checkpoint = directory.newest_valid(progress.note)
-        samples = _samples(config, checkpoint, options, progress)
+        samples = _samples(run, checkpoint, asked, progress)
     except MaekitError as error:
         missing.append(f"neighbours and map: {error}")
         progress.note(f"left out: {missing[-1]}")
@@ -116,13 +109,13 @@ def report(
         progress.note(f"left out: {said}")
     why = missing[0] if samples is None else ""
     parts = [
-        html.facts(_summary(directory, config, rows, checkpoint)),
-        html.section("Curves", *_curves(rows, config.model.target)),
+        html.facts(_summary(directory, run, rows, checkpoint)),
+        html.section("Curves", *_curves(rows, run.model.target)),
         html.section("Reconstructions over time", *pictures, *map(html.note, damaged)),
         html.section("Nearest neighbours", *(_neighbours(samples) if samples else [html.note(f"Not shown: {why}")])),
         html.section("Map of the embeddings", *(_map(samples) if samples else [html.note(f"Not shown: {why}")])),
         html.section("Evaluation", *(tables or [_no_evaluation()]), *map(html.note, unread)),
-        html.section("Settings", *_settings(config)),
+        html.section("Settings", *_settings(run)),
     ]
     data = html.document("Pre-training report", f"The run {path}", parts)
     files.write_atomically(out, data)
@@ -138,9 +131,7 @@ def report(
     )
 
 
-def _samples(
-    config: PretrainConfig, checkpoint: Checkpoint | None, options: ReportOptions, progress: Progress
-) -> Samples:
+def _samples(config: PretrainConfig, checkpoint: Checkpoint | None, asked: ReportConfig, progress: Progress) -> Samples:
     """Embed samples by the newest checkpoint.
 
     Raises:
@@ -150,13 +141,13 @@ def _samples(
         raise InputError("the run has no checkpoint yet")
     trained = load_encoder(str(checkpoint.path), on_note=progress.note)
     shards = open_shards(
-        find_shards(options.shards or config.shards),
+        find_shards(asked.shards or config.shards),
         skip_damaged=True,
         remote=RemoteCache(_CACHE_BYTES),
         on_damage=lambda damage: progress.note(f"left out: {damage}"),
     )
-    trained.encoder.to(choose_device(options.device))
-    return embed_samples(trained, shards, options.samples, progress)
+    trained.encoder.to(choose_device(asked.device))
+    return embed_samples(trained, shards, asked.samples, progress)
 
 
 def _summary(

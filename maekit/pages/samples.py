@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +11,8 @@ from maekit.images import Pixels
 from maekit.pages.thumbnails import thumbnail, without
 from maekit.pretrained.load import TrainedEncoder
 from maekit.pretrained.torch_embedder import reference_embeddings
-from maekit.shards.index import ShardIndex
-from maekit.shards.read import MemberReader, ShardSet
-from maekit.system.errors import ImageError, InputError, MaekitError
+from maekit.shards.read import ShardSet
+from maekit.system.errors import ImageError, InputError
 from maekit.system.progress import Progress
 from maekit.vectors.nearest import nearest, unit
 from maekit.vectors.whitening import fit_whitening
@@ -64,22 +62,17 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
     thumbnails: list[Pixels] = []
     rows: list[NDArray[np.float32]] = []
     batch: list[Pixels] = []
-    classes = _Classes()
     numbers = shards.spread(count)
-    reader = shards.reader()
     unreadable = 0
     progress.start("embed", len(numbers))
     try:
-        for done, number in enumerate(numbers, 1):
-            shard, ordinal = shards.locate(number)
-            index = shards.index(shard)
-            try:
-                pixels = trained.preprocess(reader.read_image(index, ordinal))
-            except ImageError:
+        read = zip(numbers, shards.images(numbers, trained.preprocess), shards.labels(numbers), strict=True)
+        for done, (number, pixels, label) in enumerate(read, 1):
+            if isinstance(pixels, ImageError):
                 unreadable += 1
                 continue
-            names.append(f"{shards.shards[shard].name}:{index.key(ordinal)}")
-            labels.append(classes.label(reader, index, ordinal))
+            names.append(":".join(shards.name(number)))
+            labels.append(_class_of(shards, number, label))
             thumbnails.append(thumbnail(pixels, _THUMBNAIL))
             batch.append(pixels)
             if len(batch) == _BATCH:
@@ -89,7 +82,6 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
         if batch:
             rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
     finally:
-        reader.close()
         progress.stop()
     if unreadable:
         progress.note(f"{unreadable} of {len(numbers)} samples hold no readable image")
@@ -111,32 +103,11 @@ def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | No
     return unit(vectors @ whitening.matrix.T + whitening.bias), whitening.dim
 
 
-class _Classes:
-    """The names of classes that `maekit pack` writes beside the shards, read once for each folder."""
-
-    def __init__(self) -> None:
-        self._names: dict[Path, list[str]] = {}
-
-    def label(self, reader: MemberReader, index: ShardIndex, ordinal: int) -> str | None:
-        """Return the class of a sample, None where it has none."""
-        for member in index.members(ordinal):
-            if member.extension.lower() == "cls" and member.size < 1000:
-                try:
-                    label = reader.read(index, member).decode("utf-8", "replace").strip()
-                except (ImageError, MaekitError):
-                    return None
-                names = self._of(index.path.parent)
-                is_known = label.isascii() and label.isdigit() and int(label) < len(names)
-                return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None
-        return None
-
-    def _of(self, folder: Path) -> list[str]:
-        if folder not in self._names:
-            try:
-                self._names[folder] = (folder / "classes.txt").read_text(encoding="utf-8").splitlines()
-            except (OSError, ValueError):
-                self._names[folder] = []
-        return self._names[folder]
+def _class_of(shards: ShardSet, number: int, label: str) -> str | None:
+    """Return the class that a label means, by name where `maekit pack` wrote names beside the shard."""
+    names = shards.class_names(shards.locate(number)[0])
+    is_known = label.isascii() and label.isdigit() and int(label) < len(names)
+    return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None
 
 
 def neighbours_within(vectors: NDArray[np.float32], queries: Sequence[int], k: int) -> list[list[tuple[int, float]]]:

@@ -8,6 +8,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
+from maekit.config.settings import set_value
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import DEFAULT_MODEL, build_encoder, timm_arguments
@@ -65,7 +66,7 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     """Load the encoder that a source names.
 
     Args:
-        name: the source; see the top of this file.
+        name: the source; `maekit.pretrained.sources` lists the kinds.
         model: timm's name of the architecture, for a file of weights: any plain ViT, with or without a tag; a tag
             (`vit_base_patch16_224.mae`) also says how its images are prepared. Without it, the weights tell.
         on_note: is told of damaged checkpoints, of what is left out and of what is assumed.
@@ -75,7 +76,7 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     """
     source = None if name.startswith(TIMM_PREFIX) else read_source(name, model=model, on_note=on_note)
     if model and (source is None or source.is_named):
-        raise InputError(f"--model {model}: {name} says itself which model it is")
+        raise InputError(f"`model` {model}: {name} says itself which model it is")
     if source is None:
         return _published(name.removeprefix(TIMM_PREFIX))
     config = source.config()
@@ -95,7 +96,7 @@ def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = la
     """Load the whole autoencoder that a source names.
 
     Args:
-        name: the source; see the top of this file.
+        name: the source; `maekit.pretrained.sources` lists the kinds.
         target: what it predicts, for a file that does not tell: `norm_pixel` or `pixel`.
         on_note: is told of damaged checkpoints and of what is assumed.
 
@@ -107,11 +108,11 @@ def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = la
         raise InputError(f"{name} holds no decoder")
     config = source.config()
     if "target" not in source.sizes:
-        config.target = target or config.target
+        set_value(config, "target", target or config.target)
         if target is None:
-            on_note(f"{name} does not say what it predicts: assumed is {config.target}; --target says otherwise")
+            on_note(f"{name} does not say what it predicts: assumed is {config.target}; `target` says otherwise")
     elif target not in (None, config.target):
-        raise InputError(f"--target {target}: {name} says itself that it predicts {config.target}")
+        raise InputError(f"`target` {target}: {name} says itself that it predicts {config.target}")
     model = build_autoencoder(config, seed=0)
     load_strictly(model.encoder, source.encoder, name)
     load_strictly(model.decoder, source.decoder, f"the decoder of {name}")
@@ -137,7 +138,7 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
 
     Args:
         model: changed in place; its positions become the source's as well.
-        name: the source; see the top of this file.
+        name: the source; `maekit.pretrained.sources` lists the kinds.
         config: of the model that is built.
 
     Returns:
@@ -146,14 +147,14 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     Raises:
         InputError: no such source, or it does not fit.
     """
-    said = f"--init-from {name}"
+    said = f"`init_from` {name}"
     if name.startswith(TIMM_PREFIX):
         donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
         load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
     if (channels := source.sizes.get("channels", 3)) != config.channels:
-        raise InputError(f"{said} sees {channels} channel{'s' * (channels > 1)}, as --channels {channels} does")
+        raise InputError(f"{said} sees {channels} channel{'s' * (channels > 1)}, as `channels={channels}` does")
     plain, ours = {*TIMM_NAMES.values(), "img_size", "num_classes"}, timm_arguments(config)
     theirs = source.timm_arguments or {}
     if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:

@@ -175,7 +175,7 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
     if width not in _PUBLISHED:
         raise InputError(
             f"{path}: a width of {width} is none of the published ({', '.join(map(str, _PUBLISHED))}), and a file of "
-            "weights does not tell the number of heads; name the architecture with --model"
+            "weights does not tell the number of heads; name the architecture with `model`"
         )
     name, heads = _PUBLISHED[width]
     side = _side(path, tokens - 1)  # a class token has a position in front of the patches'
@@ -345,7 +345,7 @@ def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
     import timm
 
     if not timm.is_model(name):
-        raise InputError(f"--model {name}: timm knows no such model")
+        raise InputError(f"`model` {name}: timm knows no such model")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # whatever impossible sizes lead to
@@ -356,11 +356,11 @@ def _pretrained_cfg(name: str) -> Mapping[str, Any]:
     import timm
 
     if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"--model {name}: timm knows no such model")
+        raise InputError(f"`model` {name}: timm knows no such model")
     try:
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
-        raise InputError(f"--model {name}: timm knows no such tag of {name.split('.')[0]}") from error
+        raise InputError(f"`model` {name}: timm knows no such tag of {name.split('.')[0]}") from error
     return cfg.to_dict() if cfg is not None else {}
 
 

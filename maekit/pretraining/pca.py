@@ -34,22 +34,14 @@ def fit_pca(
     progress.start("fit the PCA target", len(numbers))
 
     def patches() -> Iterator[torch.Tensor]:
-        reader = shards.reader()
         images = []
-        try:
-            for done, number in enumerate(numbers, 1):
-                shard, ordinal = shards.locate(number)
-                try:
-                    image = prepare(reader.read_image(shards.index(shard), ordinal))
-                    images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
-                except ImageError:
-                    pass  # counted where it is trained on
-                progress.advance(done)
-                if images and (len(images) == _BATCH or done == len(numbers)):
-                    yield patchify(normalizer(torch.stack(images)), patch_size)
-                    images.clear()
-        finally:
-            reader.close()
+        for done, image in enumerate(shards.images(numbers, prepare), 1):
+            if not isinstance(image, ImageError):  # counted where it is trained on
+                images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
+            progress.advance(done)
+            if images and (len(images) == _BATCH or done == len(numbers)):
+                yield patchify(normalizer(torch.stack(images)), patch_size)
+                images.clear()
 
     try:
         kept = target.fit(patches())

@@ -30,16 +30,9 @@ def draw_samples(
     Returns:
         uint8 `[H, W, 3]`, or None where none of them can be read.
     """
-    reader = shards.reader()
-    images = []
-    for number in shards.spread(_IMAGES):
-        shard, ordinal = shards.locate(number)
-        try:
-            image = prepare(reader.read_image(shards.index(shard), ordinal))
-            images.append(torch.from_numpy(image.copy()))
-        except ImageError:
-            continue  # counted where it is trained on; a picture shows what can be shown
-    reader.close()
+    # What cannot be read is counted where it is trained on; a picture shows what can be shown.
+    found = shards.images(shards.spread(_IMAGES), prepare)
+    images = [torch.from_numpy(image.copy()) for image in found if not isinstance(image, ImageError)]
     if not images:
         return None
     model, normalizer = objective.model, objective.normalizer

@@ -7,7 +7,6 @@ there, writes the config, loops, and has the encoder written.
 
 import copy
 import hashlib
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +23,12 @@ from maekit.pretrained.load import fill_in, initialize_from, resolve_model
 from maekit.pretraining.pca import fit_pca
 from maekit.pretraining.task import Pretraining
 from maekit.runs import RunDirectory
-from maekit.shards.order import Order
 from maekit.shards.read import ShardSet
 from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
-from maekit.training.engine import Engine, Finished
-from maekit.training.launch import started
-from maekit.training.prepare import (
-    choose_precision,
-    index_shards,
-    newest_checkpoint,
-    refuse_different_data,
-    refuse_indivisible,
-)
+from maekit.training.engine import Finished
+from maekit.training.launch import launched
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
     Raises:
         InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
         Stopped: SIGTERM or SIGINT came to any of the processes, or the time is over; everything is saved.
-        ElsewhereError: another process of the run failed or was stopped, and raises the error itself.
+        OtherRankError: another process of the run failed or was stopped, and raises the error itself.
         MaekitError: failed while working.
     """
     progress = progress or Silent()
@@ -88,28 +79,14 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         config.epochs = DEFAULT_EPOCHS
     config.validate()
     run = RunDirectory(Path(config.out))
-    files.require_utf8(run.path)
-    with started(config) as process, ExitStack() as stack:
-        world, device = process.world, process.device
-        world.on_main(lambda: refuse_indivisible(config, world))
-        world.on_main(lambda: resolve(config, run))
-        config = world.share(config)
-        precision = choose_precision(config, device, world, progress)
-        shards = world.in_turn(lambda: index_shards(config, world, progress))
-        refuse_different_data(shards, world)
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
-        model = world.together(lambda: build_autoencoder(config.model, seed=config.seed))
-        world.on_main(lambda: stack.enter_context(files.sole_owner(run.path)))
-
-        # Asked inside the lock: a former process may just have saved its last checkpoint.
-        newest = world.on_main(lambda: newest_checkpoint(run, progress))
-        # Of a checkpoint the main process alone knows, and all must come to the same exchanges.
-        world.on_main(lambda: None if newest else start_from(config, model, shards, progress))
-        order = Order(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
-        task = Pretraining(config, run, shards, order, model.to(device), precision, world, progress)
-        finished = Engine(task, run, shards, order, device, world, progress, process.stop).go(newest)
-        result: PretrainResult = world.share(_result(config, finished))
+    with launched(config, run, progress, lambda: resolve(config, run)) as launch:
+        resolved, world, shards = launch.config, launch.world, launch.shards
+        model = world.together(lambda: build_autoencoder(resolved.model, seed=resolved.seed))
+        newest = launch.own()
+        # Only rank 0 knows whether there is a checkpoint, so it decides; every rank then enters the same exchanges.
+        world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
+        finished = launch.train(Pretraining(launch, model.to(launch.device)), newest)
+        result: PretrainResult = world.share(_result(resolved, finished))
         return result
 
 
@@ -136,9 +113,9 @@ def tokenizer_digest(path: Path) -> str:
     try:
         digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
     except InputError as error:
-        raise InputError(f"--tokenizer: {error}") from error
+        raise InputError(f"`tokenizer`: {error}") from error
     except OSError as error:
-        raise InputError(f"cannot read --tokenizer {path}: {error.strerror}") from error
+        raise InputError(f"cannot read `tokenizer` {path}: {error.strerror}") from error
     return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
@@ -162,14 +139,14 @@ def _refuse_foreign_directory(run: RunDirectory) -> None:
     if run.path.is_dir() and not runs.is_run(run.path):
         others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
         if others:
-            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new --out")
+            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new `out`")
     elif run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; --out names a directory")
+        raise InputError(f"{run.path} is a file; `out` names a directory")
 
 
 def _result(config: PretrainConfig, finished: Finished) -> PretrainResult:
     held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
-    done, first, tally = finished.steps, finished.resumed_from, finished.tally
+    done, first, state = finished.steps, finished.resumed_from, finished.state
     return PretrainResult(
         out=str(Path(config.out)),
         steps=done,
@@ -177,9 +154,9 @@ def _result(config: PretrainConfig, finished: Finished) -> PretrainResult:
         loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
         val_loss=held_out[-1] if held_out else None,
         images_per_second=finished.images_per_second(config.batch_size),
-        data_wait=round(tally.wait / tally.seconds, 4) if tally.seconds else 0.0,
-        bad=tally.bad,
-        skipped=tally.skipped,
+        data_wait=round(state.wait / state.seconds, 4) if state.seconds else 0.0,
+        bad=state.bad,
+        skipped=state.skipped,
         resumed_from=first,
         already_finished=finished.already_finished,
     )

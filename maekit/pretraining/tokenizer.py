@@ -46,12 +46,12 @@ class Tokenizer:
         threads: int,
     ) -> None:
         if not path.is_file():
-            raise InputError(f"--tokenizer {path}: there is no such file")
+            raise InputError(f"`tokenizer` {path}: there is no such file")
         self._path, self._grid, self._vocabulary = path, grid, vocabulary
         if device.type == "cuda":
             opened = open_cuda(path, f"cuda:{device.index or 0}", threads=threads)
             if opened.problem is not None:
-                raise InputError(f"--tokenizer {path} on CUDA: {opened.problem.what}; {opened.problem.fix}")
+                raise InputError(f"`tokenizer` {path} on CUDA: {opened.problem.what}; {opened.problem.fix}")
         else:
             opened = open_cpu(path, threads=threads)
         self._session = opened.session
@@ -59,19 +59,19 @@ class Tokenizer:
         if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type not in _TYPES or len(inputs[0].shape) != 4:
             found = ", ".join(f"{value.type} {value.shape}" for value in (*inputs, *outputs))
             raise InputError(
-                f"--tokenizer {path}: wants one input, images as uint8 or float32 of four dimensions, and one output; "
+                f"`tokenizer` {path}: wants one input, images as uint8 or float32 of four dimensions, and one output; "
                 f"this file has {found}"
             )
         self._input, self._type = inputs[0].name, _TYPES[inputs[0].type]
         batch, *shape = inputs[0].shape
         self._batch = batch if isinstance(batch, int) else None
         if 3 not in (shape[0], shape[2]):
-            raise InputError(f"--tokenizer {path}: images of three channels are known, its input is {inputs[0].shape}")
+            raise InputError(f"`tokenizer` {path}: images of three channels are known, its input is {inputs[0].shape}")
         self._channels_first = shape[0] == 3
         sides = shape[1:] if self._channels_first else shape[:2]
         height, width = (side if isinstance(side, int) else own for side, own in zip(sides, size, strict=True))
         if not (height > 0 and width > 0 and (self._batch is None or self._batch > 0)):
-            raise InputError(f"--tokenizer {path}: its input is {inputs[0].shape}, which holds no image")
+            raise InputError(f"`tokenizer` {path}: its input is {inputs[0].shape}, which holds no image")
         self._size = height, width
         self(torch.zeros(1, 3, *size, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool))
 
@@ -107,17 +107,17 @@ class Tokenizer:
         try:
             (tokens,) = self._session.run(None, {self._input: images})
         except Exception as error:  # onnxruntime's own exception types have no common base
-            raise MaekitError(f"--tokenizer {self._path} failed: {first_line(error)}") from error
+            raise MaekitError(f"`tokenizer` {self._path} failed: {first_line(error)}") from error
         rows, columns = self._grid
         if not np.issubdtype(tokens.dtype, np.integer) or tokens.shape[1:] not in ((rows, columns), (rows * columns,)):
             raise InputError(
-                f"--tokenizer {self._path} gives {tokens.dtype} {list(tokens.shape)} for images of "
+                f"`tokenizer` {self._path} gives {tokens.dtype} {list(tokens.shape)} for images of "
                 f"{self._size[0]} x {self._size[1]}; {rows} x {columns} patches want as many whole numbers"
             )
         flat = tokens[:count].reshape(count, -1).astype(np.int64)
         if flat.min() < 0 or flat.max() >= self._vocabulary:
             raise InputError(
-                f"--tokenizer {self._path} gives tokens from {flat.min()} to {flat.max()}, and --vocabulary is "
+                f"`tokenizer` {self._path} gives tokens from {flat.min()} to {flat.max()}, and `vocabulary` is "
                 f"{self._vocabulary}"
             )
         return flat

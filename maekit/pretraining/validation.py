@@ -15,8 +15,7 @@ from maekit.pretraining.tokenizer import Tokenizer
 from maekit.shards.read import ShardSet
 from maekit.system.draws import Purpose, uniform_rows
 from maekit.system.errors import ImageError, MaekitError
-from maekit.system.parallel import map_in_threads
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
 
 
 class Validation:
@@ -43,7 +42,7 @@ class Validation:
         batch_size: int,
         threads: int,
         seed: int,
-        world: World,
+        world: DistributedContext,
         shape: MaskShape,
         tokenizer: Tokenizer | None = None,
     ) -> None:
@@ -74,15 +73,16 @@ class Validation:
             seen += len(images)
         total, seen = self._world.sum([total, seen])
         if not seen:
-            raise MaekitError("--val: none of the held-out images can be read")
+            raise MaekitError("`val`: none of the held-out images can be read")
         return {"val_loss": total / seen, "val_images": int(seen)}
 
     def _batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         images: list[Pixels] = []
         noise: list[np.ndarray[Any, np.dtype[np.float32]]] = []
-        decoded = map_in_threads(self._read, [number for _, number in self._numbers], threads=self._threads)
+        numbers = [number for _, number in self._numbers]
+        decoded = self._shards.images(numbers, self._prepare, threads=self._threads)
         for (position, _), image in zip(self._numbers, decoded, strict=True):
-            if image is not None:
+            if not isinstance(image, ImageError):  # told by its absence in `val_images`
                 images.append(image)
                 draws = uniform_rows(1, self._shape.draws, Purpose.VALIDATION, seed=self._seed, position=position)
                 noise.append(self._shape.noise(draws)[0])
@@ -91,13 +91,3 @@ class Validation:
                 images, noise = [], []
         if images:
             yield torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), torch.from_numpy(np.stack(noise))
-
-    def _read(self, number: int) -> Pixels | None:
-        shard, ordinal = self._shards.locate(number)
-        reader = self._shards.reader()  # one for each thread, at the cost of opening a file
-        try:
-            return self._prepare(reader.read_image(self._shards.index(shard), ordinal))
-        except ImageError:
-            return None  # counted by its absence in `val_images`
-        finally:
-            reader.close()

@@ -18,7 +18,7 @@ from maekit.system.draws import Purpose, permutation
 
 
 @dataclass(frozen=True, slots=True)
-class Slice:
+class SampleSlice:
     """A run of places in the order, one entry per sample.
 
     Attributes:
@@ -34,7 +34,7 @@ class Slice:
     ordinals: NDArray[np.int64]
 
 
-class Order:
+class SampleOrder:
     """The shuffled order of all samples, epoch after epoch, readable from any place.
 
     Args:
@@ -50,7 +50,7 @@ class Order:
         self._epochs: OrderedDict[int, tuple[NDArray[np.int64], NDArray[np.int64]]] = OrderedDict()
         self._permutations: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
-    def slice(self, start: int, stop: int) -> Slice:
+    def slice(self, start: int, stop: int) -> SampleSlice:
         """Return the places `start` to `stop` of the endless row of epochs; place 0 opens epoch 0."""
         parts = []
         while start < stop:
@@ -59,7 +59,7 @@ class Order:
             parts.append(self._within_epoch(epoch, position, position + count))
             start += count
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        return Slice(*columns)
+        return SampleSlice(*columns)
 
     def window_number(self, place: int) -> int:
         """Return the number of the window that a place of the endless row lies in; window 0 opens epoch 0."""

@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from maekit.config.fields import check
+from maekit.config.pack import PackConfig
 from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
-from maekit.system import files
+from maekit.system import files, locks
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
 from maekit.system.parallel import Workers
@@ -34,30 +36,6 @@ _LABEL_COLUMNS = ("label", "cls", "class", "target")
 _PLAN, _FOLDER = ".plan", "shards"  # in the folder aside: the plan, and what will be the folder of shards
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
 _NAMED = 3  # problems spelled out in one message
-
-
-@dataclass(frozen=True)
-class PackOptions:
-    """How a folder of images is packed.
-
-    Attributes:
-        samples_per_shard: images in each shard at most.
-        shard_mb: megabytes in each shard at most; one image larger than that has a shard to itself.
-        classes: take the first folder of each image's path for its class, where every image lies in one.
-        table: a CSV or parquet file that says which images are packed, in what order, and with what label.
-        path_column: its column of paths below the folder; None is the one with a usual name.
-        label_column: its column of labels, whole numbers or text (an empty one gives no `.cls`); None is the one with a
-            usual name, if there is one.
-        workers: processes that write; None is one per CPU core.
-    """
-
-    samples_per_shard: int = 1000
-    shard_mb: float | None = None
-    classes: bool = True
-    table: Path | None = None
-    path_column: str | None = None
-    label_column: str | None = None
-    workers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -109,10 +87,8 @@ class _Shard:
 _Labels = dict[Path, int | str | None]
 
 
-def pack(
-    images: Path, out: Path, options: PackOptions | None = None, *, progress: Progress | None = None
-) -> PackReport:
-    """Pack the image files below `images` into `out/00000.tar`, `out/00001.tar`, …, each with its index beside it.
+def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
+    """Pack the image files below a folder into `out/00000.tar`, `out/00001.tar`, …, each with its index beside it.
 
     Image bytes go in unchanged. The key is the path below `images` without its extension. A `.json`, `.txt` or `.cls`
     file of the same name rides along. The label goes in as a `.cls` member: a whole number of the table, or the place
@@ -120,9 +96,7 @@ def pack(
     not at all; called again after a kill, the shards that were finished stay.
 
     Args:
-        images: the folder of images.
-        out: a new or empty folder for the shards.
-        options: how.
+        config: the folder of images, that of the shards, and how.
         progress: where to show how it goes on.
 
     Raises:
@@ -130,22 +104,22 @@ def pack(
         Stopped: SIGTERM or SIGINT came; finished shards are kept for the next call.
         MaekitError: a file cannot be read or written.
     """
-    options, progress = options or PackOptions(), progress or Silent()
-    out = Path(os.path.realpath(out))
-    _check(images, out, options)
+    progress = progress or Silent()
+    images, out = Path(config.images), Path(os.path.realpath(config.out))
+    _check(images, out, config)
     progress.note(f"listing {images}")
-    sources, classes, passed_over = _sources(images, options, progress)
+    sources, classes, passed_over = _sources(images, config, progress)
     aside = out.parent / f".{out.name}.packing"
-    with files.sole_owner(aside):
+    with locks.sole_owner(aside):
         folder = aside / _FOLDER
         plan = [
-            _Shard(folder / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, options))
+            _Shard(folder / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, config))
         ]
         _take_up(aside, _fingerprint(sources, classes, plan))
         resumed = sum(index_path(shard.path).exists() for shard in plan)
         if resumed:
             progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
-        _write(plan, options.workers or cores(), progress)
+        _write(plan, config.workers or cores(), progress)
         if classes:
             files.write_atomically(folder / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
         _publish(aside, out)
@@ -168,15 +142,10 @@ def _has_label(source: _Source) -> bool:
     return source.label is not None or any(kind == "cls" for kind, _ in source.members)
 
 
-def _check(images: Path, out: Path, options: PackOptions) -> None:
-    if options.samples_per_shard < 1:
-        raise InputError(f"--samples-per-shard {options.samples_per_shard}: a shard holds at least one sample")
-    if options.shard_mb is not None and not options.shard_mb > 0:
-        raise InputError(f"--shard-mb {options.shard_mb:g}: must be greater than 0")
-    if options.workers is not None and options.workers < 1:
-        raise InputError(f"--workers {options.workers}: must be at least 1")
-    if options.table is None and (options.path_column or options.label_column):
-        raise InputError("--path-column and --label-column name columns of --table, which is not given")
+def _check(images: Path, out: Path, config: PackConfig) -> None:
+    check(config)
+    if config.table is None and (config.path_column or config.label_column):
+        raise InputError("`path_column` and `label_column` name columns of `table`, which is not given")
     if not images.is_dir():
         raise InputError(f"{images}: no such folder of images")
     if out.exists() and not out.is_dir():
@@ -187,18 +156,18 @@ def _check(images: Path, out: Path, options: PackOptions) -> None:
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
 
 
-def _sources(images: Path, options: PackOptions, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
+def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
     """Return the samples in order, the class names, and what is not packed."""
     found = {path.relative_to(images): path for path in files.walk_files(images)}
-    table = options.table.resolve() if options.table else None
+    table = Path(config.table).resolve() if config.table else None
     wanted: _Labels
-    if options.table is not None:
-        wanted = _read_table(images, options.table, options, found)
+    if config.table is not None:
+        wanted = _read_table(images, Path(config.table), config, found)
     else:
         pictures = [path for path in found if _extension(path) in IMAGE_EXTENSIONS]
         astray = [path for path in pictures if len(path.parts) == 1]
-        in_folders = options.classes and not astray
-        if options.classes and 0 < len(astray) < len(pictures):
+        in_folders = config.classes and not astray
+        if config.classes and 0 < len(astray) < len(pictures):
             progress.note(f"no classes: {astray[0]} lies in no folder ({len(astray)} of {len(pictures)} images)")
         wanted = {path: path.parts[0] if in_folders else None for path in pictures}
     if not wanted:
@@ -244,37 +213,32 @@ def _sources(images: Path, options: PackOptions, progress: Progress) -> tuple[li
     return sources, names, dict(passed_over)
 
 
-def _read_table(
-    images: Path, table: Path, options: PackOptions, found: dict[Path, Path]
-) -> dict[Path, int | str | None]:
+def _read_table(images: Path, table: Path, config: PackConfig, found: dict[Path, Path]) -> dict[Path, int | str | None]:
     """Return the paths that a table names, in its order, with their labels."""
     import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet
+    from pyarrow import csv, parquet
 
     if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
     try:
         if table.suffix.lower() == ".parquet":
-            rows = pa.parquet.read_table(table)
+            rows = parquet.read_table(table)
             names = list(rows.column_names)
         else:
-            parse = pa.csv.ParseOptions(
-                delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True
-            )
-            names = pa.csv.open_csv(table, parse_options=parse).schema.names
+            parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+            names = csv.open_csv(table, parse_options=parse).schema.names
             # As they stand there: 01 and 1 are two names, and NA is one.
-            as_text = pa.csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-            rows = pa.csv.read_csv(table, parse_options=parse, convert_options=as_text)
+            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+            rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
-    path_column = _choose(table, names, options.path_column, _PATH_COLUMNS, "paths", "--path-column")
-    label_column = _choose(table, names, options.label_column, _LABEL_COLUMNS, "labels", "--label-column")
+    path_column = _choose(table, names, config.path_column, _PATH_COLUMNS, "paths", "`path_column`")
+    label_column = _choose(table, names, config.label_column, _LABEL_COLUMNS, "labels", "`label_column`")
     if path_column is None:
         hint = "; is it separated by semicolons? Commas are expected" if any(";" in name for name in names) else ""
         raise InputError(
             f"{table}: no column of paths (looked for {', '.join(_PATH_COLUMNS)}; there are {', '.join(names)}); "
-            f"name it with --path-column{hint}"
+            f"name it with `path_column`{hint}"
         )
     paths = rows[path_column].to_pylist()
     labels = _labels(rows[label_column].to_pylist()) if label_column else [None] * len(paths)
@@ -332,14 +296,14 @@ def _choose(
     return found[0] if found else None
 
 
-def _divide(sources: Sequence[_Source], options: PackOptions) -> Iterator[list[_Source]]:
+def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_Source]]:
     """Divide the samples into shards by count and size."""
-    limit = None if options.shard_mb is None else int(options.shard_mb * 1e6)
+    limit = None if config.shard_mb is None else int(config.shard_mb * 1e6)
     part: list[_Source] = []
     held = tarfile.RECORDSIZE  # the end of an archive is padded to this
     for source in sources:
         size = _bytes_in_tar(source) if limit is not None else 0
-        if part and (len(part) == options.samples_per_shard or (limit is not None and held + size > limit)):
+        if part and (len(part) == config.samples_per_shard or (limit is not None and held + size > limit)):
             yield part
             part, held = [], tarfile.RECORDSIZE
         part.append(source)

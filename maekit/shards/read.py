@@ -1,24 +1,26 @@
 """Reading samples by position: the set of shards, and positional reads of their members."""
 
+import contextlib
 import hashlib
 import os
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import catalogue
+from maekit.shards.cache import RemoteCache
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import ShardFile
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.system.machine import cores
-from maekit.system.parallel import Workers
+from maekit.system.parallel import Workers, batched, map_in_threads
 
 # A member larger than this is no image that anybody trains on; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20
@@ -26,6 +28,11 @@ MAX_MEMBER_BYTES = 256 << 20
 _WORTH_PROCESSES = 16 << 20
 # Far below the 65,530 maps that Linux grants a process, far above any window of shards.
 _OPEN_INDEXES = 1024
+LABEL, CLASS_NAMES = "cls", "classes.txt"
+_LONGEST_LABEL = 1000  # bytes
+_CHUNK = 32  # images that a thread reads at a time
+
+Image = TypeVar("Image")
 
 
 class ShardSet:
@@ -55,6 +62,7 @@ class ShardSet:
         self.digest = digest.hexdigest()
         self._ends = self.counts.cumsum()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._class_names: dict[Path, tuple[str, ...]] = {}
         self._lock = threading.Lock()
 
     def locate(self, number: int) -> tuple[int, int]:
@@ -116,6 +124,76 @@ class ShardSet:
     def reader(self) -> "MemberReader":
         """Return a reader for these shards, one per thread or process."""
         return MemberReader(remote=self.remote)
+
+    def name(self, number: int) -> tuple[str, str]:
+        """Return (name of the shard, key) of a sample."""
+        shard, ordinal = self.locate(number)
+        return self.shards[shard].name, self.index(shard).key(ordinal)
+
+    def images(
+        self, numbers: Iterable[int], prepare: Callable[[bytes], Image], *, threads: int = 0
+    ) -> Iterator[Image | ImageError]:
+        """Yield the prepared image of each sample in turn, or the error that says why there is none.
+
+        Args:
+            numbers: of the samples, in the whole sequence.
+            prepare: bytes of an image -> image; what it raises as `ImageError` is yielded.
+            threads: how many read and prepare ahead, in chunks; 0 does neither, for a look at a few.
+
+        Raises:
+            MaekitError: a shard cannot be read, or is no longer the file that was indexed.
+        """
+
+        def read(chunk: Sequence[int]) -> list[Image | ImageError]:
+            # A reader of its own: it is no more than a few open files, and not to be shared among threads.
+            with contextlib.closing(self.reader()) as reader:
+                return [self._image(reader, number, prepare) for number in chunk]
+
+        if threads:
+            for images in map_in_threads(read, batched(numbers, _CHUNK), threads=threads):
+                yield from images
+            return
+        with contextlib.closing(self.reader()) as reader:
+            for number in numbers:
+                yield self._image(reader, number, prepare)
+
+    def _image(self, reader: "MemberReader", number: int, prepare: Callable[[bytes], Image]) -> Image | ImageError:
+        shard, ordinal = self.locate(number)
+        try:
+            return prepare(reader.read_image(self.index(shard), ordinal))
+        except ImageError as error:
+            return error
+
+    def labels(self, numbers: Iterable[int]) -> Iterator[str]:
+        """Yield what the `cls` member of each sample says; empty where it has none, or none that can be read.
+
+        Raises:
+            MaekitError: as `images`.
+        """
+        with contextlib.closing(self.reader()) as reader:
+            for number in numbers:
+                shard, ordinal = self.locate(number)
+                yield self._label(reader, self.index(shard), ordinal)
+
+    def _label(self, reader: "MemberReader", index: ShardIndex, ordinal: int) -> str:
+        for member in index.members(ordinal):
+            if member.extension.lower() == LABEL and member.size <= _LONGEST_LABEL:
+                try:
+                    return reader.read(index, member).decode("utf-8", errors="replace").strip()
+                except ImageError:  # other bytes than were indexed
+                    return ""
+        return ""
+
+    def class_names(self, shard: int) -> tuple[str, ...]:
+        """Return the names of classes that `maekit pack` wrote beside a shard, by number; none where there are none."""
+        folder = self.index(shard).path.parent
+        if folder not in self._class_names:
+            try:
+                text = (folder / CLASS_NAMES).read_text(encoding="utf-8")
+            except (OSError, ValueError):
+                text = ""
+            self._class_names[folder] = tuple(text.splitlines())
+        return self._class_names[folder]
 
 
 def open_shards(
@@ -181,7 +259,7 @@ def open_shards(
         catalogue.remember([shard.path for shard in local], rows)
     if damaged and not skip_damaged:
         named = "; ".join(str(d) for d in damaged[:3]) + ("; …" if len(damaged) > 3 else "")
-        raise InputError(f"{len(damaged)} of {len(shards)} shards damaged: {named} (--skip-damaged leaves them out)")
+        raise InputError(f"{len(damaged)} of {len(shards)} shards damaged: {named} (`skip_damaged` leaves them out)")
     shard_set = ShardSet(good, rows, remote)
     if not shard_set.samples:
         raise InputError(f"the {len(shards)} shards hold no sample at all")

@@ -59,7 +59,7 @@ class Stopped(MaekitError):
     exit_code = 75
 
 
-class ElsewhereError(MaekitError):
+class OtherRankError(MaekitError):
     """Another process of the same run failed or was stopped, and tells of it itself."""
 
     def __init__(self, message: str, exit_code: int) -> None:

@@ -2,11 +2,9 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import os
-import socket
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -186,45 +184,3 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@contextlib.contextmanager
-def sole_owner(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process alone; a second process is refused, a killed one leaves nothing behind.
-
-    The lock is POSIX `lockf`: the kernel frees it when the process dies, and forked workers do not inherit it (they do
-    inherit `flock`, which then outlives a killed parent).
-
-    Raises:
-        InputError: another process holds the directory, or it cannot be written.
-    """
-    path = directory / ".lock"
-    is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
-        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
-    try:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
-            owner = file.read().strip() or "another process"
-            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another --out") from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise write_failure(path, error) from error
-        yield
-    finally:
-        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
-            # Refused before anything was written: no trace of it stays.
-            path.unlink()
-            directory.rmdir()
-        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
-            file.close()

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import gc
+import itertools
 import multiprocessing
 import os
 import signal
@@ -77,6 +78,13 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *,
         yield from _run_ahead(pool, function, items, ahead=threads)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def batched(items: Iterable[Item], size: int) -> Iterator[tuple[Item, ...]]:
+    """Yield the items in tuples of `size`; the last one may be shorter (`itertools.batched` of Python 3.12)."""
+    rest = iter(items)
+    while batch := tuple(itertools.islice(rest, size)):
+        yield batch
 
 
 def _run_ahead(

@@ -115,8 +115,8 @@ class CheckpointWriter:
             broken = [key for part in self._copies.values() for key, copy in part.items() if not _is_finite(copy)]
             if broken:
                 raise MaekitError(
-                    f"{broken[0]} is not finite after step {state['step']}; no checkpoint holds it. A lower --lr, a "
-                    "longer warm-up or --precision fp32 usually help"
+                    f"{broken[0]} is not finite after step {state['step']}; no checkpoint holds it. A lower `lr`, a "
+                    "longer warm-up or `precision=fp32` usually help"
                 )
             write(self._run, self._copies[MODEL], self._copies[OPTIMIZER], state)
             prune(self._run, self._keep, self._retain)

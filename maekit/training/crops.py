@@ -20,11 +20,11 @@ from torch.utils.data import get_worker_info
 from maekit.config import DataConfig
 from maekit.images import CROP_DRAWS, Box, Pixels, fixed_crop, open_crop, random_resized_crop, reduction_of
 from maekit.mae.mask_shapes import MaskShape
-from maekit.shards.order import Order, Slice
+from maekit.shards.order import SampleOrder, SampleSlice
 from maekit.shards.read import MemberReader, ShardSet
-from maekit.shards.remote import FetchAhead
 from maekit.system.draws import Purpose, random_bits, uniform_rows
 from maekit.system.errors import ImageError, MaekitError
+from maekit.training.fetch_ahead import FetchAhead
 from maekit.training.image_cache import DecodedSet
 
 _SUBSTITUTE_ATTEMPTS = 64
@@ -120,7 +120,7 @@ class Draws(NamedTuple):
     policy: NDArray[np.uint64]
 
 
-def draw(places: Slice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
+def draw(places: SampleSlice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
     """Draw what is random about some places of the order, each by its own epoch and position.
 
     Args:
@@ -149,7 +149,7 @@ def draw(places: Slice, augmentation: Augmentation, shape: MaskShape, masks: int
     return Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-class Watch:
+class WorkerProgress:
     """What each worker is at, in memory that all processes of a run share; it goes with them.
 
     A row per worker: its process, the shard and the ordinal it is reading (-1: at nothing), and a count of what it has
@@ -192,21 +192,21 @@ class CropLoader:
     def __init__(
         self,
         shards: ShardSet,
-        order: Order,
+        order: SampleOrder,
         augmentation: Augmentation,
         shape: MaskShape,
         *,
         masks: int = 1,
-        watch: Watch | None = None,
+        watch: WorkerProgress | None = None,
         decoded: DecodedSet | None = None,
         labels: NDArray[np.int64] | None = None,
     ) -> None:
         self._labels = labels
         self._shards, self._order, self._augmentation = shards, order, augmentation
         self._shape, self._masks, self._decoded = shape, masks, decoded
-        self._watch = watch or Watch(1)
+        self._watch = watch or WorkerProgress(1)
 
-    def __call__(self, slices: Iterator[Slice]) -> Iterator[Chunk]:
+    def __call__(self, slices: Iterator[SampleSlice]) -> Iterator[Chunk]:
         """Yield the chunk of each slice; an error that ends the work is carried by the last one."""
         reader = self._shards.reader()
         try:
@@ -219,7 +219,7 @@ class CropLoader:
         finally:
             reader.close()
 
-    def _chunk(self, reader: MemberReader, places: Slice) -> Chunk:
+    def _chunk(self, reader: MemberReader, places: SampleSlice) -> Chunk:
         augmentation = self._augmentation
         draws = draw(places, augmentation, self._shape, self._masks)
         batch = _empty_images(len(places.epochs), augmentation.size)
@@ -283,7 +283,7 @@ class CropLoader:
                 continue
         raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row cannot be used, the first: {first}")
 
-    def _fetching_ahead(self, slices: Iterator[Slice]) -> Iterator[Slice]:
+    def _fetching_ahead(self, slices: Iterator[SampleSlice]) -> Iterator[SampleSlice]:
         """Pass slices on while the remote shards of their window and of the next one are downloaded."""
         fetcher: FetchAhead | None = None
         window = 0

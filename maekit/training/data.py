@@ -27,11 +27,11 @@ import torch
 import webdataset
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from maekit.shards.order import Order, Slice
+from maekit.shards.order import SampleOrder, SampleSlice
 from maekit.shards.read import ShardSet
 from maekit.system.errors import MaekitError
 from maekit.system.parallel import follow_parent
-from maekit.training.crops import Chunk, CropLoader, Watch
+from maekit.training.crops import Chunk, CropLoader, WorkerProgress
 
 _CHUNK_BYTES = 8 << 20
 _CHUNK_IMAGES = 512
@@ -40,7 +40,7 @@ _GRACE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Division:
+class BatchLayout:
     """How the batch of a step is divided.
 
     Attributes:
@@ -74,7 +74,7 @@ class Division:
         ]
 
 
-class ExactSource(IterableDataset[Slice]):
+class ExactSource(IterableDataset[SampleSlice]):
     """The places of each step's chunks, in order.
 
     Args:
@@ -84,10 +84,10 @@ class ExactSource(IterableDataset[Slice]):
         last: steps in all.
     """
 
-    def __init__(self, order: Order, division: Division, *, first: int, last: int) -> None:
+    def __init__(self, order: SampleOrder, division: BatchLayout, *, first: int, last: int) -> None:
         self._order, self._division, self._first, self._last = order, division, first, last
 
-    def __iter__(self) -> Iterator[Slice]:
+    def __iter__(self) -> Iterator[SampleSlice]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         chunks = self._division.chunks()
@@ -99,7 +99,7 @@ class ExactSource(IterableDataset[Slice]):
 
 
 def make_loader(
-    source: ExactSource, crops: CropLoader, division: Division, *, workers: int, prefetch: int, pin: bool
+    source: ExactSource, crops: CropLoader, division: BatchLayout, *, workers: int, prefetch: int, pin: bool
 ) -> DataLoader[Chunk]:
     """Return the DataLoader that runs stages 1 and 2.
 
@@ -193,7 +193,13 @@ class StepBatches:
     """
 
     def __init__(
-        self, chunks: Iterator[Chunk], division: Division, *, shards: ShardSet, watch: Watch, patience: float
+        self,
+        chunks: Iterator[Chunk],
+        division: BatchLayout,
+        *,
+        shards: ShardSet,
+        watch: WorkerProgress,
+        patience: float,
     ) -> None:
         self._chunks, self._shards, self._watch, self._patience = chunks, shards, watch, patience
         self._per_micro_batch = len(division.chunks()) // (division.share // division.micro_batch)

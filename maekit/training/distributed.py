@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from maekit.system.errors import ElsewhereError, InputError, MaekitError
+from maekit.system.errors import InputError, MaekitError, OtherRankError
 from maekit.system.machine import cores, first_core_and_count
 
 Result = TypeVar("Result")
@@ -27,7 +27,7 @@ _PATIENCE = datetime.timedelta(hours=2)
 
 
 @dataclass(frozen=True)
-class World:
+class DistributedContext:
     """The processes of a run, seen from one of them.
 
     Attributes:
@@ -83,7 +83,7 @@ class World:
         """Do some work on every rank; if it fails on one, fail on all.
 
         Raises:
-            MaekitError: on the first rank that failed, what it failed with; elsewhere an `ElsewhereError`.
+            MaekitError: on the first rank that failed, what it failed with; elsewhere an `OtherRankError`.
         """
         error: MaekitError | None = None
         result: Result | None = None
@@ -97,7 +97,7 @@ class World:
             return result  # type: ignore[return-value]
         if error is not None and failed[0] == self.rank:
             raise error
-        raise ElsewhereError(f"rank {failed[0]} failed", codes[failed[0]])
+        raise OtherRankError(f"rank {failed[0]} failed", codes[failed[0]])
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
         """Do some work on the main process, and fail on all if it fails; None on the others.
@@ -119,7 +119,7 @@ class World:
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[World]:
+def join(device: str) -> Iterator[DistributedContext]:
     """Join the processes of this run, as the environment describes them, and leave them at the end.
 
     Args:
@@ -131,7 +131,7 @@ def join(device: str) -> Iterator[World]:
     """
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
-        yield World()
+        yield DistributedContext()
         return
     rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
@@ -154,7 +154,7 @@ def join(device: str) -> Iterator[World]:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise MaekitError(f"rank {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from error
-    world = World(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
+    world = DistributedContext(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
     try:
         yield replace(world, cores=_own_cores(world))
     except BaseException:
@@ -168,7 +168,7 @@ def join(device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def _own_cores(world: World) -> int:
+def _own_cores(world: DistributedContext) -> int:
     """Return this process's part of the CPU cores: launchers give each process its own, or all of them the same."""
     host = zlib.crc32(socket.gethostname().encode())
     places = world.gather([host, *first_core_and_count()])
@@ -216,7 +216,7 @@ def lost_rank(error: RuntimeError) -> bool:
     )
 
 
-def share_buffers(module: torch.nn.Module, world: World) -> None:
+def share_buffers(module: torch.nn.Module, world: DistributedContext) -> None:
     """Give the main process's buffers, such as running statistics, to all others."""
     if world.group is not None:
         for buffer in module.buffers():
@@ -224,7 +224,7 @@ def share_buffers(module: torch.nn.Module, world: World) -> None:
                 dist.broadcast(buffer, src=0)
 
 
-def share_optimizer(optimizer: torch.optim.Optimizer, world: World) -> None:
+def share_optimizer(optimizer: torch.optim.Optimizer, world: DistributedContext) -> None:
     """Give an optimiser's state, as the main process loaded it, to all others."""
     if world.group is None:
         return

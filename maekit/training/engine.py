@@ -6,125 +6,40 @@ process (rank 0) alone reads and writes the run directory. What is trained is a 
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from maekit import runs
-from maekit.config import TrainingConfig, total_steps
+from maekit.config import total_steps
 from maekit.config.settings import dump_toml, fields_of
-from maekit.images import Pixels
 from maekit.runs import RunDirectory
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.shards.read import ShardSet
 from maekit.sheet import encode_png
 from maekit.system import files
-from maekit.system.errors import ElsewhereError, InputError, MaekitError, Stopped
+from maekit.system.errors import InputError, MaekitError, OtherRankError, Stopped
 from maekit.system.progress import Progress, duration
 from maekit.training import checkpoint, distributed, metrics
 from maekit.training.checkpoint import CheckpointWriter
-from maekit.training.crops import CropLoader, Watch
-from maekit.training.data import Division, ExactSource, StepBatches, Upload, make_loader, stop_workers
-from maekit.training.distributed import World
+from maekit.training.crops import WorkerProgress
+from maekit.training.data import BatchLayout, ExactSource, StepBatches, make_loader, stop_workers
+from maekit.training.distributed import DistributedContext
 from maekit.training.image_cache import DecodedSet
-from maekit.training.launch import Stop
-from maekit.training.loop import Cadence, Hooks, Tally, Trainer
-from maekit.training.optim import Schedule
+from maekit.training.loop import Loop, TrainState
+from maekit.training.optim import Schedule, make_schedule
 from maekit.training.prepare import loader_workers
-from maekit.training.step import Objective, Step, choose_micro_batch
-from maekit.training.tensorboard_log import Board
+from maekit.training.step import Step, choose_micro_batch
+from maekit.training.stop import Stop
+from maekit.training.task import Task
+from maekit.training.tensorboard_log import TensorBoardLog
 
 _BAD_SHOWN = 10  # bad samples named; after that they are counted only
 # The first steps pay for what is done once; the rate after them tells how long the run will take.
 _WARM_STEPS, _ESTIMATE_SECONDS = 3, 10.0
-
-
-class Task(Protocol):
-    """What is trained, and what comes of it."""
-
-    @property
-    def name(self) -> str:
-        """Name of the work, for the progress."""
-
-    @property
-    def config(self) -> TrainingConfig:
-        """Settings of the run."""
-
-    @property
-    def model(self) -> torch.nn.Module:
-        """What is saved in checkpoints."""
-
-    @property
-    def objective(self) -> Objective:
-        """What is minimised."""
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Over its parameters."""
-
-    @property
-    def forward(self) -> Callable[[], AbstractContextManager[Any]]:
-        """A fresh context for the forward pass."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """(height, width) of the images, in pixels."""
-
-    @property
-    def masks(self) -> int:
-        """Masks of each image."""
-
-    @property
-    def upload(self) -> Upload:
-        """From chunks on the host to the arguments of the objective."""
-
-    @property
-    def clip_grad(self) -> float | None:
-        """Largest norm of the gradient."""
-
-    @property
-    def pictures(self) -> bool:
-        """Whether there is anything to draw."""
-
-    @property
-    def otherwise(self) -> str:
-        """What to do where a run's settings are not the ones it was started with, besides taking those."""
-
-    def schedule(self, steps: int) -> Schedule:
-        """Return the learning rate of a run of so many steps."""
-
-    def crops(self, watch: Watch, decoded: DecodedSet | None) -> CropLoader:
-        """Return what makes images of places in the order."""
-
-    def fits(self, count: int) -> bool:
-        """Whether so many images may go through the model at a time, whatever the memory."""
-
-    def begin_step(self, done: int) -> None:
-        """Prepare for the step that follows `done` steps; called on every rank."""
-
-    def open_validation(self, division: Division) -> Callable[[], dict[str, Any]] | None:
-        """Return what measures the model on held-out images, on all ranks together; None where nothing does."""
-
-    def draw(self) -> Pixels | None:
-        """Return a picture of how the model does; called on the main process."""
-
-    def difference(self, key: str, before: Any, now: Any) -> str | None:
-        """Return what to say of a setting that is not what the run was started with, where that is not the usual."""
-
-    def read_config(self, run: RunDirectory) -> TrainingConfig:
-        """Return the settings that a run was started with."""
-
-    def begin(self) -> None:
-        """Write what else a run begins with, beside its settings; called on the main process."""
-
-    def is_finished(self) -> bool:
-        """Whether what the run is for has been written."""
-
-    def finish(self, steps: int) -> None:
-        """Write what the run was for; called on the main process."""
 
 
 @dataclass(frozen=True)
@@ -134,22 +49,63 @@ class Finished:
     Attributes:
         steps: optimiser steps done.
         rows: of metrics; on the main process.
-        tally: what was counted.
+        state: what was counted.
         resumed_from: the step that this process went on from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
     """
 
     steps: int
     rows: list[dict[str, Any]]
-    tally: Tally
+    state: TrainState
     resumed_from: int
     already_finished: bool = False
 
     def images_per_second(self, batch_size: int) -> float:
         """Return the rate over this process's part of the run, on all ranks together."""
-        if not self.tally.seconds:
+        if not self.state.seconds:
             return 0.0
-        return round((self.steps - self.resumed_from) * batch_size / self.tally.seconds, 2)
+        return round((self.steps - self.resumed_from) * batch_size / self.state.seconds, 2)
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Which steps are boundaries of what; 0 is never.
+
+    Attributes:
+        log: steps from one row of metrics to the next.
+        checkpoint: steps from one checkpoint to the next.
+        keep: steps of which each multiple has a checkpoint.
+        pictures: steps from one picture to the next.
+        validate: steps from one held-out loss to the next.
+        last: the last step, which is a boundary of everything.
+    """
+
+    log: int
+    checkpoint: int
+    keep: int
+    pictures: int
+    validate: int
+    last: int
+
+    def logs(self, done: int) -> bool:
+        """Whether a row of metrics ends here."""
+        return done % self.log == 0
+
+    def saves(self, done: int) -> bool:
+        """Whether there is a checkpoint of this step, whatever the time."""
+        return done == self.last or done % self.checkpoint == 0 or self.keeps(done)
+
+    def keeps(self, done: int) -> bool:
+        """Whether the checkpoint of this step is kept for ever."""
+        return bool(self.keep) and done % self.keep == 0
+
+    def validates(self, done: int) -> bool:
+        """Whether the model is measured on held-out images here."""
+        return bool(self.validate) and (done == self.last or done % self.validate == 0)
+
+    def draws(self, done: int) -> bool:
+        """Whether a picture is drawn here."""
+        return bool(self.pictures) and (done == self.last or done % self.pictures == 0)
 
 
 class Engine:
@@ -168,23 +124,24 @@ class Engine:
 
     def __init__(
         self,
+        *,
         task: Task,
         run: RunDirectory,
         shards: ShardSet,
-        order: Order,
+        order: SampleOrder,
         device: torch.device,
-        world: World,
+        world: DistributedContext,
         progress: Progress,
         stop: Stop,
     ) -> None:
         self.task, self.config, self.run, self.shards, self.order = task, task.config, run, shards, order
         self.device, self.world, self.progress, self.stop = device, world, progress, stop
         self.steps = total_steps(task.config, shards.samples)
+        self.intervals = self._intervals()
         self.bad_shown = 0
-        self.board: Board | None = None
+        self.board: TensorBoardLog | None = None
         self.writer: CheckpointWriter | None = None
-        self.warm: tuple[float, int] | None = None
-        self.estimated = False
+        self.estimate = _Estimate(self.steps, task.config.batch_size)
 
     def go(self, newest: runs.Checkpoint | None) -> Finished:
         """Go on from a checkpoint (known to the main process), or begin.
@@ -196,23 +153,23 @@ class Engine:
         """
         begun = self.world.on_main(lambda: self._take_up(newest))
         begun = self.world.share(begun)
-        tally = Tally(bad=begun["bad"], skipped=begun["skipped"])
+        state = TrainState(bad=begun["bad"], skipped=begun["skipped"])
         first = int(begun["step"])
         if begun["finished"]:
             if self.world.is_main:
                 self.progress.note(f"{self.run.path} is finished: {self.steps} steps; nothing left to do")
-            return Finished(self.steps, self._rows(), tally, self.steps, already_finished=True)
+            return Finished(self.steps, self._rows(), state, self.steps, already_finished=True)
         if first:
             distributed.share_optimizer(self.task.optimizer, self.world)
-        done, stopped_by = self._train(first, tally)
+        done, stopped_by = self._train(first, state)
         if done < self.steps:
             message = (
                 f"stopped by {stopped_by} after step {done} of {self.steps}, everything is saved; "
                 "run the same command again to go on"
             )
-            raise Stopped(message) if self.world.is_main else ElsewhereError(message, Stopped.exit_code)
+            raise Stopped(message) if self.world.is_main else OtherRankError(message, Stopped.exit_code)
         self.world.on_main(lambda: self.task.finish(done))
-        return Finished(done, self._rows(), tally, first)
+        return Finished(done, self._rows(), state, first)
 
     def _rows(self) -> list[dict[str, Any]]:
         return self.run.metrics() if self.world.is_main else []
@@ -228,13 +185,13 @@ class Engine:
         self.task.begin()
         state = {"step": 0, "bad": 0, "skipped": 0, "finished": False}
         if newest is not None:
-            state |= checkpoint.load(newest, self.task.model, self.task.optimizer)
+            state |= checkpoint.load(newest, self.task.objective.model, self.task.optimizer)
             self.progress.note(f"resuming {self.run.path} after step {state['step']} of {self.steps}")
         first = int(state["step"])
         self._sweep()
         metrics.cut_back(self.run.metrics_file, first)
         checkpoint.discard_after(self.run, first)
-        checkpoint.prune(self.run, self.config.run.keep_checkpoints, self._retains)
+        checkpoint.prune(self.run, self.config.run.keep_checkpoints, self.intervals.keeps)
         return state
 
     def _sweep(self) -> None:
@@ -247,13 +204,14 @@ class Engine:
         except OSError as error:
             raise files.write_failure(self.run.checkpoints, error) from error
 
-    def _train(self, first: int, tally: Tally) -> tuple[int, str]:
+    def _train(self, first: int, state: TrainState) -> tuple[int, str]:
+        """Train to the last step, or until a stop is asked for; return the steps done, and why there are no more."""
         config, world = self.config, self.world
-        schedule = self.task.schedule(self.steps)
+        schedule = self._schedule()
         division = self._divide()
         validation = self.task.open_validation(division)
         step = self._make_step(schedule)
-        watch = Watch(workers := loader_workers(config, self.device, world))
+        watch = WorkerProgress(workers := loader_workers(config, self.device, world))
         crops = self.task.crops(watch, self._decode_all())
         source = ExactSource(self.order, division, first=first, last=self.steps)
         on_cuda = self.device.type == "cuda"
@@ -261,52 +219,32 @@ class Engine:
         # What is downloaded has limits of its own; a worker that waits for it makes no progress that shows here.
         patience = math.inf if self.shards.remote else config.data.patience
         batches = StepBatches(chunks, division, shards=self.shards, watch=watch, patience=patience)
+        loop = Loop(
+            step=step,
+            batches=batches,
+            schedule=schedule,
+            state=state,
+            world=world,
+            device=self.device,
+            batch_size=config.batch_size,
+            epoch_samples=self.shards.samples,
+            max_bad=config.data.max_bad,
+            checkpoint_seconds=60 * config.run.checkpoint_minutes,
+            stop_requested=lambda: self.stop.reason() is not None,
+            failure=lambda: self.writer.failure() if self.writer else None,
+        )
         self.progress.start(self.task.name, self.steps, first)
         try:
-            with ExitStack() as stack:
-                if world.is_main:
-                    keep = config.run.keep_checkpoints
-                    self.writer = stack.enter_context(
-                        CheckpointWriter(
-                            self.run, self.task.model, self.task.optimizer, keep=keep, retain=self._retains
-                        )
-                    )
-                    if config.run.tensorboard:
-                        self.board = Board(self.run.path / "tensorboard", first)
-                        stack.callback(self.board.close)
-                hooks = Hooks(
-                    advance=self._advance,
-                    log=self._log,
-                    checkpoint=self._save,
-                    failure=lambda: self.writer.failure() if self.writer else None,
-                    picture=self._draw,
-                    validate=lambda done: self._validate(validation, done),
-                    stop_requested=lambda: self.stop.reason() is not None,
-                    keys=self._keys_of_step,
-                    bad=self._tell_bad,
-                    note=self.progress.note,
-                )
-                trainer = Trainer(
-                    step,
-                    schedule,
-                    world,
-                    self.device,
-                    config.batch_size,
-                    self.shards.samples,
-                    config.data.max_bad,
-                    config.run.skip_nonfinite,
-                    self._cadence(validation is not None),
-                    hooks,
-                )
+            with self._writers(first):
                 self.stop.has_begun = True
-                done = trainer.run(batches, first=first, last=self.steps, tally=tally)
+                done = self._follow(loop, first, validation)
                 # Nobody leaves before the last checkpoint is on disk: a launcher would end the others.
                 world.together(lambda: self.writer.finish() if self.writer else None)
                 return done, self.stop.reason() or "a signal to another process"
         except torch.OutOfMemoryError as error:
             raise MaekitError(
                 f"the device's memory is too small for {division.micro_batch} images at a time; "
-                f"try --micro-batch {max(1, division.micro_batch // 2)}"
+                f"try `micro_batch={max(1, division.micro_batch // 2)}`"
             ) from error
         except RuntimeError as error:
             # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
@@ -319,7 +257,60 @@ class Engine:
             stop_workers(chunks)
             self.progress.stop()
 
-    def _divide(self) -> Division:
+    def _follow(self, loop: Loop, first: int, validation: Callable[[], dict[str, Any]] | None) -> int:
+        """Go from boundary to boundary: log, save, validate and draw where it is due; return the steps done."""
+        done = saved = first
+        for boundary in loop.run(first, self.steps):
+            done = boundary.done
+            self._tell_bad(boundary.bad)
+            if not boundary.must_save:
+                self._advance(done)
+            saves = boundary.must_save or self.intervals.saves(done)
+            validates = validation is not None and not boundary.must_save and self.intervals.validates(done)
+            if saves or validates or self.intervals.logs(done):
+                self._log_steps(loop, done)
+            if saves and done > saved:
+                # Everything up to here was seen to be finite when its row was logged.
+                self._save(done, loop.state)
+                loop.saved()
+                saved = done
+            if validates and validation is not None:
+                # After the checkpoint: whoever asks for a stop meanwhile finds everything saved.
+                self._log({"step": done, **validation()})
+                loop.leave_out()
+            if self.world.is_main and not boundary.must_save and self.intervals.draws(done):
+                self._draw(done)
+        return done
+
+    @contextmanager
+    def _writers(self, first: int) -> Iterator[None]:
+        """Have what writes checkpoints and curves, on the main process."""
+        if not self.world.is_main:
+            yield
+            return
+        run, task = self.config.run, self.task
+        with ExitStack() as stack:
+            self.writer = stack.enter_context(
+                CheckpointWriter(
+                    self.run,
+                    task.objective.model,
+                    task.optimizer,
+                    keep=run.keep_checkpoints,
+                    retain=self.intervals.keeps,
+                )
+            )
+            if run.tensorboard:
+                self.board = TensorBoardLog(self.run.path / "tensorboard", first)
+                stack.callback(self.board.close)
+            yield
+
+    def _schedule(self) -> Schedule:
+        config = self.config
+        return make_schedule(
+            config.optimizer, batch_size=config.batch_size, samples=self.shards.samples, steps=self.steps
+        )
+
+    def _divide(self) -> BatchLayout:
         """Divide the batch among the ranks, and a rank's share into what fits into memory."""
         size, world = self.config.batch_size, self.world
         share = size // world.size
@@ -327,12 +318,12 @@ class Engine:
         if micro_batch is None:
             task = self.task
             there = sum(tensor.nbytes for tensor in checkpoint.optimizer_tensors(task.optimizer).values())
-            largest = choose_micro_batch(task.objective, share, task.size, task.forward, there, task.masks, task.fits)
+            largest = choose_micro_batch(task.objective, share, task.size, task.forward, there, task.fits)
             micro_batch = int(min(part for (part,) in world.gather([largest])))
             if micro_batch < share and world.is_main:
                 self.progress.note(f"micro-batch: {micro_batch} of {share} images at a time, by the memory there is")
         height, width = self.task.size
-        return Division(size, micro_batch, world.rank, world.size, height * width * 3)
+        return BatchLayout(size, micro_batch, world.rank, world.size, height * width * 3)
 
     def _make_step(self, schedule: Schedule) -> Step:
         compile_it = self.config.run.compile
@@ -343,7 +334,7 @@ class Engine:
             forward=self.task.forward,
             upload=self.task.upload,
             world=self.world,
-            clip=self.task.clip_grad,
+            clip=self.config.optimizer.clip_grad,
             compile=self.device.type == "cuda" if compile_it is None else compile_it,
             begin=self.task.begin_step,
         )
@@ -363,46 +354,49 @@ class Engine:
             self.progress.note(f"{self.shards.samples} images decoded, {size} of memory in each process")
         return decoded
 
-    def _cadence(self, validating: bool) -> Cadence:
+    def _intervals(self) -> Intervals:
         run = self.config.run
         every = run.checkpoint_every or min(1000, -(-self.steps // 10))
-        return Cadence(
+        return Intervals(
             log=run.log_every or min(50, -(-self.steps // 100)),
             checkpoint=every,
-            checkpoint_seconds=60 * run.checkpoint_minutes,
             keep=run.keep_every or 0,
-            # Only the main process draws; the others go on to the next boundary, and wait there.
-            pictures=(every if run.pictures_every is None else run.pictures_every)
-            if self.world.is_main and self.task.pictures
-            else 0,
-            validate=(run.val_every or every) if validating else 0,
+            pictures=every if run.pictures_every is None else run.pictures_every,
+            validate=run.val_every or every,
+            last=self.steps,
         )
 
-    def _retains(self, step: int) -> bool:
-        return bool(self.config.run.keep_every) and step % (self.config.run.keep_every or 1) == 0
-
-    def _validate(self, validation: Callable[[], dict[str, Any]] | None, done: int) -> None:
-        if validation is not None:
-            self._log({"step": done, **validation()})
-
     def _advance(self, done: int) -> None:
+        """Tell of a step; must not wait for the device."""
         self.stop.has_stepped = True
         self.progress.advance(done)
-        if self.estimated or not self.world.is_main:
-            return
-        now = time.monotonic()
-        if self.warm is None:
-            self.warm = (math.inf, done + _WARM_STEPS - 1)
-        since, step = self.warm
-        if since == math.inf:
-            if done >= step:
-                self.warm = (now, done)
-        elif now - since >= _ESTIMATE_SECONDS:
-            rate, left = (done - step) / (now - since), self.steps - done
-            self.estimated = True
-            self.progress.note(
-                f"{rate * self.config.batch_size:.1f} img/s: about {duration(left / rate)} for the {left} steps left"
-            )
+        if self.world.is_main and (text := self.estimate.after(done)):
+            self.progress.note(text)
+
+    def _log_steps(self, loop: Loop, done: int) -> None:
+        """Log the steps since the last row.
+
+        Raises:
+            MaekitError: a loss or gradient is not finite, and no more steps may be skipped.
+        """
+        row, broken = loop.row(done)
+        most = self.config.run.skip_nonfinite
+        for count, step in enumerate(broken, loop.state.skipped - len(broken) + 1):
+            names = self._keys_of_step(step.step, step.rank)
+            shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+            on = f" on rank {step.rank}" if step.what == "loss" and self.world.size > 1 else ""
+            found = f"the {step.what} is not finite at step {step.step}{on} (samples: {shown})"
+            if count > most:
+                if not self.world.is_main:
+                    raise OtherRankError(found, MaekitError.exit_code)
+                raise MaekitError(
+                    f"{found}, seen at step {done}; no checkpoint holds its weights. A lower `lr`, a longer warm-up, "
+                    "`clip_grad=1` or `precision=fp32` usually help; `skip_nonfinite=N` leaves up to N such steps out"
+                )
+            if self.world.is_main:
+                self.progress.note(f"{found}; the step was left out, {count} of at most {most}")
+        if row is not None:
+            self._log(row)
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.world.is_main:
@@ -413,13 +407,13 @@ class Engine:
         if "loss" in row:
             self.progress.figures(row)
 
-    def _save(self, done: int, tally: Tally) -> None:
+    def _save(self, done: int, state: TrainState) -> None:
         if self.writer is not None:
             self.writer.save(
                 {
                     "step": done,
-                    "bad": tally.bad,
-                    "skipped": tally.skipped,
+                    "bad": state.bad,
+                    "skipped": state.skipped,
                     "data_digest": self.shards.digest,
                     "samples_per_epoch": self.shards.samples,
                 }
@@ -433,10 +427,11 @@ class Engine:
         if self.board is not None:
             self.board.picture(picture, done)
 
-    def _tell_bad(self, line: str) -> None:
-        if self.bad_shown < _BAD_SHOWN:
-            self.progress.note(f"replaced by another sample: {line}")
-        self.bad_shown += 1
+    def _tell_bad(self, lines: Sequence[str]) -> None:
+        for line in lines:
+            if self.bad_shown < _BAD_SHOWN:
+                self.progress.note(f"replaced by another sample: {line}")
+            self.bad_shown += 1
 
     def _keys_of_step(self, step: int, rank: int) -> list[str]:
         share = self.config.batch_size // self.world.size
@@ -449,18 +444,41 @@ class Engine:
 
     def _refuse_other_training(self, newest: runs.Checkpoint) -> None:
         """Compare with the config that the run was started with, key by key, and with its data."""
-        there = {key: value for key, value, free in fields_of(self.task.read_config(self.run)) if not free}
+        there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
             if not free and there.get(key) != value:
-                if said := self.task.difference(key, there.get(key), value):
-                    raise InputError(said)
-                before, now = ("not set" if v is None else v for v in (there.get(key), value))
-                raise InputError(
-                    f"{self.run.path} was started with {key} = {before}, and now it is {now}; go on with the old value "
-                    f"{self.task.otherwise}"
-                )
+                raise InputError(self.task.mismatch_message(key, there.get(key), value))
         if newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
                 f"{self.run.path} was trained on other data (its digest differs: shards were added, removed, renamed "
-                "or changed); go on with the old data or choose another --out"
+                "or changed); go on with the old data or choose another `out`"
             )
+
+
+class _Estimate:
+    """Tells once how long the run will take, by the rate after the first steps."""
+
+    def __init__(self, steps: int, batch_size: int) -> None:
+        self._steps, self._batch_size = steps, batch_size
+        self._began: tuple[int, float] | None = None
+        self._first: int | None = None
+        self._is_told = False
+
+    def after(self, done: int) -> str | None:
+        """Return the line after a step, where it is time for it."""
+        if self._is_told:
+            return None
+        now = time.monotonic()
+        self._first = done if self._first is None else self._first
+        if self._began is None:
+            # The first steps pay for what is done once.
+            if done >= self._first + _WARM_STEPS - 1:
+                self._began = (done, now)
+            return None
+        step, since = self._began
+        if now - since < _ESTIMATE_SECONDS:
+            return None
+        self._is_told = True
+        rate, left = (done - step) / (now - since), self._steps - done
+        images = rate * self._batch_size
+        return f"{images:.1f} img/s: about {duration(left / rate)} for the {left} steps left"

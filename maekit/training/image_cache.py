@@ -88,27 +88,22 @@ class DecodedSet:
             self._begun += 1
             if self._taken > self._room:
                 raise InputError(
-                    f"--cache ram: the {self._shards.samples} images take about "
+                    f"`cache` = ram: the {self._shards.samples} images take about "
                     f"{describe_bytes(self._taken / self._begun * self._shards.samples)} decoded, and "
-                    f"{describe_bytes(self._room)} of memory may be used; leave --cache ram out"
+                    f"{describe_bytes(self._room)} of memory may be used; leave `cache=ram` out"
                 )
 
     def _decode(self, unit: _Unit) -> _Decoded:
-        reader = self._shards.reader()
         images: list[Pixels] = []
         count = unit.last - unit.first
         starts, sizes = np.full(count, -1, np.int64), np.zeros((count, 2), np.int32)
         end = 0
-        try:
-            for number in range(count):
-                try:
-                    pixels = decode(reader.read_image(self._shards.index(unit.shard), unit.first + number))
-                except ImageError:
-                    continue  # told of, and replaced, when its turn comes
-                self._take(pixels.nbytes)
-                starts[number], sizes[number] = end, pixels.shape[:2]
-                end += pixels.size
-                images.append(pixels.reshape(-1))
-        finally:
-            reader.close()
+        first = self._shards.number(unit.shard, unit.first)
+        for number, pixels in enumerate(self._shards.images(range(first, first + count), decode)):
+            if isinstance(pixels, ImageError):
+                continue  # told of, and replaced, when its turn comes
+            self._take(pixels.nbytes)
+            starts[number], sizes[number] = end, pixels.shape[:2]
+            end += pixels.size
+            images.append(pixels.reshape(-1))
         return _Decoded(np.concatenate(images) if images else np.empty(0, np.uint8), starts, sizes)

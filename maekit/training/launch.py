@@ -1,79 +1,137 @@
-"""A process of a training run before anything is trained: its device, the other processes, and when to stop."""
+"""The way into any training: join the other processes, index the shards, own the run directory, and train.
+
+with launched(config, run, progress, resolve) as launch:
+task = ...                          # built on launch.device, of launch.shards
+newest = launch.own()
+finished = launch.train(task, newest)
+"""
 
 import contextlib
-import math
-import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
-from maekit.config import TrainingConfig, parse_duration
+from maekit.config import TrainingConfig
 from maekit.mae.device import choose_device, device_errors
-from maekit.system.errors import Stopped
+from maekit.runs import Checkpoint, RunDirectory
+from maekit.shards.order import SampleOrder
+from maekit.shards.read import ShardSet
+from maekit.system import files, locks
+from maekit.system.progress import Progress
 from maekit.system.signals import stop_on_signal
 from maekit.training import distributed
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
+from maekit.training.engine import Engine, Finished
+from maekit.training.prepare import (
+    choose_precision,
+    index_shards,
+    newest_checkpoint,
+    refuse_different_data,
+    refuse_indivisible,
+)
+from maekit.training.stop import Stop
+from maekit.training.task import Task
+
+Config = TypeVar("Config", bound=TrainingConfig)
 
 
-class Stop:
-    """When to stop: at once as long as nothing has begun, at the next step boundary later on.
-
-    Args:
-        max_time: as in `3h50m`, from here on; None is for ever.
-    """
-
-    def __init__(self, max_time: str | None) -> None:
-        self._max_time = max_time
-        self._until = time.monotonic() + (parse_duration(max_time) if max_time else math.inf)
-        self.received_signal: Callable[[], str | None] = lambda: None
-        self.has_begun = False
-        # A start that takes longer than the time it is given must still take a step, or none would ever be taken.
-        self.has_stepped = False
-
-    def heed(self) -> None:
-        """Stop a start that has nothing to save yet; called in the middle of it, by the signal.
-
-        Raises:
-            Stopped: the training has not begun.
-        """
-        if not self.has_begun:
-            raise Stopped(
-                "stopped by a signal before the first step of this start; run the same command again to go on"
-            )
-
-    def reason(self) -> str | None:
-        """Return why to stop at the next step boundary, or None."""
-        if self.has_stepped and time.monotonic() > self._until:
-            return f"--max-time {self._max_time}"
-        return self.received_signal()
-
-
-@dataclass(frozen=True)
-class Process:
-    """Where a process of a run stands.
+@dataclass
+class Launch(Generic[Config]):
+    """One process of a run, ready to train.
 
     Attributes:
-        device: that it trains on.
+        config: settings of the run, resolved, the same in all processes.
+        run: the run directory.
+        device: that this process trains on.
+        precision: `fp32` or `bf16`.
+        shards: the training set.
+        order: of its samples.
         world: the processes of the run.
         stop: when to stop.
+        progress: is told how it goes on.
+        stack: holds the lock of the run directory.
     """
 
+    config: Config
+    run: RunDirectory
     device: torch.device
-    world: World
+    precision: str
+    shards: ShardSet
+    order: SampleOrder
+    world: DistributedContext
     stop: Stop
+    progress: Progress
+    stack: ExitStack
+
+    def own(self) -> Checkpoint | None:
+        """Lock the run directory; return the newest whole checkpoint, on the main process.
+
+        Raises:
+            InputError: another run has it, or there are checkpoints and none is whole.
+        """
+        self.world.on_main(lambda: self.stack.enter_context(locks.sole_owner(self.run.path)))
+        # Asked inside the lock: a former process may just have saved its last checkpoint.
+        return self.world.on_main(lambda: newest_checkpoint(self.run, self.progress))
+
+    def train(self, task: Task, newest: Checkpoint | None) -> Finished:
+        """Go on from a checkpoint, or begin; see `Engine.go`."""
+        engine = Engine(
+            task=task,
+            run=self.run,
+            shards=self.shards,
+            order=self.order,
+            device=self.device,
+            world=self.world,
+            progress=self.progress,
+            stop=self.stop,
+        )
+        return engine.go(newest)
 
 
 @contextlib.contextmanager
-def started(config: TrainingConfig) -> Iterator[Process]:
-    """Choose the device and join the other processes; signals and `--max-time` stop what is done within.
+def launched(
+    config: Config, run: RunDirectory, progress: Progress, resolve: Callable[[], None]
+) -> Iterator[Launch[Config]]:
+    """Join the other processes and prepare what every training needs; signals stop what is done within.
+
+    Args:
+        config: checked.
+        run: the run directory.
+        progress: is told how it goes on.
+        resolve: fills in what the config leaves open, and refuses a directory of something else; on the main process.
 
     Raises:
-        InputError: the device is not there.
+        InputError: the device is not there, data that cannot be trained on, or a batch that does not divide.
         Stopped: a signal came before there was anything to save.
         MaekitError: the others cannot be joined, or the device failed.
     """
+    files.require_utf8(run.path)
     stop = Stop(config.run.max_time)
     kind = choose_device(config.run.device)
     with stop_on_signal(stop.heed) as stop.received_signal, device_errors(), distributed.join(kind) as world:
-        yield Process(torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind), world, stop)
+        device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
+        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(resolve)
+        config = world.share(config)
+        if config.run.threads:
+            torch.set_num_threads(config.run.threads)
+        precision = choose_precision(config, device, world, progress)
+        shards = world.in_turn(lambda: index_shards(config, world, progress))
+        refuse_different_data(shards, world)
+        order = SampleOrder(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
+        with ExitStack() as stack:
+            yield Launch(
+                config=config,
+                run=run,
+                device=device,
+                precision=precision,
+                shards=shards,
+                order=order,
+                world=world,
+                stop=stop,
+                progress=progress,
+                stack=stack,
+            )

@@ -1,18 +1,22 @@
-"""The loop: it knows steps only. Between two steps, at the boundary, all processes agree on what happens next."""
+"""The loop: it knows steps only. Between two steps, at a boundary, all ranks have agreed on what comes next.
+
+for boundary in loop.run(first, last):   # on every rank at the same steps
+...                                  # the engine logs, saves, validates, draws
+"""
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from maekit.system.errors import ElsewhereError, MaekitError
+from maekit.system.errors import MaekitError, OtherRankError
 from maekit.training.crops import Chunk
 from maekit.training.data import StepBatches
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
 from maekit.training.optim import Schedule
 from maekit.training.step import Step
 
@@ -21,253 +25,225 @@ _STEPS_AHEAD = 2
 
 
 @dataclass
-class Cadence:
-    """When the loop does what is not training.
-
-    Attributes:
-        log: steps from one row of metrics to the next.
-        checkpoint: steps from one checkpoint to the next.
-        checkpoint_seconds: longest time from one checkpoint to the next.
-        keep: steps of which each multiple has a checkpoint; 0 is none.
-        pictures: steps from one picture to the next; 0 is never.
-        validate: steps from one held-out loss to the next; 0 is never.
-    """
-
-    log: int
-    checkpoint: int
-    checkpoint_seconds: float
-    keep: int
-    pictures: int
-    validate: int
-
-    def saves(self, done: int) -> bool:
-        """Whether there is a checkpoint of this step, whatever the time."""
-        return done % self.checkpoint == 0 or bool(self.keep and done % self.keep == 0)
-
-
-@dataclass
-class Hooks:
-    """What the loop calls between steps.
-
-    Attributes:
-        advance: after every step, with the steps done; must not wait for the device.
-        log: with a row of metrics.
-        checkpoint: with the steps done and the tally; everything up to here is finite.
-        failure: what went wrong in the background since, or None.
-        picture: with the steps done.
-        validate: with the steps done; called on all ranks.
-        stop_requested: whether this process is to save and stop.
-        keys: names of the samples that a rank takes in a step.
-        bad: with a line for each sample that was replaced on this rank.
-        note: with a line to tell.
-    """
-
-    advance: Callable[[int], None]
-    log: Callable[[dict[str, Any]], None]
-    checkpoint: Callable[[int, "Tally"], None]
-    failure: Callable[[], MaekitError | None]
-    picture: Callable[[int], None]
-    validate: Callable[[int], None]
-    stop_requested: Callable[[], bool]
-    keys: Callable[[int, int], list[str]]
-    bad: Callable[[str], None]
-    note: Callable[[str], None]
-
-
-@dataclass
-class Tally:
-    """What is counted over the run, and what has gathered since the last row of metrics.
+class TrainState:
+    """What is counted over the run.
 
     Attributes:
         bad: samples that had to be replaced, over the whole run and all ranks.
         skipped: steps without effect because their gradient was not finite, over the whole run.
         wait: seconds that the loop waited for data, in this process.
         seconds: seconds in the loop, in this process.
-        losses: device scalars since the last row, one per step.
-        norms: of the gradient, likewise.
     """
 
     bad: int = 0
     skipped: int = 0
     wait: float = 0.0
     seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """Where all ranks stand between two steps.
+
+    Attributes:
+        done: steps done.
+        must_save: everything must be saved here: the loop is about to stop, or the last checkpoint is too old.
+        bad: a line for each sample of the last step that was replaced on this rank.
+    """
+
+    done: int
+    must_save: bool = False
+    bad: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class BrokenStep:
+    """A step that was left out because its gradient was not finite.
+
+    Attributes:
+        step: its number, 1-based.
+        what: `loss` or `gradient`.
+        rank: the first rank with such a loss; 0 for a gradient, which all ranks share.
+    """
+
+    step: int
+    what: str
+    rank: int
+
+
+@dataclass
+class _Since:
+    """What has gathered since the last row of metrics.
+
+    Attributes:
+        step: steps done at that row.
+        time: when it was written.
+        wait: seconds waited for data by then.
+        losses: device scalars, one per step.
+        norms: of the gradient, likewise.
+    """
+
+    step: int
+    time: float
+    wait: float
     losses: list[torch.Tensor] = field(default_factory=list)
     norms: list[torch.Tensor] = field(default_factory=list)
 
 
-@dataclass
-class Trainer:
-    """One run's loop.
+class Loop:
+    """One rank's loop over steps.
 
-    Attributes:
+    Args:
         step: takes one.
+        batches: of this rank.
         schedule: the learning rate, for the rows.
-        world: the processes that divide each batch.
+        state: counts over the run; updated.
+        world: the ranks that divide each batch.
         device: that the model lies on.
         batch_size: images per step, over all ranks.
         epoch_samples: samples per epoch.
         max_bad: largest share of bad samples.
-        max_skipped: most steps whose gradient is not finite.
-        cadence: of everything else.
-        hooks: of everything else.
+        checkpoint_seconds: longest time from one checkpoint to the next.
+        stop_requested: whether this rank is to save and stop.
+        failure: what went wrong in the background since, or None.
     """
 
-    step: Step
-    schedule: Schedule
-    world: World
-    device: torch.device
-    batch_size: int
-    epoch_samples: int
-    max_bad: float
-    max_skipped: int
-    cadence: Cadence
-    hooks: Hooks
-    _logged: float = 0.0
-    _logged_wait: float = 0.0
-    _logged_step: int = 0
+    def __init__(
+        self,
+        *,
+        step: Step,
+        batches: StepBatches,
+        schedule: Schedule,
+        state: TrainState,
+        world: DistributedContext,
+        device: torch.device,
+        batch_size: int,
+        epoch_samples: int,
+        max_bad: float,
+        checkpoint_seconds: float,
+        stop_requested: Callable[[], bool],
+        failure: Callable[[], MaekitError | None],
+    ) -> None:
+        self.step, self.batches, self.state, self.device = step, batches, state, device
+        self.batch_size = batch_size
+        self._schedule, self._world, self._epoch_samples, self._max_bad = schedule, world, epoch_samples, max_bad
+        self._checkpoint_seconds = checkpoint_seconds
+        self._stop_requested, self._failure = stop_requested, failure
+        self._since = _Since(0, 0.0, 0.0)
+        self._saved = 0.0
 
-    def run(self, batches: StepBatches, *, first: int, last: int, tally: Tally) -> int:
-        """Train from `first` to `last` steps done; return the steps done, fewer if a stop was asked for.
+    def run(self, first: int, last: int) -> Iterator[Boundary]:
+        """Train from `first` to `last` steps done; yield after every step, and before one where all must be saved.
 
         Raises:
-            MaekitError: a loss that is not finite (no checkpoint holds its weights), too many bad samples, no data, or
-                a checkpoint that could not be written.
+            MaekitError: too many bad samples, no data, or a failure in the background.
         """
-        cadence, hooks = self.cadence, self.hooks
-        started = saved = time.perf_counter()
-        self._logged, self._logged_step, self._logged_wait = started, first, 0.0
-        done = saved_step = first
+        started = self._saved = time.perf_counter()
+        self._since = _Since(first, started, self.state.wait)
+        done = first
         ahead = _Throttle(self.device)
         while done < last:
             before = time.perf_counter()
-            batch = self._agree_on_next(batches, overdue=before - saved > cadence.checkpoint_seconds)
-            tally.wait += time.perf_counter() - before - batch.agreeing
-            if (batch.micro_batches is None or batch.save) and done > saved_step:
-                self._log(tally, done)
-                hooks.checkpoint(done, tally)
-                saved, saved_step = time.perf_counter(), done
+            batch = self._agree_on_next(overdue=before - self._saved > self._checkpoint_seconds)
+            self.state.wait += time.perf_counter() - before - batch.agreeing
+            if batch.micro_batches is None or batch.save:
+                yield Boundary(done, must_save=True)
             if batch.micro_batches is None:
                 break
             ahead.wait()
             loss, norm = self.step(batch.micro_batches, done)
             ahead.mark()
-            tally.losses.append(loss)
-            tally.norms.append(norm)
+            self._since.losses.append(loss)
+            self._since.norms.append(norm)
             done += 1
-            self._count_bad(tally, batch, done)
-            hooks.advance(done)
+            self._count_bad(batch, done)
+            yield Boundary(done, bad=tuple(batch.bad_lines))
+        self.state.seconds = time.perf_counter() - started
 
-            saving = done == last or cadence.saves(done)
-            validating = bool(cadence.validate) and (done == last or done % cadence.validate == 0)
-            if saving or validating or done % cadence.log == 0:
-                self._log(tally, done)
-            if saving:
-                hooks.checkpoint(done, tally)
-                saved, saved_step = time.perf_counter(), done
-            if validating:
-                # After the checkpoint: whoever asks for a stop meanwhile finds everything saved.
-                hooks.validate(done)
-                self._logged = time.perf_counter()
-            if cadence.pictures and (done % cadence.pictures == 0 or done == last):
-                hooks.picture(done)
-        tally.seconds = time.perf_counter() - started
-        return done
+    def saved(self) -> None:
+        """Note that everything was saved now."""
+        self._saved = time.perf_counter()
 
-    def _log(self, tally: Tally, done: int) -> None:
-        """Tell of the steps since the last row; all ranks do so at the same steps."""
-        if done == self._logged_step:
-            return
-        row = self._fetch(tally, done)
-        span = time.perf_counter() - self._logged
-        waits = self.world.gather([(tally.wait - self._logged_wait) / span])
+    def leave_out(self) -> None:
+        """Keep the time since the last row out of the rate: it was not spent on training."""
+        self._since.time = time.perf_counter()
+
+    def row(self, done: int) -> tuple[dict[str, Any] | None, list[BrokenStep]]:
+        """Return the row of metrics since the last one, None for no step, and the steps that were left out.
+
+        All ranks call it at the same boundaries. What the device has counted comes in one transfer.
+        """
+        since = self._since
+        if done == since.step:
+            return None, []
+        row, broken = self._fetch(done)
+        span = time.perf_counter() - since.time
+        waits = self._world.gather([(self.state.wait - since.wait) / span])
         row |= {
-            "images_per_second": round((done - self._logged_step) * self.batch_size / span, 2),
+            "images_per_second": round((done - since.step) * self.batch_size / span, 2),
             "data_wait": round(sum(wait for (wait,) in waits) / len(waits), 4),
         }
-        self.hooks.log(row)
-        self._logged, self._logged_step, self._logged_wait = time.perf_counter(), done, tally.wait
+        self._since = _Since(done, time.perf_counter(), self.state.wait)
+        return row, broken
 
-    def _agree_on_next(self, batches: StepBatches, *, overdue: bool) -> "_Next":
+    def _agree_on_next(self, *, overdue: bool) -> "_Next":
         """Get the next step's batch, and settle with the other ranks whether to take the step, to save, or to stop."""
-        error: MaekitError | None = self.hooks.failure()
+        error: MaekitError | None = self._failure()
         micro_batches: list[list[Chunk]] | None = None
         if error is None:
             try:
-                micro_batches = batches.next(self.hooks.stop_requested)
+                micro_batches = self.batches.next(self._stop_requested)
             except MaekitError as raised:
                 error = raised
         before = time.perf_counter()
         bad = [line for chunks in micro_batches or [] for chunk in chunks for line in chunk.bad]
-        stop = error is None and (micro_batches is None or self.hooks.stop_requested())
+        stop = error is None and (micro_batches is None or self._stop_requested())
         # Only the main process's clock decides when a checkpoint is overdue.
-        votes = [bool(error), stop, overdue and self.world.is_main, len(bad)]
-        failed, stops, saves, all_bad = self.world.sum([float(vote) for vote in votes])
+        votes = [bool(error), stop, overdue and self._world.is_main, len(bad)]
+        failed, stops, saves, all_bad = self._world.sum([float(vote) for vote in votes])
         if failed:
-            raise error or ElsewhereError("another rank failed", MaekitError.exit_code)
+            raise error or OtherRankError("another rank failed", MaekitError.exit_code)
         return _Next(None if stops else micro_batches, bool(saves), int(all_bad), bad, time.perf_counter() - before)
 
-    def _count_bad(self, tally: Tally, batch: "_Next", done: int) -> None:
-        tally.bad += batch.bad
-        for line in batch.bad_lines:
-            self.hooks.bad(line)
+    def _count_bad(self, batch: "_Next", done: int) -> None:
+        self.state.bad += batch.bad
         # The share is taken of an epoch (or 1,000 samples) at least: one bad sample in the first batch says nothing.
         seen = done * self.batch_size
-        if tally.bad > self.max_bad * max(seen, min(self.epoch_samples, 1000)):
-            if not self.world.is_main:
-                raise ElsewhereError("too many bad samples", MaekitError.exit_code)
+        if self.state.bad > self._max_bad * max(seen, min(self._epoch_samples, 1000)):
+            if not self._world.is_main:
+                raise OtherRankError("too many bad samples", MaekitError.exit_code)
             last = f"; the last one: {batch.bad_lines[-1]}" if batch.bad_lines else ""
             raise MaekitError(
-                f"{tally.bad} of {seen} samples cannot be used, more than --max-bad {self.max_bad:g}{last}"
+                f"{self.state.bad} of {seen} samples cannot be used, more than `max_bad` {self._max_bad:g}{last}"
             )
 
-    def _fetch(self, tally: Tally, done: int) -> dict[str, Any]:
-        """Fetch what the device has counted since the last row, in one transfer; return the beginning of a new row.
-
-        Raises:
-            MaekitError: a loss or gradient is not finite, and no more steps may be skipped.
-        """
-        count = len(tally.losses)
-        fetched = torch.stack([*tally.losses, *tally.norms]).tolist() if count else []
-        tally.losses.clear()
-        tally.norms.clear()
-        by_rank = self.world.gather(fetched)
+    def _fetch(self, done: int) -> tuple[dict[str, Any], list[BrokenStep]]:
+        """Return the beginning of a row, and the steps that were left out."""
+        count = len(self._since.losses)
+        fetched = torch.stack([*self._since.losses, *self._since.norms]).tolist() if count else []
+        by_rank = self._world.gather(fetched)
         norms = fetched[count:]
-        finite = []
+        finite, broken = [], []
         for number in range(count):
             losses = [numbers[number] for numbers in by_rank]
-            if all(map(math.isfinite, losses)) and math.isfinite(norms[number]):
+            ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
+            if not ranks and math.isfinite(norms[number]):
                 finite.append(math.fsum(losses) / len(losses))
             else:
-                self._count_skipped(tally, done - count + 1 + number, done, losses)
-        return {
+                step = done - count + 1 + number
+                broken.append(BrokenStep(step, "loss", ranks[0]) if ranks else BrokenStep(step, "gradient", 0))
+        self.state.skipped += len(broken)
+        row = {
             "step": done,
-            "epoch": round(done * self.batch_size / self.epoch_samples, 4),
+            "epoch": round(done * self.batch_size / self._epoch_samples, 4),
             "samples": done * self.batch_size,
             "loss": math.fsum(finite) / len(finite) if finite else None,
-            "lr": self.schedule.at(done - 1),
+            "lr": self._schedule.at(done - 1),
             "grad_norm": norms[-1] if norms and math.isfinite(norms[-1]) else None,
-            "bad": tally.bad,
-            "skipped": tally.skipped,
+            "bad": self.state.bad,
+            "skipped": self.state.skipped,
         }
-
-    def _count_skipped(self, tally: Tally, step: int, seen: int, losses: list[float]) -> None:
-        tally.skipped += 1
-        ranks = [rank for rank, loss in enumerate(losses) if not math.isfinite(loss)]
-        what, rank = ("loss", ranks[0]) if ranks else ("gradient", 0)
-        names = self.hooks.keys(step, rank)
-        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        on = f" on rank {rank}" if ranks and self.world.size > 1 else ""
-        found = f"the {what} is not finite at step {step}{on} (samples: {shown})"
-        if tally.skipped <= self.max_skipped:
-            if self.world.is_main:
-                self.hooks.note(f"{found}; the step was left out, {tally.skipped} of at most {self.max_skipped}")
-            return
-        if not self.world.is_main:
-            raise ElsewhereError(found, MaekitError.exit_code)
-        raise MaekitError(
-            f"{found}, seen at step {seen}; no checkpoint holds its weights. A lower --lr, a longer warm-up, "
-            "--clip-grad 1 or --precision fp32 usually help; --skip-nonfinite N leaves up to N such steps out"
-        )
+        return row, broken
 
 
 @dataclass

@@ -5,12 +5,12 @@ import torch
 from maekit import runs
 from maekit.config import TrainingConfig
 from maekit.runs import RunDirectory
+from maekit.shards.cache import RemoteCache
 from maekit.shards.read import ShardSet, open_shards
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
-from maekit.system.errors import DamagedShard, ElsewhereError, InputError
+from maekit.system.errors import DamagedShard, InputError, OtherRankError
 from maekit.system.progress import Progress
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
 from maekit.training.step import check_micro_batch
 
 
@@ -26,7 +26,7 @@ def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint 
     return newest
 
 
-def index_shards(config: TrainingConfig, world: World, progress: Progress) -> ShardSet:
+def index_shards(config: TrainingConfig, world: DistributedContext, progress: Progress) -> ShardSet:
     """Index the training set, and see that a cache for remote shards is large enough."""
     shards = open_set(config, config.shards, progress, "index shards")
     if world.is_main:
@@ -66,16 +66,16 @@ def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress,
         progress.stop()
 
 
-def refuse_different_data(shards: ShardSet, world: World) -> None:
+def refuse_different_data(shards: ShardSet, world: DistributedContext) -> None:
     """See that all ranks read the same data; 48 bits of the digest survive as a float."""
     numbers = [int(number) for (number,) in world.gather([float(int(shards.digest[:12], 16))])]
     for rank, number in enumerate(numbers):
         if number != numbers[0]:
             message = f"rank {rank} reads other shards than rank 0 does: each machine must see the same set"
-            raise InputError(message) if world.is_main else ElsewhereError(message, InputError.exit_code)
+            raise InputError(message) if world.is_main else OtherRankError(message, InputError.exit_code)
 
 
-def refuse_indivisible(config: TrainingConfig, world: World) -> None:
+def refuse_indivisible(config: TrainingConfig, world: DistributedContext) -> None:
     """Refuse a batch that the processes, or a micro-batch, do not divide.
 
     Raises:
@@ -98,7 +98,9 @@ def _refuse_small_cache(config: TrainingConfig, shards: ShardSet) -> None:
     shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
 
 
-def choose_precision(config: TrainingConfig, device: torch.device, world: World, progress: Progress) -> str:
+def choose_precision(
+    config: TrainingConfig, device: torch.device, world: DistributedContext, progress: Progress
+) -> str:
     """Return `fp32` or `bf16`, and tell what was chosen and why."""
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     precision = config.run.precision
@@ -118,7 +120,7 @@ def _cpu_has_bf16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def loader_workers(config: TrainingConfig, device: torch.device, world: World) -> int:
+def loader_workers(config: TrainingConfig, device: torch.device, world: DistributedContext) -> int:
     """Return how many processes read and decode for this one."""
     if config.data.workers is not None:
         return config.data.workers

@@ -14,7 +14,7 @@ from maekit.mae.normalize import Normalizer
 from maekit.system.errors import InputError
 from maekit.training.crops import Chunk
 from maekit.training.data import Upload
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
 from maekit.training.optim import Schedule
 
 # What the forward pass keeps for the backward pass, on a CPU: above that more images at a time are no faster.
@@ -29,9 +29,11 @@ _TEMPORARIES = 1.3
 class Objective(nn.Module, abc.ABC):
     """What is minimised: one module from what is uploaded to the loss, to be compiled and averaged as a whole."""
 
+    model: nn.Module
+
     @abc.abstractmethod
-    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
-        """Return arguments of `forward` for so many images of (height, width) pixels and masks of each."""
+    def example(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return arguments of `forward` for `count` images of (height, width) pixels."""
 
 
 class MaskedObjective(Objective):
@@ -40,11 +42,14 @@ class MaskedObjective(Objective):
     Args:
         model: the autoencoder.
         normalizer: of its input.
+        masks: how many of each image.
     """
 
-    def __init__(self, model: MaskedAutoencoder, normalizer: Normalizer) -> None:
+    model: MaskedAutoencoder
+
+    def __init__(self, model: MaskedAutoencoder, normalizer: Normalizer, masks: int = 1) -> None:
         super().__init__()
-        self.model, self.normalizer = model, normalizer
+        self.model, self.normalizer, self._masks = model, normalizer, masks
 
     def forward(
         self, images: torch.Tensor, flips: torch.Tensor, noise: torch.Tensor, tokens: torch.Tensor | None = None
@@ -60,12 +65,12 @@ class MaskedObjective(Objective):
         mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         return self.model(self.normalizer(mirrored), noise.view(-1, self.model.patches), tokens).loss
 
-    def example(self, count: int, size: tuple[int, int], masks: int) -> tuple[torch.Tensor, ...]:
-        """Return arguments of `forward` for so many images of (height, width) pixels and masks of each."""
+    def example(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        """Return arguments of `forward` for `count` images of (height, width) pixels."""
         device = next(self.parameters()).device
         images = torch.zeros(count, 3, *size, dtype=torch.uint8, device=device)
         flips = torch.zeros(count, dtype=torch.bool, device=device)
-        noise = torch.rand(count, masks * self.model.patches, device=device)
+        noise = torch.rand(count, self._masks * self.model.patches, device=device)
         return images, flips, noise, torch.zeros(count, self.model.patches, dtype=torch.int64, device=device)
 
 
@@ -95,7 +100,7 @@ class Step:
         *,
         forward: Callable[[], AbstractContextManager[Any]],
         upload: Upload,
-        world: World,
+        world: DistributedContext,
         clip: float | None = None,
         compile: bool = False,
         begin: Callable[[int], None] = lambda done: None,
@@ -163,7 +168,6 @@ def choose_micro_batch(
     image_shape: tuple[int, int],
     forward: Callable[[], AbstractContextManager[Any]],
     moments: int = 0,
-    masks: int = 1,
     fits: Callable[[int], bool] = lambda count: True,
 ) -> int:
     """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
@@ -177,13 +181,12 @@ def choose_micro_batch(
         image_shape: (height, width) in pixels.
         forward: a fresh context for the forward pass.
         moments: bytes that the optimiser's state takes on the device already.
-        masks: of each image.
         fits: whether so many images may go through the model at a time, whatever the memory.
     """
     device = next(objective.parameters()).device
     mode = objective.training
     objective.eval()  # a BatchNorm would take these images into its running statistics
-    two, four = (_saved_bytes(objective, count, image_shape, forward, masks) for count in (2, 4))
+    two, four = (_saved_bytes(objective, count, image_shape, forward) for count in (2, 4))
     objective.train(mode)
     per_image, once = (four - two) / 2 * _TEMPORARIES, max(0, 2 * two - four)
     if device.type == "cuda":
@@ -205,7 +208,6 @@ def _saved_bytes(
     images_at_once: int,
     image_shape: tuple[int, int],
     forward: Callable[[], AbstractContextManager[Any]],
-    masks: int,
 ) -> int:
     storages: dict[int, int] = {}
     own = {p.untyped_storage().data_ptr() for p in objective.parameters()}
@@ -216,7 +218,7 @@ def _saved_bytes(
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    example = objective.example(images_at_once, image_shape, masks)
+    example = objective.example(images_at_once, image_shape)
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor), forward():
         objective(*example)
     return sum(storages.values())
@@ -232,6 +234,6 @@ def check_micro_batch(micro_batch: int, share: int) -> None:
         fitting = [part for part in range(1, share + 1) if share % part == 0]
         nearest = min(fitting, key=lambda part: abs(part - micro_batch))
         raise InputError(
-            f"--micro-batch {micro_batch} does not divide the {share} images of a step that each process takes; "
+            f"`micro_batch` {micro_batch} does not divide the {share} images of a step that each process takes; "
             f"{nearest} does"
         )

@@ -12,7 +12,7 @@ from maekit.system import files
 _NO_CURVES = ("step", "samples")
 
 
-class Board:
+class TensorBoardLog:
     """A writer of TensorBoard's event files; a run that resumes hides what it writes again.
 
     Args:

@@ -73,9 +73,9 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
         rows = batch.astype(np.float64)
         count, total, products = count + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
     if count < 2:
-        raise InputError(f"--whiten needs at least 2 readable images, there is {count}")
+        raise InputError(f"`whiten` needs at least 2 readable images, there is {count}")
     if not np.isfinite(products).all():
-        raise InputError("--whiten: the model gives values that are not finite")
+        raise InputError("`whiten`: the model gives values that are not finite")
     mean = total / count
     variances, directions = np.linalg.eigh(products / count - np.outer(mean, mean))
     variances, directions = variances[::-1], directions[:, ::-1]  # largest first
@@ -83,10 +83,10 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
     # n images span n - 1 directions.
     possible = min(present, count - 1)
     if not possible:
-        raise InputError("--whiten: the embeddings of the sample are all the same")
+        raise InputError("`whiten`: the embeddings of the sample are all the same")
     if dim is not None and dim > possible:
         raise InputError(
-            f"--whiten-dim {dim}: the embeddings of {count} images vary in {possible} directions; give more images or "
+            f"`whiten_dim` {dim}: the embeddings of {count} images vary in {possible} directions; give more images or "
             "a smaller number"
         )
     kept = dim or possible

@@ -19,7 +19,8 @@ from support.models import embed_config
 from support.processes import fill_disk, finish, kill_at_disk, segments, start, warm_up
 from support.shards import jpeg, write_shard
 
-from maekit.embedding.embed import EmbedConfig, embed
+from maekit.config.embed import EmbedConfig
+from maekit.embedding.embed import embed
 
 FORMATS = ("parquet", "npy")
 

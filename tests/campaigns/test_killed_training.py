@@ -19,9 +19,9 @@ from support.processes import fill_disk, finish, kill_in_checkpoint, read_trace,
 
 from maekit.config import PretrainConfig
 from maekit.runs import MODEL, OPTIMIZER, RunDirectory
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.training import data
-from maekit.training.data import Division, ExactSource
+from maekit.training.data import BatchLayout, ExactSource
 
 STEPS = 40
 
@@ -209,14 +209,14 @@ def count_lines(path: Path) -> int:
 def test_worlds_and_workers_and_stops_keep_one_order(counts: tuple[int, ...], monkeypatch, rounds) -> None:
     """Uneven shards, fewer shards than ranks, sets smaller than a batch: each step has the same places, once each."""
     chance, batch, last, stops = random.Random(5), 24, 30, rounds(3, 200)
-    order = Order(np.array(counts), seed=7, digest="cd" * 32, window=2)
+    order = SampleOrder(np.array(counts), seed=7, digest="cd" * 32, window=2)
 
     def places(first: int, world: int, workers: int) -> list[np.ndarray]:
         """Return, by step, what all ranks' workers hand over in turn: (epoch, place, shard, ordinal)."""
         steps: list[list[np.ndarray]] = [[] for _ in range(last - first)]
         for rank in range(world):
             # Chunks of a few images each, so that one step takes several workers.
-            division = Division(batch, batch // world, rank, world, image_bytes=3 << 20)
+            division = BatchLayout(batch, batch // world, rank, world, image_bytes=3 << 20)
             rows = []
             for worker in range(max(1, workers)):
                 info = type("Info", (), {"id": worker, "num_workers": workers})() if workers else None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from support.shards import jpeg, write_shard
 
 import maekit
@@ -239,12 +240,12 @@ def test_settings_are_typed() -> None:
         ("data.mean", 3),
         ("model.name", 3),
     ):
-        with pytest.raises(InputError, match=key):
+        with raises(InputError, match=key):
             set_value(config, key, value)
     assert parse_setting("a=1e-3") == ("a", 1e-3)
     assert parse_setting("a = vit") == ("a", "vit")
     assert parse_setting("a=none") == ("a", None)
-    with pytest.raises(InputError, match="key=value"):
+    with raises(InputError, match="key=value"):
         parse_setting("a")
 
 

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises
 
 from maekit.demo import run as demo
 from maekit.demo.pictures import CLASSES, draw
@@ -62,5 +63,5 @@ def test_the_whole_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert re.findall(r'<td class="number">(?:<b>)?([\d.]+%)', page) == [f"{share:.1%}" for share in shares]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("")
-    with pytest.raises(InputError, match="no demo made"):
+    with raises(InputError, match="no demo made"):
         demo.run_demo(tmp_path / "mine")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from maekit.cli.options import with_flags
 from maekit.config import ModelConfig
 from maekit.mae.targets import normalize_patches
 from maekit.system.errors import ImageError
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(not TROUBLES.exists(), reason="needs the source 
 
 
 def templates() -> list[str]:
-    """Return every text of the source, `…` in place of what changes."""
+    """Return every text of the source as the command line shows it, `…` in place of what changes."""
     found = []
     for folder in ("maekit", "cli", "exporters"):
         for path in (ROOT / folder).rglob("*.py"):
@@ -34,7 +35,7 @@ def templates() -> list[str]:
                     found.append("".join(str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
-    return found
+    return [with_flags(text) for text in found]
 
 
 def messages() -> list[str]:

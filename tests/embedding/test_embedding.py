@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from support.errors import raises
 from support.models import embed_config, timm_embeddings
 from support.rows import rows
 from support.shards import jpeg, write_shard
 
 import maekit
-from maekit.config.export import ExportOptions
+from maekit.config.check import InspectConfig
+from maekit.config.export import ExportConfig
 from maekit.embedding.embed import embed
 from maekit.exporters.export import export
 from maekit.inspection import inspect
@@ -60,7 +62,7 @@ def test_python_embedder_gives_the_same_to_the_bit(trained: Path, tmp_path: Path
     for same in (tmp_path / "a.jpg", str(tmp_path / "a.jpg"), image, np.asarray(image), [data[0]]):
         np.testing.assert_array_equal(embedder(same), one)
     assert embedder([]).shape == (0, 32)
-    with pytest.raises(InputError, match="float64"):
+    with raises(InputError, match="float64"):
         embedder(np.zeros((3, 3, 3)))
     with pytest.raises(ImageError):
         embedder(b"no image")
@@ -208,7 +210,7 @@ def test_earlier_embeddings_outlive_a_failing_input(trained: Path, tmp_path: Pat
 def test_no_sample_at_all(trained: Path, tmp_path: Path) -> None:
     for number in range(2):
         write_shard(tmp_path / "empty" / f"{number}.tar", {})
-    with pytest.raises(InputError, match="the 2 shards hold no sample at all"):
+    with raises(InputError, match="the 2 shards hold no sample at all"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "empty"),)))
 
 
@@ -218,7 +220,7 @@ def test_the_same_shard_under_another_name_is_refused(trained: Path, tmp_path: P
         write_shard(tmp_path / folder / "000.tar", {f"{folder}{i}": {"jpg": jpeg(i)} for i in range(3)})
     one, both = (str(tmp_path / "a"),), (str(tmp_path / "a"), str(tmp_path / "b"))
     embed(embed_config(trained, tmp_path / "out", shards=one))
-    with pytest.raises(InputError, match=r"000\.tar of an earlier run would be a/000\.tar now"):
+    with raises(InputError, match=r"000\.tar of an earlier run would be a/000\.tar now"):
         embed(embed_config(trained, tmp_path / "out", shards=both))
     # Another shard of the same name, size and time is not taken for it.
     status = (tmp_path / "a" / "000.tar").stat()
@@ -227,7 +229,7 @@ def test_the_same_shard_under_another_name_is_refused(trained: Path, tmp_path: P
     assert (tmp_path / "c" / "x" / "000.tar").stat().st_size == status.st_size
     assert embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "c"),))).rows == 3
     assert embed(embed_config(trained, tmp_path / "out2", shards=both)).rows == 6
-    assert inspect(str(tmp_path / "out2"))["rows"] == 6
+    assert inspect(InspectConfig(str(tmp_path / "out2")))["rows"] == 6
 
 
 def test_float16(trained: Path, tmp_path: Path) -> None:
@@ -244,7 +246,7 @@ def test_an_output_belongs_to_one_model_and_set_of_options(trained: Path, tmp_pa
     embed(embed_config(trained, tmp_path / "out"))
     (tmp_path / "out" / "mine.txt").write_text("kept")
     other = embed_config(trained, tmp_path / "out", **change)
-    with pytest.raises(InputError, match=f"{next(iter(change))} = .*--overwrite"):
+    with raises(InputError, match=f"{next(iter(change))} = .*--overwrite"):
         embed(other)
     other.overwrite = True
     assert embed(other).shards == 3
@@ -253,10 +255,10 @@ def test_an_output_belongs_to_one_model_and_set_of_options(trained: Path, tmp_pa
 
 def test_another_model_is_refused(trained: Path, tmp_path: Path) -> None:
     embed(embed_config(trained, tmp_path / "out"))
-    export(trained / "run", tmp_path / "cls.onnx", ExportOptions(pool="cls"))
+    export(ExportConfig(trained / "run", tmp_path / "cls.onnx", pool="cls"))
     other = embed_config(trained, tmp_path / "out")
     other.model = str(tmp_path / "cls.onnx")
-    with pytest.raises(InputError, match="model = "):
+    with raises(InputError, match="model = "):
         embed(other)
 
 
@@ -264,28 +266,29 @@ def test_embed_refuses(trained: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("")
-    with pytest.raises(InputError, match="thesis"):
+    with raises(InputError, match="thesis"):
         embed(embed_config(trained, foreign))
-    with pytest.raises(InputError, match="--dtype"):
+    with raises(InputError, match="--dtype"):
         embed(embed_config(trained, tmp_path / "out", dtype="int8"))
-    with pytest.raises(InputError, match="--batch-size 0"):
+    with raises(InputError, match="--batch-size 0"):
         embed(embed_config(trained, tmp_path / "out", batch_size=0))
-    with pytest.raises(InputError, match="sync"):
+    with raises(InputError, match="sync"):
         embed(embed_config(trained, "s3://bucket/out"))
     config = embed_config(trained, tmp_path / "out")
     config.model = str(tmp_path / "missing.onnx")
-    with pytest.raises(InputError, match="no such file"):
+    with raises(InputError, match="no such file"):
         embed(config)
     (tmp_path / "broken.onnx").write_bytes(b"nothing")
     config.model = str(tmp_path / "broken.onnx")
-    with pytest.raises(InputError, match="cannot load"):
+    with raises(InputError, match="cannot load"):
         embed(config)
     assert not (tmp_path / "out").exists()
 
 
 EMBED = """
 import sys
-from maekit.embedding.embed import EmbedConfig, embed
+from maekit.config.embed import EmbedConfig
+from maekit.embedding.embed import embed
 from maekit.system.errors import Stopped
 import maekit.embedding.session as session, time
 call = session.EncoderSession.__call__

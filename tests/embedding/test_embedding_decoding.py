@@ -10,15 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises
 from support.models import embed_config
 from support.processes import finish, segments, start, warm_up
 from support.shards import jpeg, write_shard
 
 import maekit
 import maekit.embedding.decode_pool as decoding
+from maekit.cli.options import with_flags
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
+from maekit.config.embed import EmbedConfig
 from maekit.embedding.decode_pool import Chunk, DecodePool, Ring
-from maekit.embedding.embed import EmbedConfig, embed, raise_if_incomplete
+from maekit.embedding.embed import embed, raise_if_incomplete
 from maekit.embedding.session import EncoderSession, OutOfMemory
 from maekit.images import Preprocess
 from maekit.shards.read import read_file
@@ -136,7 +139,7 @@ def test_decoders_that_always_die(trained: Path, tmp_path: Path, monkeypatch) ->
     monkeypatch.setattr(decoding, "_MOST_CRASHES", 2)
     write_shard(tmp_path / "in" / "0.tar", {f"k{i}": {"jpg": jpeg(i)} for i in range(8)})
     monkeypatch.setattr(Preprocess, "__call__", lambda self, data: os._exit(1))
-    with pytest.raises(MaekitError, match="decoding processes keep dying"):
+    with raises(MaekitError, match="decoding processes keep dying"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "in"),)))
     assert not list((tmp_path / "out").glob("*.parquet"))
 
@@ -146,7 +149,7 @@ def test_no_memory_for_the_ring(monkeypatch) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(MaekitError, match="choose a smaller --batch-size"):
+    with raises(MaekitError, match="choose a smaller --batch-size"):
         Ring(4, 256, (224, 224))
 
 
@@ -174,7 +177,8 @@ def test_memory_does_not_grow_with_a_shard(trained: Path, tmp_path: Path) -> Non
     image = jpeg(1)
     script = """
 import sys
-from maekit.embedding.embed import EmbedConfig, embed
+from maekit.config.embed import EmbedConfig
+from maekit.embedding.embed import embed
 model, shards, out = sys.argv[1:]
 embed(EmbedConfig(model, (shards,), out, device="cpu", batch_size=64, workers=1))
 # The largest size since exec; that of getrusage is the parent's where it was larger.
@@ -213,7 +217,7 @@ def test_out_of_memory_halves_the_batch(trained: Path, tmp_path: Path, monkeypat
 
     class Notes(maekit.system.progress.Silent):
         def note(self, text: str) -> None:
-            notes.append(text)
+            notes.append(with_flags(text))
 
     config = embed_config(trained, tmp_path / "out", shards=shards, batch_size=16, verify=True)
     result = embed(config, Notes())
@@ -264,14 +268,14 @@ def test_an_error_on_one_of_two_devices(trained: Path, tmp_path: Path, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(output.OutputDirectory, "begin", failing)
-        with pytest.raises(MaekitError, match="cannot write 3"):
+        with raises(MaekitError, match="cannot write 3"):
             embed(config)
     result = embed(config)
     assert (result.rows, result.errors) == (25, 0)
     config.device = "cpu"
-    with pytest.raises(InputError, match="--device cpu and --devices cpu,cpu: give one"):
+    with raises(InputError, match="--device cpu and --devices cpu,cpu: give one"):
         embed(config)
-    with pytest.raises(InputError, match=r"cuda:0: .*NVIDIA driver|cuda:0: .*provider"):
+    with raises(InputError, match=r"cuda:0: .*NVIDIA driver|cuda:0: .*provider"):
         embed(EmbedConfig(config.model, config.shards, str(tmp_path / "gpu"), devices=("cuda:0", "cuda:1")))
 
 

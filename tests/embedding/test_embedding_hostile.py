@@ -11,16 +11,18 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from support.errors import raises
 from support.models import embed_config
 from support.processes import finish, start, warm_up
 from support.rows import rows
 from support.shards import jpeg, write_shard
 
 import maekit.embedding.inputs as inputs
-from maekit.embedding.embed import EmbedConfig, embed, raise_if_incomplete
-from maekit.embedding.ownership import owned, still_owns
+from maekit.config.embed import EmbedConfig
+from maekit.embedding.embed import embed, raise_if_incomplete
 from maekit.images import Preprocess
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.locks import owned, still_owns
 
 
 @pytest.fixture
@@ -84,7 +86,7 @@ def test_a_link_among_the_bookkeeping(trained: Path, shards: Path, tmp_path: Pat
     if place == ".":
         link = tmp_path / "out" / "_maekit"
     link.symlink_to(victim)
-    with pytest.raises(InputError, match="is a link"):
+    with raises(InputError, match="is a link"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(shards),), overwrite=True))
     assert (victim / "all" / "thesis").read_text() == "text"
 
@@ -92,7 +94,7 @@ def test_a_link_among_the_bookkeeping(trained: Path, shards: Path, tmp_path: Pat
 def test_a_lock_is_no_link(tmp_path: Path) -> None:
     (tmp_path / "thesis").write_text("text")
     (tmp_path / "lock").symlink_to(tmp_path / "thesis")
-    with pytest.raises(InputError, match="cannot write"), owned(tmp_path / "lock"):
+    with raises(InputError, match="cannot write"), owned(tmp_path / "lock"):
         pass
     assert (tmp_path / "thesis").read_text() == "text"
 
@@ -134,17 +136,17 @@ def test_damaged_numbers(trained: Path, shards: Path, tmp_path: Path) -> None:
     embed(config)
     for text in ("", "{}", '{"shards": [1]}'):
         (tmp_path / "out" / "_maekit" / ".numbers" / "00000.json").write_text(text)
-        with pytest.raises(InputError, match=r"00000\.json is damaged"):
+        with raises(InputError, match=r"00000\.json is damaged"):
             embed(config)
 
 
 def test_names_that_lead_out(trained: Path, shards: Path, tmp_path: Path) -> None:
     write_shard(tmp_path / "other" / "z.tar", {"z": {"jpg": jpeg(1)}})
-    with pytest.raises(InputError, match="leads out of the output"):
+    with raises(InputError, match="leads out of the output"):
         embed(embed_config(trained, tmp_path / "x" / "out", shards=(f"{shards}/*/../../other/*.tar",)))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "other"]
     write_shard(tmp_path / "in" / ".c" / "0.tar", {"c": {"jpg": jpeg(1)}})
-    with pytest.raises(InputError, match="a hidden name"):
+    with raises(InputError, match="a hidden name"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(shards / ".c" / "0.tar"), str(shards / "a"))))
 
 
@@ -213,7 +215,7 @@ def test_processes_that_cannot_be_started(trained: Path, shards: Path, tmp_path:
     monkeypatch.setattr(popen_fork.Popen, "_launch", failing)
     if which:
         monkeypatch.setattr(Preprocess, "__call__", lambda self, data: os._exit(1))
-    with pytest.raises(MaekitError, match="choose fewer --workers"):
+    with raises(MaekitError, match="choose fewer --workers"):
         embed(embed_config(trained, tmp_path / "out", shards=(str(shards),), workers=2))
     children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
     names = [Path(f"/proc/{child}/cmdline").read_bytes() for child in children]
@@ -294,7 +296,7 @@ def test_a_failing_device_leaves_no_lock(trained: Path, shards: Path, tmp_path: 
     begin = output.OutputDirectory.begin
     monkeypatch.setattr(output.OutputDirectory, "begin", failing)
     config = EmbedConfig(str(trained / "encoder.onnx"), (str(shards),), str(tmp_path / "out"), devices=("cpu", "cpu"))
-    with pytest.raises(MaekitError, match="cannot write d"):
+    with raises(MaekitError, match="cannot write d"):
         embed(config)
     left = [path for name in (".locks", ".tmp") for path in (tmp_path / "out" / "_maekit" / name).rglob("*")]
     assert not [path for path in left if path.is_file()]
@@ -335,5 +337,5 @@ def test_large_members_make_smaller_groups(trained: Path, shards: Path, tmp_path
     ids=str,
 )
 def test_refused_in_one_line(trained: Path, shards: Path, tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(MaekitError, match=said):
+    with raises(MaekitError, match=said):
         embed(embed_config(trained, tmp_path / "out", shards=(str(shards),), **changes))

@@ -11,16 +11,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from support.errors import raises
 from support.models import embed_config
 from support.processes import finish, start
 from support.rows import rows
 from support.shards import jpeg, write_shard
 
-from maekit.embedding import ownership
 from maekit.embedding.embed import embed, raise_if_incomplete
-from maekit.embedding.ownership import Held, owned, still_owns
 from maekit.embedding.splits import Split, find_split
+from maekit.system import locks
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.locks import LockedError, owned, still_owns
 
 
 @pytest.fixture
@@ -143,9 +144,9 @@ def test_limit_and_select(trained: Path, shards: Path, tmp_path: Path) -> None:
     result, keys = run("both", select="*-[1-4]", limit=6)
     assert (result.rows, result.errors) == (4, 2)
     assert keys == ["a0-1", "a0-3", "a0-4", "a1-1"]
-    with pytest.raises(InputError, match="limit = 9, and 10 is asked"):
+    with raises(InputError, match="limit = 9, and 10 is asked"):
         run("limit", limit=10)
-    with pytest.raises(InputError, match="hold no sample at all whose key matches dog"):
+    with raises(InputError, match="hold no sample at all whose key matches dog"):
         run("none", select="dog*")
     assert not list((tmp_path / "none").iterdir())  # a slip does not decide what the directory is for
 
@@ -176,7 +177,7 @@ def test_a_folder_of_images(trained: Path, tmp_path: Path, monkeypatch) -> None:
     assert (embed(config).skipped, embed(config).skipped) == (2, 2)
     (folder / "4.jpg").write_bytes(jpeg(40))
     assert embed(config).shards == 1
-    with pytest.raises(InputError, match="give it alone"):
+    with raises(InputError, match="give it alone"):
         embed(embed_config(trained, tmp_path / "two", shards=(str(folder), str(tmp_path / "in"))))
     (folder / "sub" / "5.jpg").unlink()
     (folder / "sub" / "5.jpg").symlink_to(folder / "sub" / "1.jpg")
@@ -243,11 +244,11 @@ def test_which_split_a_launcher_means(monkeypatch) -> None:
     array = dict(zip(("ID", "MIN", "MAX", "COUNT", "STEP"), ("7", "1", "10", "4", "3"), strict=True))
     found = split(**{f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}, SLURM_NTASKS="1")
     assert (found.number, found.count) == (2, 4)
-    with pytest.raises(InputError, match="gaps"):
+    with raises(InputError, match="gaps"):
         split(**{f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "1", "MIN": "1", "MAX": "9", "COUNT": "3"}.items()})
     assert split(0, 1, RANK="1", WORLD_SIZE="2").count == 1  # what was asked for goes first
     for number, count, said in ((5, 5, "0 to 4"), (None, 5, "go together"), (1, None, "go together")):
-        with pytest.raises(InputError, match=said):
+        with raises(InputError, match=said):
             find_split(number, count)
     parts = list(range(10))
     shares = [Split(number, 3).of(parts) for number in range(3)]
@@ -259,11 +260,11 @@ def test_a_lock_is_held_by_one(tmp_path: Path) -> None:
     path = tmp_path / "locks" / "a"
     script = f"""
 from pathlib import Path
-from maekit.embedding.ownership import Held, owned
+from maekit.system.locks import LockedError, owned
 try:
     with owned(Path({str(path)!r})):
         print("had it")
-except Held as held:
+except LockedError as held:
     print(held.owner)
 """
 
@@ -274,7 +275,7 @@ except Held as held:
     with owned(path):
         assert other() == f"process {os.getpid()} on {os.uname().nodename}"
         assert still_owns(path)
-        with pytest.raises(Held), owned(path):
+        with pytest.raises(LockedError), owned(path):
             pass
         path.unlink()
         path.write_text("")  # taken over by another machine, while this one stood still
@@ -285,14 +286,14 @@ except Held as held:
     assert other() == "had it"
     path.write_text("process 1 on elsewhere\n")
     assert other().startswith("process 1 on elsewhere")
-    old = time.time() - ownership.STALE_SECONDS - 5
+    old = time.time() - locks.STALE_SECONDS - 5
     os.utime(path, (old, old))
     assert other() == "had it"
 
 
 def test_a_lock_shows_that_its_owner_lives(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(ownership, "HEARTBEAT_SECONDS", 0.02)
-    monkeypatch.setattr(ownership, "_heart", None)
+    monkeypatch.setattr(locks, "HEARTBEAT_SECONDS", 0.02)
+    monkeypatch.setattr(locks, "_heart", None)
     path = tmp_path / "lock"
     with owned(path):
         os.utime(path, (0, 0))
@@ -303,7 +304,7 @@ def test_a_lock_shows_that_its_owner_lives(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_a_second_run_is_refused(trained: Path, shards: Path, tmp_path: Path) -> None:
-    from maekit.embedding.ownership import owned
+    from maekit.system.locks import owned
 
     config = embed_config(trained, tmp_path / "out", shards=(str(shards),))
     embed(config)
@@ -325,7 +326,7 @@ def test_overwrite_waits_for_splits_at_work(trained: Path, shards: Path, tmp_pat
     script = f"""
 import sys, time
 from pathlib import Path
-from maekit.embedding.ownership import owned
+from maekit.system.locks import owned
 with owned(Path({str(lock)!r})):
     print("locked", flush=True)
     sys.stdin.read()
@@ -333,11 +334,11 @@ with owned(Path({str(lock)!r})):
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, text=True, **pipes) as other:
         assert other.stdout.readline() == "locked\n"
-        with pytest.raises(InputError, match=r"--overwrite: .* is in use by process"):
+        with raises(InputError, match=r"--overwrite: .* is in use by process"):
             embed(config)
         other.stdin.close()
     assert embed(config).shards == 3
-    with pytest.raises(InputError, match="--overwrite with several splits"):
+    with raises(InputError, match="--overwrite with several splits"):
         embed(embed_config(trained, tmp_path / "out", overwrite=True, num_splits=2, split=0))
 
 
@@ -373,7 +374,7 @@ def test_names_that_would_be_taken_for_bookkeeping(trained: Path, tmp_path: Path
     write_shard(tmp_path / "in" / "_maekit" / "0.tar", {"a": {"jpg": jpeg(1)}})
     write_shard(tmp_path / "in" / "1.tar", {"a\u2028b": {"jpg": b"broken"}, "c": {"jpg": jpeg(1)}})
     config = embed_config(trained, tmp_path / "out", shards=(str(tmp_path / "in"),), verify=True)
-    with pytest.raises(InputError, match="a folder named _maekit is no input"):
+    with raises(InputError, match="a folder named _maekit is no input"):
         embed(config)
     config.shards = (str(tmp_path / "in" / "1.tar"),)
     raise_if_incomplete(embed(config))
@@ -435,7 +436,7 @@ def test_verify_sees(trained: Path, shards: Path, tmp_path: Path, name: str) -> 
     config = embed_config(trained, tmp_path / "out", shards=(str(shards),), verify=True)
     raise_if_incomplete(embed(config))
     sabotage(tmp_path / "out")
-    with pytest.raises(MaekitError, match=said):
+    with raises(MaekitError, match=said):
         raise_if_incomplete(embed(config))
 
 

@@ -23,7 +23,9 @@ from support.shards import jpeg, write_shard
 from usearch.index import Index
 
 import maekit
-from maekit.embedding.embed import EmbedConfig, embed
+from maekit.config.embed import EmbedConfig
+from maekit.config.export import ExportConfig
+from maekit.embedding.embed import embed
 from maekit.exporters.export import export
 
 pytestmark = pytest.mark.whole
@@ -89,7 +91,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             number += 1
         write_shard(folder / "shards" / f"{name}.tar", samples)
     maekit.pretrain(tiny_config(folder / "shards", folder / "run"))
-    export(folder / "run", folder / "encoder.onnx")
+    export(ExportConfig(folder / "run", folder / "encoder.onnx"))
     return folder / "encoder.onnx"
 
 

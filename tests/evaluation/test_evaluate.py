@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.linear_model import LogisticRegression as Reference
 from sklearn.metrics import average_precision_score
 from sklearn.neighbors import KNeighborsClassifier
+from support.errors import raises
 from support.planted import picture, plant
 from support.processes import tiny_config
 from support.shards import write_shard
@@ -21,8 +22,7 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.config.evaluate import EvaluateOptions
-from maekit.config.export import ExportOptions
+from maekit.config.export import ExportConfig
 from maekit.evaluation.labelled import classes_of
 from maekit.evaluation.retrieval import retrieval_scores
 from maekit.exporters.export import export
@@ -60,7 +60,7 @@ def judged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     plant(folder / "shards/train", 0, 30, 34)
     plant(folder / "shards/test", 1000, 24)
     maekit.pretrain(tiny_config(folder / "shards/train", folder / "run"))
-    export(folder / "run", folder / "encoder.onnx", ExportOptions(normalize=False))
+    export(ExportConfig(folder / "run", folder / "encoder.onnx", normalize=False))
     maekit.embed(
         maekit.EmbedConfig(
             str(folder / "encoder.onnx"), (str(folder / "shards"),), str(folder / "embeddings"), device="cpu"
@@ -171,7 +171,7 @@ def test_a_query_without_anything_to_find_does_not_count() -> None:
     rows, labels = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
     scores = retrieval_scores(rows, labels, None, None, recalls=[1])
     assert scores.queries == 2
-    with pytest.raises(InputError, match="no query"):
+    with raises(InputError, match="no query"):
         retrieval_scores(rows, np.arange(3), None, None, recalls=[1])
 
 
@@ -184,7 +184,7 @@ def test_classes_are_in_order() -> None:
 def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
     found = {
         source: maekit.evaluate(
-            "knn", str(judged / source), **sets(judged), options=EvaluateOptions(baselines=False, whiten=False, **CPU)
+            maekit.EvaluateConfig("knn", str(judged / source), **sets(judged), baselines=False, whiten=False, **CPU)
         )
         for source in ("run", "run/checkpoints/step-000000008", "encoder.onnx", "embeddings")
     }
@@ -211,8 +211,8 @@ def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
 
 
 def test_baselines_and_whitening_stand_beside_it(judged: Path) -> None:
-    options = EvaluateOptions(whiten_dims=(3,), pool=("avg",), **CPU)
-    result = maekit.evaluate("knn", str(judged / "run"), **sets(judged), options=options)
+    options = dict(whiten_dims=(3,), pool=("avg",), **CPU)
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / "run"), **sets(judged), **options))
     names = [(row["name"], row["dim"]) for row in result.rows]
     assert names == [
         ("raw pixels", 192),
@@ -224,7 +224,7 @@ def test_baselines_and_whitening_stand_beside_it(judged: Path) -> None:
     ]
     pixels = result.rows[0]
     assert pixels["accuracy"] == pixels["k=20"] == 1.0  # the classes are colours
-    again = maekit.evaluate("knn", str(judged / "run"), **sets(judged), options=options)
+    again = maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / "run"), **sets(judged), **options))
     assert again.rows == result.rows
 
 
@@ -232,16 +232,16 @@ def test_the_untrained_encoder_is_another_one(judged: Path, tmp_path: Path) -> N
     hard = str(plant(tmp_path / "hard", 0, 24, label=lambda number: str(number // 4 % 2)))
     rows = {}
     for seed in (0, 1):
-        options = EvaluateOptions(whiten=False, pool=("avg",), seed=seed, **CPU)
-        made = maekit.evaluate("retrieval", str(judged / "run"), [hard], options=options)
+        options = dict(whiten=False, pool=("avg",), seed=seed, **CPU)
+        made = maekit.evaluate(maekit.EvaluateConfig("retrieval", str(judged / "run"), [hard], **options))
         rows[seed] = {row["name"]: row for row in made.rows}
     assert rows[0]["avg"] == rows[1]["avg"]
     assert rows[0]["untrained avg"]["map"] != rows[1]["untrained avg"]["map"]
 
 
 def test_linear_and_retrieval(judged: Path, tmp_path: Path) -> None:
-    options = EvaluateOptions(pool=("avg+cls",), precisions=("fp32", "int8"), **CPU)
-    linear = maekit.evaluate("linear", str(judged / "run"), **sets(judged), options=options)
+    options = dict(pool=("avg+cls",), precisions=("fp32", "int8"), **CPU)
+    linear = maekit.evaluate(maekit.EvaluateConfig("linear", str(judged / "run"), **sets(judged), **options))
     assert [row["name"] for row in linear.rows] == [
         "raw pixels",
         "untrained avg+cls",
@@ -249,12 +249,12 @@ def test_linear_and_retrieval(judged: Path, tmp_path: Path) -> None:
         "avg+cls, int8",
     ]
     assert all(row["accuracy"] == 1.0 for row in linear.rows)
-    easy = maekit.evaluate("retrieval", str(judged / "encoder.onnx"), sets(judged)["train"])
+    easy = maekit.evaluate(maekit.EvaluateConfig("retrieval", str(judged / "encoder.onnx"), sets(judged)["train"]))
     assert easy.test is None
     assert easy.rows[0]["map"] > 0.99
     assert easy.rows[0]["recall@1"] == 1.0
     hard = str(plant(tmp_path / "hard", 0, 24, label=lambda number: str(number // 4 % 2)))
-    found = maekit.evaluate("retrieval", str(judged / "run"), [hard], options=options)
+    found = maekit.evaluate(maekit.EvaluateConfig("retrieval", str(judged / "run"), [hard], **options))
     int8, fp32 = ({r["name"]: r for r in found.rows}[name] for name in ("avg+cls, int8", "avg+cls"))
     assert int8["map"] == pytest.approx(fp32["map"], abs=0.05)
     assert int8["map"] != fp32["map"]
@@ -273,11 +273,9 @@ def test_what_cannot_be_used_is_left_out_and_counted(judged: Path, tmp_path: Pat
     )
     (shards / "cut.tar").write_bytes((shards / "0.tar").read_bytes()[:3000])
     result = maekit.evaluate(
-        "knn",
-        str(judged / "run"),
-        [str(shards)],
-        sets(judged)["test"],
-        EvaluateOptions(pool=("avg",), whiten=False, **CPU),
+        maekit.EvaluateConfig(
+            "knn", str(judged / "run"), [str(shards)], sets(judged)["test"], pool=("avg",), whiten=False, **CPU
+        )
     )
     assert (result.train["samples"], result.train["damaged"]) == (24, 1)
     assert (result.train["images"], result.train["unlabelled"], result.train["unreadable"]) == (22, 2, 1)
@@ -287,8 +285,8 @@ def test_labels_may_be_words_and_some_unknown(judged: Path, tmp_path: Path) -> N
     words = ["red", "green", "blue", "yellow"]
     train = plant(tmp_path / "train", 0, 20, label=lambda n: words[n % 4])
     test = plant(tmp_path / "test", 500, 8, label=lambda n: words[n % 4] if n % 4 else "pink")
-    options = EvaluateOptions(baselines=True, pool=("avg",), whiten=False, k=3, **CPU)
-    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(test)], options)
+    options = dict(baselines=True, pool=("avg",), whiten=False, k=3, **CPU)
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / "run"), [str(train)], [str(test)], **options))
     assert result.test is not None
     assert result.test["classes"] == 3
     assert result.rows[0]["accuracy"] == 0.75  # pink is never right
@@ -301,23 +299,27 @@ def test_classes_are_known_by_name_where_both_sets_have_names(judged: Path, tmp_
     write_shard(tmp_path / "test/0.tar", {f"{n}": {"png": picture(n), "cls": str(n % 4 - 1).encode()} for n in few})
     (train / "classes.txt").write_text("\n".join(words))
     (tmp_path / "test/classes.txt").write_text("\n".join(words[1:]))
-    options = EvaluateOptions(pool=("avg",), whiten=False, k=3, **CPU)
-    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], options)
+    options = dict(pool=("avg",), whiten=False, k=3, **CPU)
+    result = maekit.evaluate(
+        maekit.EvaluateConfig("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], **options)
+    )
     assert result.rows[0]["accuracy"] == 1.0
     (train / "classes.txt").unlink()  # nothing tells any more
-    result = maekit.evaluate("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], options)
+    result = maekit.evaluate(
+        maekit.EvaluateConfig("knn", str(judged / "run"), [str(train)], [str(tmp_path / "test")], **options)
+    )
     assert result.rows[0]["accuracy"] == 0.0
 
 
 def test_what_is_exported_whitened_is_not_whitened_again(judged: Path, tmp_path: Path) -> None:
-    export(judged / "run", tmp_path / "w.onnx", ExportOptions(whiten=(sets(judged)["train"][0],)))
-    result = maekit.evaluate("knn", str(tmp_path / "w.onnx"), **sets(judged), options=EvaluateOptions(baselines=False))
+    export(ExportConfig(judged / "run", tmp_path / "w.onnx", whiten=(sets(judged)["train"][0],)))
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", str(tmp_path / "w.onnx"), **sets(judged), baselines=False))
     assert [row["name"] for row in result.rows] == ["avg, whitened, as exported"]
 
 
 def test_a_part_of_the_images(judged: Path) -> None:
-    options = EvaluateOptions(train_images=16, test_images=8, baselines=False, **CPU)
-    result = maekit.evaluate("knn", str(judged / "encoder.onnx"), **sets(judged), options=options)
+    options = dict(train_images=16, test_images=8, baselines=False, **CPU)
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / "encoder.onnx"), **sets(judged), **options))
     assert result.test is not None
     assert (result.train["images"], result.test["images"]) == (16, 8)
 
@@ -340,8 +342,8 @@ def test_a_part_of_the_images(judged: Path) -> None:
     ],
 )
 def test_what_is_refused(judged: Path, source: str, options: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        maekit.evaluate("knn", str(judged / source), **sets(judged), options=EvaluateOptions(**options, **CPU))
+    with raises(InputError, match=said):
+        maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / source), **sets(judged), **options, **CPU))
 
 
 def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
@@ -349,25 +351,25 @@ def test_sets_that_are_refused(judged: Path, tmp_path: Path) -> None:
     other = [str(plant(tmp_path / "other", 5000, 12))]
     alike = [str(plant(tmp_path / "alike", 0, 12, label=lambda n: "1"))]
     bare = [str(write_shard(tmp_path / "bare/0.tar", {"a": {"png": picture(0)}}).parent)]
-    options = EvaluateOptions(baselines=False, **CPU)
+    options = dict(baselines=False, **CPU)
     for source, train, held_out, said in (
         ("embeddings", other, test, "has no embeddings of"),
         ("run", alike, test, "all images are of one class, '1'"),
         ("run", bare, test, r"none of 1 samples has a \.cls member"),
         ("run", other, [], "needs --test"),
     ):
-        with pytest.raises(InputError, match=said):
-            maekit.evaluate("knn", str(judged / source), train, held_out, options)
-    with pytest.raises(InputError, match="--test-images 5: is for --test"):
-        maekit.evaluate("retrieval", str(judged / "run"), other, [], EvaluateOptions(test_images=5, **CPU))
+        with raises(InputError, match=said):
+            maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / source), train, held_out, **options))
+    with raises(InputError, match="--test-images 5: is for --test"):
+        maekit.evaluate(maekit.EvaluateConfig("retrieval", str(judged / "run"), other, [], test_images=5, **CPU))
     foreign = [str(plant(tmp_path / "foreign", 0, 12, label=lambda n: "zz"))]
-    with pytest.raises(InputError, match="no query has an image of its class"):
-        maekit.evaluate("retrieval", str(judged / "run"), other, foreign, options)
+    with raises(InputError, match="no query has an image of its class"):
+        maekit.evaluate(maekit.EvaluateConfig("retrieval", str(judged / "run"), other, foreign, **options))
     few = [str(plant(tmp_path / "few", 0, 8))]
-    with pytest.raises(InputError, match="at least 10 labelled training images, there are 8"):
-        maekit.evaluate("linear", str(judged / "run"), few, test, options)
-    with pytest.raises(InputError, match="must be one of knn, linear, retrieval"):
-        maekit.evaluate("tsne", str(judged / "run"), other, test, options)
+    with raises(InputError, match="at least 10 labelled training images, there are 8"):
+        maekit.evaluate(maekit.EvaluateConfig("linear", str(judged / "run"), few, test, **options))
+    with raises(InputError, match="must be one of knn, linear, retrieval"):
+        maekit.evaluate(maekit.EvaluateConfig("tsne", str(judged / "run"), other, test, **options))
 
 
 def test_embeddings_belong_to_the_images_they_were_made_of(judged: Path, tmp_path: Path) -> None:
@@ -383,13 +385,15 @@ def test_embeddings_belong_to_the_images_they_were_made_of(judged: Path, tmp_pat
     train, test, other = (str(tmp_path / f"{name}.tar") for name in ("train", "test", "other"))
     out = str(tmp_path / "emb")
     maekit.embed(maekit.EmbedConfig(str(judged / "encoder.onnx"), (train, test), out, device="cpu"))
-    options = EvaluateOptions(baselines=False, k=3, whiten=False, **CPU)
-    assert maekit.evaluate("knn", out, [train], [test], options).rows[0]["accuracy"] == 1.0
-    with pytest.raises(InputError, match=r"has no embeddings of .*other.tar"):
-        maekit.evaluate("knn", out, [train], [other], options)
+    options = dict(baselines=False, k=3, whiten=False, **CPU)
+    assert maekit.evaluate(maekit.EvaluateConfig("knn", out, [train], [test], **options)).rows[0]["accuracy"] == 1.0
+    with raises(InputError, match=r"has no embeddings of .*other.tar"):
+        maekit.evaluate(maekit.EvaluateConfig("knn", out, [train], [other], **options))
     (tmp_path / "moved").mkdir()
     moved = [shutil.copy(path, tmp_path / "moved" / f"my-{Path(path).name}") for path in (train, test)]
-    assert maekit.evaluate("knn", out, moved[:1], moved[1:], options).rows[0]["accuracy"] == 1.0
+    assert (
+        maekit.evaluate(maekit.EvaluateConfig("knn", out, moved[:1], moved[1:], **options)).rows[0]["accuracy"] == 1.0
+    )
 
 
 @pytest.mark.parametrize("kind", ["reversed", "cut", "nan", "gone"])
@@ -414,8 +418,8 @@ def test_embeddings_that_are_not_what_was_written(judged: Path, tmp_path: Path, 
         there["outputs"][0] |= {"sha256": sha256_file(path), "bytes": path.stat().st_size}
         record.write_text(json.dumps(there))
     said = "not finite" if kind == "nan" else "missing, or changed since it was embedded"
-    with pytest.raises(MaekitError, match=said):
-        maekit.evaluate("knn", str(tmp_path / "emb"), **sets(judged), options=EvaluateOptions(**CPU))
+    with raises(MaekitError, match=said):
+        maekit.evaluate(maekit.EvaluateConfig("knn", str(tmp_path / "emb"), **sets(judged), **CPU))
 
 
 def test_a_shard_without_a_row_counts_as_embedded(judged: Path, tmp_path: Path) -> None:
@@ -424,8 +428,8 @@ def test_a_shard_without_a_row_counts_as_embedded(judged: Path, tmp_path: Path) 
     out = str(tmp_path / "emb")
     specs = (str(shards), sets(judged)["test"][0])
     maekit.embed(maekit.EmbedConfig(str(judged / "encoder.onnx"), specs, out, device="cpu"))
-    options = EvaluateOptions(baselines=False, whiten=False, **CPU)
-    result = maekit.evaluate("knn", out, [str(shards)], sets(judged)["test"], options)
+    options = dict(baselines=False, whiten=False, **CPU)
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", out, [str(shards)], sets(judged)["test"], **options))
     assert (result.train["images"], result.train["unreadable"]) == (21, 1)
     assert [key for key in result.rows[0] if key.startswith("k=")] == ["k=1", "k=5", "k=10", "k=20"]
 

@@ -10,13 +10,16 @@ import onnx
 import onnxruntime
 import pyarrow.parquet as pq
 import pytest
+from support.errors import raises
 from support.models import timm_embeddings
 from support.shards import jpeg, write_shard
 
 import maekit
 import maekit.exporters.parity as parity
-from maekit.config.export import PRECISIONS, ExportOptions
-from maekit.embedding.embed import EmbedConfig
+from maekit.config.check import InspectConfig
+from maekit.config.embed import EmbedConfig
+from maekit.config.export import ExportConfig
+from maekit.config.fields import choices_of, settings_of
 from maekit.exporters.export import export
 from maekit.exporters.sampling import Sample
 from maekit.images import Preprocess
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.whole
 
 
 def test_the_graph_is_lean_and_describes_itself(trained: Path) -> None:
-    description = inspect(str(trained / "encoder.onnx"))
+    description = inspect(InspectConfig(str(trained / "encoder.onnx")))
     nodes = description["nodes"]
     assert nodes["Attention"] == 2
     assert not {"Shape", "Expand", "Softmax"} & set(nodes)
@@ -51,13 +54,13 @@ def test_no_machine_path_in_the_file(trained: Path) -> None:
 
 
 def test_the_same_run_exports_the_same_bytes(trained: Path, tmp_path: Path) -> None:
-    export(trained / "run", tmp_path / "again.onnx")
+    export(ExportConfig(trained / "run", tmp_path / "again.onnx"))
     assert (tmp_path / "again.onnx").read_bytes() == (trained / "encoder.onnx").read_bytes()
 
 
 @pytest.mark.parametrize(("pool", "normalize"), [("avg", True), ("cls", True), ("avg", False), ("cls", False)])
 def test_export_equals_timm(trained: Path, tmp_path: Path, pool: str, normalize: bool) -> None:
-    export(trained / "run", tmp_path / "e.onnx", ExportOptions(pool=pool, normalize=normalize))
+    export(ExportConfig(trained / "run", tmp_path / "e.onnx", pool=pool, normalize=normalize))
     data = [jpeg(i) for i in range(20)]
     got = maekit.Embedder(tmp_path / "e.onnx", device="cpu")(data)
     norms = np.linalg.norm(got, axis=1)
@@ -85,37 +88,35 @@ def test_a_file_that_differs_from_pytorch_is_not_kept(trained: Path, tmp_path: P
         return proto
 
     monkeypatch.setattr(module, "to_onnx", disturbed)
-    with pytest.raises(MaekitError, match="differs from PyTorch"):
-        export(trained / "run", tmp_path / "e.onnx")
+    with raises(MaekitError, match="differs from PyTorch"):
+        export(ExportConfig(trained / "run", tmp_path / "e.onnx"))
     assert not list(tmp_path.iterdir())
 
 
 def test_export_refuses(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither a run nor a checkpoint"):
-        export(trained / "shards", tmp_path / "e.onnx")
-    with pytest.raises(InputError, match="does not exist"):
-        export(trained / "nothing", tmp_path / "e.onnx")
-    with pytest.raises(InputError, match=r"ends in \.onnx"):
-        export(trained / "run", tmp_path / "e.bin")
-    with pytest.raises(InputError, match="--pool max"):
-        export(trained / "run", tmp_path / "e.onnx", ExportOptions(pool="max"))
-    with pytest.raises(InputError, match="no such file"):
-        export(trained / "run", tmp_path / "e.onnx", ExportOptions(parity=(str(tmp_path / "none"),)))
+    with raises(InputError, match="neither a run nor a checkpoint"):
+        export(ExportConfig(trained / "shards", tmp_path / "e.onnx"))
+    with raises(InputError, match="does not exist"):
+        export(ExportConfig(trained / "nothing", tmp_path / "e.onnx"))
+    with raises(InputError, match=r"ends in \.onnx"):
+        export(ExportConfig(trained / "run", tmp_path / "e.bin"))
+    with raises(InputError, match="--pool max"):
+        export(ExportConfig(trained / "run", tmp_path / "e.onnx", pool="max"))
+    with raises(InputError, match="no such file"):
+        export(ExportConfig(trained / "run", tmp_path / "e.onnx", parity=(str(tmp_path / "none"),)))
 
 
 def test_export_of_one_checkpoint(trained: Path, tmp_path: Path) -> None:
     older = trained / "run" / "checkpoints" / "step-000000006"
-    export(older, tmp_path / "e.onnx")
-    assert inspect(str(tmp_path / "e.onnx"))["maekit"]["checkpoint"]["step"] == 6
+    export(ExportConfig(older, tmp_path / "e.onnx"))
+    assert inspect(InspectConfig(str(tmp_path / "e.onnx")))["maekit"]["checkpoint"]["step"] == 6
 
 
 def test_whitening_of_a_run(trained: Path, tmp_path: Path) -> None:
     """Over its sample, the embeddings of the exported file have mean 0 and nearly one variance in every direction."""
     shards = str(trained / "shards")
-    result = export(
-        trained / "run", tmp_path / "w.onnx", ExportOptions(whiten=(shards,), whiten_dim=6, normalize=False)
-    )
-    own = inspect(str(tmp_path / "w.onnx"))["maekit"]
+    result = export(ExportConfig(trained / "run", tmp_path / "w.onnx", whiten=(shards,), whiten_dim=6, normalize=False))
+    own = inspect(InspectConfig(str(tmp_path / "w.onnx")))["maekit"]
     assert own["dim"] == result.dim == 6
     assert own["whitening"] == result.whitening
     assert own["whitening"]["images"] == 30
@@ -159,25 +160,25 @@ def test_whitening_leaves_out_what_has_no_variance() -> None:
     rows -= rows.mean(axis=1, keepdims=True)
     assert fit_whitening([rows], None, hashlib.sha256()).dim == 7
     assert fit_whitening([rows[:4]], None, hashlib.sha256()).dim == 3
-    with pytest.raises(InputError, match="vary in 3 directions"):
+    with raises(InputError, match="vary in 3 directions"):
         fit_whitening([rows[:4]], 4, hashlib.sha256())
-    with pytest.raises(InputError, match="not finite"):
+    with raises(InputError, match="not finite"):
         fit_whitening([np.full((5, 3), np.nan, np.float32)], None, hashlib.sha256())
-    with pytest.raises(InputError, match="all the same"):
+    with raises(InputError, match="all the same"):
         fit_whitening([np.ones((5, 3), np.float32)], None, hashlib.sha256())
-    with pytest.raises(InputError, match="at least 2 readable images"):
+    with raises(InputError, match="at least 2 readable images"):
         fit_whitening([rows[:1]], None, hashlib.sha256())
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_other_precisions(trained: Path, tmp_path: Path, precision: str) -> None:
     """Smaller files, within their gate, with rows that hardly move; the same run gives the same bytes."""
-    options = ExportOptions(precision=precision)
-    result = export(trained / "run", tmp_path / "a.onnx", options)
-    export(trained / "run", tmp_path / "b.onnx", options)
+    options = dict(precision=precision)
+    result = export(ExportConfig(trained / "run", tmp_path / "a.onnx", **options))
+    export(ExportConfig(trained / "run", tmp_path / "b.onnx", **options))
     assert (tmp_path / "a.onnx").read_bytes() == (tmp_path / "b.onnx").read_bytes()
     assert (tmp_path / "a.onnx").stat().st_size < 0.8 * (trained / "encoder.onnx").stat().st_size
-    assert inspect(str(tmp_path / "a.onnx"))["maekit"]["precision"] == precision
+    assert inspect(InspectConfig(str(tmp_path / "a.onnx")))["maekit"]["precision"] == precision
     assert result.parity is not None
     assert result.parity.min_cosine > 0.99
     data = [jpeg(i) for i in range(20)]
@@ -193,17 +194,18 @@ def test_each_precision_has_its_gate(trained: Path, tmp_path: Path, monkeypatch,
     limit = 0.0 if precision == "fp32" else 1.1
     monkeypatch.setitem(parity.GATES, precision, parity.Gate(figure, limit))
     said = f"differs from PyTorch: {figure.replace('_', ' ')}"
-    with pytest.raises(MaekitError, match=said):
-        export(trained / "run", tmp_path / "e.onnx", ExportOptions(precision=precision))
+    with raises(MaekitError, match=said):
+        export(ExportConfig(trained / "run", tmp_path / "e.onnx", precision=precision))
     assert not list(tmp_path.iterdir())
-    result = export(trained / "run", tmp_path / "e.onnx", ExportOptions(precision=precision, force=True))
+    result = export(ExportConfig(trained / "run", tmp_path / "e.onnx", precision=precision, force=True))
     assert result.warning is not None
     assert figure.replace("_", " ") in result.warning
     assert (tmp_path / "e.onnx").exists()
 
 
 def test_the_gates() -> None:
-    assert tuple(parity.GATES) == PRECISIONS
+    kinds = {key: kind for key, kind, *_ in settings_of(ExportConfig)}
+    assert tuple(parity.GATES) == choices_of(kinds["precision"])
     fine = parity.Parity(128, (1, 3, 16), 1e-5, 0.9995, 0.995, 10, 1.0, "CPU")
     assert {name: (gate.figure, gate.limit) for name, gate in parity.GATES.items()} == {
         "fp32": ("max_relative_difference", 1e-4),
@@ -263,18 +265,18 @@ def test_samples_are_spread_and_skip_what_cannot_be_read(tmp_path: Path) -> None
         ({"opset": 17}, "--opset 17: must be one of 18"),
         ({"opset": 24}, "--opset 24"),
         ({"format": "torchscript"}, "--format torchscript"),
-        ({"whiten_dim": 5}, "--whiten-dim 5: needs --whiten SHARDS"),
+        ({"whiten_dim": 5}, "--whiten-dim 5: needs --whiten"),
         ({"whiten": ("x",), "whiten_dim": 0}, "must be at least 1"),
         ({"whiten": ("x",), "whiten_images": 1}, "--whiten-images 1"),
-        ({"whiten_images": 100}, "--whiten-images 100: needs --whiten SHARDS"),
+        ({"whiten_images": 100}, "--whiten-images 100: needs --whiten"),
         ({"format": "timm", "force": True}, "--force is not for --format timm"),
         ({"whiten": ("x",), "pool": "tokens"}, "--whiten is for embeddings"),
         ({"model": "vit_tiny_patch16_224"}, "says itself which model it is"),
     ],
 )
 def test_impossible_options(trained: Path, tmp_path: Path, options: dict, said: str) -> None:
-    with pytest.raises(InputError, match=re.escape(said)):
-        export(trained / "run", tmp_path / "e.onnx", ExportOptions(**options))
+    with raises(InputError, match=re.escape(said)):
+        export(ExportConfig(trained / "run", tmp_path / "e.onnx", **options))
     assert not list(tmp_path.iterdir())
 
 
@@ -304,8 +306,8 @@ def test_the_command(trained: Path, tmp_path: Path, monkeypatch, capsys) -> None
     assert "e.onnx is sound on CPUExecutionProvider" in out
     assert json.loads(out[-1])["problems"] == []
     for arguments, said in (
-        ([], "needs a source and --out FILE"),
-        ([run], "needs a source and --out FILE"),
+        ([], "needs a source and --out"),
+        ([run], "needs a source and --out"),
         ([run, "--out", "x.onnx", "--device", "cpu"], "--device is for --verify"),
         (["--verify", "e.onnx", "--out", "x.onnx"], "--out does not go with --verify"),
         (["--verify", "e.onnx", "--pool", "cls"], "--pool does not go with --verify"),

@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from support.errors import raises
 from torch.nn import functional
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
@@ -182,7 +183,7 @@ def test_models_that_are_refused() -> None:
         (vit(patch_size=5), "avg", "32 x 32, which its patches do not divide"),
         (vit(patch_drop_rate=0.5), "avg", "drops patches"),
     ):
-        with pytest.raises(InputError, match=said):
+        with raises(InputError, match=said):
             check_exportable(encoder, pool)
 
 
@@ -293,5 +294,5 @@ def test_int8_of_channels_without_weights() -> None:
 
 
 def test_int8_refuses_layers_that_it_would_leave() -> None:
-    with pytest.raises(InputError, match="linear layers are not known"):
+    with raises(InputError, match="linear layers are not known"):
         export(vit(block_fn=timm.models.vision_transformer.ParallelScalingBlock), precision="int8")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.errors import raises
 from support.planted import picture, plant
 from support.processes import TINY, finish, start, tiny_config
 from support.shards import write_shard
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 import maekit
 from maekit.cli.app import app
 from maekit.config import ModelConfig
+from maekit.config.check import InspectConfig
 from maekit.config.finetune import (
     FinetuneConfig,
     MixConfig,
@@ -146,9 +148,7 @@ def test_the_figures_are_kept_in_the_run_and_the_encoder_can_be_exported(planted
     assert kept["task"] == "finetune"
     assert kept["rows"] == [{"name": "half", "blocks": "0.5", "steps": 4, "accuracy": result.accuracy}]
     exported = maekit.export(
-        tmp_path / "half/encoder.safetensors",
-        tmp_path / "e.onnx",
-        maekit.ExportOptions(parity=(str(planted / "test"),)),
+        maekit.ExportConfig(tmp_path / "half/encoder.safetensors", tmp_path / "e.onnx", parity=(str(planted / "test"),))
     )
     assert exported.dim == 32
 
@@ -162,9 +162,9 @@ def test_samples_without_a_label_are_replaced_and_counted(planted: Path, tmp_pat
     result = finetune(settings(tmp_path, tmp_path / "out", steps=20, data__max_bad=0.2))
     assert result.bad == 2 * 20 * 12 // 24  # two of 24, each epoch
     assert result.accuracy == 20 / 21  # of those that can be read; a class that is not learned is never right
-    with pytest.raises(InputError, match=r"1 of 24 training samples have no label, more than --max-bad 0.01"):
+    with raises(InputError, match=r"1 of 24 training samples have no label, more than --max-bad 0.01"):
         finetune(settings(tmp_path, tmp_path / "strict"))
-    with pytest.raises(MaekitError, match=r"samples cannot be used, more than --max-bad 0.05"):
+    with raises(MaekitError, match=r"samples cannot be used, more than --max-bad 0.05"):
         finetune(settings(tmp_path, tmp_path / "strict", data__max_bad=0.05))
 
 
@@ -192,7 +192,7 @@ def test_samples_without_a_label_are_replaced_and_counted(planted: Path, tmp_pat
     ],
 )
 def test_what_is_refused(planted: Path, tmp_path: Path, changes: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         finetune(settings(planted, tmp_path / "out", **changes))
     assert not (tmp_path / "out/finetune.toml").exists()
 
@@ -201,27 +201,27 @@ def test_a_damaged_start_is_told(planted: Path, tmp_path: Path) -> None:
     finetune(settings(planted, tmp_path / "out", steps=4))
     for content in ("{", "[]", "{}"):
         (tmp_path / "out/start.json").write_text(content)
-        with pytest.raises(InputError, match=r"start\.json is damaged"):
+        with raises(InputError, match=r"start\.json is damaged"):
             finetune(settings(planted, tmp_path / "out", steps=4))
 
 
 def test_a_test_set_of_other_classes_is_refused(planted: Path, tmp_path: Path) -> None:
     """Before a step, not at the first checkpoint."""
     other = plant(tmp_path / "other", 0, 12, label=lambda number: "zz")
-    with pytest.raises(InputError, match="--train has none of its classes, such as 'zz'"):
+    with raises(InputError, match="--train has none of its classes, such as 'zz'"):
         finetune(settings(planted, tmp_path / "out", test=(str(other),)))
     assert not (tmp_path / "out/finetune.toml").exists()
 
 
 def test_another_training_is_refused(planted: Path, tmp_path: Path) -> None:
     finetune(settings(planted, tmp_path / "out", steps=4))
-    with pytest.raises(InputError, match=r"started with mix.mixup = 0.8, and now it is 0.1"):
+    with raises(InputError, match=r"started with mix.mixup = 0.8, and now it is 0.1"):
         finetune(settings(planted, tmp_path / "out", steps=4, mix__mixup=0.1))
     other = tmp_path / "other"
     maekit.pretrain(tiny_config(planted / "train", other, seed=5))
-    with pytest.raises(InputError, match="holds other weights than"):
+    with raises(InputError, match="holds other weights than"):
         finetune(settings(planted, tmp_path / "out", steps=4, model__source=str(other)))
-    with pytest.raises(InputError, match="is no directory of fine-tuning"):
+    with raises(InputError, match="is no directory of fine-tuning"):
         finetune(settings(planted, other, steps=4))
 
 
@@ -339,7 +339,7 @@ def test_labels_that_changed_are_refused(planted: Path, tmp_path: Path) -> None:
     train = plant(tmp_path / "train", 0, 24)
     finetune(settings(planted, tmp_path / "out", steps=2, shards=(str(train),)))
     plant(train, 0, 24, label=lambda number: str((number + 1) % 4))
-    with pytest.raises(InputError, match="started with labels_sha256"):
+    with raises(InputError, match="started with labels_sha256"):
         finetune(settings(planted, tmp_path / "out", steps=2, shards=(str(train),)))
 
 
@@ -372,11 +372,11 @@ def test_what_it_leaves_is_known_elsewhere(planted: Path, tmp_path: Path) -> Non
     from maekit.inspection import inspect
 
     result = finetune(settings(planted, tmp_path / "tuned", steps=4))
-    seen = inspect(str(tmp_path / "tuned"))
+    seen = inspect(InspectConfig(str(tmp_path / "tuned")))
     assert (seen["kind"], seen["finished"]) == ("finetune", True)
     assert seen["tested"]["accuracy"] == result.accuracy
     again = finetune(settings(planted, tmp_path / "again", steps=2, model__source=str(tmp_path / "tuned")))
     assert again.path is None  # of no run
     (tmp_path / "tuned/encoder.safetensors").unlink()
-    with pytest.raises(InputError, match="has not ended"):
+    with raises(InputError, match="has not ended"):
         finetune(settings(planted, tmp_path / "third", steps=2, model__source=str(tmp_path / "tuned")))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from support.design_space import PATCHES, brightness_tokenizer, build
+from support.errors import raises
 from torch.nn import functional
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
@@ -71,23 +72,23 @@ def test_all_patches_in_order_equal_timm(changes: dict) -> None:
         ({"name": "vit_base_patch16_rope_224"}, "is no plain VisionTransformer"),
         ({"name": "vit_base_r26_s32_224", "patch_size": None}, "more than one projection"),
         ({"image_size": (32, 44)}, "model.image_size = 44 is not a multiple of the patch size 8"),
-        ({"channels": 2}, "must be 1 or 3"),
+        ({"channels": 2}, "must be one of 1, 3"),
         ({"predict_ratio": 0.05}, "predicts none of 18 patches"),
         ({"predict_ratio": 1.5}, "at most 1"),
         ({"target": "pca", "pca_components": 193}, "a patch has 192 values"),
-        ({"target": "tokens"}, "needs --tokenizer FILE.onnx and --vocabulary"),
+        ({"target": "tokens"}, "needs --tokenizer and --vocabulary"),
         ({"vocabulary": 8}, "are for --target tokens"),
         ({"pca_components": 8}, "is for --target pca"),
         ({"masks_per_image": 65}, "at most 64"),
         ({"target": "tokens", "tokenizer": "t", "vocabulary": 10**12}, "the decoder cannot be built"),
         ({"decoder_width": 4 * 10**9, "decoder_heads": 1}, "the decoder cannot be built"),
         ({"decoder": "cross", "mask_tokens": "encoder"}, "no patch to read from"),
-        ({"masking": "blocks"}, "model.masking = 'blocks': must be one of random, block, grid"),
+        ({"masking": "blocks"}, "model.masking = blocks: must be one of random, block, grid"),
         ({"decoder": "cross", "decoder_heads": 5}, "must be a multiple of 4 and of"),
     ],
 )
 def test_what_cannot_be_is_refused(changes: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         build(**changes)
 
 
@@ -266,9 +267,9 @@ def test_pca_against_scikit_learn() -> None:
     np.testing.assert_allclose(target.pixels(coefficients, patches), back, atol=1e-3)
     # Every component is largest in one entry, which is positive: no sign is left to chance.
     assert (target.components.gather(1, target.components.abs().argmax(1, keepdim=True)) > 0).all()
-    with pytest.raises(InputError, match="patches all alike"):
+    with raises(InputError, match="patches all alike"):
         PcaTarget(24, components=7).fit([torch.ones(2, 6, 24)])
-    with pytest.raises(InputError, match="cannot be fitted to 6 patches"):
+    with raises(InputError, match="cannot be fitted to 6 patches"):
         PcaTarget(24, components=7).fit([patches[:1]])
 
 
@@ -318,20 +319,20 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
     path = brightness_tokenizer(tmp_path / "t.onnx")
     common = {"size": (32, 48), "grid": (4, 6), "vocabulary": 8, "device": torch.device("cpu"), "threads": 1}
     tokenizer = Tokenizer(path, **{**common, "vocabulary": 7})
-    with pytest.raises(InputError, match=r"gives tokens from 7 to 7, and --vocabulary is 7"):
+    with raises(InputError, match=r"gives tokens from 7 to 7, and --vocabulary is 7"):
         tokenizer(torch.full((1, 3, 32, 48), 255, dtype=torch.uint8), torch.tensor([False]))
-    with pytest.raises(InputError, match=r"8 x 6 patches want as many whole numbers"):
+    with raises(InputError, match=r"8 x 6 patches want as many whole numbers"):
         Tokenizer(path, **{**common, "grid": (8, 6)})
-    with pytest.raises(InputError, match="there is no such file"):
+    with raises(InputError, match="there is no such file"):
         Tokenizer(tmp_path / "none.onnx", **common)
     (tmp_path / "bad.onnx").write_bytes(b"no model")
-    with pytest.raises(InputError, match="cannot load"):
+    with raises(InputError, match="cannot load"):
         Tokenizer(tmp_path / "bad.onnx", **common)
     image = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])
     graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "g", [image], [])
     graph.output.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4]))
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), tmp_path / "i.onnx")
-    with pytest.raises(InputError, match="of four dimensions"):
+    with raises(InputError, match="of four dimensions"):
         Tokenizer(tmp_path / "i.onnx", **common)
 
 

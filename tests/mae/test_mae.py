@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from support.errors import raises
 
 from maekit.config import ModelConfig
 from maekit.config.poolings import vectors_in
@@ -273,7 +274,7 @@ def test_positions_are_frozen_and_weights_load_into_timm() -> None:
     ],
 )
 def test_impossible_models_are_refused(changes: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         build_encoder(ModelConfig(**changes))
 
 

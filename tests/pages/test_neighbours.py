@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.errors import raises
 from support.models import embed_config
 from support.pages import Notes, parse
 from support.shards import jpeg, write_shard
@@ -14,7 +15,6 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.config.pages import NeighbourOptions
 from maekit.embedding.stored import EmbeddingFolder
 from maekit.system.errors import InputError, MaekitError
 
@@ -52,7 +52,7 @@ def test_rows_against_brute_force(embedded: Path, trained: Path, tmp_path: Path)
     """The same rows in the same order, without the query; the page has each one's picture and caption."""
     out = tmp_path / "n.html"
     queries = ("s0k3", "2.tar:s2k11", "1.tar:s1k0")
-    result = maekit.neighbours(embedded, queries, out, NeighbourOptions(k=7, shards=(str(trained / "shards"),)))
+    result = maekit.neighbours(maekit.NeighboursConfig(embedded, queries, out, k=7, shards=(str(trained / "shards"),)))
     assert (result.rows, result.path) == (30, str(out))
     found = parse(out)
     for query, (shard, key) in zip(
@@ -82,7 +82,9 @@ def test_an_image_is_a_query(embedded: Path, trained: Path, tmp_path: Path) -> N
     picture = tmp_path / "mine.jpg"
     picture.write_bytes(jpeg(205))
     model = trained / "encoder.onnx"
-    result = maekit.neighbours(embedded, [str(picture)], tmp_path / "n.html", NeighbourOptions(k=40, model=str(model)))
+    result = maekit.neighbours(
+        maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html", k=40, model=str(model))
+    )
     (query,) = result.queries
     assert query.row is None
     assert len(query.neighbours) == 30
@@ -90,25 +92,25 @@ def test_an_image_is_a_query(embedded: Path, trained: Path, tmp_path: Path) -> N
     assert query.neighbours[0].cosine == pytest.approx(1, abs=1e-4)
     vector = maekit.Embedder(model, device="cpu")(picture)[0].astype(np.float64)
     assert [n.key for n in query.neighbours[:5]] == [key for _, key, _ in brute_force(embedded, vector, 5)]
-    with pytest.raises(InputError, match="name the file that made the embeddings, --model"):
-        maekit.neighbours(embedded, [str(picture)], tmp_path / "n.html")
+    with raises(InputError, match="name the file that made the embeddings, --model"):
+        maekit.neighbours(maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html"))
     other = tmp_path / "other.onnx"
     other.write_bytes(model.read_bytes() + b"\0")
-    with pytest.raises(InputError, match=r"other\.onnx is not the file that made .*(parquet|npy): the SHA-256"):
-        maekit.neighbours(embedded, [str(picture)], tmp_path / "n.html", NeighbourOptions(model=str(other)))
+    with raises(InputError, match=r"other\.onnx is not the file that made .*(parquet|npy): the SHA-256"):
+        maekit.neighbours(maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html", model=str(other)))
     picture.write_bytes(b"<html>")
-    with pytest.raises(InputError, match=r"mine\.jpg is no readable image: not_an_image"):
-        maekit.neighbours(embedded, [str(picture)], tmp_path / "n.html", NeighbourOptions(model=str(model)))
+    with raises(InputError, match=r"mine\.jpg is no readable image: not_an_image"):
+        maekit.neighbours(maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html", model=str(model)))
 
 
 def test_without_shards_the_page_is_a_table(embedded: Path, tmp_path: Path) -> None:
     progress = Notes()
-    result = maekit.neighbours(embedded, ["s0k0"], tmp_path / "n.html", NeighbourOptions(k=3), progress)
+    result = maekit.neighbours(maekit.NeighboursConfig(embedded, ["s0k0"], tmp_path / "n.html", k=3), progress)
     found = parse(tmp_path / "n.html")
     assert not found.images()
     expected = [[f"{n.cosine:.4f}", n.key, n.shard, str(n.index)] for n in result.queries[0].neighbours]
     assert found.cells[1:] == expected
-    assert "--shards SHARDS names the images" in found.text
+    assert "the shards that were embedded were not named" in found.text
     assert any("--shards" in said for said in progress.said)
 
 
@@ -120,15 +122,15 @@ def test_shards_are_known_by_their_content(embedded: Path, trained: Path, tmp_pa
         shutil.copy(trained / f"shards/{old}.tar", moved / f"{new}.tar")
     write_shard(moved / "2.tar", {"s2k0": {"jpg": jpeg(1)}})
     progress = Notes()
-    options = NeighbourOptions(k=29, shards=(str(moved),))
-    maekit.neighbours(embedded, ["s0k0"], tmp_path / "n.html", options, progress)
+    options = dict(k=29, shards=(str(moved),))
+    maekit.neighbours(maekit.NeighboursConfig(embedded, ["s0k0"], tmp_path / "n.html", **options), progress)
     found = parse(tmp_path / "n.html")
     assert len(found.images()) == 10
     assert found.text.count("no picture") == 20
     assert len([said for said in progress.said if said.startswith("2.tar: not among --shards")]) == 1
-    options = NeighbourOptions(shards=(str(moved / "2.tar"),))
-    with pytest.raises(InputError, match="was made of none of these"):
-        maekit.neighbours(embedded, ["s0k0"], tmp_path / "x.html", options)
+    options = dict(shards=(str(moved / "2.tar"),))
+    with raises(InputError, match="was made of none of these"):
+        maekit.neighbours(maekit.NeighboursConfig(embedded, ["s0k0"], tmp_path / "x.html", **options))
     assert not (tmp_path / "x.html").exists()
 
 
@@ -139,8 +141,8 @@ def test_a_folder_of_images(trained: Path, tmp_path: Path) -> None:
     for i in range(4):
         (images / "<b>" / f"{i}.jpg").write_bytes(jpeg(i))
     maekit.embed(embed_config(trained, tmp_path / "emb", shards=(str(images),)))
-    options = NeighbourOptions(shards=(str(images),))
-    result = maekit.neighbours(tmp_path / "emb", ["<b>/2.jpg"], tmp_path / "n.html", options)
+    options = dict(shards=(str(images),))
+    result = maekit.neighbours(maekit.NeighboursConfig(tmp_path / "emb", ["<b>/2.jpg"], tmp_path / "n.html", **options))
     assert {n.key for n in result.queries[0].neighbours} == {"<b>/0.jpg", "<b>/1.jpg", "<b>/3.jpg"}
     found = parse(tmp_path / "n.html")
     assert len(found.images()) == 4
@@ -151,9 +153,9 @@ def test_a_key_of_two_shards_must_be_told_apart(trained: Path, tmp_path: Path) -
     for name in ("a", "b"):
         write_shard(tmp_path / f"s/{name}.tar", {"same": {"jpg": jpeg(ord(name))}, f"of-{name}": {"jpg": jpeg(1)}})
     maekit.embed(embed_config(trained, tmp_path / "emb", shards=(str(tmp_path / "s"),)))
-    with pytest.raises(InputError, match=r"--query same: 2 rows have this key; name one, as in --query a\.tar:same"):
-        maekit.neighbours(tmp_path / "emb", ["same"], tmp_path / "n.html")
-    result = maekit.neighbours(tmp_path / "emb", ["b.tar:same"], tmp_path / "n.html", NeighbourOptions(k=2))
+    with raises(InputError, match=r"--query same: 2 rows have this key; name one, as in --query a\.tar:same"):
+        maekit.neighbours(maekit.NeighboursConfig(tmp_path / "emb", ["same"], tmp_path / "n.html"))
+    result = maekit.neighbours(maekit.NeighboursConfig(tmp_path / "emb", ["b.tar:same"], tmp_path / "n.html", k=2))
     assert "b.tar" not in {n.shard for n in result.queries[0].neighbours if n.key == "same"}
 
 
@@ -169,8 +171,8 @@ def test_a_key_of_two_shards_must_be_told_apart(trained: Path, tmp_path: Path) -
     ],
 )
 def test_what_cannot_be_found(embedded: Path, tmp_path: Path, queries, options, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        maekit.neighbours(embedded, queries, tmp_path / "n.html", NeighbourOptions(**options))
+    with raises(InputError, match=said):
+        maekit.neighbours(maekit.NeighboursConfig(embedded, queries, tmp_path / "n.html", **options))
     assert not (tmp_path / "n.html").exists()
 
 
@@ -180,10 +182,10 @@ def test_damaged_embeddings(embedded: Path, tmp_path: Path) -> None:
     shutil.copytree(embedded, copy)
     output = EmbeddingFolder(copy).records[0].outputs[0]["path"]
     (copy / output).write_bytes((copy / output).read_bytes()[:-9])
-    with pytest.raises(MaekitError, match="missing, or changed since it was embedded"):
-        maekit.neighbours(copy, ["s0k0"], tmp_path / "n.html")
-    with pytest.raises(InputError, match="holds no embeddings"):
-        maekit.neighbours(tmp_path, ["s0k0"], tmp_path / "n.html")
+    with raises(MaekitError, match="missing, or changed since it was embedded"):
+        maekit.neighbours(maekit.NeighboursConfig(copy, ["s0k0"], tmp_path / "n.html"))
+    with raises(InputError, match="holds no embeddings"):
+        maekit.neighbours(maekit.NeighboursConfig(tmp_path, ["s0k0"], tmp_path / "n.html"))
 
 
 def test_the_command(embedded: Path, trained: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.errors import raises
 from support.processes import tiny_config
 from support.reference import reference_names
 from support.shards import jpeg, write_shard
@@ -19,7 +20,6 @@ from typer.testing import CliRunner
 import maekit
 from maekit.cli.app import app
 from maekit.config import ModelConfig
-from maekit.config.pages import ReconstructOptions
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.masking import gather_tokens, random_masking
 from maekit.mae.reconstruction import reconstruct
@@ -84,7 +84,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def draw(run: Path, name: str, *, source: str = "run", **options):
     path = run / name
-    return path, maekit.reconstruct(str(run / source), [str(run / "shards")], path, ReconstructOptions(**options))
+    return path, maekit.reconstruct(maekit.ReconstructConfig(str(run / source), [str(run / "shards")], path, **options))
 
 
 def rows_of(path: Path) -> list[list[np.ndarray]]:
@@ -149,7 +149,7 @@ def test_a_checkpoint_and_an_imported_model(run: Path, tmp_path: Path) -> None:
     assert len(rows_of(path)) == 1
     other = draw(run, "mae.html", source=str(tmp_path / "mae.pth"), keys=("003",))[1]
     assert other.loss != result.loss
-    with pytest.raises(InputError, match="says itself that it predicts norm_pixel"):
+    with raises(InputError, match="says itself that it predicts norm_pixel"):
         draw(run, "no.png", target="pixel")
 
 
@@ -173,7 +173,7 @@ def test_a_checkpoint_and_an_imported_model(run: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_drawn(run: Path, options: dict, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         draw(run, "no.png", **options)
     assert not (run / "no.png").exists()
 
@@ -185,7 +185,7 @@ def test_tokens_cannot_be_drawn(run: Path, tmp_path: Path) -> None:
     settings = {"model__target": "tokens", "model__vocabulary": 9, "model__image_size": (32, 48)}
     settings |= {"model__tokenizer": str(path), "data__max_bad": 0.5}
     maekit.pretrain(tiny_config(run / "shards", tmp_path / "run", steps=1, **settings))
-    with pytest.raises(InputError, match="predicts tokens, which are no pixels"):
+    with raises(InputError, match="predicts tokens, which are no pixels"):
         draw(run, "no.png", source=str(tmp_path / "run"))
 
 
@@ -195,13 +195,13 @@ def test_damaged_shards_are_left_out_and_directories_refused(run: Path, tmp_path
     whole = (run / "shards/a.tar").read_bytes()
     (shards / "a.tar").write_bytes(whole)
     (shards / "b.tar").write_bytes(whole[: len(whole) // 2])
-    result = maekit.reconstruct(str(run / "run"), [str(shards)], tmp_path / "p.png", ReconstructOptions(count=3))
+    result = maekit.reconstruct(maekit.ReconstructConfig(str(run / "run"), [str(shards)], tmp_path / "p.png", count=3))
     assert {sample.shard for sample in result.samples} == {"a.tar"}
     (tmp_path / "d.png").mkdir()
-    with pytest.raises(InputError, match=r"d\.png: is a directory"):
-        maekit.reconstruct(str(run / "run"), [str(shards)], tmp_path / "d.png")
-    with pytest.raises(InputError, match="does not exist"):
-        maekit.reconstruct("nothing", [str(shards)], tmp_path / "new/deep/p.png")
+    with raises(InputError, match=r"d\.png: is a directory"):
+        maekit.reconstruct(maekit.ReconstructConfig(str(run / "run"), [str(shards)], tmp_path / "d.png"))
+    with raises(InputError, match="does not exist"):
+        maekit.reconstruct(maekit.ReconstructConfig("nothing", [str(shards)], tmp_path / "new/deep/p.png"))
     assert not (tmp_path / "new").exists()
 
 

@@ -12,13 +12,15 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support.errors import raises
 from support.processes import tiny_config
 from support.reference import reference_names
 from support.shards import jpeg
 
 import maekit
+from maekit.cli.options import with_flags
 from maekit.config import ModelConfig
-from maekit.config.export import ExportOptions
+from maekit.config.export import ExportConfig
 from maekit.exporters.export import export
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import build_autoencoder
@@ -182,18 +184,18 @@ def test_published_weights_are_fetched_by_timm(make_shards, tmp_path: Path, monk
     """Offline here: timm's answer is replaced, what is done with it is not."""
     encoder = timm_vit()
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: encoder)
-    result = export("timm:vit_base_patch16_224.mae", tmp_path / "e.onnx", ExportOptions(parity=(str(make_shards(5)),)))
+    result = export(ExportConfig("timm:vit_base_patch16_224.mae", tmp_path / "e.onnx", parity=(str(make_shards(5)),)))
     assert result.dim == 48
     monkeypatch.undo()
-    with pytest.raises(InputError, match="timm knows no such model"):
+    with raises(InputError, match="timm knows no such model"):
         load_encoder("timm:vit_immense")
-    with pytest.raises(InputError, match="says itself which model it is"):
+    with raises(InputError, match="says itself which model it is"):
         load_encoder("timm:vit_base_patch16_224.mae", model="vit_base_patch16_224")
 
 
 def test_timm_format_goes_there_and_back(trained: Path, tmp_path: Path) -> None:
     """What is written is loaded by timm, and by maekit, as the encoder it was."""
-    result = export(trained / "run", tmp_path / "timm", ExportOptions(format="timm"))
+    result = export(ExportConfig(trained / "run", tmp_path / "timm", format="timm"))
     assert sorted(path.name for path in (tmp_path / "timm").iterdir()) == ["config.json", "model.safetensors"]
     theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     own = load_encoder(str(trained / "run"))
@@ -205,12 +207,12 @@ def test_timm_format_goes_there_and_back(trained: Path, tmp_path: Path) -> None:
     assert again.preprocess == own.preprocess
     assert torch.equal(tokens(again.encoder, images), tokens(own.encoder, images))
     assert (result.dim, result.parity) == (32, None)
-    export(trained / "run", tmp_path / "timm", ExportOptions(format="timm"))  # over an earlier one
+    export(ExportConfig(trained / "run", tmp_path / "timm", format="timm"))  # over an earlier one
     (tmp_path / "timm" / "notes.txt").touch()
-    with pytest.raises(InputError, match="must be a new directory"):
-        export(trained / "run", tmp_path / "timm", ExportOptions(format="timm"))
-    with pytest.raises(InputError, match="--pool is not for --format timm"):
-        export(trained / "run", tmp_path / "other", ExportOptions(format="timm", pool="cls"))
+    with raises(InputError, match="must be a new directory"):
+        export(ExportConfig(trained / "run", tmp_path / "timm", format="timm"))
+    with raises(InputError, match="--pool is not for --format timm"):
+        export(ExportConfig(trained / "run", tmp_path / "other", format="timm", pool="cls"))
 
 
 def test_every_key_that_does_not_fit_is_named(model, tmp_path: Path) -> None:
@@ -230,27 +232,27 @@ def test_every_key_that_does_not_fit_is_named(model, tmp_path: Path) -> None:
         assert said in str(caught.value)
     deeper = read_source(str(tmp_path / "mae.pth"))
     assert deeper.sizes["depth"] == 2
-    with pytest.raises(InputError, match=r"missing blocks\.2\.\*; missing blocks\.3\.\*.*missing blocks\.11\.\*"):
+    with raises(InputError, match=r"missing blocks\.2\.\*; missing blocks\.3\.\*.*missing blocks\.11\.\*"):
         load_encoder(str(tmp_path / "mae.pth"), model="vit_tiny_patch16_224")
 
 
 def test_sizes_that_no_file_tells(tmp_path: Path) -> None:
     odd = timm_vit()
     save_file(odd.state_dict(), tmp_path / "odd.safetensors")
-    with pytest.raises(InputError, match="a width of 48 is none of the published"):
+    with raises(InputError, match="a width of 48 is none of the published"):
         load_encoder(str(tmp_path / "odd.safetensors"))
     save_file({"weight": torch.zeros(3)}, tmp_path / "none.safetensors")
-    with pytest.raises(InputError, match="holds no ViT encoder under timm's names"):
+    with raises(InputError, match="holds no ViT encoder under timm's names"):
         load_encoder(str(tmp_path / "none.safetensors"))
-    with pytest.raises(InputError, match="timm knows no such model"):
+    with raises(InputError, match="timm knows no such model"):
         load_encoder(str(tmp_path / "odd.safetensors"), model="vit_odd")
     empty = {**odd.state_dict(), "pos_embed": torch.zeros(1, 0, 48)}
     save_file(empty, tmp_path / "empty.safetensors")
-    with pytest.raises(InputError, match="no square of patches"):
+    with raises(InputError, match="no square of patches"):
         load_encoder(str(tmp_path / "empty.safetensors"), model="vit_tiny_patch16_224")
     oblong = timm_vit(img_size=(32, 40), embed_dim=192)
     save_file(oblong.state_dict(), tmp_path / "oblong.safetensors")
-    with pytest.raises(InputError, match="no square of patches"):
+    with raises(InputError, match="no square of patches"):
         load_encoder(str(tmp_path / "oblong.safetensors"))
 
 
@@ -258,7 +260,7 @@ def test_directories_that_are_no_models(vit_mae, tmp_path: Path) -> None:
     _, folder = vit_mae
     config = json.loads((folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(InputError, match=r"none of model\.safetensors, pytorch_model\.bin"):
+    with raises(InputError, match=r"none of model\.safetensors, pytorch_model\.bin"):
         load_encoder(str(tmp_path))
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     for change, said in (
@@ -268,10 +270,10 @@ def test_directories_that_are_no_models(vit_mae, tmp_path: Path) -> None:
         ({"hidden_act": "relu"}, "exact GELU"),
     ):
         (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
-        with pytest.raises(InputError, match=said):
+        with raises(InputError, match=said):
             load_encoder(str(tmp_path))
     (tmp_path / "config.json").write_text("[]")
-    with pytest.raises(InputError, match="no JSON object"):
+    with raises(InputError, match="no JSON object"):
         load_encoder(str(tmp_path))
 
 
@@ -296,7 +298,7 @@ def test_no_file_of_weights_runs_code(model, vit_mae, tmp_path: Path) -> None:
     torch.save({"model": weights, "args": Payload(touched)}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     (tmp_path / "config.json").write_text((vit_mae[1] / "config.json").read_text())
     for name in ("args.pth", "deep.pth", "namespace.pth", "old.pth", "."):
-        with pytest.raises(InputError, match="cannot read weights"):
+        with raises(InputError, match="cannot read weights"):
             load_encoder(str(tmp_path / name))
     assert not touched.exists()
 
@@ -309,7 +311,7 @@ def test_damaged_files_of_weights(model, tmp_path: Path, damage: str) -> None:
         data = (tmp_path / name).read_bytes()
         broken = {"empty": b"", "cut": data[: len(data) // 2], "text": b"<html>not found</html>"}[damage]
         (tmp_path / name).write_bytes(broken)
-        with pytest.raises(InputError, match=f"cannot read weights from .*{name}"):
+        with raises(InputError, match=f"cannot read weights from .*{name}"):
             load_encoder(str(tmp_path / name))
 
 
@@ -317,12 +319,8 @@ def test_weights_that_are_not_finite_are_not_exported(model, make_shards, tmp_pa
     weights = reference_names(model)
     weights["norm.bias"] = torch.full_like(weights["norm.bias"], np.nan)
     torch.save(weights, tmp_path / "mae.pth")
-    with pytest.raises(InputError, match=r"norm\.bias holds values that are not finite"):
-        export(
-            str(tmp_path / "mae.pth"),
-            tmp_path / "e.onnx",
-            ExportOptions(parity=(str(make_shards(5)),), force=True),
-        )
+    with raises(InputError, match=r"norm\.bias holds values that are not finite"):
+        export(ExportConfig(str(tmp_path / "mae.pth"), tmp_path / "e.onnx", parity=(str(make_shards(5)),), force=True))
     assert not (tmp_path / "e.onnx").exists()
 
 
@@ -350,7 +348,7 @@ def test_all_that_timm_builds_a_model_with_counts(tmp_path: Path, images, argume
     assert torch.equal(loaded.encoder(images), encoder(images))
     assert (loaded.preprocess.resize, loaded.preprocess.interpolation) == ((35, 35), "bilinear")
     model = build_autoencoder(ModelConfig(**{**SIZES, "width": 48}), seed=0)
-    with pytest.raises(InputError, match=f"was built with {next(iter(arguments))}"):
+    with raises(InputError, match=f"was built with {next(iter(arguments))}"):
         initialize_from(model, str(tmp_path / "m"), ModelConfig(**{**SIZES, "width": 48}))
 
 
@@ -367,7 +365,7 @@ def test_preprocessing_of_timm_is_what_timm_does(tmp_path: Path) -> None:
         np.testing.assert_allclose(loaded.preprocess.prepare(image), theirs, atol=1.01)
         assert Preprocess.from_json(loaded.preprocess.to_json()) == loaded.preprocess
     bordered = timm_directory(tmp_path / "border", encoder, pretrained_cfg={**cfg, "crop_mode": "border"})
-    with pytest.raises(InputError, match="crop mode 'border'"):
+    with raises(InputError, match="crop mode 'border'"):
         load_encoder(str(bordered))
 
 
@@ -387,8 +385,8 @@ def test_no_foreign_model_is_overwritten(trained: Path, vit_mae, tmp_path: Path)
         (tmp_path / "m" / name).write_bytes((folder / name).read_bytes())
     before = {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()}
     for source in (trained / "run", tmp_path / "m"):
-        with pytest.raises(InputError, match="must be a new directory"):
-            export(source, tmp_path / "m", ExportOptions(format="timm", parity=(str(trained / "shards"),)))
+        with raises(InputError, match="must be a new directory"):
+            export(ExportConfig(source, tmp_path / "m", format="timm", parity=(str(trained / "shards"),)))
     assert {path.name: path.read_bytes() for path in (tmp_path / "m").iterdir()} == before
 
 
@@ -401,11 +399,11 @@ def test_timm_format_of_another_epsilon(vit_mae, trained: Path, tmp_path: Path) 
             self.lines: list[str] = []
 
         def note(self, text: str) -> None:
-            self.lines.append(text)
+            self.lines.append(with_flags(text))
 
     notes = Notes()
-    options = ExportOptions(format="timm", parity=(str(trained / "shards"),))
-    export(vit_mae[1], tmp_path / "t", options, progress=notes)
+    options = dict(format="timm", parity=(str(trained / "shards"),))
+    export(ExportConfig(vit_mae[1], tmp_path / "t", **options), notes)
     assert any("epsilon of 0.001" in line for line in notes.lines)
 
 
@@ -428,7 +426,7 @@ MALFORMED = [
 def test_malformed_configs_of_timm(tmp_path: Path, change: dict) -> None:
     folder = timm_directory(tmp_path / "m", timm_vit(), **change)
     with pytest.raises(InputError):
-        export(folder, tmp_path / "e.onnx", ExportOptions(parity=("nowhere",)))
+        export(ExportConfig(folder, tmp_path / "e.onnx", parity=("nowhere",)))
 
 
 @pytest.mark.parametrize(
@@ -439,19 +437,19 @@ def test_malformed_metadata_of_an_encoder(tmp_path: Path, metadata: str) -> None
     save_file(timm_vit().state_dict(), tmp_path / "e.safetensors", metadata={"maekit": metadata})
     with pytest.raises(InputError):
         load_encoder(str(tmp_path / "e.safetensors"))
-    with pytest.raises(InputError, match="cannot read"):
+    with raises(InputError, match="cannot read"):
         load_encoder("x" * 5000)
 
 
 def test_tensors_that_are_no_weights(model, tmp_path: Path) -> None:
     for tensor in (torch.zeros(192, device="meta"), torch.zeros(192).to_sparse(), torch.zeros(192, dtype=torch.cfloat)):
         torch.save({**reference_names(model), "norm.bias": tensor}, tmp_path / "mae.pth")
-        with pytest.raises(InputError, match=r"norm\.bias is no plain tensor"):
+        with raises(InputError, match=r"norm\.bias is no plain tensor"):
             load_encoder(str(tmp_path / "mae.pth"))
 
 
 def test_published_models_of_another_kind(monkeypatch) -> None:
     other = timm.create_model("resnet18")
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: other)
-    with pytest.raises(InputError, match="is a ResNet; VisionTransformers are known"):
+    with raises(InputError, match="is a ResNet; VisionTransformers are known"):
         load_encoder("timm:resnet18")

@@ -11,6 +11,7 @@ import timm
 import torch
 from onnx import TensorProto, helper
 from support.design_space import SIZES, brightness_tokenizer, build
+from support.errors import raises
 from support.processes import tiny_config
 
 import maekit
@@ -19,9 +20,9 @@ from maekit.config.settings import set_value
 from maekit.mae.encoder import build_encoder
 from maekit.mae.normalize import Normalizer
 from maekit.pretrained.load import load_autoencoder, load_encoder
+from maekit.pretraining.pretrain import tokenizer_digest
 from maekit.runs import RunDirectory, find_checkpoint
 from maekit.system.errors import InputError
-from maekit.training.prepare import tokenizer_digest
 
 RUNS = {
     "cross": {"decoder": "cross", "predict_ratio": 0.5, "masking": "block"},
@@ -57,12 +58,12 @@ def test_each_trains_resumes_and_exports(make_shards, tmp_path: Path, name: str)
     assert ours.read_bytes() == theirs.read_bytes()
     trained = load_autoencoder(str(tmp_path / "whole"))
     assert trained.masking == RUNS[name].get("masking", "random")
-    exported = maekit.export(str(tmp_path / "whole"), tmp_path / "encoder.onnx")
+    exported = maekit.export(maekit.ExportConfig(str(tmp_path / "whole"), tmp_path / "encoder.onnx"))
     assert exported.parity.max_relative_difference < 1e-4
     vectors = maekit.Embedder(str(tmp_path / "encoder.onnx"), device="cpu")([np.zeros((40, 50, 3), np.uint8)])
     assert vectors.shape == (1, 32)
     timm_folder = tmp_path / "timm"
-    maekit.export(str(tmp_path / "whole"), timm_folder, maekit.ExportOptions(format="timm"))
+    maekit.export(maekit.ExportConfig(str(tmp_path / "whole"), timm_folder, format="timm"))
     loaded = timm.create_model(f"local-dir:{timm_folder}", pretrained=True)
     assert torch.equal(loaded.pos_embed, trained.model.encoder.pos_embed)
     again = load_encoder(str(timm_folder))
@@ -88,7 +89,7 @@ def test_a_tokenizer_that_changed_is_refused_and_one_that_moved_is_not(make_shar
     shards = make_shards(7)
     settings = {"model__target": "tokens", "model__vocabulary": 9, "model__image_size": 32}
     grid = brightness_tokenizer(path)  # of 4 x 6 patches, where there are 4 x 4
-    with pytest.raises(InputError, match="4 x 4 patches want as many"):
+    with raises(InputError, match="4 x 4 patches want as many"):
         maekit.pretrain(tiny_config(shards, tmp_path / "run", model__tokenizer=str(grid), **settings))
     settings["model__image_size"] = (32, 48)
     config = tiny_config(shards, tmp_path / "ok", steps=2, model__tokenizer=str(path), **settings)
@@ -97,10 +98,10 @@ def test_a_tokenizer_that_changed_is_refused_and_one_that_moved_is_not(make_shar
     set_value(config, "model.tokenizer", str(tmp_path / "moved.onnx"))
     assert maekit.pretrain(config).already_finished
     brightness_tokenizer(tmp_path / "moved.onnx", first="first")
-    with pytest.raises(InputError, match=r"moved\.onnx is not the one that .* was started with"):
+    with raises(InputError, match=r"moved\.onnx is not the one that .* was started with"):
         maekit.pretrain(config)
     set_value(config, "model.tokenizer", str(tmp_path / "gone.onnx"))
-    with pytest.raises(InputError, match=r"--tokenizer: cannot read .*gone\.onnx"):
+    with raises(InputError, match=r"--tokenizer: cannot read .*gone\.onnx"):
         maekit.pretrain(config)
 
 
@@ -116,7 +117,7 @@ def test_a_tokenizers_weights_beside_it_count(tmp_path: Path) -> None:
     (tmp_path / "t.data").write_bytes(np.ones(600, np.float32).tobytes())
     assert tokenizer_digest(path) != first
     (tmp_path / "t.data").unlink()
-    with pytest.raises(InputError, match=r"--tokenizer: .*no such file beside it"):
+    with raises(InputError, match=r"--tokenizer: .*no such file beside it"):
         tokenizer_digest(path)
 
 
@@ -125,7 +126,7 @@ def test_what_never_took_a_step_can_be_started_otherwise(make_shards, tmp_path: 
     path = brightness_tokenizer(tmp_path / "t.onnx")
     settings = {"model__target": "tokens", "model__tokenizer": str(path), "model__image_size": (32, 48), "steps": 2}
     shards = make_shards(7)
-    with pytest.raises(InputError, match="--vocabulary is 1"):
+    with raises(InputError, match="--vocabulary is 1"):
         maekit.pretrain(tiny_config(shards, tmp_path / "run", model__vocabulary=1, **settings))
     assert maekit.pretrain(tiny_config(shards, tmp_path / "run", model__vocabulary=8, **settings)).steps == 2
 
@@ -206,13 +207,13 @@ def test_a_square_said_twice_is_a_square(make_shards, tmp_path: Path) -> None:
     maekit.pretrain(config)
     set_value(config, "model.image_size", [32, 32])
     assert maekit.pretrain(config).already_finished
-    with pytest.raises(InputError, match=r"model\.image_size = '32': must be a whole number or a list of 2 values"):
+    with raises(InputError, match=r"model\.image_size = '32': must be a whole number or a list of 2 values"):
         set_value(config, "model.image_size", "32")
 
 
 def test_build_encoder_needs_widths_for_positions() -> None:
     """Sine-cosine positions want a multiple of 4; learned ones do not."""
     sizes = {**SIZES, "width": 50, "heads": 5}
-    with pytest.raises(InputError, match="multiple of 4"):
+    with raises(InputError, match="multiple of 4"):
         build_encoder(ModelConfig(**sizes))
     assert build_encoder(ModelConfig(**sizes, positions="learned")).embed_dim == 50

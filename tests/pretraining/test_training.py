@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.errors import raises
 from support.processes import TINY, tiny_config
 from support.shards import jpeg, write_shard
 
 import maekit
+from maekit.cli.options import with_flags
 from maekit.config import ModelConfig, OptimizerConfig
 from maekit.config.settings import set_value
 from maekit.mae.autoencoder import build_autoencoder
@@ -192,7 +194,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(make_shards
 
     class Notes(Silent):
         def note(self, text: str) -> None:
-            notes.append(text)
+            notes.append(with_flags(text))
 
     result = maekit.pretrain(config, Notes())
     assert result.resumed_from == 6
@@ -205,7 +207,7 @@ def test_without_any_valid_checkpoint_nothing_is_deleted(make_shards, tmp_path: 
     maekit.pretrain(config)
     for saved in RunDirectory(tmp_path / "run").list_checkpoints():
         (saved.path / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="none of 2 checkpoints"):
+    with raises(InputError, match="none of 2 checkpoints"):
         maekit.pretrain(config)
     assert len(RunDirectory(tmp_path / "run").list_checkpoints()) == 2
 
@@ -221,7 +223,7 @@ def test_a_killed_worker_is_an_error_in_one_line(make_shards, tmp_path: Path) ->
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGKILL)
 
-    with pytest.raises(MaekitError, match="reading the data failed"):
+    with raises(MaekitError, match="reading the data failed"):
         maekit.pretrain(config, KillWorker())
 
 
@@ -253,7 +255,7 @@ def test_what_changes_the_training_is_refused_by_name(make_shards, tmp_path: Pat
     config = tiny_config(make_shards(7, 6), tmp_path / "run", steps=2)
     maekit.pretrain(config)
     set_value(config, key, value)
-    with pytest.raises(InputError, match=key.replace(".", r"\.")):
+    with raises(InputError, match=key.replace(".", r"\.")):
         maekit.pretrain(config)
 
 
@@ -261,7 +263,7 @@ def test_other_data_is_refused(make_shards, tmp_path: Path) -> None:
     config = tiny_config(make_shards(7, 6), tmp_path / "run", steps=2)
     maekit.pretrain(config)
     config.shards = (str(make_shards(7, 7, name="other")),)
-    with pytest.raises(InputError, match="other data"):
+    with raises(InputError, match="other data"):
         maekit.pretrain(config)
 
 
@@ -271,7 +273,7 @@ def test_a_second_process_is_refused(make_shards, tmp_path: Path) -> None:
     wait_for_checkpoint(tmp_path / "run", 4, process)
     process.send_signal(signal.SIGSTOP)
     try:
-        with pytest.raises(InputError, match=f"in use by process {process.pid}"):
+        with raises(InputError, match=f"in use by process {process.pid}"):
             maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=40, run__checkpoint_every=4))
     finally:
         process.kill()
@@ -294,26 +296,26 @@ def test_bad_samples_are_replaced_and_counted(tmp_path: Path) -> None:
 
 def test_too_many_bad_samples_stop_the_run(tmp_path: Path) -> None:
     shards = bad_shards(tmp_path / "shards", 4, 60)
-    with pytest.raises(MaekitError, match=r"more than --max-bad 0\.01.*x\.tar b\d+"):
+    with raises(MaekitError, match=r"more than --max-bad 0\.01.*x\.tar b\d+"):
         maekit.pretrain(tiny_config(shards, tmp_path / "run", steps=50))
 
 
 def test_max_bad_is_a_share_of_small_sets_too(tmp_path: Path) -> None:
     shards = bad_shards(tmp_path / "shards", 39, 1)
-    with pytest.raises(MaekitError, match="1 of"):
+    with raises(MaekitError, match="1 of"):
         maekit.pretrain(tiny_config(shards, tmp_path / "strict", steps=10, batch_size=4))
     config = tiny_config(shards, tmp_path / "run", steps=10, batch_size=4, data__max_bad=0.05)
     assert maekit.pretrain(config).bad == 1  # one epoch, one bad sample
 
 
 def test_no_readable_image_at_all(tmp_path: Path) -> None:
-    with pytest.raises(MaekitError, match="in a row cannot be used"):
+    with raises(MaekitError, match="in a row cannot be used"):
         maekit.pretrain(tiny_config(bad_shards(tmp_path / "shards", 0, 5), tmp_path / "run"))
 
 
 def test_a_loss_that_is_not_finite_is_never_saved(make_shards, tmp_path: Path) -> None:
     config = tiny_config(make_shards(7, 6), tmp_path / "run", optimizer__lr=1e30, steps=20)
-    with pytest.raises(MaekitError, match=r"not finite at step \d+ .*\d\d\d\.tar \d{6}"):
+    with raises(MaekitError, match=r"not finite at step \d+ .*\d\d\d\.tar \d{6}"):
         maekit.pretrain(config)
     for saved in RunDirectory(tmp_path / "run").list_checkpoints():
         assert saved.problem() is None
@@ -325,7 +327,7 @@ def test_damaged_shards_exit_before_training(make_shards, tmp_path: Path) -> Non
     shards = make_shards(7, 6)
     (shards / "001.tar").write_bytes((shards / "001.tar").read_bytes()[:3000])
     config = tiny_config(shards, tmp_path / "run")
-    with pytest.raises(InputError, match=r"001\.tar.*--skip-damaged"):
+    with raises(InputError, match=r"001\.tar.*--skip-damaged"):
         maekit.pretrain(config)
     assert not (tmp_path / "run").exists()
     config.data.skip_damaged = True
@@ -367,10 +369,10 @@ def test_init_from_what_does_not_fit(make_shards, tmp_path: Path) -> None:
     shards = make_shards(7, 6)
     maekit.pretrain(tiny_config(shards, tmp_path / "donor", steps=1))
     config = tiny_config(shards, tmp_path / "run", model__init_from=str(tmp_path / "donor"), model__depth=3)
-    with pytest.raises(InputError, match=r"missing blocks\.2"):
+    with raises(InputError, match=r"missing blocks\.2"):
         maekit.pretrain(config)
     config = tiny_config(shards, tmp_path / "run", model__init_from="nowhere")
-    with pytest.raises(InputError, match="does not exist"):
+    with raises(InputError, match="does not exist"):
         maekit.pretrain(config)
     assert not (tmp_path / "run").exists()
 
@@ -386,7 +388,7 @@ def test_a_pickle_runs_no_code(make_shards, tmp_path: Path) -> None:
     torch.save({"model": Payload()}, tmp_path / "evil2.pth")
     for name in ("evil.pth", "evil2.pth"):
         config = tiny_config(make_shards(7), tmp_path / "run", model__init_from=str(tmp_path / name))
-        with pytest.raises(InputError, match="cannot read weights"):
+        with raises(InputError, match="cannot read weights"):
             maekit.pretrain(config)
     assert not (tmp_path / "executed").exists()
 
@@ -408,10 +410,15 @@ def test_a_pickle_runs_no_code(make_shards, tmp_path: Path) -> None:
 def test_impossible_settings(make_shards, tmp_path: Path, key: str, value) -> None:
     if key == "run.device" and value == "cuda" and torch.cuda.is_available():
         value = "opencl"
-    config = tiny_config(make_shards(7), tmp_path / "run")
-    set_value(config, key, value)
-    with pytest.raises(InputError):
+    shards = make_shards(7)
+
+    def train() -> None:
+        config = tiny_config(shards, tmp_path / "run")
+        set_value(config, key, value)
         maekit.pretrain(config)
+
+    with pytest.raises(InputError):
+        train()
     assert not (tmp_path / "run").exists()
 
 

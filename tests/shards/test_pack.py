@@ -12,11 +12,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
+from support.errors import raises
 from support.shards import jpeg
 
 from maekit.checking import check_shards
+from maekit.cli.options import with_flags
+from maekit.config.pack import PackConfig
 from maekit.shards.index import index_path, read_index
-from maekit.shards.pack import PackOptions, pack
+from maekit.shards.pack import pack
 from maekit.shards.spec import find_shards
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.progress import Silent
@@ -57,8 +60,8 @@ def test_round_trip(tmp_path: Path, workers: int) -> None:
     (images / "cat" / "001.v1.txt").write_text("a cat")
     (images / "cat" / "notes.txt").write_text("of no image")
     (images / "cat" / "README").write_text("no image")
-    options = PackOptions(samples_per_shard=3, workers=workers)
-    report = pack(images, tmp_path / "out", options)
+    options = dict(samples_per_shard=3, workers=workers)
+    report = pack(PackConfig(images, tmp_path / "out", **options))
     assert (report.samples, len(report.shards), report.classes) == (7, 3, ["cat", "dog"])
     assert report.passed_over == {".txt": 1, "no extension": 1}
     assert report.sidecars == {"json": 1, "txt": 1}
@@ -76,7 +79,7 @@ def test_round_trip(tmp_path: Path, workers: int) -> None:
     assert (samples[0]["json"], samples[0]["txt"]) == (b'{"a": 1}', b"a cat")
     checked = check_shards(find_shards(str(tmp_path / "out")))
     assert (checked.samples, len(checked.damaged), [s.verified for s in checked.shards]) == (7, 0, [True] * 3)
-    pack(images, tmp_path / "again", PackOptions(samples_per_shard=3, workers=4 - workers))
+    pack(PackConfig(images, tmp_path / "again", samples_per_shard=3, workers=4 - workers))
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
 
 
@@ -84,7 +87,7 @@ def test_shards_of_limited_size(tmp_path: Path) -> None:
     images = fill(tmp_path / "images", 40)
     (images / "cat" / "001.v1.jpg").write_bytes(jpeg(1) + bytes(90_000))  # larger than a shard may be
     (images / "dog" / ("ü" * 60 + ".jpg")).write_bytes(jpeg(0))  # an extended header
-    report = pack(images, tmp_path / "out", PackOptions(shard_mb=0.04))
+    report = pack(PackConfig(images, tmp_path / "out", shard_mb=0.04))
     sizes = [path.stat().st_size for path in report.shards]
     assert report.samples == 41
     assert len([size for size in sizes if size > 40_000]) == 1
@@ -102,7 +105,7 @@ def test_a_table_names_paths_and_labels(tmp_path: Path, kind: str) -> None:
         with open(table, "w", newline="") as file:
             writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
             writer.writerows([("path", "label"), *rows])
-    report = pack(images, tmp_path / "out", PackOptions(table=table))
+    report = pack(PackConfig(images, tmp_path / "out", table=table))
     assert report.passed_over == {"images not in the table": 3}
     assert [(s["__key__"], s.get("cls")) for s in read(tmp_path / "out")] == [
         ("dog/004_v1", b"7"),
@@ -115,7 +118,7 @@ def test_a_table_with_class_names(tmp_path: Path) -> None:
     images = fill(tmp_path / "images", 3)
     table = tmp_path / "t.csv"
     table.write_text("picture,kind\ndog/000.v1.jpg,wolf\ncat/001.v1.jpg,lynx\n")
-    report = pack(images, tmp_path / "out", PackOptions(table=table, path_column="picture", label_column="kind"))
+    report = pack(PackConfig(images, tmp_path / "out", table=table, path_column="picture", label_column="kind"))
     assert report.classes == ["lynx", "wolf"]
     assert [s["cls"] for s in read(tmp_path / "out")] == [b"1", b"0"]
 
@@ -126,12 +129,12 @@ def test_what_is_told_of_labels(tmp_path: Path) -> None:
 
     class Notes(Silent):
         def note(self, text: str) -> None:
-            notes.append(text)
+            notes.append(with_flags(text))
 
-    assert pack(images, tmp_path / "out", progress=Notes()).class_counts == {"cat": 2, "dog": 2}
+    assert pack(PackConfig(images, tmp_path / "out"), Notes()).class_counts == {"cat": 2, "dog": 2}
     (images / "stray.jpg").touch()
     (images / "cat" / "001.v1.cls").write_text("9")
-    report = pack(images, tmp_path / "out2", progress=Notes())
+    report = pack(PackConfig(images, tmp_path / "out2"), Notes())
     assert (report.classes, report.empty, report.unlabelled, report.sidecars) == ([], 1, 4, {"cls": 1})
     assert any("no classes: stray.jpg lies in no folder (1 of 5 images)" in note for note in notes)
     assert [s.get("cls") for s in read(tmp_path / "out2")] == [b"9", None, None, None, None]
@@ -141,17 +144,17 @@ def test_labels_stay_as_they_are_written(tmp_path: Path) -> None:
     images = fill(tmp_path / "images", 4)
     table = tmp_path / "t.csv"
     table.write_text("path,label\ndog/000.v1.jpg,01\ncat/001.v1.jpg,1\ndog/002.v1.jpg,NA\ncat/003.v1.jpg,\n")
-    assert pack(images, tmp_path / "out", PackOptions(table=table)).classes == ["01", "1", "NA"]
+    assert pack(PackConfig(images, tmp_path / "out", table=table)).classes == ["01", "1", "NA"]
     assert [s.get("cls") for s in read(tmp_path / "out")] == [b"0", b"1", b"2", None]
     pq.write_table(pa.table({"path": ["cat/001.v1.jpg"], "label": [1.5]}), tmp_path / "t.parquet")
-    with pytest.raises(InputError, match="neither a whole number nor text"):
-        pack(images, tmp_path / "out2", PackOptions(table=tmp_path / "t.parquet"))
+    with raises(InputError, match="neither a whole number nor text"):
+        pack(PackConfig(images, tmp_path / "out2", table=tmp_path / "t.parquet"))
     table.write_text("path,label\ndog/000.v1.jpg,4.0\ncat/001.v1.jpg,\n")
-    report = pack(images, tmp_path / "out4", PackOptions(table=table))
+    report = pack(PackConfig(images, tmp_path / "out4", table=table))
     assert (report.unlabelled, read(tmp_path / "out4")[0]["cls"]) == (1, b"4")
     table.write_bytes("path,größe\n".encode("latin-1"))
-    with pytest.raises(InputError, match="cannot read the table"):
-        pack(images, tmp_path / "out3", PackOptions(table=table))
+    with raises(InputError, match="cannot read the table"):
+        pack(PackConfig(images, tmp_path / "out3", table=table))
 
 
 @pytest.mark.parametrize(
@@ -174,38 +177,38 @@ def test_labels_stay_as_they_are_written(tmp_path: Path) -> None:
 def test_tables_that_do_not_fit(tmp_path: Path, text: str, said: str) -> None:
     images = fill(tmp_path / "images", 3)
     (images / "table.csv").write_text(text)
-    with pytest.raises(InputError, match=said):
-        pack(images, tmp_path / "out", PackOptions(table=images / "table.csv"))
+    with raises(InputError, match=said):
+        pack(PackConfig(images, tmp_path / "out", table=images / "table.csv"))
     assert not (tmp_path / "out").exists()
 
 
 def test_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no such folder"):
-        pack(tmp_path / "missing", tmp_path / "out")
+    with raises(InputError, match="no such folder"):
+        pack(PackConfig(tmp_path / "missing", tmp_path / "out"))
     (tmp_path / "images").mkdir()
-    with pytest.raises(InputError, match="no image file"):
-        pack(tmp_path / "images", tmp_path / "out")
+    with raises(InputError, match="no image file"):
+        pack(PackConfig(tmp_path / "images", tmp_path / "out"))
     for name in ("a.b.jpg", "a_b.png", "c.d.png", "c_d.png"):
         (tmp_path / "images" / name).write_bytes(jpeg(0))
-    with pytest.raises(InputError, match=r"both get the key 'a_b'.*both get the key 'c_d'"):
-        pack(tmp_path / "images", tmp_path / "out")
+    with raises(InputError, match=r"both get the key 'a_b'.*both get the key 'c_d'"):
+        pack(PackConfig(tmp_path / "images", tmp_path / "out"))
     for name in ("a_b.png", "c_d.png"):
         (tmp_path / "images" / name).unlink()
-    pack(tmp_path / "images", tmp_path / "out")
-    with pytest.raises(InputError, match="already holds"):
-        pack(tmp_path / "images", tmp_path / "out")
+    pack(PackConfig(tmp_path / "images", tmp_path / "out"))
+    with raises(InputError, match="already holds"):
+        pack(PackConfig(tmp_path / "images", tmp_path / "out"))
     (tmp_path / "images" / "__x__").mkdir()
     (tmp_path / "images" / "__x__" / "y.jpg").write_bytes(jpeg(0))
-    with pytest.raises(InputError, match="aside as its own"):
-        pack(tmp_path / "images", tmp_path / "out2")
+    with raises(InputError, match="aside as its own"):
+        pack(PackConfig(tmp_path / "images", tmp_path / "out2"))
     for options, said in (
-        (PackOptions(samples_per_shard=0), "at least one sample"),
-        (PackOptions(shard_mb=0), "--shard-mb"),
-        (PackOptions(workers=0), "--workers"),
-        (PackOptions(path_column="x"), "--table"),
+        ({"samples_per_shard": 0}, "`samples_per_shard` = 0: must be at least 1"),
+        ({"shard_mb": 0}, "`shard_mb` = 0: must be greater than 0"),
+        ({"workers": 0}, "`workers` = 0: must be at least 1"),
+        ({"path_column": "x"}, "`table`"),
     ):
-        with pytest.raises(InputError, match=said):
-            pack(tmp_path / "images", tmp_path / "out3", options)
+        with raises(InputError, match=said):
+            pack(PackConfig(tmp_path / "images", tmp_path / "out3", **options))
 
 
 def test_an_image_that_goes_away(tmp_path: Path, monkeypatch) -> None:
@@ -219,8 +222,8 @@ def test_an_image_that_goes_away(tmp_path: Path, monkeypatch) -> None:
         return original(source)
 
     monkeypatch.setattr(module, "_read", lose)
-    with pytest.raises(MaekitError, match=r"cannot read .*002\.v1\.jpg"):
-        pack(images, tmp_path / "out")
+    with raises(MaekitError, match=r"cannot read .*002\.v1\.jpg"):
+        pack(PackConfig(images, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -232,24 +235,26 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path: Path) -> None:
             if done == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    options = PackOptions(samples_per_shard=2, workers=1)
+    options = dict(samples_per_shard=2, workers=1)
     with pytest.raises(Stopped):
-        pack(images, tmp_path / "out", options, progress=Kill())
+        pack(PackConfig(images, tmp_path / "out", **options), Kill())
     assert not (tmp_path / "out").exists()
-    report = pack(images, tmp_path / "out", options)
+    report = pack(PackConfig(images, tmp_path / "out", **options))
     assert (report.resumed, report.samples) == (2, 9)
-    pack(images, tmp_path / "whole", options)
+    pack(PackConfig(images, tmp_path / "whole", **options))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path, rounds) -> None:
     """SIGKILL at random moments; every start takes up what is finished, and nothing unfinished is ever seen."""
     images = fill(tmp_path / "images", 60)
-    options = PackOptions(samples_per_shard=2, workers=2)
-    pack(images, tmp_path / "whole", options)
+    options = dict(samples_per_shard=2, workers=2)
+    pack(PackConfig(images, tmp_path / "whole", **options))
     aside, resumed, unfinished = tmp_path / ".out.packing" / "shards", 0, 0
     for number in range(rounds(5, 300)):
-        process = multiprocessing.get_context("fork").Process(target=pack, args=(images, tmp_path / "out", options))
+        process = multiprocessing.get_context("fork").Process(
+            target=pack, args=(PackConfig(images, tmp_path / "out", **options),)
+        )
         process.start()
         before = count_shards(aside)
         resumed += before > 0
@@ -262,7 +267,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(tmp_path: Path, roun
         if (tmp_path / "out").exists():
             assert contents(tmp_path / "out") == contents(tmp_path / "whole")
             shutil.rmtree(tmp_path / "out")
-    pack(images, tmp_path / "out", options)
+    pack(PackConfig(images, tmp_path / "out", **options))
     print(f"pack: killed {unfinished} times before its end, {resumed} starts took up finished shards")
     assert resumed > 0
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
@@ -279,16 +284,16 @@ def test_a_damaged_left_over_is_written_again(tmp_path: Path) -> None:
             if done == 6:
                 raise KeyboardInterrupt
 
-    options = PackOptions(samples_per_shard=2, workers=1)
+    options = dict(samples_per_shard=2, workers=1)
     with pytest.raises(KeyboardInterrupt):
-        pack(images, tmp_path / "out", options, progress=Fail())
+        pack(PackConfig(images, tmp_path / "out", **options), Fail())
     aside = tmp_path / ".out.packing" / "shards"
     data = bytearray((aside / "00000.tar").read_bytes())
     data[1600] ^= 1  # within an image
     (aside / "00000.tar").write_bytes(data)
     (aside / "00001.tar").write_bytes((aside / "00001.tar").read_bytes()[:800])
-    pack(images, tmp_path / "out", options)
-    pack(images, tmp_path / "whole", options)
+    pack(PackConfig(images, tmp_path / "out", **options))
+    pack(PackConfig(images, tmp_path / "whole", **options))
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -305,9 +310,9 @@ def test_class_names_belong_to_the_plan(tmp_path: Path, monkeypatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr(module, "_publish", fail)
         with pytest.raises(KeyboardInterrupt):
-            pack(images, tmp_path / "out", PackOptions(table=table))
+            pack(PackConfig(images, tmp_path / "out", table=table))
     table.write_text("path,label\ndog/000.v1.jpg,1\ncat/001.v1.jpg,0\n")
-    pack(images, tmp_path / "out", PackOptions(table=table))
+    pack(PackConfig(images, tmp_path / "out", table=table))
     assert sorted(contents(tmp_path / "out")) == ["00000.tar"]
 
 
@@ -315,13 +320,13 @@ def test_where_the_folder_may_lie(tmp_path: Path, monkeypatch) -> None:
     images = fill(tmp_path / "images", 2)
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "empty")
-    report = pack(images, tmp_path / "link")
+    report = pack(PackConfig(images, tmp_path / "link"))
     assert report.shards == [tmp_path / "empty" / "00000.tar"]
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
-    with pytest.raises(InputError, match="name a new folder in it"):
-        pack(images, Path("."))
-    assert pack(images, Path("new")).shards[0].is_file()
+    with raises(InputError, match="name a new folder in it"):
+        pack(PackConfig(images, Path(".")))
+    assert pack(PackConfig(images, Path("new"))).shards[0].is_file()
 
 
 def test_another_plan_starts_anew(tmp_path: Path) -> None:
@@ -332,8 +337,8 @@ def test_another_plan_starts_anew(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        pack(images, tmp_path / "out", PackOptions(samples_per_shard=2, workers=1), progress=Fail())
+        pack(PackConfig(images, tmp_path / "out", samples_per_shard=2, workers=1), Fail())
     (images / "cat" / "001.v1.jpg").write_bytes(jpeg(50))
-    report = pack(images, tmp_path / "out", PackOptions(samples_per_shard=2, workers=1))
+    report = pack(PackConfig(images, tmp_path / "out", samples_per_shard=2, workers=1))
     assert report.resumed == 0
     assert read(tmp_path / "out")[0]["jpg"] == jpeg(50)

@@ -13,12 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from support.shards import jpeg, write_shard
 
 from maekit.checking import check_shards
-from maekit.shards import remote
+from maekit.shards import download
+from maekit.shards.cache import RemoteCache
 from maekit.shards.read import open_shards
-from maekit.shards.remote import RemoteCache
 from maekit.shards.spec import find_shards
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
@@ -96,7 +97,7 @@ class Server:
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch) -> Iterator[Server]:
     monkeypatch.setenv("MAEKIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "_LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(download, "_LONGEST_PAUSE", 0.01)
     for shard in range(3):
         keys = {f"{shard}-{i}": {"jpg": jpeg(10 * shard + i), "bin": os.urandom(30_000)} for i in range(6)}
         write_shard(tmp_path / "public" / "sub" / f"{shard}.tar", keys)
@@ -123,17 +124,17 @@ def test_specs(server: Server) -> None:
     mixed = find_shards([str(server.folder / "sub" / "0.tar"), f"{server.url}/sub/1.tar?token=x"])
     assert len({shard.name for shard in mixed}) == 2
     for spec, said in (("nowhere/", "listed"), ("sub/*.tgz", "no file matches"), ("sub/{0.tar", "braces")):
-        with pytest.raises(InputError, match=said):
+        with raises(InputError, match=said):
             find_shards(f"{server.url}/{spec}")
     (shard,) = find_shards("nonsense://x/0.tar")
-    with pytest.raises(InputError, match="knows no protocol"):
+    with raises(InputError, match="knows no protocol"):
         RemoteCache().fetch(shard)
 
 
 @pytest.mark.parametrize(("drop", "truncate"), [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.3, 0.3)])
 def test_what_arrives_is_what_was_published(server: Server, monkeypatch, drop: float, truncate: float) -> None:
-    monkeypatch.setattr(remote, "_FIRST_PIECE", 60_000)
-    monkeypatch.setattr(remote, "_SMALLEST_PIECE", 4_000)
+    monkeypatch.setattr(download, "_FIRST_PIECE", 60_000)
+    monkeypatch.setattr(download, "_SMALLEST_PIECE", 4_000)
     server.drop, server.truncate = drop, truncate
     cache = RemoteCache()
     for shard in find_shards(f"{server.url}/sub/{{0..2}}.tar"):
@@ -154,7 +155,7 @@ def test_a_server_without_ranges(server: Server) -> None:
 def test_a_server_that_tells_no_size(server: Server) -> None:
     server.tells_size = False
     (shard,) = find_shards(f"{server.url}/sub/0.tar")
-    with pytest.raises(MaekitError, match="--cache-gb"):
+    with raises(MaekitError, match="--cache-gb"):
         RemoteCache(limit=100_000).fetch(shard)
     assert sum(p.stat().st_size for p in files.cache_directory().rglob("*") if p.suffix in (".tar", ".part")) == 0
     RemoteCache().fetch(shard)
@@ -162,11 +163,11 @@ def test_a_server_that_tells_no_size(server: Server) -> None:
 
 
 def test_an_interrupted_download_goes_on(server: Server, monkeypatch) -> None:
-    monkeypatch.setattr(remote, "_FIRST_PIECE", 30_000)
-    monkeypatch.setattr(remote, "_LARGEST_PIECE", 30_000)
+    monkeypatch.setattr(download, "_FIRST_PIECE", 30_000)
+    monkeypatch.setattr(download, "_LARGEST_PIECE", 30_000)
     (shard,) = find_shards(f"{server.url}/sub/0.tar")
     size = (server.folder / "sub" / "0.tar").stat().st_size
-    original = remote._pieces
+    original = download.pieces
 
     def two_pieces(*arguments):
         for number, piece in enumerate(original(*arguments)):
@@ -175,7 +176,7 @@ def test_an_interrupted_download_goes_on(server: Server, monkeypatch) -> None:
             yield piece
 
     with monkeypatch.context() as patch:
-        patch.setattr(remote, "_pieces", two_pieces)
+        patch.setattr(download, "pieces", two_pieces)
         with pytest.raises(KeyboardInterrupt):
             RemoteCache().fetch(shard)
     assert not shard.path.exists()
@@ -193,22 +194,22 @@ def test_an_interrupted_download_goes_on(server: Server, monkeypatch) -> None:
 
 def test_a_missing_shard_and_a_dead_server_are_named(server: Server) -> None:
     (shard,) = find_shards(f"{server.url}/sub/9.tar")
-    with pytest.raises(MaekitError, match=r"sub/9\.tar: no such file there"):
+    with raises(MaekitError, match=r"sub/9\.tar: no such file there"):
         RemoteCache().fetch(shard)
     server.drop = 1.0
     (shard,) = find_shards(f"{server.url}/sub/0.tar")
-    with pytest.raises(MaekitError, match=r"sub/0\.tar"):
+    with raises(MaekitError, match=r"sub/0\.tar"):
         RemoteCache().fetch(shard)
 
 
 def test_names_from_elsewhere_stay_inside(server: Server) -> None:
     """Names of shards become names of output files: a listing or a URL cannot lead out, and none takes another's."""
     (server.folder / "sub" / "index.html").write_text('<a href="x/../../../../../evil.tar">x</a>')
-    with pytest.raises(InputError, match="lead back up"):
+    with raises(InputError, match="lead back up"):
         find_shards(f"{server.url}/sub/")
-    with pytest.raises(InputError, match="lead back up"):
+    with raises(InputError, match="lead back up"):
         find_shards([f"{server.url}/sub/../x.tar", f"{server.url}/sub/0.tar"])
-    with pytest.raises(InputError, match="would both be named"):
+    with raises(InputError, match="would both be named"):
         find_shards(f"{server.url}/sub/0.tar?part={{0..3}}")
 
 
@@ -218,7 +219,7 @@ def test_a_server_that_is_down_for_a_while_is_asked_again(server: Server) -> Non
     RemoteCache().fetch(shard)
     assert shard.path.read_bytes() == (server.folder / "sub" / "0.tar").read_bytes()
     server.fail = 1000
-    with pytest.raises(InputError, match="503"):
+    with raises(InputError, match="503"):
         open_shards([shard])
 
 
@@ -272,19 +273,19 @@ def test_the_room_is_kept_while_downloads_run(server: Server) -> None:
 
 def test_interrupted_downloads_do_not_block_each_other(server: Server, monkeypatch) -> None:
     """Parts that each fill most of the cache: whoever comes first takes the room of the others."""
-    monkeypatch.setattr(remote, "_FIRST_PIECE", 150_000)
-    monkeypatch.setattr(remote, "_ATTEMPTS", 1)
+    monkeypatch.setattr(download, "_FIRST_PIECE", 150_000)
+    monkeypatch.setattr(download, "_ATTEMPTS", 1)
     shards = find_shards(f"{server.url}/sub/")
     for shard in shards:
-        original = remote._pieces
+        original = download.pieces
 
         def one_piece(*arguments, pieces=original):
             yield next(pieces(*arguments))
             raise MaekitError("broken off")
 
         with monkeypatch.context() as patch:
-            patch.setattr(remote, "_pieces", one_piece)
-            with pytest.raises(MaekitError, match="broken off"):
+            patch.setattr(download, "pieces", one_piece)
+            with raises(MaekitError, match="broken off"):
                 RemoteCache().fetch(shard)
     size = max((server.folder / "sub" / f"{i}.tar").stat().st_size for i in range(3))
     with ThreadPoolExecutor(3) as pool:
@@ -345,7 +346,7 @@ def test_the_cache_is_bounded(server: Server, tmp_path: Path) -> None:
     cache.fetch(shards[1])  # used again: the other one is now the oldest
     cache.fetch(shards[0])
     assert [shard.path.exists() for shard in shards] == [True, True, False]
-    with pytest.raises(MaekitError, match="--cache-gb"):
+    with raises(MaekitError, match="--cache-gb"):
         RemoteCache(limit=1000).fetch(shards[2])
 
 
@@ -362,7 +363,7 @@ def test_many_threads_and_caches_download_once(server: Server) -> None:
 
 def test_training_needs_published_indexes_that_fit(server: Server) -> None:
     shards = find_shards(f"{server.url}/sub/")
-    with pytest.raises(InputError, match="has no published index"):
+    with raises(InputError, match="has no published index"):
         open_shards(shards)
     publish_indexes(server)
     opened = open_shards(shards)
@@ -372,7 +373,7 @@ def test_training_needs_published_indexes_that_fit(server: Server) -> None:
     data = bytearray(path.read_bytes())
     data[700] ^= 1
     path.write_bytes(data)
-    with pytest.raises(MaekitError, match="not what its published index describes"):
+    with raises(MaekitError, match="not what its published index describes"):
         opened.reader().read_image(opened.index(1), 0)
     assert opened.reader().read_image(opened.index(2), 3) == jpeg(23)
 
@@ -382,16 +383,16 @@ def test_pretraining_on_remote_shards_sees_the_same_batches(server: Server, monk
     import torch
 
     from maekit.mae.mask_shapes import MaskShape
-    from maekit.shards.order import Order
-    from maekit.training.crops import Augmentation, CropLoader, Watch
-    from maekit.training.data import Division, ExactSource, StepBatches, make_loader
+    from maekit.shards.order import SampleOrder
+    from maekit.training.crops import Augmentation, CropLoader, WorkerProgress
+    from maekit.training.data import BatchLayout, ExactSource, StepBatches, make_loader
 
     publish_indexes(server)
     local = open_shards(find_shards(str(server.folder / "sub")))
 
     def batches(shards, workers: int) -> list[torch.Tensor]:
-        order = Order(shards.counts, seed=1, digest=shards.digest, window=1)
-        division, watch = Division(4, 4), Watch(workers)
+        order = SampleOrder(shards.counts, seed=1, digest=shards.digest, window=1)
+        division, watch = BatchLayout(4, 4), WorkerProgress(workers)
         source = ExactSource(order, division, first=1, last=12)
         crops = CropLoader(
             shards, order, Augmentation((32, 32), (32, 32), 1), MaskShape("random", (4, 4), 0.75), watch=watch
@@ -411,5 +412,5 @@ def test_check_reads_remote_shards(server: Server) -> None:
     (server.folder / "sub" / "1.tar").write_bytes((server.folder / "sub" / "0.tar").read_bytes()[:5000])
     report = check_shards(find_shards(f"{server.url}/sub/"))
     assert (report.samples, [shard.name for shard in report.damaged]) == (12, ["1.tar"])
-    with pytest.raises(InputError, match="beside local shards"):
+    with raises(InputError, match="beside local shards"):
         check_shards(find_shards(f"{server.url}/sub/"), write_indexes=True)

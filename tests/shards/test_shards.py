@@ -9,11 +9,12 @@ import pytest
 import webdataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.errors import raises
 from support.shards import jpeg, write_shard
 
 from maekit.checking import check_shards
 from maekit.shards.index import build_index, load_index, parse_index, write_index
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.shards.read import MemberReader, open_shards
 from maekit.shards.spec import find_shards
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
@@ -109,7 +110,7 @@ def small_shard(tmp_path: Path) -> Path:
 )
 def test_samples_that_webdataset_would_tear_apart(tmp_path: Path, members, said: str) -> None:
     path = write_tar(tmp_path / "x.tar", members, tarfile.PAX_FORMAT)
-    with pytest.raises(DamagedShard, match=said):
+    with raises(DamagedShard, match=said):
         build_index(path)
 
 
@@ -145,7 +146,7 @@ def test_a_shard_that_changes_under_the_reader_is_refused(tmp_path: Path) -> Non
     path = small_shard(tmp_path)
     index = build_index(path)
     path.write_bytes(path.read_bytes() + bytes(512))
-    with pytest.raises(MaekitError, match="changed since"):
+    with raises(MaekitError, match="changed since"):
         MemberReader().read(index, index.members(0)[0])
 
 
@@ -222,7 +223,7 @@ def test_a_known_set_opens_without_its_indexes(make_shards, monkeypatch) -> None
     write_shard(directory / "001.tar", {"new": {"jpg": jpeg(9)}})
     changed = open_shards(find_shards(str(directory)))
     assert (changed.samples, changed.index(1).key(0)) == (4, "new")
-    with pytest.raises(MaekitError, match="changed since"):
+    with raises(MaekitError, match="changed since"):
         first.index(1)
 
 
@@ -257,7 +258,7 @@ def test_links_are_followed_and_hidden_folders_are_not(tmp_path: Path, make_shar
     (tmp_path / "shards" / "loop").symlink_to(tmp_path / "shards")
     assert [s.name for s in find_shards(str(tmp_path / "shards"))] == ["linked/000.tar"]
     (tmp_path / "shards" / "gone.tar").symlink_to(tmp_path / "nowhere.tar")
-    with pytest.raises(InputError, match="leads nowhere"):
+    with raises(InputError, match="leads nowhere"):
         find_shards(str(tmp_path / "shards"))
 
 
@@ -294,7 +295,7 @@ def test_a_shard_that_cannot_be_read_is_reported_with_the_others(make_shards, mo
 def test_specs_that_name_nothing(tmp_path: Path, monkeypatch, spec: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match=said):
+    with raises(InputError, match=said):
         find_shards(spec)
 
 
@@ -303,7 +304,7 @@ COUNTS = np.array([5, 0, 17, 3, 40, 1, 9, 28, 2], np.int64)
 
 @pytest.mark.parametrize("window", [1, 3, 16])
 def test_each_epoch_is_a_permutation(window: int) -> None:
-    order = Order(COUNTS, seed=1, digest="ab" * 32, window=window)
+    order = SampleOrder(COUNTS, seed=1, digest="ab" * 32, window=window)
     n = int(COUNTS.sum())
     everything = {(s, o) for s, count in enumerate(COUNTS) for o in range(count)}
     epochs = [order.slice(e * n, (e + 1) * n) for e in range(3)]
@@ -316,8 +317,8 @@ def test_each_epoch_is_a_permutation(window: int) -> None:
 @given(start=st.integers(0, 400), length=st.integers(1, 250), window=st.integers(1, 12), seed=st.integers(0, 3))
 def test_order_reads_the_same_from_anywhere(start: int, length: int, window: int, seed: int) -> None:
     """A slice equals the same places of the whole row, across windows and epochs, whatever was read before."""
-    whole = Order(COUNTS, seed=seed, digest="0" * 64, window=window).slice(0, 700)
-    part = Order(COUNTS, seed=seed, digest="0" * 64, window=window).slice(start, start + length)
+    whole = SampleOrder(COUNTS, seed=seed, digest="0" * 64, window=window).slice(0, 700)
+    part = SampleOrder(COUNTS, seed=seed, digest="0" * 64, window=window).slice(start, start + length)
     for ours, theirs in zip(
         (part.epochs, part.positions, part.shards, part.ordinals),
         (whole.epochs, whole.positions, whole.shards, whole.ordinals),
@@ -330,7 +331,7 @@ def test_order_reads_the_same_from_anywhere(start: int, length: int, window: int
 @pytest.mark.parametrize("shards", [9, 12])
 def test_windows_name_the_shards_that_reading_comes_to(window: int, shards: int) -> None:
     """From any place, over epochs: what is fetched ahead is what is read."""
-    order = Order(np.full(shards, 5, np.int64), seed=0, digest="0" * 64, window=window)
+    order = SampleOrder(np.full(shards, 5, np.int64), seed=0, digest="0" * 64, window=window)
     read = order.slice(0, 3 * shards * 5)
     for start in range(0, 3 * shards * 5, 7):
         windows = order.windows(start)
@@ -344,7 +345,7 @@ def test_windows_name_the_shards_that_reading_comes_to(window: int, shards: int)
 
 def test_order_depends_on_seed_and_data() -> None:
     def places(**changes) -> list[int]:
-        return Order(COUNTS, **{"seed": 0, "digest": "0" * 64, **changes}).slice(0, 105).ordinals.tolist()
+        return SampleOrder(COUNTS, **{"seed": 0, "digest": "0" * 64, **changes}).slice(0, 105).ordinals.tolist()
 
     assert places() == places()
     assert places() != places(seed=1)
@@ -354,7 +355,7 @@ def test_order_depends_on_seed_and_data() -> None:
 def test_order_stays_within_windows() -> None:
     """At most `window` shards are open at a time: reads stay mostly sequential."""
     counts = np.full(40, 25, np.int64)
-    shards = Order(counts, seed=0, digest="0" * 64, window=8).slice(0, 1000).shards
+    shards = SampleOrder(counts, seed=0, digest="0" * 64, window=8).slice(0, 1000).shards
     for window in range(5):
         assert len(set(shards[window * 200 : (window + 1) * 200].tolist())) == 8
 
@@ -399,7 +400,7 @@ def test_open_shards_refuses_or_skips_damage(make_shards) -> None:
     directory = make_shards(3, 2)
     (directory / "bad.tar").write_bytes(b"nothing")
     found = find_shards(str(directory))
-    with pytest.raises(InputError, match=r"1 of 3 shards damaged.*bad\.tar.*--skip-damaged"):
+    with raises(InputError, match=r"1 of 3 shards damaged.*bad\.tar.*--skip-damaged"):
         open_shards(found)
     opened = open_shards(found, skip_damaged=True)
     assert opened.samples == 5

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from support.shards import write_shard
 
 from maekit.shards.index import build_index
@@ -86,7 +87,7 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes, said: str) -
         info = tarfile.TarInfo("a.jpg")
         info.type, info.linkname = kind, "/etc/passwd"
         tar.addfile(info)
-    with pytest.raises(DamagedShard, match=said):
+    with raises(DamagedShard, match=said):
         build_index(path)
 
 
@@ -158,7 +159,7 @@ def test_crafted_archives_are_refused(tmp_path: Path, what: str) -> None:
     path = tmp_path / "crafted.tar"
     path.write_bytes(data)
     before, memory = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(DamagedShard, match=said) as caught:
+    with raises(DamagedShard, match=said) as caught:
         build_index(path)
     assert time.perf_counter() - before < 1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 50_000  # kilobytes

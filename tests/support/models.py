@@ -9,7 +9,8 @@ from support.processes import tiny_config
 from support.shards import jpeg, write_shard
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.embedding.embed import EmbedConfig
+from maekit.config.embed import EmbedConfig
+from maekit.config.export import ExportConfig
 
 
 def train(folder: Path) -> Path:
@@ -21,7 +22,7 @@ def train(folder: Path) -> Path:
         samples = {f"s{shard}k{i}": {"jpg": jpeg(100 * shard + i), "cls": b"1"} for i in range(count)}
         write_shard(folder / "shards" / f"{shard}.tar", samples)
     maekit.pretrain(tiny_config(folder / "shards", folder / "run"))
-    export(folder / "run", folder / "encoder.onnx")
+    export(ExportConfig(folder / "run", folder / "encoder.onnx"))
     return folder
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from maekit.cli.options import with_flags
 from maekit.system.progress import Silent
 
 VOID = {"meta", "img", "br"}
@@ -78,4 +79,4 @@ class Notes(Silent):
         self.said: list[str] = []
 
     def note(self, text: str) -> None:
-        self.said.append(text)
+        self.said.append(with_flags(text))

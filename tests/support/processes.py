@@ -115,9 +115,10 @@ def finish(processes: list[ForkServerProcess], seconds: float = 60) -> list[int]
 
 def _main(config: Any, environment: dict, log: Path, trace: Path | None, sabotage) -> None:
     import maekit
+    from maekit.cli.options import with_flags
     from maekit.config.finetune import FinetuneConfig
     from maekit.finetuning.finetune import finetune
-    from maekit.system.errors import ElsewhereError, MaekitError
+    from maekit.system.errors import MaekitError, OtherRankError
     from maekit.system.progress import Silent
 
     os.environ.update({key: str(value) for key, value in environment.items()})
@@ -125,7 +126,7 @@ def _main(config: Any, environment: dict, log: Path, trace: Path | None, sabotag
 
     class Notes(Silent):
         def note(self, text: str) -> None:
-            print(text, file=sys.stderr, flush=True)
+            print(with_flags(text), file=sys.stderr, flush=True)
 
     if trace is not None:
         (_trace if isinstance(config, PretrainConfig) else _trace_shards)(trace)
@@ -139,8 +140,8 @@ def _main(config: Any, environment: dict, log: Path, trace: Path | None, sabotag
         else:
             raise_if_incomplete(maekit.embed(config, Notes()))
     except MaekitError as error:
-        if not isinstance(error, ElsewhereError):
-            print(f"maekit: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        if not isinstance(error, OtherRankError):
+            print(f"maekit: {type(error).__name__}: {with_flags(str(error))}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 

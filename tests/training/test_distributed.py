@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.errors import raises
 from support.processes import finish, read_trace, start, tiny_config
 
 import maekit
@@ -113,12 +114,12 @@ def test_what_the_ranks_do_not_divide_is_refused_once(make_shards, tmp_path: Pat
 def test_half_an_environment_is_refused(make_shards, tmp_path: Path, monkeypatch) -> None:
     config = tiny_config(make_shards(9), tmp_path / "run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="RANK is ''; start with torchrun"):
+    with raises(InputError, match="RANK is ''; start with torchrun"):
         maekit.pretrain(config)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(InputError, match="MASTER_ADDR is not"):
+    with raises(InputError, match="MASTER_ADDR is not"):
         maekit.pretrain(config)
     monkeypatch.setenv("WORLD_SIZE", "1")
     with distributed.join("cpu") as world:

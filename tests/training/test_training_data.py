@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.errors import raises
 from support.shards import jpeg, write_shard
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
-from maekit.shards.order import Order
+from maekit.shards.order import SampleOrder
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.system.errors import InputError, MaekitError
-from maekit.training.crops import Augmentation, Chunk, CropLoader, Watch, draw, resize
+from maekit.training.crops import Augmentation, Chunk, CropLoader, WorkerProgress, draw, resize
 from maekit.training.data import (
-    Division,
+    BatchLayout,
     ExactSource,
     StepBatches,
     Uploader,
@@ -38,7 +39,7 @@ SHAPE = MaskShape("random", (4, 4), 0.75)
 
 def steps_of(
     shards: ShardSet,
-    division: Division,
+    division: BatchLayout,
     *,
     first: int,
     last: int,
@@ -47,7 +48,7 @@ def steps_of(
     patience=60,
 ) -> list[Chunk]:
     """Return the whole share of each step, put together."""
-    order, watch = Order(shards.counts, seed=1, digest=shards.digest, window=2), Watch(workers)
+    order, watch = SampleOrder(shards.counts, seed=1, digest=shards.digest, window=2), WorkerProgress(workers)
     source = ExactSource(order, division, first=first, last=last)
     crops = CropLoader(shards, order, CROP, SHAPE, watch=watch, decoded=decoded)
     chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=1, pin=False))
@@ -99,12 +100,16 @@ def test_crops_are_those_of_exact_arithmetic(box: tuple[int, int, int, int]) -> 
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_do_not_depend_on_ranks_and_workers(small_shards: ShardSet, world: int, workers: int) -> None:
     """Images, flips and mask noise of each step: the same for any division, from any step, across epochs."""
-    expected = steps_of(small_shards, Division(8, 8), first=0, last=6)
+    expected = steps_of(small_shards, BatchLayout(8, 8), first=0, last=6)
     # However a step is divided: two images at a time, and one by one from the workers.
     for first, micro_batch, image_bytes in ((0, 8 // world, 1), (3, 2, 8 << 20)):
         ranks = [
             steps_of(
-                small_shards, Division(8, micro_batch, rank, world, image_bytes), first=first, last=6, workers=workers
+                small_shards,
+                BatchLayout(8, micro_batch, rank, world, image_bytes),
+                first=first,
+                last=6,
+                workers=workers,
             )
             for rank in range(world)
         ]
@@ -122,7 +127,7 @@ def test_division_covers_each_share_once() -> None:
         (30, 2, 5, 3 << 20),
         (7, 1, 7, 1),
     ):
-        division = Division(batch, micro_batch, world - 1, world, image_bytes)
+        division = BatchLayout(batch, micro_batch, world - 1, world, image_bytes)
         places = [place for first, last in division.chunks() for place in range(first, last)]
         assert places == list(range(batch // world))
         assert all(first // micro_batch == (last - 1) // micro_batch for first, last in division.chunks())
@@ -132,7 +137,7 @@ def test_division_covers_each_share_once() -> None:
 def test_draws_are_a_function_of_the_place(kind: str) -> None:
     """Whether a batch is drawn at once or in parts, within an epoch and across two."""
     shape = MaskShape(kind, (3, 3), 0.6)
-    order = Order(np.array([40]), seed=1, digest="ab" * 32)
+    order = SampleOrder(np.array([40]), seed=1, digest="ab" * 32)
     augmentation = dataclasses.replace(CROP, seed=3, color_jitter=0.4)
     whole = draw(order.slice(30, 60), augmentation, shape, 2)
     parts = [draw(order.slice(a, b), augmentation, shape, 2) for a, b in ((30, 31), (31, 47), (47, 60))]
@@ -159,11 +164,11 @@ def test_decoded_in_memory_gives_the_same_batches(tmp_path: Path) -> None:
     decoded = DecodedSet(shards, on_images=seen.append)
     assert seen[-1] == 10
     assert decoded.bytes == 3 * (7 * 48 * 40 + 900 * 700 + 300 * 200)
-    division = Division(10, 5)
+    division = BatchLayout(10, 5)
     expected = steps_of(shards, division, first=0, last=4)
     assert_equal(steps_of(shards, division, first=0, last=4, decoded=decoded, workers=2), expected)
     assert sum(len(step.bad) for step in expected) == 4
-    with pytest.raises(InputError, match=r"--cache ram: the 10 images take about .* may be used"):
+    with raises(InputError, match=r"--cache ram: the 10 images take about .* may be used"):
         DecodedSet(shards, room=1000)
 
 
@@ -187,20 +192,20 @@ def test_the_objective_normalises_and_mirrors() -> None:
 
 def test_a_micro_batch_that_does_not_fit_names_one_that_does() -> None:
     check_micro_batch(16, 48)
-    with pytest.raises(InputError, match=r"--micro-batch 15 does not divide the 48 images.* 16 does"):
+    with raises(InputError, match=r"--micro-batch 15 does not divide the 48 images.* 16 does"):
         check_micro_batch(15, 48)
 
 
 def test_a_killed_worker_is_named_with_what_it_read(small_shards: ShardSet, monkeypatch) -> None:
     kill_at(monkeypatch, small_shards, "000004", signal.SIGKILL)
-    with pytest.raises(MaekitError, match=r"reading the data failed: .*being read: 000\.tar 000004"):
-        steps_of(small_shards, Division(8, 8), first=0, last=50, workers=2)
+    with raises(MaekitError, match=r"reading the data failed: .*being read: 000\.tar 000004"):
+        steps_of(small_shards, BatchLayout(8, 8), first=0, last=50, workers=2)
 
 
 def test_a_hanging_image_is_named_after_a_while(small_shards: ShardSet, monkeypatch) -> None:
     kill_at(monkeypatch, small_shards, "000004", None)
-    with pytest.raises(MaekitError, match=r"nothing came for 3 s \(being read: (002\.tar \d+, )?000\.tar 000004"):
-        steps_of(small_shards, Division(8, 8), first=0, last=50, workers=1, patience=3)
+    with raises(MaekitError, match=r"nothing came for 3 s \(being read: (002\.tar \d+, )?000\.tar 000004"):
+        steps_of(small_shards, BatchLayout(8, 8), first=0, last=50, workers=1, patience=3)
 
 
 def test_news_of_a_killed_worker_does_not_end_the_clean_up() -> None:
@@ -236,8 +241,8 @@ def kill_at(monkeypatch, shards: ShardSet, key: str, number: signal.Signals | No
 
 def test_a_shard_that_goes_away_is_named(small_shards: ShardSet) -> None:
     small_shards.shards[2].path.unlink()
-    with pytest.raises(MaekitError, match=r"cannot read .*002\.tar: No such file"):
-        steps_of(small_shards, Division(8, 8), first=0, last=50, workers=2)
+    with raises(MaekitError, match=r"cannot read .*002\.tar: No such file"):
+        steps_of(small_shards, BatchLayout(8, 8), first=0, last=50, workers=2)
 
 
 def test_a_shard_deleted_while_it_is_open_is_named(small_shards: ShardSet) -> None:
@@ -247,15 +252,15 @@ def test_a_shard_deleted_while_it_is_open_is_named(small_shards: ShardSet) -> No
     path.rename(path.with_suffix(".aside"))
     reader.read_image(small_shards.index(2), 1)  # moved, and still there
     path.with_suffix(".aside").unlink()
-    with pytest.raises(MaekitError, match=r"002\.tar: deleted or replaced since it was indexed"):
+    with raises(MaekitError, match=r"002\.tar: deleted or replaced since it was indexed"):
         reader.read_image(small_shards.index(2), 2)
 
 
 def test_waiting_for_data_heeds_a_stop(small_shards: ShardSet, monkeypatch) -> None:
     """A request to stop is not left waiting behind a slow disk."""
     kill_at(monkeypatch, small_shards, "000004", None)
-    division, watch = Division(8, 8), Watch(1)
-    order = Order(small_shards.counts, seed=1, digest=small_shards.digest)
+    division, watch = BatchLayout(8, 8), WorkerProgress(1)
+    order = SampleOrder(small_shards.counts, seed=1, digest=small_shards.digest)
     crops = CropLoader(small_shards, order, CROP, SHAPE, watch=watch)
     source = ExactSource(order, division, first=0, last=9)
     chunks = iter(make_loader(source, crops, division, workers=1, prefetch=1, pin=False))

@@ -4,10 +4,12 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
+from support.errors import raises
 from support.processes import TINY, tiny_config
 from torch.nn import functional
 
 import maekit
+from maekit.cli.options import with_flags
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig, OptimizerConfig, parse_duration
 from maekit.mae import kernels
 from maekit.mae.autoencoder import build_autoencoder
@@ -20,7 +22,7 @@ from maekit.training import checkpoint
 from maekit.training.checkpoint import CheckpointWriter
 from maekit.training.crops import Chunk
 from maekit.training.data import Uploader
-from maekit.training.distributed import World
+from maekit.training.distributed import DistributedContext
 from maekit.training.optim import Schedule, make_optimizer
 from maekit.training.step import MaskedObjective, Step, choose_micro_batch
 
@@ -32,7 +34,7 @@ class Notes(Silent):
         self.lines: list[str] = []
 
     def note(self, text: str) -> None:
-        self.lines.append(text)
+        self.lines.append(with_flags(text))
 
 
 def tiny_objective(**changes) -> MaskedObjective:
@@ -49,7 +51,7 @@ def make_step(objective: MaskedObjective, **options) -> tuple[Step, torch.optim.
         Schedule(1e-2, 0.0, 0, 100),
         forward=forward,
         upload=Uploader(CPU),
-        world=World(),
+        world=DistributedContext(),
         **options,
     )
     return step, optimizer
@@ -131,13 +133,11 @@ def test_steps_without_a_finite_gradient_are_counted(make_shards, tmp_path: Path
 
     monkeypatch.setattr(Step, "__call__", sometimes_broken)
     shards = make_shards(7, 6)
-    with pytest.raises(
-        MaekitError, match=r"the gradient is not finite at step 2 \(samples: .*\.tar \d{6}.*--skip-nonfinite"
-    ):
+    with raises(MaekitError, match=r"the gradient is not finite at step 2 \(samples: .*\.tar \d{6}.*--skip-nonfinite"):
         maekit.pretrain(tiny_config(shards, tmp_path / "strict"))
     assert not RunDirectory(tmp_path / "strict").list_checkpoints()
     notes = Notes()
-    with pytest.raises(MaekitError, match="not finite at step 7"):
+    with raises(MaekitError, match="not finite at step 7"):
         maekit.pretrain(tiny_config(shards, tmp_path / "run", run__skip_nonfinite=2, steps=9), notes)
     assert [line.split(" (")[0] for line in notes.lines if "not finite" in line] == [
         "the gradient is not finite at step 2",
@@ -161,12 +161,10 @@ def test_weights_that_are_not_finite_are_not_written(make_shards, tmp_path: Path
         with torch.no_grad():
             objective.model.decoder.pred.bias[3] = math.inf
         writer.save({"step": 2})
-        with pytest.raises(
-            MaekitError, match=r"decoder\.pred\.bias is not finite after step 2; no checkpoint holds it"
-        ):
+        with raises(MaekitError, match=r"decoder\.pred\.bias is not finite after step 2; no checkpoint holds it"):
             writer.finish()
     assert [saved.step for saved in run.list_checkpoints()] == [1]
-    with pytest.raises(MaekitError, match=r"decoder\.\S+ is not finite|not finite"):
+    with raises(MaekitError, match=r"decoder\.\S+ is not finite|not finite"):
         maekit.pretrain(tiny_config(make_shards(7), tmp_path / "hot", steps=2, optimizer__lr=1e38))
 
 
@@ -299,7 +297,7 @@ def test_checkpoints_come_by_time_too(make_shards, tmp_path: Path) -> None:
 def test_max_time_saves_and_stops(make_shards, tmp_path: Path) -> None:
     shards = make_shards(9, 14, 5)
     config = tiny_config(shards, tmp_path / "run", steps=100_000, run__max_time="1s", run__checkpoint_every=100_000)
-    with pytest.raises(Stopped, match=r"stopped by --max-time 1s after step \d+ of 100000, everything is saved"):
+    with raises(Stopped, match=r"stopped by --max-time 1s after step \d+ of 100000, everything is saved"):
         maekit.pretrain(config)
     assert find_checkpoint(tmp_path / "run")[1].step == RunDirectory(tmp_path / "run").metrics()[-1]["step"] > 5
 
@@ -311,7 +309,7 @@ def test_durations(text: str, seconds: float) -> None:
 
 @pytest.mark.parametrize("text", ["", "3", "h", "3h50", "-1h", "0s", "1.5h", "50m3h"])
 def test_what_is_no_duration(text: str) -> None:
-    with pytest.raises(InputError, match=r"run\.max_time"):
+    with raises(InputError, match=r"run\.max_time"):
         parse_duration(text)
 
 
@@ -331,7 +329,7 @@ def test_held_out_loss(make_shards, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     broken.mkdir()
     (broken / "x.tar").write_bytes(b"no tar")
-    with pytest.raises(InputError, match=r"x\.tar"):
+    with raises(InputError, match=r"x\.tar"):
         maekit.pretrain(tiny_config(shards, tmp_path / "other", data__val=[str(broken)]))
 
 

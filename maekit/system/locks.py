@@ -37,7 +37,7 @@ class _Held(NamedTuple):
     text: str
 
 
-class Held(MaekitError):
+class LockedError(MaekitError):
     """Somebody else holds the lock.
 
     Attributes:
@@ -50,6 +50,48 @@ class Held(MaekitError):
 
 
 @contextlib.contextmanager
+def sole_owner(directory: Path) -> Iterator[None]:
+    """Hold `directory` for this process alone; a second process is refused, a killed one leaves nothing behind.
+
+    The lock is POSIX `lockf`: the kernel frees it when the process dies, and forked workers do not inherit it (they do
+    inherit `flock`, which then outlives a killed parent).
+
+    Raises:
+        InputError: another process holds the directory, or it cannot be written.
+    """
+    path = directory / ".lock"
+    is_new = not directory.exists()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
+        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+    try:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
+            owner = file.read().strip() or "another process"
+            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another `out`") from error
+        try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+        except OSError as error:
+            raise files.write_failure(path, error) from error
+        yield
+    finally:
+        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
+            # Refused before anything was written: no trace of it stays.
+            path.unlink()
+            directory.rmdir()
+        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+            file.close()
+
+
+@contextlib.contextmanager
 def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
     """Hold the lock of this name. The file must not be opened by others of this process: closing it ends the lock.
 
@@ -58,7 +100,7 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
         sweeping: hold it only to clear up after its last owner; others wait for that.
 
     Raises:
-        Held: another process holds it, or another thread of this one.
+        LockedError: another process holds it, or another thread of this one.
         MaekitError: the lock cannot be written.
     """
     path = path.absolute()
@@ -67,7 +109,7 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
         try:
             _acquire(path, sweeping=sweeping)
             break
-        except Held as held:
+        except LockedError as held:
             if not held.owner.startswith(_SWEEPING) or time.monotonic() > until:
                 raise
             time.sleep(0.05)
@@ -98,7 +140,7 @@ def _acquire(path: Path, *, sweeping: bool) -> None:
     me = f"process {os.getpid()} on {socket.gethostname()}"
     with _mutex:
         if path in _held:
-            raise Held(me)
+            raise LockedError(me)
         while True:
             file = _open(path)
             try:
@@ -138,12 +180,12 @@ def _lock(file: IO[str], path: Path) -> None:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"cannot lock {path}: {error.strerror}; choose another --out") from error
-        raise Held(_owner(file) or "another process") from error
+            raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
+        raise LockedError(_owner(file) or "another process") from error
     owner = _owner(file)
     if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
         # The kernel let it pass, but perhaps only because this file system's locks end at the machine.
-        raise Held(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
+        raise LockedError(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
 
 
 def _owner(file: IO[str]) -> str:

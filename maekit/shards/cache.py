@@ -19,56 +19,28 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
+from maekit.shards import download
 from maekit.shards.catalogue import CatalogueRow
+from maekit.shards.download import RemoteFile
 from maekit.shards.index import INDEX_SUFFIX, ShardIndex, build_index, index_path, parse_index
-from maekit.shards.spec import ShardFile, connect
+from maekit.shards.spec import ShardFile
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.parallel import map_in_threads
 
 DEFAULT_LIMIT = 50_000_000_000
-# A piece is halved when it fails or takes long, and doubled when it comes soon: a connection that drops often still
-# gets on, and a signal is heeded within seconds.
-_FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 4 << 20, 64 << 10, 64 << 20
-_PIECE_SECONDS = 2.0
-_ATTEMPTS = 8  # in a row, without one byte of progress
-_FIRST_ATTEMPTS = 5  # to be told of a file at all
-_LONGEST_PAUSE = 10.0
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
-# What file systems of fsspec call a mark that changes with a file.
-_MARKS = (
-    *("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "generation"),
-    *("Last-Modified", "LastModified", "last_modified", "mtime", "modify", "modificationTime", "last_write_time"),
-)
-# Answers that another attempt does not change.
-_ABSENT_STATUS = frozenset((404, 410))
-_FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 # Which places threads of this process hold; the locks of `lockf` know processes only.
 _BUSY: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_BUSY.clear)
-
-
-@dataclass(frozen=True)
-class RemoteFile:
-    """What the far side says of a shard.
-
-    Attributes:
-        url: where it is.
-        size: bytes; None where that is not said.
-        version: a mark that changes with its content; empty where there is none.
-    """
-
-    url: str
-    size: int | None
-    version: str
 
 
 class RemoteCache:
@@ -108,7 +80,7 @@ class RemoteCache:
         """
         self._known[shard.path] = shard
         assert shard.url is not None
-        there = _describe(shard.url, self._pause)
+        there = download.describe(shard.url, self._pause)
         with self._owner(shard.path):
             if not self._is_current(shard, there):
                 self._download(shard, there)
@@ -136,7 +108,7 @@ class RemoteCache:
             MaekitError: it is not there, or does not answer.
         """
         assert shard.url is not None
-        return _describe(shard.url, self._pause)
+        return download.describe(shard.url, self._pause)
 
     def open(self, index: ShardIndex) -> int:
         """Return a descriptor of a shard that fits its index, downloading it where need be.
@@ -158,7 +130,7 @@ class RemoteCache:
                 raise MaekitError(f"cannot read {index.path}: {error.strerror}") from error
             if attempt < 2:
                 self.fetch_as_indexed(shard, index)
-        raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger --cache-gb")
+        raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger `cache_gb`")
 
     def fetch_as_indexed(self, shard: ShardFile, index: ShardIndex, *, wait: bool = True) -> bool:
         """Have the shard that an index describes in the cache; return False where another process is at it.
@@ -178,7 +150,7 @@ class RemoteCache:
                 return False
             # Members are compared once, when they come; afterwards each is when it is read.
             if not _fits(shard, index, thoroughly=False):
-                self._download(shard, _describe(shard.url, self._pause))
+                self._download(shard, download.describe(shard.url, self._pause))
                 if not _fits(shard, index, thoroughly=True):
                     shard.path.unlink(missing_ok=True)
                     raise MaekitError(
@@ -228,19 +200,19 @@ class RemoteCache:
             needed = math.ceil(shards * largest / 1e6) / 1000
             raise InputError(
                 f"up to {shards} shards of up to {files.describe_bytes(largest)} are in use at once, and the cache has "
-                f"{files.describe_bytes(self.limit)}: give --cache-gb {needed:g} or more"
+                f"{files.describe_bytes(self.limit)}: give `cache_gb={needed:g}` or more"
             )
 
     def _download_index(self, shard: ShardFile) -> ShardIndex | None:
         assert shard.url is not None
         address, question, query = shard.url.partition("?")
         try:
-            there = _describe(address + INDEX_SUFFIX + question + query, self._pause)
+            there = download.describe(address + INDEX_SUFFIX + question + query, self._pause)
         except FileNotFoundError:
             return None
         if (there.size or 0) > _LARGEST_INDEX:
             raise MaekitError(f"{there.url}: an index of {there.size} bytes (at most {_LARGEST_INDEX} are read)")
-        data = b"".join(_pieces(there, 0, self._pause))
+        data = b"".join(download.pieces(there, 0, self._pause))
         index = _parse(shard, data)
         if index is None:
             raise MaekitError(f"{there.url}: damaged, or made by another version of maekit")
@@ -269,7 +241,7 @@ class RemoteCache:
             files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
             done = part.stat().st_size if part.exists() else 0
             with open(part, "ab") as file:
-                for piece in _pieces(there, done, self._pause):
+                for piece in download.pieces(there, done, self._pause):
                     done += len(piece)
                     if there.size is None and not self._grow(part, done):
                         part.unlink()
@@ -278,7 +250,7 @@ class RemoteCache:
                     self._pause(0)
                 file.flush()
                 os.fsync(file.fileno())
-            if _describe(there.url, self._pause) != there:
+            if download.describe(there.url, self._pause) != there:
                 part.unlink()
                 raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
             _touch(part)
@@ -300,7 +272,7 @@ class RemoteCache:
     def _does_not_fit(self, url: str, size: int) -> MaekitError:
         has = files.describe_bytes(self.limit)
         return MaekitError(
-            f"{url}: {files.describe_bytes(size)} do not fit into a cache of {has}; give a larger --cache-gb"
+            f"{url}: {files.describe_bytes(size)} do not fit into a cache of {has}; give a larger `cache_gb`"
         )
 
     def _make_room(self, there: RemoteFile, part: Path) -> None:
@@ -436,138 +408,3 @@ def _touch(path: Path) -> None:
 
 def _parse(shard: ShardFile, data: bytes) -> ShardIndex | None:
     return parse_index(shard.path, np.frombuffer(data, np.uint8))
-
-
-def _describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
-    """Ask the far side for size and version.
-
-    Raises:
-        FileNotFoundError: it is not there (also a MaekitError).
-        MaekitError: no answer.
-    """
-    filesystem, path = connect(url)
-    with contextlib.suppress(Exception):
-        filesystem.invalidate_cache()  # some answer from what they listed before
-    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
-    size = info.get("size")
-    version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
-    return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
-
-
-def _pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iterator[bytes]:
-    """Yield the bytes of a remote file from `done` on.
-
-    Raises:
-        MaekitError: the far side gives up, or gives other than was asked for.
-    """
-    filesystem, path = connect(there.url)
-    if there.size is None:
-        # No piece can be asked for; what breaks off is begun anew by the next attempt.
-        with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
-            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
-                yield data
-        return
-    length = _FIRST_PIECE
-    failures = 0
-    while done < there.size:
-        end = min(done + length, there.size)
-        before = time.monotonic()
-        try:
-            data = _insist(
-                there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), pause, 1
-            )
-            if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
-                data = data[done:]
-            elif len(data) != end - done:
-                raise MaekitError(f"{there.url}: {len(data)} bytes came where {end - done} were asked for")
-        except FileNotFoundError:
-            raise
-        except MaekitError:
-            failures += 1
-            if failures >= _ATTEMPTS:
-                raise
-            length = max(_SMALLEST_PIECE, length // 2)
-            pause(min(_LONGEST_PAUSE, 0.1 * 2**failures))
-            continue
-        failures = 0
-        if time.monotonic() - before < _PIECE_SECONDS:
-            length = min(_LARGEST_PIECE, 2 * length)
-        else:
-            length = max(_SMALLEST_PIECE, length // 2)
-        done += len(data)
-        yield data
-
-
-class _Absent(MaekitError, FileNotFoundError):
-    """A remote file that is not there."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
-    """Call `ask`, again after a pause where the network failed.
-
-    Raises:
-        FileNotFoundError: there is no such file (also a MaekitError).
-        MaekitError: the far side refuses, or does not answer.
-    """
-    for attempt in range(1, attempts + 1):
-        try:
-            return ask()
-        except Exception as raised:  # each protocol raises its own kinds, which are not to be imported here
-            error: BaseException = raised
-            if isinstance(error, FileNotFoundError):
-                # Over http, fsspec says this of a server that is down, too; what it met is the cause.
-                if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
-                    raise _Absent(f"{url}: no such file there") from error
-                error = error.__cause__
-            status = getattr(error, "status", None)
-            if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
-                what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
-                raise MaekitError(f"{url}: {what or type(error).__name__}") from error
-            pause(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
-    raise AssertionError
-
-
-class FetchAhead:
-    """Downloads, in a thread of its own, the shards that reading will come to, at most one window ahead.
-
-    Args:
-        fetch: `fetch(shard)` has a shard, by its number, in the cache, or says False where another process is at it.
-        windows: the numbers of the shards in the order of reading, window by window, without end.
-    """
-
-    def __init__(self, fetch: Callable[[int], bool], windows: Iterator[list[int]]) -> None:
-        self._fetch, self._windows = fetch, windows
-        self._may_start = threading.Semaphore(2)  # this window and the next
-        self._stopped = threading.Event()
-        threading.Thread(target=self._run, name="fetch-ahead", daemon=True).start()
-
-    def go_on(self) -> None:
-        """Tell that reading went on to the next window."""
-        self._may_start.release()
-
-    def stop(self) -> None:
-        """End the thread after the download under way."""
-        self._stopped.set()
-        self._may_start.release()
-
-    def _run(self) -> None:
-        for window in self._windows:
-            self._may_start.acquire()
-            missing = window
-            while missing and not self._stopped.is_set():
-                # What another worker is downloading is left to it, and looked at again afterwards.
-                missing = [shard for shard in missing if not self._try(shard)]
-                self._stopped.wait(0.05 if missing else 0)
-            if self._stopped.is_set():
-                return
-
-    def _try(self, shard: int) -> bool:
-        if self._stopped.is_set():
-            return True
-        try:
-            return self._fetch(shard)
-        except MaekitError:
-            return True  # reading meets it again, and tells

@@ -1,0 +1,50 @@
+"""The settings of `maekit check` and `maekit inspect`."""
+
+from dataclasses import dataclass
+
+from maekit.config.fields import check, config_class, setting
+from maekit.system.errors import InputError
+
+
+@config_class
+@dataclass
+class CheckConfig:
+    """How shards are scanned."""
+
+    shards: tuple[str, ...] = setting(help="Directories, .tar files, globs, brace patterns or URLs.")
+    write_index: bool = setting(False, "Write NAME.tar.index beside each sound shard.")
+    crc: bool = setting(False, "Put the CRC-32 of every member into it.")
+    images: bool = setting(False, "Decode every image: formats, modes, sizes, failures by reason.")
+    stats: bool = setting(False, "Mean and standard deviation of each channel, over all images.")
+    workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1)
+    cache_gb: float = setting(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: names the first impossible value, or two that do not go together.
+        """
+        if self.crc and not self.write_index:
+            raise InputError("`crc` puts CRC-32s into the index that `write_index` writes; give both")
+        check(self)
+
+
+@config_class
+@dataclass
+class InspectConfig:
+    """What is looked at."""
+
+    thing: str = setting(help="A run, a checkpoint, an .onnx file, or shards.")
+    providers: bool = setting(False, "Of an .onnx file: which provider takes which nodes on this machine.")
+
+
+@config_class
+@dataclass
+class DoctorConfig:
+    """What is measured on this machine besides looking at it."""
+
+    model: str | None = setting(
+        None, "Measure this model in place of a ViT-S/16; what `maekit export` wrote.", metavar="ENCODER.ONNX"
+    )
+    seconds: float = setting(5.0, "About how long to measure; 0 measures nothing.", only_set=True, at_least=0)

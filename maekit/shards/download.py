@@ -1,0 +1,133 @@
+"""Downloads through fsspec: what a server says of a file, and its bytes in pieces, through networks that fail."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from maekit.shards.spec import connect
+from maekit.system.errors import MaekitError
+
+# A piece is halved when it fails or takes long, and doubled when it comes soon: a connection that drops often still
+# gets on, and a signal is heeded within seconds.
+_FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 4 << 20, 64 << 10, 64 << 20
+_PIECE_SECONDS = 2.0
+_ATTEMPTS = 8  # in a row, without one byte of progress
+_FIRST_ATTEMPTS = 5  # to be told of a file at all
+_LONGEST_PAUSE = 10.0
+# What file systems of fsspec call a mark that changes with a file.
+_MARKS = (
+    *("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "generation"),
+    *("Last-Modified", "LastModified", "last_modified", "mtime", "modify", "modificationTime", "last_write_time"),
+)
+# Answers that another attempt does not change.
+_ABSENT_STATUS = frozenset((404, 410))
+_FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """What a server says of a file.
+
+    Attributes:
+        url: where it is.
+        size: bytes; None where that is not said.
+        version: a mark that changes with its content; empty where there is none.
+    """
+
+    url: str
+    size: int | None
+    version: str
+
+
+def describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
+    """Ask the server for size and version.
+
+    Raises:
+        FileNotFoundError: it is not there (also a MaekitError).
+        MaekitError: no answer.
+    """
+    filesystem, path = connect(url)
+    with contextlib.suppress(Exception):
+        filesystem.invalidate_cache()  # some answer from what they listed before
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
+    size = info.get("size")
+    version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
+    return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
+
+
+def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iterator[bytes]:
+    """Yield the bytes of a remote file from `done` on.
+
+    Raises:
+        MaekitError: the server gives up, or gives other than was asked for.
+    """
+    filesystem, path = connect(there.url)
+    if there.size is None:
+        # No piece can be asked for; what breaks off is begun anew by the next attempt.
+        with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
+            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
+                yield data
+        return
+    length = _FIRST_PIECE
+    failures = 0
+    while done < there.size:
+        end = min(done + length, there.size)
+        before = time.monotonic()
+        try:
+            data = _insist(
+                there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), pause, 1
+            )
+            if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
+                data = data[done:]
+            elif len(data) != end - done:
+                raise MaekitError(f"{there.url}: {len(data)} bytes came where {end - done} were asked for")
+        except FileNotFoundError:
+            raise
+        except MaekitError:
+            failures += 1
+            if failures >= _ATTEMPTS:
+                raise
+            length = max(_SMALLEST_PIECE, length // 2)
+            pause(min(_LONGEST_PAUSE, 0.1 * 2**failures))
+            continue
+        failures = 0
+        if time.monotonic() - before < _PIECE_SECONDS:
+            length = min(_LARGEST_PIECE, 2 * length)
+        else:
+            length = max(_SMALLEST_PIECE, length // 2)
+        done += len(data)
+        yield data
+
+
+class _Absent(MaekitError, FileNotFoundError):
+    """A remote file that is not there."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
+    """Call `ask`, again after a pause where the network failed.
+
+    Raises:
+        FileNotFoundError: there is no such file (also a MaekitError).
+        MaekitError: the server refuses, or does not answer.
+    """
+    for attempt in range(1, attempts + 1):
+        try:
+            return ask()
+        except Exception as raised:  # each protocol raises its own kinds, which are not to be imported here
+            error: BaseException = raised
+            if isinstance(error, FileNotFoundError):
+                # Over http, fsspec says this of a server that is down, too; what it met is the cause.
+                if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
+                    raise _Absent(f"{url}: no such file there") from error
+                error = error.__cause__
+            status = getattr(error, "status", None)
+            if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
+                what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
+                raise MaekitError(f"{url}: {what or type(error).__name__}") from error
+            pause(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
+    raise AssertionError
