@@ -1,8 +1,8 @@
-"""`maekit check`: the strict scan of a whole set of shards, decoding of its images, and what both found.
+"""`maekit check`: the strict scan of a whole set of shards, the decoding of its images, and a report of both.
 
     shards -> fetched (remote ones) -> scanned -> chunks of samples -> decoded (`images`) -> one report
 
-Scanning and decoding run in processes, a bounded number of shards ahead; results come in order.
+Processes scan and decode a bounded number of shards ahead; results arrive in order.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from maekit.system.machine import cores
 from maekit.system.parallel import Workers, map_in_threads
 from maekit.system.progress import Progress, Silent
 
-_CHUNK = 64  # images decoded in one go by one process
+_CHUNK = 64  # images per work item of a process
 _FETCH_THREADS = 4
 _FAILURES_KEPT = 1000
 
@@ -46,18 +46,18 @@ class ShardReport:
     """What the scan of one shard found.
 
     Attributes:
-        name: the shard.
-        samples: how many samples it holds.
-        bytes: its size.
-        extensions: how many members have each extension.
-        without_image: samples that hold no member with an image extension.
-        unused_images: members with an image extension beside the one that is a sample's image.
-        ignored: members that belong to no sample.
-        stale_index: whether the file beside it is no index of it.
+        name: name of the shard.
+        samples: number of samples.
+        bytes: size of the shard.
+        extensions: number of members with each extension.
+        without_image: number of samples without a member that has an image extension.
+        unused_images: number of members with an image extension besides the image of their sample.
+        ignored: number of members that belong to no sample.
+        stale_index: whether the index file beside it does not match it.
         verified: whether its members were compared with the CRC-32 in the index beside it.
         damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
         unreadable: whether it could not be fetched or read at all.
-        digest: of its index.
+        digest: digest of its index.
     """
 
     name: str
@@ -76,7 +76,7 @@ class ShardReport:
 
 @dataclass(frozen=True, slots=True)
 class ImageFailure:
-    """A sample whose image cannot be decoded: its shard and key, a reason code, and what was found."""
+    """A sample whose image cannot be decoded: its shard and key, a reason code, and the error message."""
 
     shard: str
     key: str
@@ -89,15 +89,15 @@ class ImageReport:
     """What decoding the images found.
 
     Attributes:
-        decoded: images decoded.
-        failures: images that were not, how many for each reason; samples without an image are among them.
-        examples: the first thousand of them.
-        formats: decoded images of each file format.
-        modes: decoded images of each pixel mode, before conversion to RGB.
-        widths: decoded images of each width in pixels, upright.
-        heights: decoded images of each height in pixels, upright.
-        sums: over images, the mean of each channel, float64 `[3]`, of values in [0, 1].
-        squares: over images, the mean square of each channel, likewise.
+        decoded: number of images decoded.
+        failures: number of samples not decoded per reason code, including samples without an image.
+        examples: the first thousand failures.
+        formats: number of decoded images of each file format.
+        modes: number of decoded images of each pixel mode, before conversion to RGB.
+        widths: number of decoded images of each width in pixels, upright.
+        heights: number of decoded images of each height in pixels, upright.
+        sums: sum over images of each channel's mean, float64 `[3]`, for values in [0, 1].
+        squares: sum over images of each channel's mean square, float64 `[3]`, for values in [0, 1].
     """
 
     decoded: int = 0
@@ -112,22 +112,22 @@ class ImageReport:
 
     @property
     def failed(self) -> int:
-        """Images that were not decoded."""
+        """Number of images that were not decoded."""
         return self.failures.total()
 
     @property
     def mean(self) -> list[float]:
-        """Mean of each channel, of values in [0, 1]; every image weighs the same, whatever its size."""
+        """Mean of each channel, for values in [0, 1]; every image has the same weight, whatever its size."""
         return [float(value) for value in self.sums / self.decoded]
 
     @property
     def std(self) -> list[float]:
-        """Standard deviation of each channel about `mean`; every image weighs the same, whatever its size."""
+        """Standard deviation of each channel about `mean`; every image has the same weight, whatever its size."""
         mean = self.sums / self.decoded
         return [float(value) for value in np.sqrt(np.maximum(self.squares / self.decoded - mean**2, 0))]
 
     def add(self, other: "ImageReport") -> None:
-        """Add what another process found."""
+        """Add the report of another process."""
         self.decoded += other.decoded
         self.examples += other.examples[: _FAILURES_KEPT - len(self.examples)]
         for name in ("failures", "formats", "modes", "widths", "heights"):
@@ -156,8 +156,8 @@ class CheckReport:
 
     Attributes:
         shards: one report per shard, in order.
-        duplicates: keys that stand in more than one shard (which is no damage: a sample is named by shard and ordinal).
-        images: what decoding found, where it was asked for.
+        duplicates: number of keys in more than one shard (not damage: shard and ordinal identify a sample).
+        images: what decoding found; None if it was not requested.
     """
 
     shards: list[ShardReport] = field(default_factory=list)
@@ -166,12 +166,12 @@ class CheckReport:
 
     @property
     def samples(self) -> int:
-        """Samples in the sound shards."""
+        """Number of samples in the sound shards."""
         return sum(shard.samples for shard in self.shards)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all shards."""
+        """Total size of all shards."""
         return sum(shard.bytes for shard in self.shards)
 
     @property
@@ -181,7 +181,7 @@ class CheckReport:
 
     @property
     def extensions(self) -> Counter[str]:
-        """How many members have each extension."""
+        """Number of members with each extension."""
         return sum((Counter(shard.extensions) for shard in self.shards), Counter())
 
     def summary(self) -> dict[str, object]:
@@ -213,10 +213,10 @@ class CheckReport:
 
 
 def check(config: CheckConfig, progress: Progress | None = None) -> CheckReport:
-    """Scan every shard of some input specs; see `check_shards`.
+    """Scan every shard of the input specs; see `check_shards`.
 
     Raises:
-        InputError: impossible settings, no shards, or indexes that cannot be written beside remote ones.
+        InputError: the settings are impossible, there are no shards, or indexes would be written beside remote ones.
         MaekitError: an index cannot be written.
     """
     config.validate()
@@ -243,19 +243,19 @@ def check_shards(
 ) -> CheckReport:
     """Scan every shard from its first byte to its last; no cached index is trusted.
 
-    Where an index with CRC-32s lies beside a shard, the shard must be what it says.
+    If an index with CRC-32s lies beside a shard, the shard must match it.
 
     Args:
         shards: the shard files, as `find_shards` returns them.
         write_indexes: write `NAME.tar.index` beside each sound shard.
-        crc: with the CRC-32 of every member.
+        crc: include the CRC-32 of every member in the index.
         images: also decode every image.
-        workers: processes; None is one per CPU core.
-        remote: where remote shards are fetched to.
-        progress: where to show how it goes on.
+        workers: number of processes; None is one per CPU core.
+        remote: the cache that remote shards are fetched into.
+        progress: receives progress updates.
 
     Raises:
-        InputError: indexes cannot be written beside remote shards.
+        InputError: `write_indexes` is set for remote shards, or the cache is too small.
         MaekitError: an index cannot be written.
     """
     progress = progress or Silent()
@@ -275,7 +275,7 @@ def check_shards(
             tasks = (
                 _Task(shard, failure, remote.limit, crc, write_indexes) for shard, failure in _fetched(shards, remote)
             )
-            # Few remote shards ahead: they must still be in the cache when their images are decoded.
+            # Few remote shards ahead, because they must still be in the cache when their images are decoded.
             scanned = pool.map(_scan, tasks, ahead=2 if are_remote else None)
             chunks = _chunks(scanned, report, hashes, remote.limit)
             for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
@@ -296,7 +296,7 @@ def check_shards(
 
 
 def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple[ShardFile, MaekitError | None]]:
-    """Yield each shard once it is on this machine, or with the reason why it is not."""
+    """Yield each shard once it is on this machine, with None or with the error of its download."""
     largest = 0
 
     def fetch(shard: ShardFile) -> MaekitError | None:
@@ -333,14 +333,14 @@ class _Task:
 
 
 def _have(shard: ShardFile, cache_limit: int) -> None:
-    """See that a remote shard is still in the cache: others may have needed its room since it was fetched."""
+    """Fetch a remote shard again if it was evicted from the cache since it was fetched."""
     for _ in range(3):
         if shard.url is not None and not shard.path.exists():
             RemoteCache(cache_limit).fetch(shard)
 
 
 def _scan(task: _Task) -> _Scanned:
-    """Scan one shard; what is wrong with it is part of the report."""
+    """Scan one shard; its damage becomes part of the report."""
     shard = task.shard
     report = ShardReport(shard.name)
     none: NDArray[np.uint64] = np.empty(0, np.uint64)
@@ -356,7 +356,7 @@ def _scan(task: _Task) -> _Scanned:
         except DamagedShard:
             if shard.url is None:
                 raise
-            RemoteCache(task.cache_limit).fetch_anew(shard)  # the copy here may be what is damaged
+            RemoteCache(task.cache_limit).fetch_anew(shard)  # perhaps only the cached copy is damaged
             report.bytes = _size(shard.path)
             index = build_index(shard.path, crc=with_crc)
         report.stale_index = index_path(shard.path).exists() and (
@@ -372,7 +372,7 @@ def _scan(task: _Task) -> _Scanned:
     except DamagedShard as damage:
         report.damage = damage
         return shard, report, none
-    except MaekitError as error:  # a shard that cannot be read is as good as damaged, and the others still count
+    except MaekitError as error:  # an unreadable shard counts as damaged; the others are still checked
         report.damage, report.unreadable = DamagedShard(str(shard.url or shard.path), 0, str(error)), True
         return shard, report, none
     if task.write:
@@ -389,7 +389,7 @@ def _scan(task: _Task) -> _Scanned:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
-    """Samples `start` to `stop` of the shard with this number, which are a `share` of all its samples."""
+    """Samples [start, stop) of the shard with this number; `share` is their fraction of all its samples."""
 
     number: int
     shard: ShardFile
@@ -403,7 +403,7 @@ class _Chunk:
 def _chunks(
     scanned: Iterator[_Scanned], report: CheckReport, hashes: list[NDArray[np.uint64]], cache_limit: int
 ) -> Iterator[_Chunk]:
-    """Add each shard to the report, and yield the chunks of its samples; one of none for a shard without."""
+    """Add each shard to the report and yield its chunks of samples; a shard without samples yields an empty one."""
     for shard, found, keys in scanned:
         number = len(report.shards)
         report.shards.append(found)
@@ -416,7 +416,7 @@ def _chunks(
 
 
 def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport | str]:
-    """Decode the images of one chunk; or say why the shard cannot be read any more."""
+    """Decode the images of one chunk; return the report, or why the shard can no longer be read."""
     report = ImageReport()
     if chunk.start == chunk.stop:
         return chunk, report
@@ -434,7 +434,7 @@ def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport | str]:
 
 
 def _examine(report: ImageReport, shard: str, index: ShardIndex, ordinal: int, reader: MemberReader) -> None:
-    """Add what decoding one image finds."""
+    """Decode one image and add the result to the report."""
     try:
         image = examine(reader.read_image(index, ordinal))
     except ImageError as error:
@@ -455,7 +455,7 @@ _LEVELS = np.arange(256) / 255
 
 
 def _key_hashes(index: ShardIndex) -> NDArray[np.uint64]:
-    """Return a 64-bit hash of each key, uint64 `[samples]`: 8 bytes a key, whatever its length."""
+    """Return a 64-bit hash of each key, uint64 `[samples]`: 8 bytes per key, whatever its length."""
     keys = map(index.key, range(index.samples))
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)
@@ -468,7 +468,7 @@ def _size(path: Path) -> int:
 
 
 def _spread(counts: Counter[int]) -> dict[str, Any] | None:
-    """Return least, median and greatest of the values counted."""
+    """Return the minimum, median and maximum of the counted values."""
     if not counts:
         return None
     values = sorted(counts)

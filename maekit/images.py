@@ -1,15 +1,15 @@
 """Bytes of an image file -> uint8 RGB, and the preprocessing that training, export and embedding share.
 
-One rule per kind of image, everywhere the same:
+There is one rule per kind of image, the same everywhere:
 
-    EXIF orientation is applied; ICC profiles are ignored; of an animation, the first frame;
-    grey, palette, CMYK and YCbCr become RGB as Pillow converts them; alpha is laid over white;
-    16-bit channels become 8-bit by their high byte (12-bit ones by their upper 8 bits), after "white is zero" is
-    turned round; signed, 32-bit and float samples are refused, and so is a colour key on 16-bit colours;
-    a 32-bit BMP has alpha only where its header says so;
+    EXIF orientation is applied; ICC profiles are ignored; an animation gives its first frame;
+    Pillow converts grey, palette, CMYK and YCbCr to RGB; alpha is composited over white;
+    16-bit channels keep their high byte (12-bit ones their upper 8 bits), and "white is zero" is inverted;
+    signed, 32-bit and float samples are refused, and so is a colour key on 16-bit colours;
+    a 32-bit BMP has alpha only if its header says so;
     more than 64 megapixels (by the header) are refused before decoding.
 
-The format is told from the bytes; a file's extension is only a hint.
+The bytes determine the format; a file's extension is only a hint.
 """
 
 import contextlib
@@ -29,8 +29,8 @@ from maekit.system.errors import ImageError, InputError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
-_START_OF_SCAN = b"\xff\xda"  # cannot stand within the coded data
-_SMALLEST_SCAN = 10  # bytes, of the header of a scan of one component
+_START_OF_SCAN = b"\xff\xda"  # cannot occur within entropy-coded data
+_SMALLEST_SCAN = 10  # bytes: the header of a scan with one component
 _MAX_SCANNED = 32 * MAX_PIXELS
 _HEAD_FOR_MESSAGE = 12
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -51,7 +51,7 @@ _LARGEST_SIDE = 16384
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 CROP_DRAWS = 22
-# Grey of red, green and blue (ITU-R BT.601, as Pillow has it); of a grey image, that image.
+# Weights of red, green and blue in grey (ITU-R BT.601, as in Pillow); a grey image stays as it is.
 LUMA = (0.299, 0.587, 0.114)
 
 Pixels = NDArray[np.uint8]
@@ -61,22 +61,22 @@ Place = tuple[float, float]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """From a decoded image to the model's input; travels in the ONNX file as JSON.
+    """Preprocessing from a decoded image to the model's input; stored in the ONNX file as JSON.
 
-    The image is resized so that it covers `resize` (shorter side first, antialiased bicubic), then cut at the centre
-    to `size`; the model itself scales to [0, 1] and normalises by `mean` and `std`.
+    The image is resized to just cover `resize` (antialiased, aspect ratio kept), then centre-cropped to `size`.
+    The model itself scales to [0, 1] and normalises by `mean` and `std`.
 
     Attributes:
         size: (height, width) of the model's input, in pixels.
-        resize: (height, width) that the resized image just covers.
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
+        resize: (height, width) in pixels that the resized image just covers.
+        mean: mean per channel, for values in [0, 1].
+        std: standard deviation per channel, for values in [0, 1].
         interpolation: `bicubic` or `bilinear`, antialiased, by Pillow.
-        crop_mode: `center`, as above; `squash` resizes to `resize` exactly, whatever the image's proportions, before it
-            is cut (timm's name for it).
+        crop_mode: `center`, as above; `squash` (timm's name) resizes to exactly `resize`, whatever the aspect ratio,
+            before the crop.
 
     Raises:
-        InputError: impossible values.
+        InputError: a value is impossible.
     """
 
     size: tuple[int, int]
@@ -101,7 +101,7 @@ class Preprocess:
 
     @classmethod
     def for_size(cls, size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]) -> "Preprocess":
-        """Return the usual evaluation preprocessing: a crop of 0.875, and no margin at all below 128 pixels."""
+        """Return the usual evaluation preprocessing: a centre crop of 0.875, or no margin below 128 pixels."""
         ratio = 0.875 if min(size) >= 128 else 1.0
         return cls(size, (math.floor(size[0] / ratio), math.floor(size[1] / ratio)), mean, std)
 
@@ -109,21 +109,21 @@ class Preprocess:
         """Decode an image file and prepare it for evaluation: bytes -> uint8 `[H, W, 3]`.
 
         Raises:
-            ImageError: the bytes give no image.
+            ImageError: the bytes cannot be decoded.
         """
-        # Twice the size that is needed: there the reduced JPEG scales differ from full decoding by a cosine of 1e-7.
+        # At twice the needed size, reduced JPEG scales differ from full decoding by a cosine of 1e-7.
         return self.prepare(open_rgb(data, at_least=(2 * self.resize[0], 2 * self.resize[1])))
 
     def prepare(self, image: Image.Image) -> Pixels:
-        """Resize and cut a decoded RGB image: -> uint8 `[H, W, 3]`.
+        """Resize and crop a decoded RGB image -> uint8 `[H, W, 3]`.
 
         Raises:
-            ImageError: an image so long that resizing it would fill the memory.
+            ImageError: the image is so elongated that resizing it would fill the memory.
         """
         height, width = self.size
         scale = max(self.resize[0] / image.height, self.resize[1] / image.width)
-        # The side that decides gets its size exactly; the other is cut off to whole pixels, as torchvision does.
-        # An image of one row of pixels would become as long as it is thin.
+        # The limiting side gets its exact size; the other is rounded down to whole pixels, as in torchvision.
+        # An image of one pixel row would become extremely long.
         covered = (max(int(image.width * scale + 1e-6), width), max(int(image.height * scale + 1e-6), height))
         if self.crop_mode == "squash":
             covered = (self.resize[1], self.resize[0])
@@ -149,7 +149,7 @@ def decode(data: bytes) -> Pixels:
     """Decode an image file at its full size: bytes -> uint8 `[H, W, 3]`.
 
     Raises:
-        ImageError: the bytes give no image.
+        ImageError: the bytes cannot be decoded.
     """
     return np.asarray(open_rgb(data))
 
@@ -159,33 +159,33 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
 
     Args:
         data: the file's bytes.
-        at_least: (height, width) in pixels: JPEGs may be decoded at a reduced scale whose sides stay at least so long.
+        at_least: (height, width) in pixels; a JPEG may be decoded at a reduced scale not smaller than this.
 
     Raises:
-        ImageError: the bytes give no image; its `reason` is a code of `ImageError.REASONS`.
+        ImageError: the bytes cannot be decoded; its `reason` is one of `ImageError.REASONS`.
     """
     with _refusals(data):
         image = _open(data)
         if image.format == "JPEG" and at_least is not None:
-            # The image may yet be turned upright, so both of its sides keep the longer of the two lengths.
+            # EXIF orientation may swap the sides later, so both must keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
         image.load()
         return upright_rgb(image)
 
 
 def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple[int, int]) -> tuple[Image.Image, Box]:
-    """Decode an image file for the sake of one crop: a JPEG at a reduced scale where the crop stays large enough.
+    """Decode an image file for one crop: a JPEG at a reduced scale if the crop stays large enough.
 
     Args:
         data: the file's bytes.
-        choose: returns the crop for the width and height of the whole upright image, in pixels.
-        at_least: (height, width) in pixels that the crop keeps.
+        choose: returns the crop box for the width and height of the whole upright image, in pixels.
+        at_least: minimum (height, width) of the decoded crop, in pixels.
 
     Returns:
-        an RGB image, and the crop within it.
+        an RGB image, and the crop box within it.
 
     Raises:
-        ImageError: the bytes give no image.
+        ImageError: the bytes cannot be decoded.
     """
     with _refusals(data):
         image = _open(data)
@@ -198,17 +198,17 @@ def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple
             image.draft(None, (image.width // reduction, image.height // reduction))
         image.load()
         rgb = upright_rgb(image)
-        # Whole pixels of what was decoded: at most half of one beside the box that was chosen.
+        # Rounded to whole pixels of the decoded image: each edge is at most half a pixel off the chosen box.
         x, y = rgb.width / width, rgb.height / height
         return rgb, (round(left * x), round(top * y), round(right * x), round(bottom * y))
 
 
 def reduction_of(crop: tuple[int, int], at_least: tuple[int, int]) -> int:
-    """Return by how much a JPEG may be decoded smaller, 1, 2, 4 or 8, so that a crop keeps its least size.
+    """Return the factor (1, 2, 4 or 8) by which a JPEG may be reduced while a crop keeps its minimum size.
 
     Args:
-        crop: (width, height) at full scale, in pixels.
-        at_least: (height, width) in pixels.
+        crop: (width, height) of the crop at full scale, in pixels.
+        at_least: minimum (height, width) of the reduced crop, in pixels.
     """
     room = min(crop[0] // at_least[1], crop[1] // at_least[0])
     return next((scale for scale in (8, 4, 2) if room >= scale), 1)
@@ -216,12 +216,12 @@ def reduction_of(crop: tuple[int, int], at_least: tuple[int, int]) -> int:
 
 @dataclass(frozen=True)
 class Examined:
-    """A decoded image and what its file was.
+    """A decoded image, with the format and pixel mode of its file.
 
     Attributes:
-        format: of the file, as Pillow names it.
-        mode: of its pixels, as Pillow names it.
-        rgb: the image by the rules above.
+        format: file format, as Pillow names it.
+        mode: pixel mode before conversion, as Pillow names it.
+        rgb: the upright RGB image, converted by the rules above.
     """
 
     format: str
@@ -230,10 +230,10 @@ class Examined:
 
 
 def examine(data: bytes) -> Examined:
-    """Decode an image file at its full size, and tell what it was.
+    """Decode an image file at its full size; also return its format and pixel mode.
 
     Raises:
-        ImageError: the bytes give no image.
+        ImageError: the bytes cannot be decoded.
     """
     with _refusals(data):
         image = _open(data)
@@ -242,7 +242,7 @@ def examine(data: bytes) -> Examined:
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read an image file's header and refuse what must not be decoded."""
+    """Read an image file's header and refuse images that must not be decoded."""
     if not data:
         raise ImageError("empty", "zero bytes")
     image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -250,7 +250,7 @@ def _open(data: bytes) -> Image.Image:
         raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
     _refuse_without_rule(image)
     if image.format == "JPEG":
-        # Each scan of a progressive JPEG goes over all pixels: a small file of thousands would take hours.
+        # Each scan of a progressive JPEG covers all pixels: a small file with thousands of scans would take hours.
         pixels = image.width * image.height
         scans = data.count(_START_OF_SCAN) if len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED else 1
         if scans * pixels > _MAX_SCANNED:
@@ -260,7 +260,7 @@ def _open(data: bytes) -> Image.Image:
 
 @contextlib.contextmanager
 def _refusals(data: bytes) -> Iterator[None]:
-    """Turn whatever decoding raises into an ImageError."""
+    """Convert any exception of decoding to an ImageError."""
     try:
         yield
     except ImageError:
@@ -269,7 +269,7 @@ def _refusals(data: bytes) -> Iterator[None]:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
-    # What Pillow's decoders raise on damaged files is no closed list; each of these was seen.
+    # Pillow's decoders raise no documented set of exceptions on damaged files; each of these has occurred.
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
     except (struct.error, OverflowError, MemoryError, RuntimeError, AttributeError, ZeroDivisionError) as error:
@@ -280,16 +280,16 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """Return a decoded image in mode RGB and upright, by the rules above.
 
     Raises:
-        ImageError: a mode without a rule.
+        ImageError: there is no rule for its mode.
     """
-    # Asked of the image as it was opened: conversions lose the EXIF data.
+    # Read from the image as opened, because conversions lose the EXIF data.
     turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 
 
 def _refuse_without_rule(image: Image.Image) -> None:
-    """Refuse what cannot be told any more once the pixels are loaded as 8-bit ones."""
+    """Refuse images without a rule that can no longer be recognised once their pixels are loaded as 8-bit."""
     if isinstance(image, TiffImagePlugin.TiffImageFile) and _SIGNED in _tiff_tag(image, _TIFF_SAMPLE_FORMAT):
         raise ImageError("unsupported_mode", "TIFF of signed samples has no 8-bit rule")
     if isinstance(image, PngImagePlugin.PngImageFile):
@@ -321,7 +321,7 @@ def _high_byte(image: Image.Image) -> NDArray[np.uint8]:
     if is_white_zero:
         grey = 255 - grey
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):  # a colour key, of all 16 bits
+    if isinstance(transparent, int):  # a colour key, with all 16 bits
         grey = np.where(deep == transparent, np.uint8(255), grey)
     return grey
 
@@ -332,7 +332,7 @@ def _tiff_tag(image: TiffImagePlugin.TiffImageFile, tag: int) -> tuple[int, ...]
 
 
 def _over_white(layer: Image.Image) -> Image.Image:
-    """Lay an RGBA image over white, a strip at a time: whole copies of a large one would fill the memory."""
+    """Composite an RGBA image over white, in strips: whole copies of a large image would fill the memory."""
     result = Image.new("RGB", layer.size)
     for top in range(0, layer.height, _STRIP):
         strip = layer.crop((0, top, layer.width, min(top + _STRIP, layer.height)))
@@ -341,17 +341,17 @@ def _over_white(layer: Image.Image) -> Image.Image:
 
 
 def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[int, int], place: Place) -> Box:
-    """Choose the crop that an image resized to cover a rectangle would be cut to (Krizhevsky et al. 2012).
+    """Choose the box equivalent to resizing an image to cover a rectangle, then cropping (Krizhevsky et al. 2012).
 
     Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        covered: (height, width) that the resized image would just cover.
-        size: (height, width) of the crop within it.
-        place: (across, down) in [0, 1] of the room that there is.
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
+        covered: (height, width) in pixels that the resized image would just cover.
+        size: (height, width) in pixels of the crop within the resized image.
+        place: (horizontal, vertical) offset of the box as a fraction of the free space, in [0, 1].
 
     Returns:
-        (left, top, right, bottom) in pixels of the image as it is.
+        (left, top, right, bottom) in pixels of the original image.
     """
     scale = min(height / covered[0], width / covered[1])
     w, h = min(width, max(1, round(size[1] * scale))), min(height, max(1, round(size[0] * scale)))
@@ -370,15 +370,15 @@ def random_resized_crop(
     """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
 
     Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        draws: uniform numbers in [0, 1), float64 `[CROP_DRAWS]`: ten attempts at area and aspect, and the place.
-        scale: bounds of the crop's share of the image area; where the input is no square, of the area of the largest
-            box of its proportions, or nearly no crop of a long input would fit.
-        aspect: width / height of the input; the crop's is drawn uniformly in the logarithm from 3/4 to 4/3 of it.
+        width: width of the image, in pixels.
+        height: height of the image, in pixels.
+        draws: uniform numbers in [0, 1), float64 `[CROP_DRAWS]`: ten pairs of area and aspect, then the offset (x, y).
+        scale: bounds of the crop area as a fraction of the image area. For a non-square input, it is a fraction of the
+            largest box of the input's aspect; otherwise hardly any crop for an elongated input would fit.
+        aspect: width / height of the input; the crop's is log-uniform between 3/4 and 4/3 of it.
 
     Returns:
-        (left, top, right, bottom) in pixels, at least one each way.
+        (left, top, right, bottom) in pixels, at least one pixel wide and high.
     """
     low, high = 3 / 4 * aspect, 4 / 3 * aspect
     whole = width * height if aspect == 1 else min(width, height * aspect) * min(height, width / aspect)
@@ -390,7 +390,7 @@ def random_resized_crop(
         if 0 < w <= width and 0 < h <= height:
             left, top = int(draws[20] * (width - w + 1)), int(draws[21] * (height - h + 1))
             return left, top, left + w, top + h
-    # No attempt fits a very long image: the largest centre crop within the bounds of aspect.
+    # On a very elongated image no attempt fits: take the largest centre crop within the aspect bounds.
     w = max(1, min(width, round(height * high)))
     h = max(1, min(height, round(width / low)))
     left, top = (width - w) // 2, (height - h) // 2

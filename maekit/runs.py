@@ -1,4 +1,4 @@
-"""The run directory: its names, its checkpoints, and which of them can be trusted. Needs no torch.
+"""The run directory: its file names, its checkpoints, and which checkpoints are valid. Needs no torch.
 
 RUN/config.toml                     the resolved config, written before anything else
 RUN/metrics.jsonl                   one row per logging step
@@ -39,10 +39,10 @@ class Checkpoint:
     step: int
 
     def problem(self) -> str | None:
-        """Return what is wrong with this checkpoint, or None: every file is there with its recorded digest.
+        """Return what is wrong with this checkpoint, or None if every file matches its recorded digest.
 
         Raises:
-            MaekitError: a file is there and cannot be read.
+            MaekitError: a file exists but cannot be read.
         """
         try:
             manifest = json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"]
@@ -52,7 +52,7 @@ class Checkpoint:
         except FileNotFoundError as error:
             return f"{Path(str(error.filename)).name} is missing"
         except OSError as error:
-            # A file that cannot be read now may be sound: nothing may be concluded, least of all that it can go.
+            # A file that cannot be read now may be sound, so the checkpoint must not count as damaged (and be deleted).
             raise MaekitError(f"cannot read {error.filename}: {error.strerror}") from error
         except (ValueError, KeyError, TypeError):
             return f"{MANIFEST} is damaged"
@@ -64,7 +64,7 @@ class Checkpoint:
         return state
 
     def digest(self) -> str:
-        """Return the SHA-256 of the model file, from the manifest: it names the weights."""
+        """Return the SHA-256 of the model file, from the manifest; it identifies the weights."""
         return str(json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"][MODEL])
 
 
@@ -86,7 +86,7 @@ class RunDirectory:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the checkpoints lie."""
+        """The folder of checkpoints."""
         return self.path / "checkpoints"
 
     @property
@@ -95,15 +95,15 @@ class RunDirectory:
         return self.path / "encoder.safetensors"
 
     def evaluation(self, task: str, step: int) -> Path:
-        """Return the path of what `maekit evaluate` found of a step."""
+        """Return the path of the results of `maekit evaluate` for a task and step."""
         return self.path / "evaluations" / f"{task}-step-{step:09d}.json"
 
     def picture(self, step: int) -> Path:
-        """Return the path of the picture of a step."""
+        """Return the path of the reconstructions of a step."""
         return self.path / "pictures" / f"step-{step:09d}.png"
 
     def checkpoint(self, step: int) -> Checkpoint:
-        """Return the checkpoint of a step, there or not."""
+        """Return the checkpoint of a step, whether or not it exists."""
         return Checkpoint(self.checkpoints / f"step-{step:09d}", step)
 
     def list_checkpoints(self) -> list[Checkpoint]:
@@ -114,7 +114,7 @@ class RunDirectory:
         return [self.checkpoint(step) for step in sorted(steps, reverse=True)]
 
     def newest_valid(self, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
-        """Return the newest checkpoint whose files all match their digests; tell `on_damage` of each that does not."""
+        """Return the newest checkpoint whose files match their digests; report each damaged one to `on_damage`."""
         for checkpoint in self.list_checkpoints():
             problem = checkpoint.problem()
             if problem is None:
@@ -137,7 +137,7 @@ class RunDirectory:
 
 @dataclass(frozen=True)
 class FinetuneDirectory(RunDirectory):
-    """A directory of supervised training: as that of a run, with settings of another kind."""
+    """A directory of supervised training: like a run directory, but with fine-tuning settings."""
 
     def config(self) -> FinetuneConfig:  # type: ignore[override]
         """Return the settings that the training was started with.
@@ -154,7 +154,7 @@ class FinetuneDirectory(RunDirectory):
 
     @property
     def start_file(self) -> Path:
-        """What the encoder was before the training, but for its weights."""
+        """Description of the encoder before the training: source, name, arguments, preprocessing; no weights."""
         return self.path / "start.json"
 
     @property
@@ -164,7 +164,7 @@ class FinetuneDirectory(RunDirectory):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the rows of a metrics file; what stands behind a damaged line is left out."""
+    """Return the rows of a metrics file up to the first damaged line."""
     if not path.exists():
         return []
     rows = []
@@ -195,7 +195,7 @@ def find_checkpoint(
     """Return the run and the checkpoint that a path names: a run (its newest valid one), or one checkpoint directory.
 
     Raises:
-        InputError: neither of the two, no checkpoint yet, or a damaged one.
+        InputError: the path is neither, or the run has no valid checkpoint, or the checkpoint is damaged.
     """
     if is_run(path):
         run = RunDirectory(path)

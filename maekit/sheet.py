@@ -1,4 +1,4 @@
-"""Pictures for people: rows of images on one sheet. Needs no torch."""
+"""Contact sheets: rows of images in one picture, for viewing. Needs no torch."""
 
 import io
 from collections.abc import Sequence
@@ -14,11 +14,11 @@ _TITLE = 18  # pixels of height
 
 
 def sheet(columns: list[list[Pixels]], titles: Sequence[str] = ()) -> Pixels:
-    """Draw columns of images beside each other, on white.
+    """Draw columns of images side by side on white.
 
     Args:
-        columns: each a list of uint8 `[H, W, 3]`, all of one size and number.
-        titles: of the columns, above them.
+        columns: lists of equal length, of images uint8 `[H, W, 3]` of one size.
+        titles: one title per column, drawn above it.
 
     Returns:
         the picture, uint8 `[H, W, 3]`.

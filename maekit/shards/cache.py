@@ -1,14 +1,14 @@
-"""Remote shards: downloaded whole through fsspec into a bounded cache, verified, and then treated as local.
+"""Remote shards: downloaded whole through fsspec into a bounded cache, verified, then read like local ones.
 
     CACHE/shards/ab/abcd….tar         a shard, whole
-    CACHE/shards/ab/abcd….tar.index   its published index, where it has one
-    CACHE/shards/ab/abcd….json        its URL, size and version there
-    CACHE/shards/ab/abcd….part        a download that is under way or was interrupted, and goes on
-    CACHE/shards/ab/abcd….room        how many bytes it may take, while it is under way
+    CACHE/shards/ab/abcd….tar.index   its published index, if there is one
+    CACHE/shards/ab/abcd….json        its URL, and its size and version on the server
+    CACHE/shards/ab/abcd….part        a running or interrupted download, to be resumed
+    CACHE/shards/ab/abcd….room        how many bytes a running download has reserved
 
-A download asks for pieces and goes on behind the last whole one, in this process or the next. Many processes share the
-cache: a shard is downloaded by one of them under a lock. The least recently used shards give way; a file that is open
-somewhere can still be read there, and takes its room on the disk until it is closed.
+A download requests pieces and resumes after the last whole one, in this process or the next. Many processes share the
+cache; one of them downloads a shard, under a lock. The least recently used shards are evicted; an evicted file that is
+still open can be read on, and occupies the disk until it is closed.
 """
 
 import contextlib
@@ -38,16 +38,16 @@ from maekit.system.parallel import map_in_threads
 DEFAULT_LIMIT = 50_000_000_000
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
-# Which places threads of this process hold; the locks of `lockf` know processes only.
+# One mutex per lock file, between the threads of this process: `lockf` locks only distinguish processes.
 _BUSY: dict[str, threading.Lock] = {}
 os.register_at_fork(after_in_child=_BUSY.clear)
 
 
 class RemoteCache:
-    """Where remote shards are kept on this machine.
+    """The cache of remote shards on this machine.
 
     Args:
-        limit: bytes that the cache may hold.
+        limit: maximum size of the cache in bytes.
     """
 
     def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
@@ -56,12 +56,12 @@ class RemoteCache:
         self._known: dict[Path, ShardFile] = {}
 
     def stop(self) -> None:
-        """Make downloads give up after the piece under way; what they have is kept."""
+        """Make downloads stop after the current piece; what they have is kept."""
         self._stopped.set()
 
     @property
     def is_stopped(self) -> bool:
-        """Whether downloads give up."""
+        """Whether `stop` was called."""
         return self._stopped.is_set()
 
     def _pause(self, seconds: float) -> None:
@@ -69,11 +69,11 @@ class RemoteCache:
             raise MaekitError("stopped while fetching; what was fetched is kept")
 
     def owns(self, path: Path) -> bool:
-        """Whether this path is a remote shard's place in the cache."""
+        """Whether this path is the cache file of a known remote shard."""
         return path in self._known
 
     def fetch(self, shard: ShardFile) -> str:
-        """Have a shard in the cache, whole and as it is there now; return the mark of its version.
+        """Bring the server's current version of a shard into the cache; return that version's identifier.
 
         Raises:
             MaekitError: it cannot be downloaded.
@@ -84,15 +84,15 @@ class RemoteCache:
         with self._owner(shard.path):
             if not self._is_current(shard, there):
                 self._download(shard, there)
-                # One that was kept may be of another version; a fresh one brings the CRC-32s.
+                # A kept index may belong to another version; a fresh one brings the CRC-32s.
                 index_path(shard.path).unlink(missing_ok=True)
-                with contextlib.suppress(MaekitError):  # where there is none to be had, the shard is scanned
+                with contextlib.suppress(MaekitError):  # without an index the shard is scanned
                     self._download_index(shard)
             _touch(shard.path)
         return there.version
 
     def fetch_anew(self, shard: ShardFile) -> str:
-        """Have a shard in the cache whose copy there turned out damaged: fetched once more, it may be sound.
+        """Download a shard again because its cached copy is damaged; the new copy may be sound.
 
         Raises:
             MaekitError: it cannot be downloaded.
@@ -102,22 +102,22 @@ class RemoteCache:
         return self.fetch(shard)
 
     def describe(self, shard: ShardFile) -> RemoteFile:
-        """Return what the far side says of a shard now.
+        """Return what the server reports about a shard now.
 
         Raises:
-            MaekitError: it is not there, or does not answer.
+            MaekitError: the shard does not exist, or the server does not answer.
         """
         assert shard.url is not None
         return download.describe(shard.url, self._pause)
 
     def open(self, index: ShardIndex) -> int:
-        """Return a descriptor of a shard that fits its index, downloading it where need be.
+        """Return a descriptor of a shard that matches its index, downloading it if needed.
 
         Raises:
-            MaekitError: it cannot be downloaded, or what is there is not what was indexed.
+            MaekitError: it cannot be downloaded, or the server's copy does not match the index.
         """
         shard = self._known[index.path]
-        for attempt in range(3):  # between fetching and opening, another process may need the room
+        for attempt in range(3):  # between fetching and opening, another process may evict it
             try:
                 descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
                 if index.adopt(descriptor):
@@ -133,22 +133,22 @@ class RemoteCache:
         raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger `cache_gb`")
 
     def fetch_as_indexed(self, shard: ShardFile, index: ShardIndex, *, wait: bool = True) -> bool:
-        """Have the shard that an index describes in the cache; return False where another process is at it.
+        """Bring the shard that an index describes into the cache; return False if another process is downloading it.
 
         Args:
             shard: the shard.
-            index: what it must be: size, headers, and the CRC-32 of all members where the index has them.
-            wait: for another process that is downloading it.
+            index: what the shard must match: size, headers, and the CRC-32 of all members if the index has them.
+            wait: wait for another process that is downloading it.
 
         Raises:
-            MaekitError: it cannot be downloaded, or is another one.
+            MaekitError: it cannot be downloaded, or does not match the index.
         """
         self._known[shard.path] = shard
         assert shard.url is not None
         with self._owner(shard.path, wait=wait) as is_mine:
             if not is_mine:
                 return False
-            # Members are compared once, when they come; afterwards each is when it is read.
+            # All members are compared once, after the download; later, each is compared when it is read.
             if not _fits(shard, index, thoroughly=False):
                 self._download(shard, download.describe(shard.url, self._pause))
                 if not _fits(shard, index, thoroughly=True):
@@ -160,7 +160,7 @@ class RemoteCache:
             return True
 
     def published_index(self, shard: ShardFile) -> ShardIndex | None:
-        """Return the index that lies beside a remote shard, downloaded where it is not cached; None if there is none.
+        """Return the index published beside a remote shard, from the cache or downloaded; None if there is none.
 
         Raises:
             MaekitError: it cannot be downloaded.
@@ -173,7 +173,7 @@ class RemoteCache:
         return self._download_index(shard)
 
     def published_rows(self, shards: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, CatalogueRow | MaekitError]]:
-        """Yield each shard with what its published index, as it is there now, says in short; or with what is wrong."""
+        """Yield each shard with a summary of its published index, freshly downloaded, or with the error."""
 
         def row(shard: ShardFile) -> CatalogueRow | MaekitError:
             self._known[shard.path] = shard
@@ -191,10 +191,10 @@ class RemoteCache:
         yield from zip(shards, map_in_threads(row, shards, threads=_INDEX_THREADS), strict=True)
 
     def refuse_if_too_small(self, shards: int, largest: int) -> None:
-        """See that so many shards of this size fit at once; else they would drive each other out.
+        """Check that `shards` shards of `largest` bytes fit at once; otherwise they would evict each other.
 
         Raises:
-            InputError: they do not.
+            InputError: they do not fit.
         """
         if shards * largest > self.limit:
             needed = math.ceil(shards * largest / 1e6) / 1000
@@ -229,7 +229,7 @@ class RemoteCache:
         return there.size is None or shard.path.stat().st_size == there.size
 
     def _download(self, shard: ShardFile, there: RemoteFile) -> None:
-        """Download a shard, going on behind what an earlier attempt left; the caller owns its place."""
+        """Download a shard, resuming what an earlier attempt left; the caller holds its lock."""
         part = shard.path.with_suffix(".part")
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
@@ -263,7 +263,7 @@ class RemoteCache:
             _room(part).unlink(missing_ok=True)
 
     def _is_part_of(self, meta: Path, there: RemoteFile) -> bool:
-        # A far side that tells no size can give no piece: such a download starts anew.
+        # Without a size no piece can be requested, so such a download starts over.
         try:
             return bool(there.version) and there.size is not None and json.loads(meta.read_text()) == asdict(there)
         except (OSError, ValueError):
@@ -276,7 +276,7 @@ class RemoteCache:
         )
 
     def _make_room(self, there: RemoteFile, part: Path) -> None:
-        """Evict the least recently used shards until this one fits; its room is its own until it has come."""
+        """Evict the least recently used shards until this one fits, and reserve that space for its download."""
         size = there.size or 0
         if size > self.limit:
             raise self._does_not_fit(there.url, size)
@@ -285,11 +285,11 @@ class RemoteCache:
                 if self._evict(size, part):
                     _room(part).write_text(str(size))
                     return
-            # The rest belongs to downloads under way, which end, and can be evicted then.
+            # The rest is reserved by running downloads, which can be evicted once they have ended.
             self._pause(0.2)
 
     def _grow(self, part: Path, size: int) -> bool:
-        """Take room for a download of unknown size as it grows. It does not wait: two of them might for each other."""
+        """Extend the reservation of a download of unknown size; never wait, as two might wait for each other."""
         with self._owner(_directory() / "room"):
             if not self._evict(size, part):
                 return False
@@ -297,7 +297,7 @@ class RemoteCache:
             return True
 
     def _evict(self, needed: int, keep: Path) -> bool:
-        """Evict the least recently used shards until `needed` bytes fit; False where they cannot."""
+        """Evict the least recently used shards until `needed` bytes fit; return False if they cannot."""
         taken = 0
         evictable: list[tuple[int, int, Path]] = []
         for path in _directory().glob("*/*"):
@@ -305,7 +305,7 @@ class RemoteCache:
                 if path.suffix == ".room" and path != _room(keep) and _is_held(path):
                     taken += int(path.read_text())
                 elif path.suffix == ".tar" or (path.suffix == ".part" and path != keep and not _has_room(path)):
-                    # A part without room waits for it, or was given up; what is taken from it comes again.
+                    # A `.part` without a reservation waits for one or was abandoned; evicted, it is downloaded again.
                     evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
         total = taken + sum(size for _, size, _ in evictable)
         for _, size, path in sorted(evictable):
@@ -318,8 +318,8 @@ class RemoteCache:
 
     @contextlib.contextmanager
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
-        """Hold the place of one shard against other threads and processes; False where it is held and `wait` is not."""
-        # Locks of `lockf` belong to the process: among its threads a mutex decides, one descriptor is open at a time.
+        """Lock one shard against other threads and processes; yield False if it is locked and `wait` is false."""
+        # `lockf` locks belong to the process, so a mutex decides among threads; one descriptor is open at a time.
         lock = path.with_suffix(".lock")
         mutex = _BUSY.setdefault(str(lock), threading.Lock())
         if not mutex.acquire(blocking=wait):
@@ -332,8 +332,8 @@ class RemoteCache:
             except OSError as error:
                 raise files.write_failure(lock, error) from error
             with file:
-                # Asked again and again: where the threads of two processes wait for each other's locks, the kernel,
-                # which knows processes only, sees a deadlock that is none.
+                # Polled, because the kernel only knows processes: when threads of two processes wait for each other's
+                # locks, it reports a deadlock where there is none.
                 while not (is_mine := _try_lock(file, lock)) and wait:
                     self._pause(0.05)
                 yield is_mine
@@ -352,8 +352,8 @@ def _try_lock(file: IO[str], name: Path) -> bool:
 
 
 def _is_held(path: Path) -> bool:
-    """Whether a thread of this process or another process holds the place of a shard."""
-    # Held meanwhile: closing the file drops whatever lock this process has on it.
+    """Whether a thread of this process or another process holds the lock of a shard."""
+    # The mutex is taken first, because closing the file drops any lock that this process has on it.
     mutex = _BUSY.setdefault(str(path.with_suffix(".lock")), threading.Lock())
     if not mutex.acquire(blocking=False):
         return True
@@ -371,7 +371,7 @@ def _directory() -> Path:
 
 
 def _fits(shard: ShardFile, index: ShardIndex, *, thoroughly: bool) -> bool:
-    """Whether a cached shard is the one that was indexed; thoroughly once, when it comes, by scanning all of it."""
+    """Whether a cached shard matches its index; `thoroughly` scans all of it, once after the download."""
     try:
         descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -392,7 +392,7 @@ def _meta(path: Path) -> Path:
 
 
 def _room(part: Path) -> Path:
-    """Return the file that says how many bytes a download under way may take."""
+    """Return the file that holds the number of bytes that a running download has reserved."""
     return part.with_suffix(".room")
 
 
@@ -401,7 +401,7 @@ def _has_room(part: Path) -> bool:
 
 
 def _touch(path: Path) -> None:
-    """Mark a cached shard as used now; its modification time stays."""
+    """Mark a cached shard as used now; keep its modification time."""
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
 

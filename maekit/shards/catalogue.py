@@ -1,7 +1,7 @@
-"""What is known of a whole set of shards without opening the index of each: one file in the cache.
+"""Summary of a whole set of shards in one cache file, so that no single index needs to be opened.
 
-A set of 10⁵ shards starts from it in seconds. The file is named by the list of paths, so its rows need no names; a row
-counts only for the size and modification time that its shard had.
+With it, a set of 10⁵ shards opens in seconds. The file is named by the list of paths, so its rows need no names. A row
+is valid only while its shard has the recorded size and modification time.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _DIGEST_BYTES = 32
 
 @dataclass(frozen=True, slots=True)
 class CatalogueRow:
-    """What the index of one shard says in short: bytes, modification time, samples, and its digest (hexadecimal)."""
+    """Summary of one shard's index: bytes, modification time in nanoseconds, samples, and digest (hexadecimal)."""
 
     size: int
     mtime_ns: int
@@ -45,7 +45,7 @@ class CatalogueRow:
 
 
 def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
-    """Return what is known of each shard and still true."""
+    """Return the row of each shard; None if it has none or has changed since."""
     try:
         raw = np.fromfile(_file(paths), np.uint8)
     except OSError:
@@ -72,7 +72,7 @@ def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
 
 
 def remember(paths: Sequence[Path], rows: Sequence[CatalogueRow]) -> None:
-    """Keep what is known for the next start; a cache that cannot be written costs that start some time."""
+    """Keep the rows for the next start; if the cache cannot be written, that start only takes longer."""
     columns = {
         "size": np.array([row.size for row in rows], "<i8"),
         "mtime_ns": np.array([row.mtime_ns for row in rows], "<i8"),

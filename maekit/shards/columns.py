@@ -1,4 +1,4 @@
-"""The file form of what is known about shards: a JSON header and columns of numbers, under one checksum.
+"""The file format of indexes and catalogues: a JSON header and columns of numbers, under one checksum.
 
 Little-endian, columns aligned to 8 bytes, so that the file can be memory-mapped:
 
@@ -41,8 +41,8 @@ def from_bytes(
     """Return header and columns (views into `raw`), or None if the bytes are damaged or of another format.
 
     Args:
-        magic: what the file must begin with.
-        dtypes: the columns that may be there, and what type each must have.
+        magic: the 8 bytes that the file must begin with.
+        dtypes: the columns that may occur, and the dtype that each must have.
         raw: the file, uint8 `[bytes]`.
     """
     if len(raw) < _PREFIX or raw[:8].tobytes() != magic:
@@ -57,7 +57,7 @@ def from_bytes(
         for name, (dtype, start, count) in header.pop("columns").items():
             if dtypes[name].str != dtype or start < 0 or count < 0:
                 return None
-            # A file from elsewhere can have a right checksum and wrong numbers: frombuffer refuses what is outside.
+            # A foreign file may have a valid checksum and wrong numbers; frombuffer refuses ranges outside the body.
             columns[name] = np.frombuffer(body, dtypes[name], count, start) if count else np.empty(0, dtypes[name])
     except (ValueError, KeyError, TypeError, AttributeError):
         return None

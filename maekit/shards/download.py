@@ -1,4 +1,4 @@
-"""Downloads through fsspec: what a server says of a file, and its bytes in pieces, through networks that fail."""
+"""Downloads through fsspec over unreliable networks: the size and version of a file, and its bytes in pieces."""
 
 import contextlib
 import time
@@ -9,31 +9,31 @@ from typing import Any
 from maekit.shards.spec import connect
 from maekit.system.errors import MaekitError
 
-# A piece is halved when it fails or takes long, and doubled when it comes soon: a connection that drops often still
-# gets on, and a signal is heeded within seconds.
+# The piece size is halved when a piece fails or takes long, and doubled when it arrives soon: a connection that drops
+# often still makes progress, and a signal takes effect within seconds.
 _FIRST_PIECE, _SMALLEST_PIECE, _LARGEST_PIECE = 4 << 20, 64 << 10, 64 << 20
 _PIECE_SECONDS = 2.0
 _ATTEMPTS = 8  # in a row, without one byte of progress
-_FIRST_ATTEMPTS = 5  # to be told of a file at all
+_FIRST_ATTEMPTS = 5  # to get the size and version of a file
 _LONGEST_PAUSE = 10.0
-# What file systems of fsspec call a mark that changes with a file.
+# The names that fsspec file systems give to an identifier that changes with the file.
 _MARKS = (
     *("ETag", "etag", "md5Hash", "md5", "sha256", "oid", "blob_id", "generation"),
     *("Last-Modified", "LastModified", "last_modified", "mtime", "modify", "modificationTime", "last_write_time"),
 )
-# Answers that another attempt does not change.
+# HTTP status codes that another attempt does not change.
 _ABSENT_STATUS = frozenset((404, 410))
 _FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """What a server says of a file.
+    """What a server reports about a file.
 
     Attributes:
-        url: where it is.
-        size: bytes; None where that is not said.
-        version: a mark that changes with its content; empty where there is none.
+        url: its URL.
+        size: in bytes; None if the server does not report it.
+        version: an identifier that changes with the content; empty if there is none.
     """
 
     url: str
@@ -45,12 +45,12 @@ def describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
     """Ask the server for size and version.
 
     Raises:
-        FileNotFoundError: it is not there (also a MaekitError).
-        MaekitError: no answer.
+        FileNotFoundError: the file does not exist (also a MaekitError).
+        MaekitError: the server refuses, or does not answer.
     """
     filesystem, path = connect(url)
     with contextlib.suppress(Exception):
-        filesystem.invalidate_cache()  # some answer from what they listed before
+        filesystem.invalidate_cache()  # some file systems answer from cached listings
     info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
     size = info.get("size")
     version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
@@ -61,11 +61,11 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
     """Yield the bytes of a remote file from `done` on.
 
     Raises:
-        MaekitError: the server gives up, or gives other than was asked for.
+        MaekitError: the server keeps failing, or returns another number of bytes than requested.
     """
     filesystem, path = connect(there.url)
     if there.size is None:
-        # No piece can be asked for; what breaks off is begun anew by the next attempt.
+        # No piece can be requested; after an interruption the next download starts over.
         with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
             while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
                 yield data
@@ -79,7 +79,7 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
             data = _insist(
                 there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), pause, 1
             )
-            if len(data) == there.size != end - done:  # a server that knows no ranges sends the whole file
+            if len(data) == there.size != end - done:  # a server without range requests sends the whole file
                 data = data[done:]
             elif len(data) != end - done:
                 raise MaekitError(f"{there.url}: {len(data)} bytes came where {end - done} were asked for")
@@ -102,14 +102,14 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
 
 
 class _Absent(MaekitError, FileNotFoundError):
-    """A remote file that is not there."""
+    """A remote file does not exist."""
 
     def __str__(self) -> str:
         return str(self.args[0])
 
 
 def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
-    """Call `ask`, again after a pause where the network failed.
+    """Call `ask`; retry after a pause if the network fails.
 
     Raises:
         FileNotFoundError: there is no such file (also a MaekitError).
@@ -118,10 +118,10 @@ def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = 
     for attempt in range(1, attempts + 1):
         try:
             return ask()
-        except Exception as raised:  # each protocol raises its own kinds, which are not to be imported here
+        except Exception as raised:  # each protocol raises its own types, which must not be imported here
             error: BaseException = raised
             if isinstance(error, FileNotFoundError):
-                # Over http, fsspec says this of a server that is down, too; what it met is the cause.
+                # Over HTTP, fsspec also raises this for a server that is down; `__cause__` is the actual error.
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
                     raise _Absent(f"{url}: no such file there") from error
                 error = error.__cause__

@@ -1,18 +1,19 @@
 """The index of one shard: which samples it holds and where their members lie.
 
-Building it is the strict scan of `tar.py` plus the rules of the WebDataset form: a sample is the run of members that
-share a key (the name up to the first dot of its last path part), a key comes in one run, and no member twice.
+Building it applies the strict scan of `tar.py` plus the rules of the WebDataset format: a sample is a run of members
+that share a key (the name up to the first dot of its last path component), a key occurs in one run only, and no member
+occurs twice.
 
-With `crc=True` it also reads every member and keeps its CRC-32, so that damage inside members is seen as well: by
-`maekit check`, and whenever a member is read.
+With `crc=True` it also reads every member and keeps its CRC-32, so that `maekit check`, and every read of a member,
+detects damage inside members too.
 
-The file (magic "MAEKIDX2", form in columns.py): the header holds the shard's size and mtime, the digest, the probe,
+The file (magic "MAEKIDX2", format in columns.py): the header holds the shard's size and mtime, the digest, the probe,
 extensions and ignored members; the columns are
 
     sample_start [S+1]  first member of each sample
     key_start    [S+1]  first byte of each key in `keys`
     keys         bytes, UTF-8
-    member_offset [M] member_size [M] member_extension [M], and member_crc [M] where it was made with CRCs
+    member_offset [M] member_size [M] member_extension [M], and member_crc [M] if built with CRCs
 """
 
 import contextlib
@@ -40,9 +41,9 @@ IMAGE_EXTENSIONS = frozenset(
     ("jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "avif", "ppm", "pgm", "pbm", "pnm")
 )
 
-# The key is the name up to the first dot of its last path part; the rest is the extension.
+# The key is the name up to the first dot of its last path component; the rest is the extension.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
-# What WebDataset sets aside as its own metadata: members such as __meta__ and __meta__/x.json.
+# Names that WebDataset reserves for its own metadata: members such as __meta__ and __meta__/x.json.
 METADATA = re.compile(r"__[^/]*__($|/)")
 _COLUMNS: dict[str, np.dtype[Any]] = {
     "sample_start": np.dtype("<i8"),
@@ -54,19 +55,19 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_crc": np.dtype("<u4"),
 }
 _OPTIONAL = frozenset(("member_crc",))
-_PROBES = 8  # headers looked at again when an index comes from elsewhere
+_PROBES = 8  # headers compared to tell whether an index built elsewhere belongs to a shard
 _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class MemberSpan:
-    """Where one member of a sample lies.
+    """Location of one member of a sample.
 
     Attributes:
         extension: in lower case.
         offset: byte offset of its data.
         size: bytes of data.
-        crc: CRC-32 of its data, or None where the index was made without.
+        crc: CRC-32 of its data, or None if the index was built without.
     """
 
     extension: str
@@ -84,9 +85,9 @@ class ShardIndex:
         size: bytes of the shard when it was scanned.
         mtime_ns: its modification time then, in nanoseconds.
         digest: SHA-256 over keys, extensions and sizes (neither path nor times), hexadecimal.
-        probe: CRC-32 over a few of its headers, by which another copy of the shard is known.
-        ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10,
-            and in `ignored_count` how many there are.
+        probe: CRC-32 over a few of its headers, which identifies another copy of the shard.
+        ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10;
+            `ignored_count` is their number.
     """
 
     def __init__(self, path: Path, header: dict[str, Any], columns: columns_file.Columns) -> None:
@@ -107,7 +108,7 @@ class ShardIndex:
 
     @property
     def has_crc(self) -> bool:
-        """Whether it knows the CRC-32 of each member."""
+        """Whether the index holds the CRC-32 of each member."""
         return self._crc is not None
 
     def key(self, ordinal: int) -> str:
@@ -136,7 +137,7 @@ class ShardIndex:
     def image(self, ordinal: int) -> MemberSpan | None:
         """Return the image of one sample: the first member with an image extension.
 
-        A whole extension (`jpg`) goes before the last part of a longer one (`left.jpg`).
+        A whole extension (`jpg`) takes precedence over the last part of a longer one (`left.jpg`).
         """
         members = self.members(ordinal)
         for member in members:
@@ -148,13 +149,13 @@ class ShardIndex:
         return None
 
     def matches(self, status: os.stat_result) -> bool:
-        """Whether the shard still has the size and modification time that were scanned."""
+        """Whether the shard still has the size and modification time of the scan."""
         return (status.st_size, status.st_mtime_ns) == (self.size, self.mtime_ns)
 
     def adopt(self, descriptor: int) -> bool:
-        """Take an open file for the shard if its size and the headers probed are the same, whatever its time.
+        """Accept an open file as the shard if its size and probed headers match, whatever its modification time.
 
-        This is how an index made elsewhere is known to belong to a copy of its shard.
+        This recognises a copy of the shard by an index built elsewhere.
         """
         status = os.fstat(descriptor)
         if self.matches(status):
@@ -166,9 +167,9 @@ class ShardIndex:
         return True
 
     def difference(self, other: "ShardIndex") -> DamagedShard | None:
-        """Return how a fresh scan of the shard, `other`, differs from this index; None where it does not.
+        """Return how a fresh scan of the shard, `other`, differs from this index; None if it does not.
 
-        Members are compared by CRC-32 where both indexes have it.
+        Members are compared by CRC-32 if both indexes have it.
         """
         if (other.size, other.digest) != (self.size, self.digest):
             return DamagedShard(str(other.path), 0, "its members are not those of the index beside it")
@@ -182,7 +183,7 @@ class ShardIndex:
         return DamagedShard(str(other.path), member.offset, f"the bytes of {name!r} are not those of its CRC-32{more}")
 
     def count_images(self) -> tuple[int, int]:
-        """Return how many samples hold no member with an image extension, and how many such members are not used."""
+        """Return the number of samples without an image member, and the number of image members not used."""
         if not self.samples:
             return 0, 0
         is_image = np.array([extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in self._extensions])
@@ -211,7 +212,7 @@ def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
         crc: also read every member and keep its CRC-32.
 
     Raises:
-        DamagedShard: the archive or its samples break a rule; says where and which.
+        DamagedShard: the archive or its samples break a rule; says which rule and where.
         MaekitError: the file cannot be read.
     """
     try:
@@ -226,7 +227,7 @@ def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
 
 
 def crc32_of(descriptor: int, offset: int, size: int) -> int:
-    """Return the CRC-32 of `size` bytes from `offset`; a file that ends before gives that of what there is."""
+    """Return the CRC-32 of `size` bytes from `offset`, or of fewer if the file ends before."""
     crc, end = 0, offset + size
     while offset < end and (data := os.pread(descriptor, min(_CHUNK, end - offset), offset)):
         crc = zlib.crc32(data, crc)
@@ -235,10 +236,10 @@ def crc32_of(descriptor: int, offset: int, size: int) -> int:
 
 
 def _probe(descriptor: int, offsets: NDArray[Any], size: int) -> int:
-    """Return the CRC-32 of the size and of the header blocks of a few members, the first and the last among them."""
+    """Return the CRC-32 of the size and of the header blocks of a few members, including the first and the last."""
     crc = zlib.crc32(str(size).encode())
     for number in np.unique(np.linspace(0, len(offsets) - 1, min(_PROBES, len(offsets))).astype(np.int64)):
-        # A member's own header is the block before its data, whatever extended headers stand before it.
+        # A member's own header is the block before its data, after any extended headers.
         crc = zlib.crc32(os.pread(descriptor, BLOCK, int(offsets[number]) - BLOCK), crc)
     return crc
 
@@ -312,7 +313,7 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
 
 
 class _HeaderReader:
-    """Positional reads with a small look-ahead: headers of small members come many to a system call."""
+    """Positional reads with a small look-ahead, so that one system call reads many headers of small members."""
 
     _LOOK_AHEAD = 16 * BLOCK
 
@@ -347,7 +348,7 @@ def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
 
 
 def _are_consistent(columns: columns_file.Columns) -> bool:
-    """Whether the columns fit each other: an index from elsewhere may hold anything."""
+    """Whether the columns are consistent; an index built elsewhere may hold anything."""
     members = len(columns["member_offset"])
     starts, keys = columns["sample_start"], columns["key_start"]
     return (
@@ -356,19 +357,19 @@ def _are_consistent(columns: columns_file.Columns) -> bool:
         and (int(starts[0]), int(starts[-1])) == (0, members)
         and (int(keys[0]), int(keys[-1])) == (0, len(columns["keys"]))
         and bool((np.diff(starts) > 0).all() and (np.diff(keys) > 0).all())
-        # No key begins within a character.
+        # No key begins inside a UTF-8 character.
         and bool((columns["keys"][keys[:-1]] & 0xC0 != 0x80).all())
         and bool((columns["member_offset"] >= BLOCK).all() and (columns["member_size"] >= 0).all())
     )
 
 
 def index_path(path: Path) -> Path:
-    """Return where the index of a shard lies beside it: `NAME.tar.index`."""
+    """Return the path of the index beside a shard: `NAME.tar.index`."""
     return path.with_name(path.name + INDEX_SUFFIX)
 
 
 def read_index(path: Path, file: Path) -> ShardIndex | None:
-    """Return the index of the shard at `path` from an index file, or None if that is absent or damaged."""
+    """Return the index of the shard at `path` from an index file, or None if the file is absent or damaged."""
     try:
         with open(file, "rb", buffering=0) as opened:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
@@ -380,8 +381,8 @@ def read_index(path: Path, file: Path) -> ShardIndex | None:
 def load_index(path: Path) -> ShardIndex:
     """Return the index of a shard: the file beside it, else the cached one, else a strict scan that is then cached.
 
-    The cached one counts only for the size and modification time that were scanned. The one beside the shard may have
-    come with it from elsewhere: it counts for the same size and the same headers where it is probed.
+    The cached index is valid only for the size and modification time of the scan. The file beside the shard may have
+    been copied together with it, so it is valid if size and probed headers match.
 
     Raises:
         DamagedShard, MaekitError: as `build_index`.
@@ -405,7 +406,7 @@ def load_index(path: Path) -> ShardIndex:
 
 
 def cache_index(index: ShardIndex) -> None:
-    """Keep an index for `load_index`; a cache that cannot be written costs the next start a scan, nothing else."""
+    """Cache an index for `load_index`; if the cache cannot be written, the next start merely scans again."""
     with contextlib.suppress(MaekitError):
         files.write_atomically(_cache_path(index.path), index.to_bytes())
 

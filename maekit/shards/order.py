@@ -1,8 +1,8 @@
 """The order of samples as a pure function of (seed, epoch, index digest).
 
-In each epoch the shards are permuted, then the samples within each window of consecutive shards, so that reads stay
-within a few files at a time. A global batch is a slice of the endless row of epochs; ranks and workers only divide it.
-Memory: the shard list, and one permutation for each window in use (two while a batch crosses from one to the next).
+In each epoch the shards are permuted, then the samples within each window of consecutive shards, so that reads touch
+only a few files at a time. A global batch is a slice of the endless sequence of epochs; ranks and workers only divide
+it. Memory: the shard list, and one permutation per window in use (two while a batch crosses a window boundary).
 """
 
 import itertools
@@ -19,13 +19,13 @@ from maekit.system.draws import Purpose, permutation
 
 @dataclass(frozen=True, slots=True)
 class SampleSlice:
-    """A run of places in the order, one entry per sample.
+    """Consecutive samples of the order, one entry per sample.
 
     Attributes:
-        epochs: which epoch, int64 `[n]`.
-        positions: the place within the epoch, int64 `[n]`; with `epochs` it keys all random numbers of the sample.
-        shards: index of the shard, int64 `[n]`.
-        ordinals: the sample within the shard, int64 `[n]`.
+        epochs: epoch, int64 `[n]`.
+        positions: position within the epoch, int64 `[n]`; with `epochs` it keys all random numbers of the sample.
+        shards: number of the shard, int64 `[n]`.
+        ordinals: number of the sample within the shard, int64 `[n]`.
     """
 
     epochs: NDArray[np.int64]
@@ -35,13 +35,13 @@ class SampleSlice:
 
 
 class SampleOrder:
-    """The shuffled order of all samples, epoch after epoch, readable from any place.
+    """The shuffled order of all samples, epoch after epoch, readable from any position.
 
     Args:
         counts: samples in each shard, int64 `[shards]`.
         seed: the run's seed.
         digest: the digest of the shard set, hexadecimal.
-        window: how many shards are mixed with each other.
+        window: number of shards whose samples are shuffled together.
     """
 
     def __init__(self, counts: NDArray[np.int64], *, seed: int, digest: str, window: int = WINDOW_SHARDS) -> None:
@@ -51,7 +51,7 @@ class SampleOrder:
         self._permutations: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
 
     def slice(self, start: int, stop: int) -> SampleSlice:
-        """Return the places `start` to `stop` of the endless row of epochs; place 0 opens epoch 0."""
+        """Return the positions [start, stop) of the endless sequence of epochs; position 0 begins epoch 0."""
         parts = []
         while start < stop:
             epoch, position = divmod(start, self.samples)
@@ -62,13 +62,13 @@ class SampleOrder:
         return SampleSlice(*columns)
 
     def window_number(self, place: int) -> int:
-        """Return the number of the window that a place of the endless row lies in; window 0 opens epoch 0."""
+        """Return the number of the window that contains a position of the endless sequence; window 0 begins epoch 0."""
         epoch, position = divmod(place, self.samples)
         starts = self._epoch(epoch)[1]
         return epoch * (len(starts) - 1) + int(np.searchsorted(starts, position, "right")) - 1
 
     def windows(self, place: int) -> Iterator[list[int]]:
-        """Yield the shards of the window that a place lies in, of the next one, and so on without end."""
+        """Yield the shards of the window that contains a position, then those of each later window, without end."""
         per_epoch = -(-len(self._counts) // self._window)
         for number in itertools.count(self.window_number(place)):
             epoch, window = divmod(number, per_epoch)
@@ -99,7 +99,7 @@ class SampleOrder:
         return np.full(stop - start, epoch, np.int64), positions, np.concatenate(shards), np.concatenate(ordinals)
 
     def _epoch(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return the shards in their order, and where each window starts (with the end of the last one)."""
+        """Return the permuted shards, and the position where each window starts (plus the end of the last one)."""
         if epoch not in self._epochs:
             shard_order = self._shard_order(epoch)
             ends = np.cumsum(self._counts[shard_order])

@@ -1,9 +1,9 @@
-"""`maekit pack`: a folder of images -> tar shards, written by webdataset's writer, the same bytes every time.
+"""`maekit pack`: a folder of images -> tar shards, written by webdataset's writer, byte-identical on every run.
 
     folder (and table) -> samples, sorted -> a plan of shards -> each written, read back, indexed -> the folder renamed
 
-Shards are written in processes into a folder aside, which takes its name when all of them are whole; what a killed run
-left there is taken up again if the plan is still the same.
+Processes write the shards into a temporary folder, which is renamed to the final one when all of them are complete.
+After a kill, the next run reuses the finished shards there if the plan is unchanged.
 """
 
 import contextlib
@@ -33,9 +33,9 @@ from maekit.system.signals import stop_on_signal
 SIDECARS = ("json", "txt", "cls")
 _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
 _LABEL_COLUMNS = ("label", "cls", "class", "target")
-_PLAN, _FOLDER = ".plan", "shards"  # in the folder aside: the plan, and what will be the folder of shards
+_PLAN, _FOLDER = ".plan", "shards"  # in the temporary folder: the plan, and the future folder of shards
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
-_NAMED = 3  # problems spelled out in one message
+_NAMED = 3  # problems listed in one message
 
 
 @dataclass(frozen=True)
@@ -43,16 +43,16 @@ class PackReport:
     """What was packed.
 
     Attributes:
-        shards: the shards written, in order; beside each lies its index.
-        samples: images in them.
-        bytes: size of the shards.
-        classes: class names by label; empty where labels are numbers, or there are none.
-        class_counts: images of each class, by name.
-        unlabelled: images without a label, where others have one.
-        empty: image files of zero bytes.
-        sidecars: members that ride along, how many of each extension.
-        passed_over: files that were not packed, how many of each kind.
-        resumed: shards that an earlier, interrupted run had written.
+        shards: the shards, in order; each has its index beside it.
+        samples: number of images in them.
+        bytes: total size of the shards.
+        classes: class names by label; empty if labels are numbers, or there are none.
+        class_counts: number of images per class name.
+        unlabelled: number of images without a label; 0 if no image has one.
+        empty: number of image files of zero bytes.
+        sidecars: number of sidecars per extension.
+        passed_over: number of files that were not packed, per kind.
+        resumed: number of shards that an earlier, interrupted run had written.
     """
 
     shards: list[Path]
@@ -69,7 +69,7 @@ class PackReport:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One sample: its key, and the files of its members by extension; the label is a member that no file holds."""
+    """One sample: its key, its member files as (extension, path), and a label to be stored without a file."""
 
     key: str
     members: tuple[tuple[str, str], ...]
@@ -90,18 +90,18 @@ _Labels = dict[Path, int | str | None]
 def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     """Pack the image files below a folder into `out/00000.tar`, `out/00001.tar`, …, each with its index beside it.
 
-    Image bytes go in unchanged. The key is the path below `images` without its extension. A `.json`, `.txt` or `.cls`
-    file of the same name rides along. The label goes in as a `.cls` member: a whole number of the table, or the place
-    of a class name in sorted order, and then the names are written to `out/classes.txt`. The folder appears whole or
-    not at all; called again after a kill, the shards that were finished stay.
+    Image bytes are stored unchanged. The key is the path below `images` without its extension. A `.json`, `.txt` or
+    `.cls` file of the same name is stored as a sidecar. The label is stored as a `.cls` member: an integer from the
+    table, or the index of the class name in sorted order; the names are then written to `out/classes.txt`. The folder
+    appears whole or not at all; called again after a kill, it keeps the finished shards.
 
     Args:
-        config: the folder of images, that of the shards, and how.
-        progress: where to show how it goes on.
+        config: the folder of images, the folder of shards, and the options.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no image, a folder that is not empty, or names that make no keys.
-        Stopped: SIGTERM or SIGINT came; finished shards are kept for the next call.
+        InputError: there is no image, `out` is not empty, the table is wrong, or names cannot be used as keys.
+        Stopped: SIGTERM or SIGINT arrived; finished shards are kept for the next call.
         MaekitError: a file cannot be read or written.
     """
     progress = progress or Silent()
@@ -157,7 +157,7 @@ def _check(images: Path, out: Path, config: PackConfig) -> None:
 
 
 def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
-    """Return the samples in order, the class names, and what is not packed."""
+    """Return the samples in order, the class names, and the number of files not packed, per kind."""
     found = {path.relative_to(images): path for path in files.walk_files(images)}
     table = Path(config.table).resolve() if config.table else None
     wanted: _Labels
@@ -180,7 +180,7 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     used: set[Path] = set()
     sources = []
     for path, label in wanted.items():
-        # A key ends at the first dot of its last part, so dots inside a stem become underscores.
+        # A key ends at the first dot of its last component, so dots inside a stem become underscores.
         key = path.with_name(path.stem.replace(".", "_")).as_posix()
         try:
             files.require_utf8(path)
@@ -196,7 +196,7 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
         members = [(_extension(path), str(found[path]))]
         for kind in SIDECARS:
             beside = path.with_suffix(f".{kind}")
-            # A label file gives way to a label from the table or the folder, and is counted as passed over.
+            # A label from the table or the folder replaces a label file, which is counted as passed over.
             if beside in found and beside not in used and (kind != "cls" or label is None):
                 members.append((kind, str(found[beside])))
                 used.add(beside)
@@ -214,7 +214,7 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
 
 
 def _read_table(images: Path, table: Path, config: PackConfig, found: dict[Path, Path]) -> dict[Path, int | str | None]:
-    """Return the paths that a table names, in its order, with their labels."""
+    """Return the labels by image path, in the order of the table."""
     import pyarrow as pa
     from pyarrow import csv, parquet
 
@@ -227,7 +227,7 @@ def _read_table(images: Path, table: Path, config: PackConfig, found: dict[Path,
         else:
             parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
             names = csv.open_csv(table, parse_options=parse).schema.names
-            # As they stand there: 01 and 1 are two names, and NA is one.
+            # Read as text without conversion: 01 and 1 are two names, and NA is a name.
             as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
             rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
@@ -270,11 +270,11 @@ def _read_table(images: Path, table: Path, config: PackConfig, found: dict[Path,
 
 
 def _labels(values: list[Any]) -> list[Any]:
-    """Return labels as whole numbers where all of them are written as such; an empty one is none."""
+    """Return labels as integers if all of them are written as such; an empty label becomes None."""
     values = [None if value == "" else value for value in values]
     given = [value for value in values if value is not None]
     if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in given) or (
-        # What had an empty cell among whole numbers comes out of many a program as 1.0.
+        # Many programs write a column of integers with an empty cell as floats (1.0).
         all(isinstance(value, float) and value.is_integer() for value in given)
     ):
         return [None if value is None else int(float(value)) for value in values]
@@ -284,7 +284,7 @@ def _labels(values: list[Any]) -> list[Any]:
 def _choose(
     table: Path, names: Sequence[str], asked: str | None, usual: Sequence[str], what: str, option: str
 ) -> str | None:
-    """Return the column that was asked for, or the one with a usual name."""
+    """Return the requested column, or else the one with a usual name; None if there is none."""
     if asked is not None:
         if names.count(asked) != 1:
             there = "more than one" if asked in names else "no"
@@ -312,7 +312,7 @@ def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_So
 
 
 def _bytes_in_tar(source: _Source) -> int:
-    """Return how many bytes of an archive a sample takes."""
+    """Return how many bytes a sample takes in an archive."""
     sizes = [(kind, _stat(path).st_size) for kind, path in source.members]
     if source.label is not None:
         sizes.append(("cls", len(str(source.label))))
@@ -331,7 +331,7 @@ def _stat(path: str) -> os.stat_result:
 
 
 def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Sequence[_Shard]) -> bytes:
-    """Return a digest of everything that decides the bytes of the shards and the names of the classes."""
+    """Return a digest of everything that determines the bytes of the shards and the class names."""
     digest = hashlib.sha256(json.dumps([[len(shard.sources) for shard in plan], list(classes)]).encode())
     for source in sources:
         stats = [(kind, path, _stat(path)) for kind, path in source.members]
@@ -341,7 +341,7 @@ def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Seque
 
 
 def _take_up(aside: Path, fingerprint: bytes) -> None:
-    """Keep what an interrupted run of the same plan wrote; delete what another one left."""
+    """Keep the shards that an interrupted run of the same plan wrote; delete those of another plan."""
     plan, folder = aside / _PLAN, aside / _FOLDER
     if not plan.exists() or plan.read_bytes() != fingerprint:
         shutil.rmtree(folder, ignore_errors=True)
@@ -351,7 +351,7 @@ def _take_up(aside: Path, fingerprint: bytes) -> None:
 
 
 def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
-    import webdataset  # noqa: F401  (loads torch where it is installed: once here, and not in each forked process)
+    import webdataset  # noqa: F401  (loads torch if installed: once here instead of in each forked process)
 
     done = 0
     progress.start("pack", sum(len(shard.sources) for shard in plan))
@@ -367,7 +367,7 @@ def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
 
 
 def _write_shard(shard: _Shard) -> int:
-    """Write one shard and its index, unless they are there; return its samples."""
+    """Write one shard and its index, unless they exist; return its number of samples."""
     import webdataset
 
     checksums: list[tuple[str, int]] = []
@@ -389,7 +389,7 @@ def _write_shard(shard: _Shard) -> int:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether an interrupted run left a shard that is what its index says; a disk may have lost what it promised."""
+    """Whether an interrupted run left a shard that matches its index; a disk may have lost data it confirmed."""
     kept = read_index(path, index_path(path))
     try:
         return kept is not None and kept.difference(build_index(path, crc=True)) is None
@@ -411,18 +411,18 @@ def _read(source: _Source) -> dict[str, bytes]:
 
 
 def _tar_writer(webdataset: Any, file: IO[bytes]) -> Any:
-    """Return webdataset's writer: fixed times for equal bytes, PAX for names of any length."""
+    """Return webdataset's writer: a fixed mtime for identical bytes, PAX for names of any length."""
     return webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
 
 
 def _publish(aside: Path, out: Path) -> None:
-    """Give the finished folder its name, and leave nothing beside it."""
+    """Rename the finished folder to `out`, and remove the temporary folder."""
     try:
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
         (aside / _FOLDER).rename(out)
         files.fsync_directory(out.parent)
-        for own in (_PLAN, ".lock"):  # not before: killed in between, the next call would begin anew
+        for own in (_PLAN, ".lock"):  # after the rename: without the plan, a call after a kill would start over
             (aside / own).unlink()
         aside.rmdir()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Reading samples by position: the set of shards, and positional reads of their members."""
+"""Random access to samples: the set of shards, and positional reads of their members."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,15 @@ from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitErr
 from maekit.system.machine import cores
 from maekit.system.parallel import Workers, batched, map_in_threads
 
-# A member larger than this is no image that anybody trains on; it would only fill the memory.
+# Nobody trains on an image larger than this; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20
-# Below this, scanning is done before other processes have started.
+# Below this many bytes, scanning is finished before other processes have started.
 _WORTH_PROCESSES = 16 << 20
 # Far below the 65,530 maps that Linux grants a process, far above any window of shards.
 _OPEN_INDEXES = 1024
 LABEL, CLASS_NAMES = "cls", "classes.txt"
 _LONGEST_LABEL = 1000  # bytes
-_CHUNK = 32  # images that a thread reads at a time
+_CHUNK = 32  # images per work item of a thread
 
 Image = TypeVar("Image")
 
@@ -42,10 +42,10 @@ class ShardSet:
 
     Attributes:
         shards: the shards, sorted by name.
-        counts: samples in each, int64 `[shards]`.
-        samples: samples in all.
-        digest: SHA-256 over the names and digests of all shards, hexadecimal: it names the data, wherever it lies.
-        remote: the cache that remote shards are fetched into; None where all are local.
+        counts: number of samples in each shard, int64 `[shards]`.
+        samples: total number of samples.
+        digest: SHA-256 over the names and digests of all shards, hexadecimal; it identifies the data, wherever stored.
+        remote: the cache that remote shards are fetched into; None if all are local.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class ShardSet:
         return int(self._ends[shard] - self.counts[shard]) + ordinal
 
     def spread(self, count: int) -> list[int]:
-        """Return the numbers of at most `count` samples, evenly spread; of a remote set, over its first shard.
+        """Return the numbers of at most `count` evenly spaced samples; of a remote set, from its first non-empty shard.
 
-        To look at a few images, many shards are not downloaded.
+        Looking at a few images thus does not download many shards.
         """
         samples = int(self.counts[self.counts > 0][0]) if self.remote else self.samples
         count = min(count, samples)
@@ -87,7 +87,7 @@ class ShardSet:
         """Return the index of a shard by its number.
 
         Raises:
-            MaekitError: the shard is no longer what it was when the set was opened.
+            MaekitError: the shard has changed since the set was opened.
         """
         with self._lock:
             index = self._indexes.get(shard)
@@ -107,7 +107,7 @@ class ShardSet:
         return index
 
     def fetch(self, shard: int) -> bool:
-        """Have a shard on this machine; return False where another process is downloading it.
+        """Bring a shard onto this machine; return False if another process is downloading it.
 
         Raises:
             MaekitError: it cannot be downloaded.
@@ -122,7 +122,7 @@ class ShardSet:
         return self._rows[shard].size
 
     def reader(self) -> "MemberReader":
-        """Return a reader for these shards, one per thread or process."""
+        """Return a new reader for these shards; each thread or process needs its own."""
         return MemberReader(remote=self.remote)
 
     def name(self, number: int) -> tuple[str, str]:
@@ -133,19 +133,19 @@ class ShardSet:
     def images(
         self, numbers: Iterable[int], prepare: Callable[[bytes], Image], *, threads: int = 0
     ) -> Iterator[Image | ImageError]:
-        """Yield the prepared image of each sample in turn, or the error that says why there is none.
+        """Yield the prepared image of each sample in turn, or the `ImageError` that says why there is none.
 
         Args:
-            numbers: of the samples, in the whole sequence.
-            prepare: bytes of an image -> image; what it raises as `ImageError` is yielded.
-            threads: how many read and prepare ahead, in chunks; 0 does neither, for a look at a few.
+            numbers: the numbers of the samples in the whole sequence.
+            prepare: bytes of an image -> image; an `ImageError` that it raises is yielded.
+            threads: number of threads that read and prepare ahead, in chunks; 0 reads nothing ahead, for a few images.
 
         Raises:
-            MaekitError: a shard cannot be read, or is no longer the file that was indexed.
+            MaekitError: a shard cannot be read, or has changed since it was indexed.
         """
 
         def read(chunk: Sequence[int]) -> list[Image | ImageError]:
-            # A reader of its own: it is no more than a few open files, and not to be shared among threads.
+            # One reader per chunk: it is only a few open files, and threads must not share it.
             with contextlib.closing(self.reader()) as reader:
                 return [self._image(reader, number, prepare) for number in chunk]
 
@@ -165,7 +165,7 @@ class ShardSet:
             return error
 
     def labels(self, numbers: Iterable[int]) -> Iterator[str]:
-        """Yield what the `cls` member of each sample says; empty where it has none, or none that can be read.
+        """Yield the text of each sample's `cls` member; empty if the member is missing, too long or damaged.
 
         Raises:
             MaekitError: as `images`.
@@ -180,12 +180,12 @@ class ShardSet:
             if member.extension.lower() == LABEL and member.size <= _LONGEST_LABEL:
                 try:
                     return reader.read(index, member).decode("utf-8", errors="replace").strip()
-                except ImageError:  # other bytes than were indexed
+                except ImageError:  # the bytes do not match the CRC-32
                     return ""
         return ""
 
     def class_names(self, shard: int) -> tuple[str, ...]:
-        """Return the names of classes that `maekit pack` wrote beside a shard, by number; none where there are none."""
+        """Return the class names that `maekit pack` wrote beside a shard, by label; empty if there are none."""
         folder = self.index(shard).path.parent
         if folder not in self._class_names:
             try:
@@ -205,18 +205,18 @@ def open_shards(
     on_shard: Callable[[ShardFile], None] = lambda shard: None,
     on_damage: Callable[[DamagedShard], None] = lambda damage: None,
 ) -> ShardSet:
-    """Index all shards: what is cached and current is taken, the rest is scanned in parallel.
+    """Index all shards: reuse what is cached and current, scan the rest in parallel.
 
     Args:
         shards: the shard files, as `find_shards` returns them.
         skip_damaged: leave damaged shards out (each is still passed to `on_damage`).
         remote: the cache for remote shards, which need published indexes.
-        workers: processes that scan; None is one per CPU core.
+        workers: number of processes that scan; None is one per CPU core.
         on_shard: called after each shard, for progress.
         on_damage: called for each damaged shard.
 
     Raises:
-        InputError: shards are damaged and not skipped, cannot be read, or hold no sample.
+        InputError: shards are damaged and not skipped, a shard cannot be read, or no shard holds a sample.
     """
     local = [shard for shard in shards if shard.url is None]
     found: dict[ShardFile, CatalogueRow | MaekitError] = {}
@@ -229,7 +229,7 @@ def open_shards(
             found[shard] = row
             on_shard(shard)
     with Workers(worth_processes([shard.path for shard in unknown], workers or cores())) as pool:
-        # A few at a time: where indexes are cached, handing over one would cost more than reading it.
+        # In batches: sending a single cached index to a process would cost more than reading it.
         batch = max(1, min(64, len(unknown) // (8 * pool.count)))
         parts = [unknown[start : start + batch] for start in range(0, len(unknown), batch)]
         for part, scanned in zip(parts, pool.map(_rows, parts), strict=True):
@@ -277,7 +277,7 @@ def _rows(shards: Sequence[ShardFile]) -> list[CatalogueRow | MaekitError]:
 
 
 def worth_processes(paths: Sequence[Path], workers: int) -> int:
-    """Return how many of `workers` processes are worth starting to read these files: at least 1."""
+    """Return how many of `workers` processes are worth starting to read these files (at least 1)."""
     total = 0
     for path in paths:
         total += path.stat().st_size if path.exists() else 0
@@ -287,11 +287,11 @@ def worth_processes(paths: Sequence[Path], workers: int) -> int:
 
 
 class MemberReader:
-    """Reads members of shards by offset, keeping a few files open. One per thread or process.
+    """Reads members of shards by offset and keeps a few files open. Each thread or process needs its own.
 
     Args:
-        max_open: how many shards stay open at once.
-        remote: where remote shards come from.
+        max_open: number of shards that stay open at once.
+        remote: the cache that holds the remote shards.
     """
 
     def __init__(self, max_open: int = 64, remote: RemoteCache | None = None) -> None:
@@ -302,8 +302,8 @@ class MemberReader:
         """Return the bytes of one member.
 
         Raises:
-            ImageError: the member is larger than 256 MiB, or its bytes are not those of the CRC-32 in the index.
-            MaekitError: the shard cannot be read, or is no longer the file that was indexed.
+            ImageError: the member is larger than 256 MiB, or its bytes do not match the CRC-32 in the index.
+            MaekitError: the shard cannot be read, or has changed since it was indexed.
         """
         return read_bytes(self._descriptor(index), str(index.path), member.offset, member.size, member.crc)
 
@@ -311,7 +311,7 @@ class MemberReader:
         """Return the bytes of a sample's image.
 
         Raises:
-            ImageError: the sample holds no image, one of more than 256 MiB, or other bytes than the index says.
+            ImageError: the sample holds no image, or as `read`.
             MaekitError: as `read`.
         """
         member = index.image(ordinal)
@@ -323,7 +323,7 @@ class MemberReader:
         descriptor = self._open.get(index.path)
         if descriptor is not None:
             if not os.fstat(descriptor).st_nlink and not (self._remote and self._remote.owns(index.path)):
-                # Its bytes could still be read, but nobody could go on with the same data after a stop.
+                # Its bytes could still be read, but after a stop no run could resume on the same data.
                 raise MaekitError(f"{index.path}: deleted or replaced since it was indexed")
             self._open.move_to_end(index.path)
             return descriptor
@@ -339,10 +339,10 @@ class MemberReader:
 
 
 def open_shard(index: ShardIndex, remote: RemoteCache | None = None) -> int:
-    """Return a descriptor of the shard that was indexed; a remote one is fetched where need be.
+    """Return a descriptor of the shard that was indexed; a remote one is fetched if needed.
 
     Raises:
-        MaekitError: it cannot be read, or is no longer the file that was indexed.
+        MaekitError: it cannot be read, or has changed since it was indexed.
     """
     if remote is not None and remote.owns(index.path):
         return remote.open(index)
@@ -360,14 +360,14 @@ def read_bytes(descriptor: int, name: str, offset: int, size: int, crc: int | No
     """Return the bytes of one member of an open shard.
 
     Args:
-        descriptor: of the shard.
-        name: of the shard, for messages.
-        offset: in bytes.
-        size: in bytes.
-        crc: the CRC-32 of its index, where there is one.
+        descriptor: file descriptor of the shard.
+        name: name of the shard, for messages.
+        offset: byte offset of the data.
+        size: bytes of data.
+        crc: the CRC-32 from the index, or None.
 
     Raises:
-        ImageError: it is larger than 256 MiB, or its bytes are not those of the CRC-32.
+        ImageError: the member is larger than 256 MiB, or its bytes do not match the CRC-32.
         MaekitError: the shard cannot be read.
     """
     if size > MAX_MEMBER_BYTES:
@@ -387,7 +387,7 @@ def read_bytes(descriptor: int, name: str, offset: int, size: int, crc: int | No
 
 
 def read_file(path: str) -> bytes:
-    """Return the bytes of an image that is a file of its own.
+    """Return the bytes of an image file outside any shard.
 
     Raises:
         ImageError: it is larger than 256 MiB, or cannot be read.

@@ -1,4 +1,4 @@
-"""Input specs -> shard files: a directory, a tar, a glob, a brace pattern, or a URL, in any number."""
+"""Input specs -> shard files. Each spec is a directory, a tar, a glob, a brace pattern, or a URL."""
 
 import glob
 import hashlib
@@ -13,9 +13,9 @@ from maekit.system import files
 from maekit.system.errors import InputError
 
 TAR = ".tar"
-# Found beside .tar in a directory, so that a compressed shard is reported as such and never passed over.
+# Also searched for in a directory, so that a compressed shard is reported as such and never skipped silently.
 COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
-_IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # a host that is an address
+_IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class ShardFile:
 
     Attributes:
         name: the path relative to the common root of the input, with `/`; it names the shard in every output.
-        path: where the file is; of a remote shard, where the cache keeps it.
-        url: of a remote shard.
+        path: the file; for a remote shard, its file in the cache.
+        url: the URL of a remote shard; None if it is local.
     """
 
     name: str
@@ -37,11 +37,11 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
     """Return the shards that the input specs name, sorted by name.
 
     Raises:
-        InputError: nothing is there, or a pattern matches nothing; says what was asked and what there is.
+        InputError: a spec names or matches nothing; says what was asked and what there is.
     """
     if isinstance(specs, (str, os.PathLike)):
         specs = [specs]
-    paths: dict[Path, str | None] = {}  # by the place that gives the name, with the URL of a remote shard
+    paths: dict[Path, str | None] = {}  # path that gives the name -> URL, or None for a local shard
     roots: list[Path] = []
     for spec in specs:
         text = os.fspath(spec).removeprefix("file://")
@@ -75,7 +75,7 @@ def connect(url: str) -> tuple[Any, str]:
     """Return the fsspec filesystem of a URL and the path on it.
 
     Raises:
-        InputError: nothing here speaks its protocol; says what to install.
+        InputError: the protocol is unknown, its package is missing (says what to install), or connecting fails.
     """
     import fsspec
 
@@ -84,7 +84,7 @@ def connect(url: str) -> tuple[Any, str]:
         if protocol in ("http", "https"):
             import aiohttp
 
-            # A server that stays silent must not hold a run for ever; a slow one may.
+            # A silent server must not block a run for ever; a slow one may take any time.
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
         else:
@@ -93,7 +93,7 @@ def connect(url: str) -> tuple[Any, str]:
         raise InputError(f"{url}: {error}") from error
     except ValueError as error:
         raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
-    except Exception as error:  # some connect at once, and each has its own ways of failing
+    except Exception as error:  # some connect at once, and each raises its own types
         raise InputError(f"{url}: cannot connect: {error or type(error).__name__}") from error
     return filesystem, path
 
@@ -121,7 +121,7 @@ def _listed(pattern: str) -> list[str]:
             found = [name for name in filesystem.glob(path) if not _is_index(name)]
         else:
             found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
-    except Exception as error:  # each protocol raises its own kinds
+    except Exception as error:  # each protocol raises its own types
         raise InputError(f"{pattern}: cannot be listed: {error or type(error).__name__}") from error
     if not found:
         what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
@@ -135,7 +135,7 @@ def _has_wildcard(url: str) -> bool:
 
 
 def _behind_host(url: str) -> str:
-    """Return the part of a URL behind its host, which may be an address such as [::1]."""
+    """Return the part of a URL after its host, which may be an address such as [::1]."""
     return url.partition("://")[2].partition("/")[2]
 
 
@@ -144,9 +144,9 @@ def _file_name(url: str) -> str:
 
 
 def _place(url: str) -> Path:
-    """Return the URL as an absolute path, so that local and remote shards are named by one rule."""
+    """Return the URL as an absolute path, so that one rule names local and remote shards."""
     parts = PurePosixPath(url.partition("?")[0]).parts
-    if ".." in parts:  # a listing may say anything, and names of shards become names of output files
+    if ".." in parts:  # a listing may contain anything, and shard names become names of output files
         raise InputError(f"{url}: the URL of a shard must not lead back up")
     return Path("/", *parts)
 
@@ -168,14 +168,14 @@ def _expand(spec: str) -> tuple[Path, list[Path]]:
         return path.parent, [path]
     if any(c in spec for c in "*?[{"):
         found = [Path(os.path.abspath(p)) for pattern in _braces(spec) for p in _matches(pattern, spec)]
-        # The folder before the first wildcard, so that names do not change when more files come to match.
+        # The root is the folder before the first wildcard, so that names do not change when more files match.
         fixed = os.path.abspath(os.path.dirname(re.split(r"[*?\[{]", spec, maxsplit=1)[0]) or ".")
         return Path(fixed), found
     raise InputError(f"{spec}: no such file or directory ({_nearest_parent(path)})")
 
 
 def _braces(spec: str) -> list[str]:
-    import braceexpand  # what webdataset itself expands brace patterns with
+    import braceexpand  # webdataset itself uses it for brace patterns
 
     try:
         return list(braceexpand.braceexpand(spec)) if "{" in spec else [spec]
@@ -188,7 +188,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
         if not os.path.isfile(pattern):
             raise InputError(f"{pattern}: no such file (expanded from {spec})")
         return [pattern]
-    # Indexes lie beside shards, and a wildcard behind .tar would take them for such.
+    # Indexes lie beside shards, and a wildcard after .tar would match them too.
     found = sorted(p for p in glob.glob(pattern, recursive=True) if os.path.isfile(p) and not _is_index(p))
     if not found:
         raise InputError(f"{pattern}: no file matches this pattern")
@@ -196,7 +196,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
 
 
 def is_shard(file_name: str) -> bool:
-    """Whether a file of this name is taken for a shard where a directory is searched."""
+    """Whether the search of a directory takes a file of this name for a shard."""
     return file_name.lower().endswith((TAR, *COMPRESSED_TARS)) and not file_name.startswith(".")
 
 

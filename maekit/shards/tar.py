@@ -1,9 +1,9 @@
-"""The strict tar scan: every header is checked, every byte of the file is accounted for, or the shard is damaged.
+"""The strict tar scan: a shard is damaged unless every header is valid and every byte of the file is accounted for.
 
 Formats: V7, USTAR, PAX and GNU long names (POSIX.1-2017, pax "ustar Interchange Format"; GNU tar manual, "Basic Tar
-Format"). What other readers forgive loses samples in silence, so it is refused here with its byte offset: a wrong or
-non-canonical checksum field, sizes that leave the file, no end marker, bytes behind it, links, sparse members, names
-that lead out of the archive.
+Format"). Other readers tolerate the following faults and silently lose samples; here each is an error with its offset:
+a wrong or non-canonical checksum field, sizes beyond the end of the file, a missing end marker, data after it, links,
+sparse members, names that lead out of the archive.
 """
 
 import re
@@ -26,13 +26,13 @@ _REFUSED = {
     b"V": "a volume label",
     b"D": "a GNU dump directory",
 }
-# POSIX.1-2017, pax "Extended Header Keywords"; those of vendors have a dot. A flipped bit makes another word.
+# POSIX.1-2017, pax "Extended Header Keywords"; vendor keywords contain a dot. Any other word may be a flipped bit.
 _PAX_KEYWORDS = frozenset(
     ("atime", "charset", "comment", "ctime", "gid", "gname", "hdrcharset", "linkpath", "mtime", "path", "size", "uid")
 ) | {"uname"}
-# Extended headers hold a name or a few numbers. A larger one is an attack on memory.
+# Extended headers hold a name or a few numbers. A larger one is an attempt to exhaust memory.
 _MAX_EXTENDED = 1 << 20
-# Six digits, NUL, space is what every current writer makes. Any other filling would leave single-bit flips unseen.
+# Every current writer produces six digits, NUL, space. Accepting other padding would leave single-bit flips undetected.
 _CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}\0|[0-7]{6} \0")
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _MAGIC = {
@@ -48,7 +48,7 @@ Read = Callable[[int, int], bytes]
 
 
 class TarDamage(Exception):
-    """The archive breaks a rule at `offset`, for `reason`."""
+    """The archive breaks a rule at byte `offset`; `reason` says which."""
 
     def __init__(self, offset: int, reason: str) -> None:
         super().__init__(f"byte {offset}: {reason}")
@@ -73,7 +73,7 @@ class Member:
 
 
 def scan_members(read: Read, file_size: int) -> Iterator[Member]:
-    """Yield the regular members of an archive in order; directories are passed over.
+    """Yield the regular members of an archive in order; directories are skipped.
 
     Args:
         read: `read(offset, count)` returns up to `count` bytes from `offset`.
@@ -87,7 +87,7 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
     while True:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
-            # Where only the padding of the last member is gone, its next header would lie behind the end.
+            # If only the padding of the last member is missing, `offset` lies beyond the end of the file.
             raise TarDamage(min(offset, file_size), _describe_end(block, offset))
         if block == _ZEROS:
             if extended:
@@ -140,7 +140,7 @@ def _what_else(block: bytes, offset: int) -> str:
 
 
 def _check_end(read: Read, offset: int, file_size: int) -> None:
-    """The marker is two blocks of zeros; writers pad further, but with zeros only."""
+    """Check the end marker: two blocks of zeros, which writers may pad further, but with zeros only."""
     if file_size < offset + 2 * BLOCK:
         raise TarDamage(offset, "the file is cut off inside the end-of-archive marker")
     while offset < file_size:
@@ -171,7 +171,7 @@ def _check_inside(offset: int, data: int, size: int, file_size: int) -> None:
 
 
 def _parse_number(field: bytes, offset: int) -> int:
-    """Parse a numeric header field: octal digits, or base-256 behind a set high bit (GNU)."""
+    """Parse a numeric header field: octal digits, or base-256 after a set high bit (GNU)."""
     if field[0] & 0x80:
         if field[0] != 0x80:
             raise TarDamage(offset, "a negative or impossibly large size")
@@ -190,7 +190,7 @@ def _parse_decimal(text: str, offset: int) -> int:
 
 def _header_name(block: bytes, offset: int) -> str:
     name = block[:100].split(b"\0", 1)[0]
-    # GNU archives ("ustar  ") keep times where POSIX ones keep the front part of a long path.
+    # GNU archives ("ustar  ") keep times where POSIX archives keep the prefix of a long path.
     if block[257:263] == b"ustar\0" and (prefix := block[345:500].split(b"\0", 1)[0]):
         name = prefix + b"/" + name
     return _decode_name(name, offset)
@@ -204,16 +204,16 @@ def _decode_name(name: bytes, offset: int) -> str:
     if not text or "\0" in text:
         raise TarDamage(offset, f"{name[:60]!r} is no member name")
     if text.startswith("/") or ".." in text.split("/"):
-        # Nothing is ever unpacked here, but keys travel on to people who may join them to a path.
+        # Nothing is unpacked here, but users of the keys may join them to a path.
         raise TarDamage(offset, f"the member name {text[:60]!r} leads out of the archive")
     return text
 
 
 def _check_same_name(short: bytes, name: str, offset: int) -> None:
-    """Compare the name of an extended header, which has no checksum, with the beginning of it in the header itself.
+    """Compare the name in an extended header, which has no checksum, with its beginning in the member's own header.
 
-    Most writers put it there, as it is or with a mark for each character that is not ASCII. One that puts something
-    else there differs by more than the one byte that a flipped bit changes.
+    Most writers repeat the name there, unchanged or with `?` for each non-ASCII character. A flipped bit changes one
+    byte; if a writer stores something else there, more bytes differ.
     """
     plain, marked = name.encode(), name.encode("ascii", "replace")
     for whole in (plain, marked):
@@ -221,7 +221,7 @@ def _check_same_name(short: bytes, name: str, offset: int) -> None:
         if len(short) != len(whole[:100]) or len(differing) != 1:
             continue
         place = differing[0]
-        # Other marks than a question mark are no damage.
+        # A replacement character other than `?` is not damage.
         if whole[place] < 0x80 if whole is plain else name[place].isascii():
             raise TarDamage(offset, f"the name {name[:60]!r} is another in the header before it, by one character")
 
@@ -231,7 +231,7 @@ def _read_extended(kind: bytes, body: bytes, offset: int, extended: dict[str, st
         extended["path"] = _decode_name(body.rstrip(b"\0"), offset)
         return
     if kind == _GNU_LINK:
-        return  # belongs to a link, which is refused when it comes
+        return  # belongs to a link, which is refused at its own header
     for key, value in _pax_records(body, offset):
         if key not in _PAX_KEYWORDS and "." not in key:
             raise TarDamage(offset, f"an extended header with the unknown keyword {key[:40]!r}")

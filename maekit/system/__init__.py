@@ -1,1 +1,1 @@
-"""What the operating system and the machine have to do with it: files, cores, signals, errors with exit codes."""
+"""The operating system and the machine: files, locks, cores, processes, signals, and errors with exit codes."""

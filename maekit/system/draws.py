@@ -1,9 +1,9 @@
-"""Random numbers as a pure function of where they are used, never of who draws them.
+"""Random numbers as a pure function of where they are used, whichever process draws them.
 
 A counter-based generator (Philox 4x64, Salmon et al. 2011) is keyed by (seed, salt) and started at a counter made of
-(purpose, epoch, position). Any worker on any rank that needs the numbers of a position gets the same ones, and going on
-in the middle of a run is arithmetic. Only the raw bits of the generator are used: NumPy promises those for ever,
-while the methods of `Generator` may change between versions (NEP 19).
+(purpose, epoch, position). Any worker on any rank gets the same numbers for a position, so resuming in the middle of a
+run is arithmetic. Only the raw bits of the generator are used: NumPy promises those for ever, while the methods of
+`Generator` may change between versions (NEP 19).
 """
 
 import enum
@@ -16,7 +16,7 @@ _WORDS_PER_BLOCK = 4  # of Philox 4x64
 
 
 class Purpose(enum.IntEnum):
-    """What the numbers are for; two purposes never share a stream."""
+    """What the random numbers are for; two purposes never share a stream."""
 
     SHARD_ORDER = 1
     SAMPLE_ORDER = 2
@@ -56,9 +56,10 @@ def uniforms(
 def uniform_rows(
     rows: int, count: int, purpose: Purpose, *, seed: int, salt: int = 0, epoch: int = 0, position: int = 0
 ) -> NDArray[np.float64]:
-    """Return `count` uniform numbers in [0, 1) for each of `rows` places from `position` on, float64 `[rows, count]`.
+    """Return `count` uniform numbers in [0, 1) for `rows` positions from `position` on, float64 `[rows, count]`.
 
-    Each place has its own stretch of one stream, so that a row depends on its place alone, and many cost one call.
+    Each position has its own stretch of one stream. A row therefore depends on its position alone, and many rows cost
+    one call.
     """
     blocks = -(-count // _WORDS_PER_BLOCK)
     generator = np.random.Philox(

@@ -5,7 +5,7 @@ The library raises and never prints; the command line prints one line and exits.
 
 
 class MaekitError(Exception):
-    """Something failed while working. The message is one line and names the fix where there is one."""
+    """Something failed during the work. The message is one line and names the fix if there is one."""
 
     exit_code = 1
 
@@ -22,7 +22,7 @@ class DamagedShard(MaekitError):
     Attributes:
         path: the shard.
         offset: byte offset of the header or data where the damage was seen.
-        reason: what is wrong, in words.
+        reason: what is wrong, as text.
     """
 
     def __init__(self, path: str, offset: int, reason: str) -> None:
@@ -34,10 +34,10 @@ class DamagedShard(MaekitError):
 
 
 class ImageError(MaekitError):
-    """Bytes that give no image.
+    """Bytes that cannot be decoded to an image.
 
     Attributes:
-        reason: a short code that output files carry, one of `REASONS`.
+        reason: a short code, one of `REASONS`; it is written to output files.
     """
 
     REASONS = (
@@ -54,13 +54,13 @@ class ImageError(MaekitError):
 
 
 class Stopped(MaekitError):
-    """The work was stopped by a signal with everything saved; the same command goes on."""
+    """A signal stopped the work and everything is saved; the same command resumes it."""
 
     exit_code = 75
 
 
 class OtherRankError(MaekitError):
-    """Another process of the same run failed or was stopped, and tells of it itself."""
+    """Another process of the same run failed or was stopped, and reports that itself."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)

@@ -17,7 +17,7 @@ _temporaries = itertools.count()
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable; file systems that cannot say so with EINVAL, which is accepted."""
+    """Make the names in `directory` durable; EINVAL and ENOTSUP (the file system cannot do that) are ignored."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
@@ -29,10 +29,12 @@ def fsync_directory(directory: Path) -> None:
 
 
 def require_writable(directory: Path) -> None:
-    """See that a file can be made in a directory, which is made if need be; before long work whose result goes there.
+    """Check that a file can be created in a directory, and create the directory if it is missing.
+
+    To be called before long work that writes its result there.
 
     Raises:
-        InputError: it cannot; names the directory.
+        InputError: the directory is not writable; names it.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -54,13 +56,13 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
 
     Args:
         path: the final name.
-        scratch: a directory on the same file system for the unfinished file; by default it lies beside `path`.
+        scratch: a directory on the same file system for the unfinished file; by default the parent of `path`.
 
     Raises:
-        MaekitError: the disk is full or the place is not writable; names the path.
+        MaekitError: the disk is full or the path is not writable; names the path.
     """
     # The unfinished name ends in .tmp, so that no glob over *.parquet or *.onnx ever sees it.
-    # The number keeps threads apart that write files of one name, for different folders, by way of one scratch.
+    # The counter avoids collisions between threads that write equally named files through one scratch directory.
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
     try:
         temporary.parent.mkdir(parents=True, exist_ok=True)
@@ -79,27 +81,27 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
 
 
 def write_atomically(path: Path, data: bytes, *, scratch: Path | None = None) -> None:
-    """Write `data` under `path`, whole or not at all."""
+    """Write `data` to `path`, whole or not at all."""
     with atomic_file(path, scratch=scratch) as file:
         file.write(data)
 
 
 def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
-    """Write `data` under `path` where nothing is yet, whole or not at all; return False where another was first.
+    """Write `data` to `path`, whole or not at all, unless the file exists; return False if it already existed.
 
     Raises:
-        MaekitError: the disk is full or the place is not writable; names the path.
+        MaekitError: the disk is full or the path is not writable; names the path.
     """
     whole = scratch / f".{path.name}.{os.getpid()}.{next(_temporaries)}.new"
     write_atomically(whole, data)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(whole, path)  # unlike renaming, it never replaces
+            os.link(whole, path)  # unlike a rename, it never replaces a file
         except OSError as error:
             if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
                 raise
-            os.replace(whole, path)  # a file system without links
+            os.replace(whole, path)  # this file system has no hard links
         fsync_directory(path.parent)
     except FileExistsError:
         return False
@@ -112,18 +114,17 @@ def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
 
 
 def cache_directory() -> Path:
-    """Return where maekit caches what it can make again: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache."""
+    """Return the directory of reproducible data: $MAEKIT_CACHE, else $XDG_CACHE_HOME/maekit, else ~/.cache/maekit."""
     if own := os.environ.get("MAEKIT_CACHE"):
         return Path(own)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "maekit"
 
 
 def walk_files(directory: Path) -> Iterator[Path]:
-    """Yield every file below a directory in sorted order, through symbolic links; hidden names are passed over.
+    """Yield every file below a directory in sorted order; follow symbolic links and skip hidden names.
 
     Raises:
-        InputError: a folder that cannot be read, or a link that leads nowhere: what cannot be seen must not be left out
-            in silence.
+        InputError: a folder cannot be read, or a link is broken; files must not be left out silently.
     """
     seen: set[str] = set()
 
@@ -150,12 +151,12 @@ def walk_files(directory: Path) -> Iterator[Path]:
                 fail(error)
             if stat.S_ISREG(kind):
                 found.append(path)
-    # By parts, as paths compare: a/x stands before a.b/x.
+    # Sorted by path components, as `Path` compares: a/x comes before a.b/x.
     yield from map(Path, sorted(found, key=lambda path: path.split(os.sep)))
 
 
 def require_utf8(path: Path) -> None:
-    """Refuse a path that cannot be written down as text.
+    """Refuse a path that cannot be written as text.
 
     Raises:
         InputError: the name is not UTF-8.
@@ -167,12 +168,12 @@ def require_utf8(path: Path) -> None:
 
 
 def write_failure(path: Path, error: OSError) -> MaekitError:
-    """Return the error for a failed write: the path, and what the system said."""
+    """Return the error for a failed write, with the path and the system's message."""
     return MaekitError(f"cannot write {path}: {error.strerror or error}; what was written before is intact")
 
 
 def describe_bytes(count: float) -> str:
-    """Return a number of bytes as people say it."""
+    """Return a number of bytes as readable text, such as 1.5 GB."""
     for unit in ("bytes", "kB", "MB", "GB", "TB"):
         if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"

@@ -1,8 +1,8 @@
-"""Locks that several processes and machines hold on one output directory: each run's, and each shard's.
+"""Locks on an output directory shared by processes and machines: one per run, and one per shard.
 
-On one machine the kernel decides (`lockf`): a lock ends with its process, and forked workers do not inherit it. Where a
-file system does not carry locks between machines, a heartbeat decides: the file's time, judged by the clock of the file
-system itself.
+On one machine the kernel decides (`lockf`): a lock ends with its process, and forked workers do not inherit it. If the
+file system does not share locks between machines, a heartbeat decides: the modification time of the lock file, compared
+with the clock of the file system itself.
 """
 
 import contextlib
@@ -21,27 +21,27 @@ from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 
 HEARTBEAT_SECONDS = 15.0
-# A machine that has not given a sign for so long is taken for gone.
+# A machine whose heartbeat is older than this is considered dead.
 STALE_SECONDS = 120.0
 _mutex = threading.Lock()
 _held: dict[Path, "_Held"] = {}
 _tokens = itertools.count()
 _SWEEPING = "clearing up, "
-_SWEEP_SECONDS = 30.0  # that somebody else's clearing up is waited for
+_SWEEP_SECONDS = 30.0  # how long to wait for another process to clean up
 
 
 class _Held(NamedTuple):
-    """An open lock and what was written into it."""
+    """An open lock file and the text written to it."""
 
     file: IO[str]
     text: str
 
 
 class LockedError(MaekitError):
-    """Somebody else holds the lock.
+    """Another process or thread holds the lock.
 
     Attributes:
-        owner: who, in words.
+        owner: the holder, as text.
     """
 
     def __init__(self, owner: str) -> None:
@@ -51,13 +51,13 @@ class LockedError(MaekitError):
 
 @contextlib.contextmanager
 def sole_owner(directory: Path) -> Iterator[None]:
-    """Hold `directory` for this process alone; a second process is refused, a killed one leaves nothing behind.
+    """Hold `directory` for this process alone: a second process is refused, and a killed one leaves no lock behind.
 
     The lock is POSIX `lockf`: the kernel frees it when the process dies, and forked workers do not inherit it (they do
     inherit `flock`, which then outlives a killed parent).
 
     Raises:
-        InputError: another process holds the directory, or it cannot be written.
+        InputError: another process holds the directory, or it is not writable.
     """
     path = directory / ".lock"
     is_new = not directory.exists()
@@ -84,23 +84,23 @@ def sole_owner(directory: Path) -> Iterator[None]:
         yield
     finally:
         if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
-            # Refused before anything was written: no trace of it stays.
+            # Nothing was written to the new directory (the work was refused), so remove it again.
             path.unlink()
             directory.rmdir()
-        with contextlib.suppress(OSError):  # what could not be written before cannot be written now
+        with contextlib.suppress(OSError):  # text that could not be flushed before fails again here
             file.close()
 
 
 @contextlib.contextmanager
 def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
-    """Hold the lock of this name. The file must not be opened by others of this process: closing it ends the lock.
+    """Hold the lock file `path`. Nothing else in this process may open the file: closing it would end the lock.
 
     Args:
-        path: of the lock.
-        sweeping: hold it only to clear up after its last owner; others wait for that.
+        path: the lock file.
+        sweeping: hold the lock only to clean up after its last owner; others wait for that.
 
     Raises:
-        LockedError: another process holds it, or another thread of this one.
+        LockedError: another process, or another thread of this one, holds the lock.
         MaekitError: the lock cannot be written.
     """
     path = path.absolute()
@@ -118,16 +118,16 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
     finally:
         if still_owns(path):
             with contextlib.suppress(OSError):
-                path.unlink()  # while it is held, so that nobody else's is removed
+                path.unlink()  # while it is held, so that no other owner's file is removed
         with _mutex:
             mine = _held.pop(path, None)
-        with contextlib.suppress(OSError):  # a full disk was told of before
+        with contextlib.suppress(OSError):  # a full disk has been reported already
             if mine is not None:
                 mine.file.close()
 
 
 def still_owns(path: Path) -> bool:
-    """Whether a lock that this process took is still its own: while it stood still, another may have taken it."""
+    """Whether this process still owns a lock it took: while it was suspended, another may have taken it over."""
     path = path.absolute()
     mine = _held.get(path)
     try:
@@ -147,11 +147,11 @@ def _acquire(path: Path, *, sweeping: bool) -> None:
                 _lock(file, path)
                 if _is_same(file, path):
                     break
-                file.close()  # its owner has just removed it
+                file.close()  # its owner has just deleted it
             except BaseException:
                 file.close()
                 raise
-        # The token tells this owner from an earlier one of the same process number.
+        # The token distinguishes this owner from an earlier one with the same process number.
         text = f"{_SWEEPING if sweeping else ''}{me}\n{time.time_ns()}-{next(_tokens)}\n"
         try:
             file.truncate(0)
@@ -168,7 +168,8 @@ def _acquire(path: Path, *, sweeping: bool) -> None:
 def _open(path: Path) -> IO[str]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # For appending: what the owner wrote must stand until the lock is had. A link would lead out of the directory.
+        # Append mode: the owner's text must survive until the lock is acquired.
+        # O_NOFOLLOW: a link would lead out of the directory.
         flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         return open(os.open(path, flags, 0o666), "r+", encoding="utf-8")
     except OSError as error:
@@ -184,7 +185,7 @@ def _lock(file: IO[str], path: Path) -> None:
         raise LockedError(_owner(file) or "another process") from error
     owner = _owner(file)
     if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
-        # The kernel let it pass, but perhaps only because this file system's locks end at the machine.
+        # The kernel granted it, but perhaps only because this file system does not share locks between machines.
         raise LockedError(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
 
 
@@ -197,13 +198,13 @@ def _read(file: IO[str]) -> str:
 
 
 def _age(file: IO[str], path: Path) -> float:
-    """Return how many seconds ago a lock was last touched, by the clock that gives files their times."""
+    """Return how many seconds ago a lock was last touched, by the clock of the file system."""
     probe = path.with_name(f".{path.name}.{os.getpid()}.now")
     try:
         probe.touch()
         return probe.stat().st_mtime - os.fstat(file.fileno()).st_mtime
     except OSError:
-        return 0.0  # no sign that it is stale
+        return 0.0  # no evidence that it is stale
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
@@ -218,7 +219,7 @@ def _is_same(file: IO[str], path: Path) -> bool:
 
 
 def _forget() -> None:
-    """A forked child holds nothing, and a thread of its parent may have had the mutex."""
+    """Reset a forked child: it holds no lock, and a thread of its parent may have held the mutex."""
     global _mutex
     _mutex = threading.Lock()
     _held.clear()

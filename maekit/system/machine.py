@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""CPU cores and memory of this machine."""
 
 import os
 from pathlib import Path
@@ -12,14 +12,14 @@ def cores() -> int:
 
 
 def first_core_and_count() -> tuple[int, int]:
-    """Return the lowest of the CPU cores that this process may use, and how many there are."""
+    """Return the lowest CPU core that this process may use, and how many it may use."""
     if hasattr(os, "sched_getaffinity"):
         return min(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
     return 0, cores()
 
 
 def available_memory() -> int:
-    """Return how many bytes of memory can be taken without swapping, within the limit of this process's cgroup."""
+    """Return how many bytes of memory can be allocated without swapping, within the limit of this process's cgroup."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             (line,) = [line for line in file if line.startswith("MemAvailable")]
@@ -30,11 +30,11 @@ def available_memory() -> int:
 
 
 def _cgroup_room() -> list[int]:
-    """Return what the control group (version 2) leaves, or nothing where there is no limit."""
+    """Return the bytes that the control group (version 2) leaves as a list of one, or an empty list without a limit."""
     try:
         (path,) = [line.split("::")[1] for line in Path("/proc/self/cgroup").read_text().splitlines() if "::" in line]
         folder = Path("/sys/fs/cgroup") / path.lstrip("/")
         limit, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
         return [max(0, int(limit) - int(used))]
-    except (OSError, ValueError):  # no such group; or `max`, which is no number
+    except (OSError, ValueError):  # no such group; or `max`, which is not a number
         return []

@@ -1,4 +1,4 @@
-"""Work divided among processes or threads on one machine, results in order."""
+"""Map a function over items in processes or threads of one machine, with results in order."""
 
 import contextlib
 import ctypes
@@ -23,17 +23,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Workers:
-    """Processes that work on items in order; a context manager.
+    """A pool of processes that maps functions over items in order; a context manager.
 
     Args:
-        count: how many; with 1, the work is done in this process.
+        count: number of processes; with 1, the work runs in this process.
     """
 
     def __init__(self, count: int) -> None:
         self.count = count
         self._pool: ProcessPoolExecutor | None = None
         if count > 1:
-            # Forked children start at once and see what is loaded here; elsewhere than on Linux, libraries forbid it.
+            # Forked children start at once and share what is loaded here; only on Linux do the libraries allow it.
             context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
             self._pool = ProcessPoolExecutor(count, context, follow_parent, (os.getpid(),))
             with forking():
@@ -52,9 +52,9 @@ class Workers:
         """Yield `function(item)` for each item, in order.
 
         Args:
-            function: of a module, so that a process can find it; what it raises is raised here.
-            items: read only as fast as the work goes on.
-            ahead: how many items are worked on before their turn; None is four per process.
+            function: defined at module level, so that a process can find it; its exceptions are raised here.
+            items: read only as fast as they are processed.
+            ahead: how many items may be in progress ahead of the consumer; None is four per process.
 
         Raises:
             MaekitError: a process was killed.
@@ -69,9 +69,9 @@ class Workers:
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, threads: int) -> Iterator[Result]:
-    """Yield `function(item)` for each item, in order, computed ahead in threads, one item for each.
+    """Yield `function(item)` for each item, in order, computed ahead in threads, one item per thread.
 
-    For work that waits, as for a network.
+    For work that mostly waits, such as network requests.
     """
     pool = ThreadPoolExecutor(threads)
     try:
@@ -101,10 +101,10 @@ def _run_ahead(
 
 @contextlib.contextmanager
 def forking() -> Iterator[None]:
-    """Fork within this: a child's garbage collector leaves alone what is garbage here.
+    """Context in which to fork: the child's garbage collector ignores the objects of the parent.
 
-    Destroying what belongs to threads of the parent, such as a session of ONNX Runtime, would wait for them for ever:
-    they do not exist in the child.
+    Threads of the parent do not exist in the child. Destroying an object that owns some, such as an ONNX Runtime
+    session, would wait for them for ever.
     """
     was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
@@ -124,5 +124,5 @@ def follow_parent(parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before it could be followed
+        if os.getppid() != parent:  # it died before prctl took effect
             os._exit(1)

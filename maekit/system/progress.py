@@ -1,19 +1,19 @@
-"""How long work tells of itself. The library calls these; the command line draws them."""
+"""The interface for reporting progress of long work. The library calls it; the command line draws it."""
 
 from typing import Any, Protocol
 
 
 class Progress(Protocol):
-    """Something that shows how work goes on."""
+    """Receiver of progress updates."""
 
     def note(self, text: str) -> None:
         """Show one line that stays."""
 
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
-        """Begin a piece of work of `total` units (or `bytes`), `done` of them already made."""
+        """Begin a piece of work of `total` units (such as `bytes`), `done` of which are finished already."""
 
     def advance(self, done: int) -> None:
-        """Tell how many units are made."""
+        """Report how many units are finished in all."""
 
     def figures(self, row: dict[str, Any]) -> None:
         """Show the newest measurements."""
@@ -23,7 +23,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Shows nothing."""
+    """A `Progress` that shows nothing."""
 
     def note(self, text: str) -> None:
         """Show nothing."""
@@ -42,7 +42,7 @@ class Silent:
 
 
 def duration(seconds: float) -> str:
-    """Return a time span as people say it: 45 s, 12 min, 3 h 50 min."""
+    """Return a time span as readable text: 45 s, 12 min, 3 h 50 min."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

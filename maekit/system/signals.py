@@ -1,4 +1,4 @@
-"""Stopping on SIGTERM or Ctrl-C at a place where everything is saved."""
+"""Stopping on SIGTERM or Ctrl-C at a point where everything is saved."""
 
 import contextlib
 import os
@@ -13,15 +13,15 @@ _SAME_WISH_SECONDS = 5.0
 
 @contextlib.contextmanager
 def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable[[], str | None]]:
-    """Catch SIGTERM and SIGINT for a while.
+    """Catch SIGTERM and SIGINT inside the context.
 
     Args:
-        then: called when the signal comes, in the middle of whatever the main thread does.
+        then: called when the signal arrives, in the middle of whatever the main thread is doing.
 
     Yields:
-        a function that returns the name of the signal that came, or None. A second signal gets the default treatment,
-        so that a hanging save can still be interrupted; but not within a few seconds of the first: a scheduler and a
-        launcher between them often send the same wish twice.
+        a function that returns the name of the signal received, or None. A second signal gets the default handling, so
+        that a blocked save can still be interrupted. Within a few seconds of the first it is ignored, because a
+        scheduler and a launcher often both send one.
     """
     received: list[str] = []
     previous = {}
