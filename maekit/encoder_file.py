@@ -1,6 +1,6 @@
-"""The exported ONNX file as a contract: its names, what it says of itself, what is checked before it is loaded.
+"""The exported ONNX file as a contract: its names, its metadata, and the checks before it is loaded.
 
-Needs no torch; onnx itself is imported for the rare file that keeps its weights in a second one.
+Needs no torch. onnx itself is imported only for the rare file with weights in a second file.
 """
 
 import json
@@ -19,26 +19,26 @@ from maekit.system.errors import InputError
 METADATA_KEY = "maekit"
 INPUT = "images"
 EMBEDDINGS, TOKENS = "embeddings", "tokens"
-# The key under which every external tensor keeps the name of its file (onnx.proto, TensorProto.external_data). The
-# bytes of a string stand together in a protobuf, so a file without them has no external tensor.
+# Every external tensor stores the name of its file under this key (onnx.proto, TensorProto.external_data). A protobuf
+# stores the bytes of a string contiguously, so a file that does not contain them has no external tensor.
 _LOCATION = b"location"
-# What metadata of another kind than expected leads to.
+# Exceptions that malformed metadata can raise.
 _MALFORMED = (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, RecursionError)
 
 
 @dataclass(frozen=True)
 class EncoderDescription:
-    """What an exported file says of itself.
+    """What an exported file states about itself.
 
     Attributes:
         path: the file.
-        sha256: its digest, hexadecimal: it names the model in every output.
-        preprocess: from a decoded image to the input.
+        sha256: its digest, hexadecimal; it identifies the model in every output.
+        preprocess: turns a decoded image into the input.
         dim: length of an embedding.
-        pool: how tokens become an embedding; `tokens` are not pooled.
+        pool: how tokens become an embedding; `tokens` means no pooling.
         normalize: whether embeddings have unit length.
-        external: digest of each file of weights beside it, by name.
-        whitened: whether a whitening is inside.
+        external: SHA-256 of each external weight file, by name.
+        whitened: whether the graph includes a whitening.
     """
 
     path: Path
@@ -57,10 +57,10 @@ class EncoderDescription:
 
     @classmethod
     def from_metadata(cls, path: Path, metadata: str | None, sha256: str) -> "EncoderDescription":
-        """Read what `maekit export` wrote into the metadata of a file.
+        """Parse the metadata that `maekit export` wrote into a file.
 
         Raises:
-            InputError: it is not from maekit, or its metadata is damaged.
+            InputError: the file is not from maekit, or its metadata is damaged.
         """
         if metadata is None:
             raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
@@ -82,12 +82,12 @@ class EncoderDescription:
 
 
 def check_external_data(path: Path) -> list[Path]:
-    """Return the files in which a model keeps its weights, each of them a plain file beside it; usually none.
+    """Return a model's external weight files, each a plain file beside it; usually none.
 
-    ONNX Runtime itself refuses names that lead out and symbolic links, and follows hard links.
+    ONNX Runtime itself rejects symbolic links and names that lead out of the folder, but follows hard links.
 
     Raises:
-        InputError: the file cannot be read, is no ONNX file, or names something that it must not.
+        InputError: the file cannot be read, is no ONNX file, or names anything but a plain file beside it.
     """
     try:
         with open(path, "rb") as file:
@@ -114,10 +114,10 @@ def check_external_data(path: Path) -> list[Path]:
 
 
 def check_digests(description: EncoderDescription, external: list[Path]) -> None:
-    """See that the files of weights beside a model are those it was exported with.
+    """Check that a model's external weight files are those it was exported with.
 
     Raises:
-        InputError: one of them is not.
+        InputError: one of them has a different digest.
     """
     for file in external:
         if files.sha256_file(file) != description.external.get(file.name):
@@ -125,7 +125,7 @@ def check_digests(description: EncoderDescription, external: list[Path]) -> None
 
 
 def load_graph(path: Path) -> Any:
-    """Return the graph of an ONNX file as onnx's ModelProto; tensors in other files stay there.
+    """Return the graph of an ONNX file as onnx's ModelProto, without loading tensors from other files.
 
     Raises:
         InputError: the file cannot be read or is no ONNX file.
@@ -144,7 +144,7 @@ def load_graph(path: Path) -> Any:
 
 
 def _locations(message: Any) -> Iterator[str]:
-    """Yield the names of all files that tensors anywhere in a protobuf message lie in."""
+    """Yield the file name of every external tensor in a protobuf message."""
     if message.DESCRIPTOR.name == "TensorProto":
         yield from (entry.value for entry in message.external_data if entry.key == "location")
     for field, value in message.ListFields():

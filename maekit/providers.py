@@ -1,7 +1,7 @@
-"""Execution providers of ONNX Runtime: which of them really work here, and the fix where one does not.
+"""Execution providers of ONNX Runtime: which of them really work here, and the fix for one that does not.
 
-ONNX Runtime lists a provider that cannot load, and a session asked for it silently becomes a CPU session. Here a
-session is on the provider that was asked for, or the reason why not is known.
+ONNX Runtime lists providers that cannot load, and a session that requests one silently runs on the CPU. Here a session
+runs on the requested provider, or the result says why not.
 """
 
 import contextlib
@@ -23,20 +23,20 @@ _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _QUIET, _USUAL = 4, 2  # ONNX Runtime's log severities: fatal only; warnings
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _RUNTIME = re.compile(r"onnxruntime|ort[-_]nightly", re.IGNORECASE)
-# Without the heuristic search, the first batch of each size tries out every convolution algorithm.
+# Without the heuristic search, the first batch of each size tries every convolution algorithm.
 _CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1"}
 
-# Nothing about other people's images or machines is sent anywhere.
+# Send nothing about the user's images or machine anywhere.
 ort.disable_telemetry_events()
 
 
 class Problem(NamedTuple):
-    """Why a provider does not work here, and what mends it.
+    """Why a provider does not work here, and how to fix it.
 
     Attributes:
-        what: in words.
-        fix: in words, or a command.
-        is_absent: whether there simply is no such hardware, as far as can be seen.
+        what: the problem, in words.
+        fix: the fix, in words or as a command.
+        is_absent: whether this machine simply seems to have no such hardware.
     """
 
     what: str
@@ -46,14 +46,14 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Opened:
-    """A session and where it runs.
+    """A session and the providers it runs on.
 
     Attributes:
-        session: of ONNX Runtime.
-        provider: the one that was asked for, where it works; else the CPU's.
+        session: session of ONNX Runtime; None if the model was not opened.
+        provider: the requested provider if it works, else the CPU's.
         registered: the session's providers, first choice first.
-        nodes: how many nodes of the model each provider took.
-        problem: why the provider asked for is not the session's; None if it is.
+        nodes: number of the model's nodes on each provider.
+        problem: why the session is not on the requested provider; None if it is.
     """
 
     session: Any
@@ -64,10 +64,10 @@ class Opened:
 
 
 def check_device(device: str) -> None:
-    """See that a device's name is one.
+    """Check that a device name is valid.
 
     Raises:
-        InputError: it is not.
+        InputError: it is not valid.
     """
     if not _DEVICE.fullmatch(device):
         raise InputError(f"`device` {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU")
@@ -77,22 +77,22 @@ def open_cpu(model: Path | bytes, *, threads: int) -> Opened:
     """Load a model for the CPU.
 
     Raises:
-        InputError: it is no model that ONNX Runtime can load.
+        InputError: ONNX Runtime cannot load the model.
     """
     return _opened(_load(model, [CPU], threads))
 
 
 def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mapping[str, str] | None = None) -> Opened:
-    """Load a model for a CUDA device; where that cannot be, the result says why.
+    """Load a model for a CUDA device; if that fails, the result has no session and says why.
 
     Args:
         model: an ONNX file, or its bytes.
         device: `cuda` or `cuda:N`.
-        threads: for the nodes that stay on the CPU.
-        options: of the CUDA provider, in place of the usual ones.
+        threads: CPU threads for the nodes that stay on the CPU.
+        options: options of the CUDA provider that override the defaults.
 
     Raises:
-        InputError: it is no model that ONNX Runtime can load, or an option that the provider does not know.
+        InputError: ONNX Runtime cannot load the model, or the provider rejects one of the options.
     """
     number = int(device.partition(":")[2] or 0)
     if problem := cuda_problem(number):
@@ -103,7 +103,7 @@ def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mappin
             ort.preload_dlls()
             opened = _opened(_load(model, [(CUDA, chosen), CPU], threads))
     except InputError as error:
-        open_cpu(model, threads=threads)  # raises where it is the model that is wrong
+        open_cpu(model, threads=threads)  # raises if the model itself is the problem
         if options and any(key in str(error) for key in options):
             raise
         said = str(error).rpartition("load this file: ")[2]
@@ -121,7 +121,7 @@ def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mappin
 
 
 def cuda_problem(number: int = 0) -> Problem | None:
-    """Return why CUDA cannot work here, as far as that shows without loading the provider; None if nothing shows."""
+    """Return why CUDA cannot work here; None if checks without loading the provider find no problem."""
     if CUDA not in ort.get_available_providers():
         installed = installed_runtimes()
         if len(installed) > 1:
@@ -144,10 +144,10 @@ def cuda_problem(number: int = 0) -> Problem | None:
 
 
 def gpu_count() -> int | None:
-    """Return how many GPUs the NVIDIA driver lets this process see; None where it does not start.
+    """Return how many GPUs the NVIDIA driver shows this process; None if the driver does not start.
 
     Raises:
-        OSError: there is no driver.
+        OSError: no driver is installed.
     """
     driver = ctypes.CDLL("libcuda.so.1")
     count = ctypes.c_int(0)
@@ -157,20 +157,20 @@ def gpu_count() -> int | None:
 
 
 def installed_runtimes() -> list[str]:
-    """Return the installed distributions that bring the module `onnxruntime`; two of them break each other."""
+    """Return the installed distributions that provide the module `onnxruntime`; two of them break each other."""
     names = {str(found.metadata["Name"]) for found in importlib.metadata.distributions() if found.metadata["Name"]}
     return sorted(name for name in names if _RUNTIME.match(name) and not name.lower().startswith("onnxruntime-ext"))
 
 
 def reinstall_command(installed: list[str]) -> str:
-    """Return the commands that leave one ONNX Runtime with CUDA."""
+    """Return the commands that replace the installed runtimes with a single one with CUDA."""
     return f"pip uninstall -y {' '.join(installed)}; pip install 'maekit[cuda]'"
 
 
 def _load(model: Path | bytes, providers: list[Any], threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    # Threads that spin while they wait would take the cores from decoding.
+    # Threads that spin while waiting would take the cores from decoding.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.log_severity_level = 3
@@ -202,12 +202,12 @@ def _missing_library() -> str:
 def _quiet() -> Iterator[None]:
     ort.set_default_logger_severity(_QUIET)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # preload_dlls prints what it does not find
+        with contextlib.redirect_stdout(io.StringIO()):  # preload_dlls prints the libraries it does not find
             yield
     finally:
         ort.set_default_logger_severity(_USUAL)
 
 
 def first_line(error: Exception) -> str:
-    """Return what an error says, in one line."""
+    """Return the first line of an error's message, or its type's name."""
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

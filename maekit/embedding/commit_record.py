@@ -1,4 +1,4 @@
-"""What is noted of an output: the options it was made with, and for each shard that it is done, or what has no row."""
+"""Records kept with an output: the options that made it, a commit record per shard, and the keys without a row."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,18 +9,18 @@ BOOKKEEPING = "_maekit"
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What decides the bytes of the output; one directory has one set of them.
+    """The options that determine the output's bytes; a directory has exactly one set.
 
     Attributes:
         model: SHA-256 of the ONNX file.
-        provider: where the model runs.
-        provider_options: that were given for it.
+        provider: execution provider that runs the model.
+        provider_options: the options given for that provider.
         format: `parquet` or `npy`.
         dtype: `float32` or `float16`.
-        keep: extensions of members that ride along.
-        select: a glob of keys, or None.
-        limit: how many samples of the input are embedded, or None.
-        batch_size: images per run; sizes change the last bits of the arithmetic.
+        keep: extensions of the sidecars to store.
+        select: a glob that keys must match, or None.
+        limit: embed only the first N samples of the input, or None.
+        batch_size: images per run of the model; it changes the last bits of the arithmetic.
     """
 
     model: str
@@ -40,22 +40,22 @@ class OutputOptions:
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """That a shard is done, from what, and into what.
+    """Proof that a shard is done: its input, its options and its output files.
 
     Attributes:
-        shard: its name.
-        input_digest: digest of its index.
-        input_bytes: its size.
-        input_content: CRC-32 over the CRC-32s of its images, then of the members kept.
-        input_version: a mark that changes with the shard (size and time, or what a server gives), None where unknown.
-        first: how many samples of it were within the limit of the run; None without one.
-        options: how it was embedded; `batch_size` is the one that was used.
-        providers: those of the session, first choice first.
-        nodes: how many nodes of the model each provider took.
-        keys: samples meant; rows + errors = keys.
+        shard: name of the shard.
+        input_digest: digest of the shard's index.
+        input_bytes: size of the shard.
+        input_content: CRC-32 over the CRC-32s of its images, followed by those of the stored sidecars.
+        input_version: changes with the shard: size and mtime, or the server's version; None if unknown.
+        first: only the first N selected samples were embedded, because of the run's limit; None for all.
+        options: the output options; `batch_size` is the one that was really used.
+        providers: the session's providers, first choice first.
+        nodes: number of the model's nodes on each provider.
+        keys: selected samples; rows + errors = keys.
         rows: keys with an embedding.
-        errors: keys without.
-        outputs: path below the output directory, SHA-256 and bytes of each file; none where there is no row.
+        errors: keys without one.
+        outputs: path below the output directory, SHA-256 and bytes of each file; empty if there is no row.
     """
 
     shard: str
@@ -74,7 +74,7 @@ class CommitRecord:
 
     @classmethod
     def from_json(cls, raw: dict[str, Any] | None, name: str) -> "CommitRecord | None":
-        """Return the record of a shard from what its file holds; None where it is none, or was edited into nonsense."""
+        """Return a shard's record from the JSON of its file; None if that is no valid record of this shard."""
         try:
             record = cls(**(raw or {}))
         except TypeError:
@@ -97,7 +97,7 @@ class CommitRecord:
 
 @dataclass(frozen=True)
 class ErrorRow:
-    """A key that gets no embedding: its place in the shard, a reason code, and what was found."""
+    """A key without an embedding: its position in the shard, its name, a reason code, and the details."""
 
     ordinal: int
     key: str
@@ -115,6 +115,6 @@ def _is_output(output: Any) -> bool:
 
 
 def is_below(path: Any) -> bool:
-    """Whether a path that a record names lies in the output and not among the bookkeeping."""
+    """Whether a path in a record lies inside the output directory and outside its bookkeeping folder."""
     parts = Path(path).parts if isinstance(path, str) else ()
     return bool(parts) and ".." not in parts and parts[0] not in ("/", BOOKKEEPING)

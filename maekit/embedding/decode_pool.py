@@ -1,10 +1,10 @@
-"""Decoding in processes of their own: bytes -> uint8 pixels, written straight into a ring of batches.
+"""Decoding in worker processes: bytes -> uint8 pixels, written directly into a ring of batches.
 
-The ring is memory without a name (nothing of it can outlive the processes), shards are handed over as open descriptors,
-and only small messages go to and fro: no pixel is ever pickled.
+The ring is anonymous shared memory, so nothing of it can outlive the processes. Shards are passed as open descriptors.
+Only small messages cross the pipes: no pixel is ever pickled.
 
-A process that dies (killed, out of memory, a decoder that crashes or goes on for ever) is replaced and its images are
-tried again one by one; an image that takes two processes with it is refused as `crashed`.
+A process may die: killed, out of memory, or a decoder that crashes or never ends. It is replaced, and its images are
+retried one by one; an image that kills two processes is rejected as `crashed`.
 """
 
 import contextlib
@@ -32,9 +32,9 @@ from maekit.system.errors import ImageError, MaekitError
 from maekit.system.machine import available_memory
 from maekit.system.parallel import follow_parent, forking
 
-_OPEN_SHARDS = 4  # descriptors that a process keeps
-_SECONDS_PER_IMAGE = 30  # of CPU time; the largest images that are decoded at all take two or three
-_MOST_CRASHES = 100  # more than bad luck with images
+_OPEN_SHARDS = 4  # descriptors kept open per process
+_SECONDS_PER_IMAGE = 30  # of CPU time; the largest accepted images take 2 or 3
+_MOST_CRASHES = 100  # more cannot be the images' fault
 _LOWEST_PRIORITY = 19
 
 Place = tuple[int, int, int | None] | str
@@ -42,27 +42,27 @@ Place = tuple[int, int, int | None] | str
 
 
 class Source(Protocol):
-    """What images are read from."""
+    """What images are read from: a shard, or a folder."""
 
     @property
     def number(self) -> int:
-        """Tells sources apart."""
+        """Unique number of the source."""
 
     @property
     def name(self) -> str:
-        """For messages."""
+        """Name for messages."""
 
     @property
     def descriptor(self) -> int | None:
-        """An open file, or None where places are paths."""
+        """Descriptor of an open file; None if images are given as paths."""
 
 
 class Rejected(NamedTuple):
-    """An image that gives no row.
+    """An image without a row.
 
     Attributes:
-        row: its place in the batch.
-        reason: a code.
+        row: its position in the batch.
+        reason: a reason code.
         detail: what was found.
     """
 
@@ -73,13 +73,13 @@ class Rejected(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """A few images that go to consecutive rows of one batch.
+    """A few images for consecutive rows of one batch.
 
     Attributes:
-        slot: the batch's place in the ring.
-        row: of the first image.
-        source: what they are read from.
-        places: where each lies.
+        slot: position of the batch in the ring.
+        row: row of the first image.
+        source: what the images are read from.
+        places: location of each image in the source.
     """
 
     slot: int
@@ -90,13 +90,13 @@ class Chunk:
 
 @dataclass
 class Decoded:
-    """What became of a chunk.
+    """Result of decoding a chunk.
 
     Attributes:
-        crcs: CRC-32 of each image's bytes; 0 where they could not be read.
-        refused: the images that give no row.
-        failure: why the source cannot be read at all; then the chunk counts for nothing.
-        seconds: of CPU time.
+        crcs: CRC-32 of each image's bytes; 0 if they could not be read.
+        refused: the images without a row.
+        failure: why the source cannot be read at all; then the other fields are void.
+        seconds: CPU time spent.
     """
 
     crcs: list[int] = field(default_factory=list)
@@ -106,18 +106,18 @@ class Decoded:
 
 
 class Ring:
-    """Batches of pixels in memory that several processes share.
+    """Batches of pixels in shared memory.
 
     Args:
-        slots: how many batches.
-        batch_size: images in each.
+        slots: number of batches.
+        batch_size: images per batch.
         size: (height, width) of an image, in pixels.
 
     Attributes:
         batches: uint8 `[slots, batch_size, H, W, 3]`.
 
     Raises:
-        MaekitError: there is not so much memory.
+        MaekitError: there is not enough memory.
     """
 
     def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
@@ -127,7 +127,7 @@ class Ring:
             raise _too_large(count, slots, batch_size, "not so much is free")
         self.descriptor = os.memfd_create("maekit-batches")
         try:
-            os.posix_fallocate(self.descriptor, 0, count)  # else a lack shows when a page is touched, as SIGBUS
+            os.posix_fallocate(self.descriptor, 0, count)  # else a shortage shows as SIGBUS on first use of a page
             self._memory = mmap.mmap(self.descriptor, count)
         except OSError as error:
             os.close(self.descriptor)
@@ -135,7 +135,7 @@ class Ring:
         self.batches: Pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
 
     def close(self) -> None:
-        """Give the memory back as soon as no array looks at it."""
+        """Close the descriptor; the memory is freed when the last array that views it is."""
         os.close(self.descriptor)
 
 
@@ -147,10 +147,10 @@ def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> M
 
 
 class DecodePool:
-    """Processes that decode; a context manager. They are forked at once, before anything else starts threads.
+    """A pool of decoding processes; a context manager. It forks them on creation, before other code starts threads.
 
     Args:
-        workers: how many.
+        workers: number of processes.
     """
 
     def __init__(self, workers: int) -> None:
@@ -180,7 +180,7 @@ class DecodePool:
             process.close()
 
     def abort(self) -> None:
-        """End the processes, whatever they are at: what they have not decoded will not be."""
+        """Kill the processes; chunks that are not decoded yet fail."""
         self._is_aborted = True
         for process in self._all:
             process.kill()
@@ -189,10 +189,10 @@ class DecodePool:
         """Decode into this ring from now on.
 
         Args:
-            ring: where to.
-            preprocess: from bytes to pixels.
-            yielding: take only the CPU time that others leave, for a model that runs on the same cores. It decodes
-                while the model waits for images, and the model runs undisturbed when it has them.
+            ring: receives the pixels.
+            preprocess: turns bytes into pixels.
+            yielding: run at the lowest priority, for a model on the same cores: decoding then proceeds while the model
+                waits for images, and does not slow it down when it has some.
         """
         self._work = _Work(ring, preprocess, yielding)
 
@@ -200,7 +200,7 @@ class DecodePool:
         """Decode a chunk as soon as a process is free.
 
         The result raises:
-            MaekitError: processes keep dying.
+            MaekitError: the processes keep dying.
         """
         assert self._work is not None
         return self._threads.submit(self._decode, chunk, self._work)
@@ -245,11 +245,11 @@ class DecodePool:
             raise MaekitError("stopped while decoding")
         process.start_anew()
         if self._is_aborted:
-            process.kill()  # it was started while the others were ended
+            process.kill()  # it was started while `abort` killed the others
 
 
 class _Work(NamedTuple):
-    """What a process must know before it decodes."""
+    """What a process needs before it can decode."""
 
     ring: Ring
     preprocess: Preprocess
@@ -257,14 +257,14 @@ class _Work(NamedTuple):
 
 
 class _Died(Exception):
-    """A decoding process is gone; says how."""
+    """A decoding process died; the message says how."""
 
 
 class _Process:
-    """One decoding process, and this side of the connection to it; used by one thread at a time."""
+    """One decoding process and the parent's end of its pipe; used by one thread at a time."""
 
-    # Between making a connection and closing the child's end here, no other child may be forked: it would keep that
-    # end open, and the death of its owner would go unseen.
+    # No other child may be forked between creating a pipe and closing the child's end here: that child would inherit
+    # the end and keep it open, so the death of its owner would go unnoticed.
     _forking = threading.Lock()
     _ends: ClassVar[set[Connection]] = set()
 
@@ -273,8 +273,8 @@ class _Process:
         self._start()
 
     def _start(self) -> None:
-        self._known: _Work | None = None  # to the process
-        self._open: OrderedDict[int, None] = OrderedDict()  # shards that it has
+        self._known: _Work | None = None  # what the process has received
+        self._open: OrderedDict[int, None] = OrderedDict()  # shards that the process has open
         context = multiprocessing.get_context("fork")
         try:
             with self._forking, forking():
@@ -299,7 +299,7 @@ class _Process:
         self._start()
 
     def kill(self) -> None:
-        """End the process; who waits for its answer learns of it."""
+        """Kill the process; a thread that waits for its answer gets an error."""
         if self._process.pid is not None:
             self._process.kill()
             self._process.join()
@@ -311,7 +311,7 @@ class _Process:
     def decode(self, chunk: Chunk) -> Decoded:
         source, descriptor = chunk.source, chunk.source.descriptor
         if descriptor is None and not isinstance(chunk.places[0], str):
-            return Decoded(failure=f"{source.name}: was closed")  # it has been given up meanwhile
+            return Decoded(failure=f"{source.name}: was closed")  # the shard was given up in the meantime
         assert self.wanted is not None
         try:
             if self._known is not self.wanted:
@@ -329,7 +329,7 @@ class _Process:
             decoded: Decoded = self._connection.recv()
             return decoded
         except (EOFError, OSError) as error:
-            self.kill()  # where it is not dead already
+            self.kill()  # it may still be alive
             code = self._process.exitcode or 0
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise _Died(how) from error
@@ -340,9 +340,9 @@ class _Process:
 
 
 def _serve(connection: Connection, parent: int) -> None:
-    """Be a decoding process."""
+    """Main function of a decoding process."""
     follow_parent(parent)
-    for end in _Process._ends:  # of this process and its elder siblings; they are the parent's
+    for end in _Process._ends:  # the parent's ends of the pipes to this process and to earlier ones
         end.close()
     worker = _Worker()
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
@@ -357,7 +357,7 @@ def _serve(connection: Connection, parent: int) -> None:
 
 
 class _Worker:
-    """What a decoding process knows."""
+    """State of a decoding process."""
 
     def __init__(self) -> None:
         self._descriptors: dict[int | None, int] = {}
@@ -376,7 +376,7 @@ class _Worker:
             os.close(self._descriptors.pop(gone))
 
     def decode(self, slot: int, row: int, number: int | None, name: str, places: list[Place]) -> Decoded:
-        started = time.thread_time()  # process_time lags behind by milliseconds
+        started = time.thread_time()  # process_time lags by milliseconds
         decoded = Decoded()
         for at, place in enumerate(places, row):
             crc = 0
@@ -400,7 +400,7 @@ class _Worker:
 
 
 def _limit_cpu_time(seconds: int) -> None:
-    """Let the kernel end this process after so much more CPU time: no image may hold up a run for ever."""
+    """Let the kernel kill this process after N more seconds of CPU time, so that no image can block a run."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
     limit: Any = int(time.process_time()) + 1 + seconds
     if hard == resource.RLIM_INFINITY or limit <= hard:

@@ -1,6 +1,6 @@
-"""The work of one device: shards in their turn -> opened and judged -> the pipeline -> committed.
+"""The work of one device: shards in order -> open and check -> pipeline -> commit.
 
-Every shard that is handed in comes back as one `Outcome`.
+Every shard that goes in is reported as one `Outcome`.
 """
 
 import contextlib
@@ -22,17 +22,17 @@ from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.locks import LockedError
 
-_GLANCE_SECONDS = 0.05  # how long a shard that is not there yet is waited for before looking round
+_GLANCE_SECONDS = 0.05  # how long to wait for the next shard before yielding to the caller
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to be embedded.
+    """A shard to embed.
 
     Attributes:
         part: the shard.
-        version: the mark of its version when the run began.
-        scope: which of its samples are meant.
+        version: its version when the run began; None if unknown.
+        scope: which of its samples to embed.
     """
 
     part: Part
@@ -42,13 +42,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a shard.
+    """Result of one shard.
 
     Attributes:
-        name: of the shard.
-        kind: `embedded`, `skipped` (it was committed already), `left_out`, or `elsewhere` (another run has it).
-        record: its commit record, of an earlier run where it was left out; None where there is none.
-        reason: why it was left out, or who has it.
+        name: name of the shard.
+        kind: `embedded`, `skipped` (it was committed already), `left_out`, or `elsewhere` (another run holds it).
+        record: its commit record, or None; for a shard left out, the record of an earlier run.
+        reason: why it was left out, or which run holds it.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Outcome:
 
 @dataclass
 class _UnderWay:
-    """A shard that is being embedded: what it is, how it is left, and its place in the order."""
+    """A shard that is being embedded, with the stack that closes it and releases its lock."""
 
     task: Task
     opened: Opened
@@ -71,15 +71,15 @@ class DeviceWork:
 
     Args:
         session: the encoder on this device.
-        pool: decodes.
-        output: where rows and records go.
-        remote: where remote shards come from.
+        pool: decodes the images.
+        output: receives rows and records.
+        remote: cache that fetches remote shards.
         batch_size: images per run of the model.
-        concurrency: batches in the session at once.
-        ahead: shards that are fetched and indexed before their turn.
+        concurrency: batches in the session at a time.
+        ahead: shards to fetch and index ahead.
         report: called once for each shard, from any thread.
-        note: called with what is worth telling.
-        stopped: whether to stop; finished shards stay.
+        note: called with messages for the user.
+        stopped: returns whether to stop; finished shards stay.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class DeviceWork:
 
     @property
     def timing(self) -> Timing:
-        """Where the time went so far."""
+        """Time spent in each stage so far."""
         return self._past + self._timing
 
     def run(self, tasks: Iterable[Task | None]) -> Iterator[None]:
-        """Embed all tasks, yielding now and then. A task is None where the next one is not known yet.
+        """Embed all tasks, yielding regularly. `tasks` gives None while its next task is not known yet.
 
         Raises:
             MaekitError: the model failed, or the output cannot be written.
@@ -150,14 +150,14 @@ class DeviceWork:
                 writer.check()
                 yield
                 if self._stopped():
-                    self._pool.abort()  # an image may take long
+                    self._pool.abort()  # one image may take long
                     break
         finally:
             parts.close()
             writer.close()
 
     def _blank(self, shard: Opened) -> CommitRecord:
-        """Return the record of a shard but for what it becomes."""
+        """Return the record of a shard, with its results left blank."""
         images = shard.images
         with self._lock:
             task = self._under_way[images.number].task
@@ -178,7 +178,7 @@ class DeviceWork:
         )
 
     def _settle(self, written: Written) -> None:
-        """Tell of a shard that is done with, in the writer's thread."""
+        """Report a shard that the writer has finished or given up; runs in the writer's thread."""
         with self._lock:
             way = self._under_way.pop(written.images.number)
         with way.stack:
@@ -187,11 +187,11 @@ class DeviceWork:
                 return
             if self._pipeline is not None:
                 self._pipeline.give_up(written.images)
-            if not self._remote.is_stopped:  # else a signal came; the next run goes on with it
+            if not self._remote.is_stopped:  # stopped by a signal: the next run embeds the shard
                 self._leave_out(way.task, written.failure or "")
 
     def _arrivals(self, tasks: Iterable[Task | None]) -> Generator[Opened | None, None, None]:
-        """Yield each shard that is sound and not committed after all; None while the next one is not there yet."""
+        """Yield each shard that opens and still has to be embedded; None while the next one is not ready yet."""
         waiting = iter(tasks)
         pool = ThreadPoolExecutor(self._ahead, "arrive")
         flying: deque[tuple[Task, Future[_UnderWay | None]]] = deque()
@@ -228,7 +228,7 @@ class DeviceWork:
                     left.stack.close()
 
     def _arrive(self, task: Task) -> _UnderWay | None:
-        """Fetch, index and open a shard, and see whether it holds what its commit record says; report it if so."""
+        """Lock, fetch, index and open a shard; report it and return None if there is nothing to embed."""
         name = task.part.name
         with contextlib.ExitStack() as stack:
             try:
@@ -246,13 +246,13 @@ class DeviceWork:
     def _judge(self, task: Task, stack: contextlib.ExitStack) -> _UnderWay | None:
         record = self._output.committed(task.part.name, task.scope.first)
         if record is not None and task.version is not None and record.input_version == task.version:
-            self._report(Outcome(task.part.name, "skipped", record))  # another run has been here meanwhile
+            self._report(Outcome(task.part.name, "skipped", record))  # another run embedded it in the meantime
             return None
         images = task.part.open(self._remote)
         stack.callback(images.close)
         ordinals = task.scope.ordinals(images)
         if record is not None and (record.input_digest, record.input_bytes) == (images.digest, images.size):
-            # Only its time or its mark is another: a copy, or a shard that was changed or mended.
+            # The version alone differs: this is a copy, or the shard was modified or repaired.
             content = content_of(images, ordinals, self._output.options.keep, self._stopped)
             if content == record.input_content:
                 self._output.renew(record, images.version)
@@ -261,7 +261,7 @@ class DeviceWork:
         return _UnderWay(task, Opened(images, ordinals), stack.pop_all())
 
     def _leave_out(self, task: Task, reason: str) -> None:
-        """Go on without a shard. What was embedded from it while it was sound stays, and counts."""
+        """Continue without a shard. What an earlier run embedded from it stays and counts."""
         record = self._output.committed(task.part.name, task.scope.first)
         if record is not None:
             reason += " (its earlier embeddings stay)"

@@ -1,7 +1,7 @@
-"""The processes that embed: this one alone, or one for each of several devices, which take shards from one queue.
+"""The processes that embed: this one alone, or one per device, all taking shards from one queue.
 
-A process of its own opens its session, says what it is, waits until the output is claimed, then asks for one shard
-after the other. When it dies, the shards that it had are handed to the others.
+A device's process opens its session, reports where it runs, waits until the output is claimed, then requests one shard
+after the other. If it dies, its shards go to the others.
 """
 
 import contextlib
@@ -37,10 +37,10 @@ class Running:
     """Where the model runs.
 
     Attributes:
-        description: what the model's file says of itself.
-        provider: where its nodes run.
-        reason: why there.
-        nodes: how many nodes of the model each provider took.
+        description: what the model's file states about itself.
+        provider: execution provider that runs its nodes.
+        reason: why that provider.
+        nodes: number of the model's nodes on each provider.
     """
 
     description: EncoderDescription
@@ -56,8 +56,8 @@ class DeviceOptions:
     Attributes:
         model: the ONNX file.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        provider_options: of the CUDA provider.
-        cores: of the CPU that it may use.
+        provider_options: options of the CUDA provider.
+        cores: CPU cores that it may use.
         workers: decoding processes.
     """
 
@@ -76,25 +76,25 @@ class DeviceOptions:
         return EncoderSession(self.model, device=self.device, threads=1, provider_options=self.provider_options)
 
     def concurrency(self, provider: str) -> int:
-        """Return how many batches are in the session at once.
+        """Return how many batches are in the session at a time.
 
-        On a CPU, one for each core, each in one thread: none waits for another, and a row has the same bits whatever
-        the number of cores. On a GPU two, so that one is copied while the other is computed.
+        On a CPU, one per core, each in one thread: none waits for another, and a row has the same bits for any number
+        of cores. On a GPU, two: one is copied while the other is computed.
         """
         return self.cores if provider == CPU else _GPU_LANES
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What devices are to do.
+    """The work for all devices.
 
     Attributes:
         tasks: the shards.
-        output: where rows and records go.
+        output: receives rows and records.
         batch_size: images per run of the model.
         report: called once for each shard, from any thread.
-        note: called with what is worth telling.
-        stopped: whether to stop; finished shards stay.
+        note: called with messages for the user.
+        stopped: returns whether to stop; finished shards stay.
     """
 
     tasks: Sequence[Task]
@@ -106,12 +106,12 @@ class Assignment:
 
 
 class Devices(Protocol):
-    """What embeds; a context manager.
+    """One or more devices that embed; a context manager.
 
     Attributes:
-        running: where the model runs, once it is entered.
-        count: how many there are.
-        concurrency: batches in sessions at once, over all devices.
+        running: where the model runs; known once entered.
+        count: number of devices.
+        concurrency: batches in sessions at a time, over all devices.
         workers: decoding processes, over all devices.
     """
 
@@ -128,10 +128,10 @@ class Devices(Protocol):
 
     @property
     def timing(self) -> Timing:
-        """Where the time went, over all of them."""
+        """Time spent in each stage, summed over the devices."""
 
     def run(self, job: Assignment) -> Iterator[None]:
-        """Embed all shards of the job, yielding now and then.
+        """Embed all shards of the job, yielding regularly.
 
         Raises:
             MaekitError: the model failed, or the output cannot be written.
@@ -143,7 +143,7 @@ class OneDevice:
 
     Args:
         options: how the device is used.
-        remote: where remote shards come from.
+        remote: cache that fetches remote shards.
     """
 
     running: Running
@@ -157,7 +157,7 @@ class OneDevice:
 
     def __enter__(self) -> "OneDevice":
         with contextlib.ExitStack() as stack:
-            # Forked first: a child must not begin with half of the threads of ONNX Runtime.
+            # Fork first: a child forked later would inherit the state of ONNX Runtime's threads without the threads.
             self._pool = stack.enter_context(DecodePool(self._options.workers))
             self._session = self._options.open_session()
             self.running = _running(self._session)
@@ -170,11 +170,11 @@ class OneDevice:
 
     @property
     def timing(self) -> Timing:
-        """Where the time went."""
+        """Time spent in each stage."""
         return self._work.timing if self._work else Timing()
 
     def run(self, job: Assignment) -> Iterator[None]:
-        """Embed all tasks here."""
+        """Embed all tasks in this process."""
         self._work = DeviceWork(
             self._session,
             self._pool,
@@ -196,15 +196,15 @@ def _running(session: EncoderSession) -> Running:
 
 @dataclass
 class _Child:
-    """A process and what it has in hand.
+    """The process of a device and the tasks it holds.
 
     Attributes:
         device: its device.
         process: the process.
-        connection: to it.
-        in_hand: numbers of the tasks that it was given and has not reported.
-        timing: as it last told.
-        has_ended: whether it has no more to do.
+        connection: pipe to it.
+        in_hand: numbers of the tasks that it has received and not reported.
+        timing: its last report.
+        has_ended: whether it has finished or died.
     """
 
     device: str
@@ -216,11 +216,11 @@ class _Child:
 
 
 class ManyDevices:
-    """One process for each device.
+    """One process per device.
 
     Args:
         options: how each device is used.
-        remote: where remote shards come from.
+        remote: cache that fetches remote shards.
     """
 
     running: Running
@@ -263,18 +263,18 @@ class ManyDevices:
 
     @property
     def timing(self) -> Timing:
-        """Where the time went, summed over the devices."""
+        """Time spent in each stage, summed over the devices."""
         total = Timing()
         for child in self._children:
             total = total + child.timing
         return total
 
     def run(self, job: Assignment) -> Iterator[None]:
-        """Hand out the tasks as the devices ask for them."""
+        """Hand out the tasks as the devices request them."""
         try:
             yield from self._run(job)
         except BaseException:
-            self.__exit__()  # before what they hold is cleared up
+            self.__exit__()  # kill them before the caller removes their unfinished files
             raise
 
     def _run(self, job: Assignment) -> Iterator[None]:
@@ -322,7 +322,7 @@ class ManyDevices:
             raise MaekitError("the processes of all devices were killed (out of memory?); run the command again")
 
     def _bury(self, child: _Child, todo: deque[int], note: Callable[[str], None]) -> None:
-        """Take the shards of a process that died; they come first now."""
+        """Put the shards of a process that died back at the front of the queue."""
         child.process.join()
         child.has_ended = True
         todo.extendleft(sorted(child.in_hand, reverse=True))
@@ -343,7 +343,7 @@ class ManyDevices:
     def _receive(self, child: _Child) -> Any:
         try:
             message = child.connection.recv()
-        except ConnectionResetError as error:  # it died before it had read all that was sent to it
+        except ConnectionResetError as error:  # it died with unread messages
             raise EOFError from error
         if isinstance(message, MaekitError):
             raise message
@@ -358,7 +358,7 @@ def _serve(
     stop: mmap.mmap,
     parent: int,
 ) -> None:
-    """Be the process of one device."""
+    """Main function of the process of one device."""
     follow_parent(parent)
     for other in others:
         other.close()
@@ -372,7 +372,7 @@ def _serve(
         while not stop[0]:
             tell(True)
             while not connection.poll(_ASK_SECONDS):
-                yield None  # what is in hand goes on meanwhile
+                yield None  # work on the tasks in hand continues meanwhile
             task = connection.recv()
             if task is None:
                 return
@@ -417,4 +417,4 @@ def _tell_regularly(
         while not ended.wait(_TELL_SECONDS):
             tell(work.timing)
             if stop[0]:
-                remote.stop()  # downloads give up
+                remote.stop()  # aborts downloads

@@ -1,4 +1,4 @@
-"""`maekit embed`: from images to embeddings, shard by shard, each committed whole."""
+"""`maekit embed`: images to embeddings, shard by shard; each shard is committed as a whole."""
 
 import contextlib
 import re
@@ -27,37 +27,37 @@ from maekit.system.parallel import map_in_threads
 from maekit.system.progress import Progress, Silent
 from maekit.system.signals import stop_on_signal
 
-# On a CPU larger batches only fall out of the caches: of 4 to 64 images, the small batches are the fast ones, for
-# models of 65 and of 197 tokens. A GPU wants to be filled, with more images where they are small. Not measured when the
-# run starts: the size changes the last bits of the arithmetic, and must not change with the noise of a measurement.
+# On a CPU larger batches only fall out of the caches: of 4 to 64 images the small batches are fastest, for models of 65
+# and of 197 tokens. A GPU needs large batches, of more images the smaller they are. The size is not measured at the
+# start of a run: it changes the last bits of the arithmetic, and must not vary with the noise of a measurement.
 _CPU_BATCH, _GPU_BATCH, _LARGEST_GPU_BATCH = 8, 256, 1024
 _USUAL_PIXELS = 224 * 224
-_LOOKING = 16  # shards whose version is asked for at once
-# Shards of one device that are in use at once: fetched ahead, being embedded, and at the end of it.
+_LOOKING = 16  # shards whose version is requested concurrently
+# Shards that one device uses at once: fetched ahead, being embedded, being written.
 _IN_USE = 6
 
 
 @dataclass(frozen=True)
 class EmbedResult:
-    """What was done; `--json` prints it.
+    """Result of a run; `--json` prints it.
 
     Attributes:
         out: the output directory.
-        rows: keys with an embedding, in all shards of this split, those of earlier runs included.
-        errors: keys without.
-        shards: shards embedded now.
+        rows: keys with an embedding, in all shards of this split, including those of earlier runs.
+        errors: keys without one.
+        shards: shards embedded by this run.
         skipped: shards that were committed already.
-        damaged: one line for each shard that cannot be read or trusted; of these only what was embedded earlier counts.
-        elsewhere: shards that another run has in hand.
-        images_per_second: of this run.
-        limit_share: what that is of the limit that decoding and model set. On a CPU they share the cores:
-            1 / (1 / decode + 1 / model); on a GPU, the slower of the two.
-        rates: images per second of each stage, were it alone: `decode`, `model`, `write`.
-        binds: the stage that costs most.
-        provider: where the model ran.
+        damaged: one line per shard that cannot be read or trusted; only what was embedded from it earlier counts.
+        elsewhere: shards that another run holds.
+        images_per_second: throughput of this run.
+        limit_share: utilisation: that throughput as a fraction of the limit set by decoding and the model. On a CPU
+            they share the cores, and the limit is 1 / (1 / decode + 1 / model); on a GPU it is the slower of the two.
+        rates: images per second of each stage if it ran alone: `decode`, `model`, `write`.
+        binds: the bottleneck: the slowest stage.
+        provider: execution provider that ran the model.
         batch_size: images per run of the model.
-        split: which of how many, such as `all` or `0-of-8`.
-        verified: what `--verify` found; None where it was not asked for.
+        split: name of the split: `all`, or for example `0-of-8`.
+        verified: result of `--verify`; None if it was not requested.
     """
 
     out: str
@@ -78,17 +78,17 @@ class EmbedResult:
 
 
 def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
-    """Embed every sample of every shard; what is committed already is skipped.
+    """Embed every sample of every shard; skip shards that are committed already.
 
     Raises:
-        InputError: bad usage, no shards, no working provider, or an output of another model.
-        Stopped: SIGTERM or SIGINT came; finished shards are committed.
-        MaekitError: failed while working.
+        InputError: bad usage, no shards, no working provider, or the output belongs to another model.
+        Stopped: received SIGTERM or SIGINT; finished shards are committed.
+        MaekitError: a failure during the run.
     """
     progress = progress or Silent()
     split = _check(config)
     remote = RemoteCache(int(config.cache_gb * 1e9))
-    # Downloads are told at once: the main thread may be waiting for one.
+    # A signal stops downloads at once: the main thread may be waiting for one.
     with stop_on_signal(remote.stop) as stopped_by, _devices(config, split, remote) as devices:
         running = devices.running
         progress.note(f"provider: {running.provider} ({running.reason})")
@@ -135,7 +135,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
 
 
 def _check(config: EmbedConfig) -> Split:
-    """Refuse what cannot be, before anything starts."""
+    """Refuse impossible settings before anything starts, and return the split."""
     config.validate()
     for device in config.devices or (config.device,):
         check_device(device)
@@ -149,10 +149,10 @@ def _check(config: EmbedConfig) -> Split:
 
 
 def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
-    """Return what embeds, with the cores of this machine divided among its devices and its other splits."""
+    """Return the devices; this machine's cores are divided among them and the other splits that run here."""
     device = config.device
     if split.local_count > 1 and not config.devices and device in ("auto", "cuda"):
-        with contextlib.suppress(OSError):  # no driver; told where it is asked for
+        with contextlib.suppress(OSError):  # no driver; reported when the device is opened
             if (there := gpu_count() or 0) > 1:
                 device = f"cuda:{split.local_number % there}"
     names = config.devices or (device,)
@@ -181,7 +181,7 @@ def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirect
 
 
 def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
-    """Return images per batch: few on a CPU; on a GPU as many pixels as 256 images of 224 x 224 have."""
+    """Return images per batch: 8 on a CPU; on a GPU as many pixels as 256 images of 224 x 224 have."""
     if provider == CPU:
         return _CPU_BATCH
     size = max(1, _GPU_BATCH * _USUAL_PIXELS // (preprocess.size[0] * preprocess.size[1]))
@@ -194,22 +194,22 @@ def _narrowed(config: EmbedConfig) -> str:
 
 @dataclass
 class _Job:
-    """The account of one run.
+    """State and counts of one run.
 
     Attributes:
-        output: where rows and records go.
-        progress: where to show how it goes on.
-        remote: where remote shards come from.
-        stopped_by: returns the name of the signal that came, or None.
-        rows: keys with an embedding, earlier ones included.
-        errors: keys without, likewise.
-        shards: committed now.
+        output: receives rows and records.
+        progress: receives progress updates.
+        remote: cache that fetches remote shards.
+        stopped_by: returns the name of the signal received, or None.
+        rows: keys with an embedding, including earlier ones.
+        errors: keys without one, including earlier ones.
+        shards: shards committed by this run.
         skipped: shards committed earlier.
-        damaged: one line for each shard left out.
-        elsewhere: names of the shards that another run has in hand.
+        damaged: one line per shard left out.
+        elsewhere: names of the shards that another run holds.
         tasks: all shards of this run.
-        sizes: bytes of each part, as far as they are known.
-        versions: the mark of each part's version when the run began, likewise.
+        sizes: bytes of each part; 0 if unknown.
+        versions: version of each part when the run began; None if unknown.
     """
 
     output: OutputDirectory
@@ -227,10 +227,10 @@ class _Job:
     versions: dict[str, str | None] = field(default_factory=dict)
 
     def look(self, parts: Sequence[Part], devices: int) -> None:
-        """Learn size and version of each part, without reading it.
+        """Look up the size and version of each part without reading it.
 
         Raises:
-            InputError: the cache is too small for the remote ones.
+            InputError: the cache is too small for the remote parts.
         """
         looks = map_in_threads(lambda part: part.look(self.remote), parts, threads=_LOOKING)
         for part, (version, size) in zip(parts, looks, strict=True):
@@ -240,7 +240,7 @@ class _Job:
             self.remote.refuse_if_too_small(min(len(distant), _IN_USE * devices), max(distant))
 
     def plan(self, parts: Sequence[Part], split: Split, scope: Scope) -> list[Task]:
-        """Return the shards of this split that are not known to be committed: those that are new, or look changed.
+        """Return the shards of this split that are new or look changed.
 
         Raises:
             InputError: a shard is committed under another name.
@@ -262,7 +262,7 @@ class _Job:
         return todo
 
     def _scopes(self, parts: Sequence[Part], scope: Scope) -> dict[str, Scope]:
-        """Return which samples of each part are meant; with a limit, the first ones of the whole input."""
+        """Return which samples of each part to embed; a limit takes the first ones of the whole input."""
         if scope.first is None:
             return {part.name: scope for part in parts}
         scopes: dict[str, Scope] = {}
@@ -274,7 +274,7 @@ class _Job:
             try:
                 images = part.open(self.remote)
             except MaekitError:
-                scopes[part.name] = Scope(scope.select, left)  # told when its turn comes; it gives nothing
+                scopes[part.name] = Scope(scope.select, left)  # reported when its turn comes; it adds no rows
                 continue
             try:
                 count = len(Scope(scope.select).ordinals(images))
@@ -285,10 +285,10 @@ class _Job:
         return scopes
 
     def _refuse_renamed(self, parts: Sequence[Part]) -> None:
-        """Refuse shards that were embedded under other names: their rows would stand twice in the output.
+        """Refuse shards that were embedded under other names: the output would contain their rows twice.
 
         Raises:
-            InputError: names one of them.
+            InputError: a shard was renamed; names it.
         """
         orphans = self.output.orphans([part.name for part in parts])
         known = {(Path(r.shard).name, r.input_version): r for r in orphans if r.input_version}
@@ -297,7 +297,7 @@ class _Job:
             if earlier is None or self.output.committed(part.name, earlier.first) is not None:
                 continue
             if not _has_digest(part, earlier):
-                continue  # another one of the same name, size and time
+                continue  # a different shard with the same name, size and time
             raise InputError(
                 f"the shard {earlier.shard} of an earlier run would be {part.name} now, and stand twice in "
                 f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
@@ -305,17 +305,17 @@ class _Job:
             )
         for record in orphans:
             if any(isinstance(part, FolderPart) for part in parts) and re.fullmatch(r"images-\d{5,}", record.shard):
-                self.output.forget(record.shard)  # its images are in other parts now
+                self.output.forget(record.shard)  # its images now belong to other parts
                 continue
             self.progress.note(
                 f"{record.shard} was embedded earlier and is not in the input now; its rows stay where they are"
             )
 
     def embed(self, todo: list[Task], devices: Devices) -> None:
-        """Embed and commit shard by shard; each is fetched and judged when its turn comes.
+        """Embed and commit shard by shard; each is fetched and checked when its turn comes.
 
         Raises:
-            Stopped: SIGTERM or SIGINT came.
+            Stopped: received SIGTERM or SIGINT.
             MaekitError: the model failed, or the output cannot be written.
         """
         self.progress.start("embed", sum(self.sizes[task.part.name] for task in todo), unit="bytes")
@@ -331,10 +331,10 @@ class _Job:
             self.progress.stop()
 
     def stop_if_asked(self) -> None:
-        """Stop where a signal came.
+        """Stop if a signal was received.
 
         Raises:
-            Stopped: it did.
+            Stopped: a signal was received.
         """
         if signal_name := self.stopped_by():
             raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
@@ -353,7 +353,7 @@ class _Job:
         )
 
     def _settle(self, outcome: Outcome) -> None:
-        """Enter what became of a shard."""
+        """Count the result of a shard."""
         if outcome.record is not None:
             self.rows += outcome.record.rows
             self.errors += outcome.record.errors
@@ -370,17 +370,17 @@ class _Job:
 
 
 def _has_digest(part: Part, record: CommitRecord) -> bool:
-    """Whether a part holds what was embedded; of a remote one only its version is known, and is the same."""
+    """Whether a part still has the digest that was embedded; a remote part counts as the same, by its version."""
     if not isinstance(part, TarPart) or part.is_remote:
         return part.is_remote
     try:
         return load_index(part.shard.path).digest == record.input_digest
     except MaekitError:
-        return False  # told when its turn comes
+        return False  # reported when its turn comes
 
 
 def raise_if_incomplete(result: EmbedResult) -> None:
-    """Raise where shards were left out or are not what they must be: the work is done as far as it can be.
+    """Raise if a finished run left shards out or verification found problems.
 
     Raises:
         MaekitError: names the first of them.

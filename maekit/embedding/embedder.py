@@ -1,4 +1,4 @@
-"""`maekit.Embedder`: the exported encoder as a Python object, with the same preprocessing to the bit."""
+"""`maekit.Embedder`: the exported encoder as a Python object, with bit-identical preprocessing."""
 
 import os
 from collections import deque
@@ -25,11 +25,11 @@ class Embedder:
     Args:
         path: the ONNX file that `maekit export` wrote.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        provider_options: of the CUDA provider, in place of the usual ones.
+        provider_options: options of the CUDA provider that override the defaults.
 
     Attributes:
         dim: length of an embedding.
-        provider: where the model runs.
+        provider: execution provider that runs the model.
 
     Raises:
         InputError: no such file, or the provider asked for does not work.
@@ -47,7 +47,7 @@ class Embedder:
         self.provider = self._session.provider
 
     def __call__(self, images: Any) -> Embeddings:
-        """Embed one image, or as many as an iterable gives; they are decoded ahead, in threads.
+        """Embed one image or an iterable of images; threads decode them ahead.
 
         Args:
             images: each a path, an image file's bytes, a Pillow image, or uint8 `[H, W, 3]` RGB.
@@ -56,8 +56,8 @@ class Embedder:
             float32 `[n, dim]`; n is 1 for a single image.
 
         Raises:
-            ImageError: the bytes of an image give no image.
-            InputError: a value that is none of these, or a path that cannot be read.
+            ImageError: an image cannot be decoded.
+            InputError: a value of another type, or a path that cannot be read.
         """
         single = isinstance(images, (str, bytes, bytearray, os.PathLike, Image.Image)) or (
             isinstance(images, np.ndarray) and images.ndim == 3
@@ -81,7 +81,7 @@ class Embedder:
         return embed_padded(self._session, pixels, len(images))
 
     def _prepared(self, images: Iterator[Any]) -> Iterator[Pixels]:
-        """Yield images ready for the model, in order, two batches ahead (Pillow decodes without Python's lock)."""
+        """Yield preprocessed images in order, decoding two batches ahead (Pillow releases the GIL)."""
         with ThreadPoolExecutor(cores(), "decode") as pool:
             flying: deque[Future[Pixels]] = deque()
             try:

@@ -1,8 +1,8 @@
-"""The files that rows of embeddings go to, written a group of rows at a time: memory does not grow with a shard.
+"""The files of embeddings. They are written one group of rows at a time, so memory does not grow with the shard.
 
-parquet   OUT/a/000.parquet                       key, shard, index, embedding, and the members kept
+parquet   OUT/a/000.parquet                       key, shard, index, embedding, and the sidecars
 npy       OUT/img_emb/img_emb_00017.npy           float32 or float16 [rows, dim], little-endian, C order
-          OUT/metadata/metadata_00017.parquet     key, shard, index, and the members kept; row by row the same
+          OUT/metadata/metadata_00017.parquet     key, shard, index, and the sidecars, in the same row order
 
 The npy layout is what clip-retrieval writes and autofaiss and embedding-reader read.
 """
@@ -23,22 +23,22 @@ from maekit.system import files
 
 DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
 FORMATS = ("parquet", "npy")
-# Of a fixed size, so that files do not depend on the size of batches.
+# Rows per group: fixed, so that files do not depend on the batch size.
 _GROUP = 4096
-_GROUP_BYTES = 64 << 20  # of members kept
-# Members of these extensions are text; all others are kept as bytes.
+_GROUP_BYTES = 64 << 20  # of sidecars
+# Sidecars with these extensions are stored as text, all others as bytes.
 _TEXT = frozenset(("json", "jsonl", "txt", "text", "cls", "caption", "url", "id", "html", "xml", "csv", "tsv", "yaml"))
 
 
 @dataclass
 class Rows:
-    """Some rows of one shard, in order.
+    """Consecutive rows of one shard.
 
     Attributes:
-        keys: of the samples.
-        ordinals: their places in the shard.
-        embeddings: float32 `[rows, dim]`.
-        kept: for each extension kept, the members' bytes; None where a sample has none.
+        keys: keys of the samples.
+        ordinals: positions of the samples in the shard.
+        embeddings: blocks of float32 `[n, dim]`, one after the other.
+        kept: the sidecars' bytes, by extension; None where a sample has none.
     """
 
     keys: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Rows:
     def append(
         self, keys: list[str], ordinals: list[int], embeddings: NDArray[Any], kept: dict[str, list[bytes | None]]
     ) -> None:
-        """Add rows behind these."""
+        """Append rows."""
         self.keys += keys
         self.ordinals += ordinals
         self.embeddings.append(embeddings)
@@ -60,7 +60,7 @@ class Rows:
         return len(self.keys)
 
     def group(self) -> int | None:
-        """Return how many of the rows make a group; None where they do not yet. It depends on the rows alone."""
+        """Return how many rows the next group takes, from the rows alone; None while there are too few."""
         taken = 0
         for row, members in enumerate(zip(*self.kept.values(), strict=True), 1):
             taken += sum(len(member) for member in members if member is not None)
@@ -69,7 +69,7 @@ class Rows:
         return _GROUP if len(self) >= _GROUP else None
 
     def split(self, count: int) -> tuple["Rows", "Rows"]:
-        """Return the first `count` rows, and the others."""
+        """Return the first `count` rows, and the rest."""
         whole = np.concatenate(self.embeddings)
         kept = [(extension, values[:count], values[count:]) for extension, values in self.kept.items()]
         first = Rows(self.keys[:count], self.ordinals[:count], [whole[:count]], {e: a for e, a, _ in kept})
@@ -78,14 +78,14 @@ class Rows:
 
 @dataclass(frozen=True)
 class Layout:
-    """What the files of a shard are called and hold.
+    """Names and contents of a shard's files.
 
     Attributes:
         format: `parquet` or `npy`.
-        dtype: of the stored embeddings, `float32` or `float16`.
+        dtype: dtype of the stored embeddings, `float32` or `float16`.
         dim: length of an embedding.
-        keep: extensions of the members that ride along.
-        footer: what the parquet files say of the model, as JSON values.
+        keep: extensions of the sidecars to store.
+        footer: description of the model in the parquet metadata, as JSON values.
     """
 
     format: str
@@ -98,15 +98,15 @@ class Layout:
         """Return the files of a shard, relative to the output directory.
 
         Args:
-            name: of the shard, without `.tar`.
-            number: of the shard, in the npy layout.
+            name: name of the shard, without `.tar`.
+            number: number of the shard; only the npy layout uses it.
         """
         if self.format == "parquet":
             return [f"{name}.parquet"]
         return [f"img_emb/img_emb_{number:05d}.npy", f"metadata/metadata_{number:05d}.parquet"]
 
     def schema(self, *, with_embeddings: bool) -> pa.Schema:
-        """Return the columns of a parquet file."""
+        """Return the schema of a parquet file."""
         columns = [
             pa.field("key", pa.string(), nullable=False),
             pa.field("shard", pa.string(), nullable=False),
@@ -123,21 +123,21 @@ class _File(Protocol):
         """Write one group."""
 
     def end(self) -> None:
-        """Write what comes last."""
+        """Write the end of the file."""
 
     def drop(self) -> None:
-        """Write nothing more."""
+        """Make sure that nothing more is written."""
 
 
 class ShardFiles:
-    """Writer of the files of one shard. They stay in the scratch directory until they are committed.
+    """Writer of the files of one shard. They stay in the scratch directory until they are published.
 
     Args:
-        layout: what they hold.
+        layout: names and contents of the files.
         root: the output directory.
-        paths: where they go, relative to it.
+        paths: final paths of the files, relative to `root`.
         shard: the shard's name.
-        scratch: where they are while they are unfinished.
+        scratch: directory for unfinished files.
     """
 
     def __init__(self, layout: Layout, root: Path, paths: Sequence[str], shard: str, scratch: Path) -> None:
@@ -148,10 +148,10 @@ class ShardFiles:
         self.rows = 0
 
     def append(self, rows: Rows) -> None:
-        """Add rows.
+        """Add rows, and write every group that is full.
 
         Raises:
-            MaekitError: they cannot be written; names the path.
+            MaekitError: a file cannot be written; names the path.
         """
         self.rows += len(rows)
         if len(rows):
@@ -161,10 +161,10 @@ class ShardFiles:
             self._write(group)
 
     def complete(self) -> None:
-        """Write what is left; the files still have no names.
+        """Write the remaining rows; the files stay in the scratch directory.
 
         Raises:
-            MaekitError: they cannot be written; names the path.
+            MaekitError: a file cannot be written; names the path.
         """
         if len(self._waiting):
             self._write(self._waiting)
@@ -174,15 +174,15 @@ class ShardFiles:
                 file.end()
 
     def publish(self) -> None:
-        """Make the files durable and give them their names; without any row there is none.
+        """Make the files durable and move them to their final paths; a shard without rows has no files.
 
         Raises:
-            MaekitError: as above.
+            MaekitError: a file cannot be written; names the path.
         """
         self._stack.close()
 
     def abandon(self) -> None:
-        """Leave nothing of them."""
+        """Delete the unfinished files."""
         for file in self._files:
             file.drop()
         self._stack.__exit__(_Abandoned, _Abandoned(), None)
@@ -190,7 +190,7 @@ class ShardFiles:
     def _write(self, group: Rows) -> None:
         if not self._files:
             for path in self._paths:
-                with self._told(path):  # formats write their first bytes when they are opened
+                with self._told(path):  # opening a file already writes its first bytes
                     self._files.append(self._open(path))
         for path, file in zip(self._paths, self._files, strict=True):
             with self._told(path):
@@ -220,7 +220,7 @@ class _Parquet:
         self._schema = layout.schema(with_embeddings=with_embeddings)
         compression = dict.fromkeys(("key", "shard", "index", *layout.keep), "zstd")
         if with_embeddings:
-            compression["embedding.list.element"] = "none"  # floats of a network do not compress
+            compression["embedding.list.element"] = "none"  # embedding floats do not compress
         self._writer = pq.ParquetWriter(
             stream,
             self._schema,
@@ -246,13 +246,13 @@ class _Parquet:
         self._writer.close()
 
     def drop(self) -> None:
-        self._writer.is_open = False  # else it would write its footer when it is collected
+        self._writer.is_open = False  # else it writes its footer when garbage-collected
 
 
 def _kept(extension: str, values: list[bytes | None]) -> pa.Array:
     if extension not in _TEXT:
         return pa.array(values, pa.binary())
-    # What is not UTF-8 stays readable as \xNN: a caption in another encoding must not cost its embedding.
+    # Bytes that are not UTF-8 become \xNN: a caption in another encoding must not cost its sample the embedding.
     texts = [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
     return pa.array(texts, pa.string())
 
@@ -276,7 +276,7 @@ class _Npy:
         pass
 
     def _header(self) -> None:
-        """Write the header; numpy pads it so that a larger number of rows fits into the same bytes."""
+        """Write the header; numpy pads it, so a later rewrite with more rows takes the same number of bytes."""
         descr = np.lib.format.dtype_to_descr(self._dtype)
         header = {"descr": descr, "fortran_order": False, "shape": (self._rows, self._dim)}
         np.lib.format.write_array_header_1_0(self._stream, header)

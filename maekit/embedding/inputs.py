@@ -1,6 +1,6 @@
-"""What is embedded: tar shards, or a folder of plain images divided into parts, each as a row of images with keys.
+"""Inputs of embedding: tar shards, or a folder of image files divided into parts. Each is a sequence of keyed images.
 
-A `Part` is known by name before it is looked at; opened, it is `Images`, which decoding reads from.
+A `Part` has a name and is not opened yet; opening it gives `Images`, which decoding reads from.
 """
 
 import contextlib
@@ -30,16 +30,16 @@ _numbers = itertools.count()
 
 
 class Images(Protocol):
-    """The images of an opened part, by ordinal. Also a `Source` of decoding.
+    """The images of an opened part, by ordinal. Also a `Source` for decoding.
 
     Attributes:
-        name: of the part.
-        number: tells opened parts apart.
-        samples: how many keys it has.
-        size: in bytes.
-        digest: SHA-256 that names its keys and sizes, hexadecimal.
-        version: a mark that changes with its content, None where there is none.
-        descriptor: an open file, None where images are files of their own.
+        name: name of the part.
+        number: unique number of the opened part.
+        samples: number of keys.
+        size: size in bytes.
+        digest: SHA-256 over its keys and sizes, hexadecimal.
+        version: changes with its content; None if unknown.
+        descriptor: descriptor of an open file; None if images are separate files.
     """
 
     name: str
@@ -51,31 +51,31 @@ class Images(Protocol):
 
     @property
     def descriptor(self) -> int | None:
-        """An open file that places refer to, or None where they are paths."""
+        """Descriptor of the open file that places refer to; None if places are paths."""
 
     def key(self, ordinal: int) -> str:
         """Return the key of a sample."""
 
     def place(self, ordinal: int) -> Place | None:
-        """Return where the image of a sample lies; None where it has none."""
+        """Return the location of a sample's image; None if it has none."""
 
     def riding(self, ordinal: int, extension: str) -> bytes | None:
-        """Return another member of a sample; None where it has none.
+        """Return a sidecar of a sample; None if it has none.
 
         Raises:
-            ImageError: its bytes are not those of the CRC-32 in the index.
+            ImageError: its bytes do not match the CRC-32 in the index.
             MaekitError: it cannot be read.
         """
 
     def changed(self) -> str | None:
-        """Return how it is no longer what was opened, or None."""
+        """Return a message if the part has changed since it was opened, else None."""
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open file, if any."""
 
 
 class Part(Protocol):
-    """A piece of the input that becomes one piece of the output."""
+    """A piece of the input that becomes one piece of the output: a shard, or some images of a folder."""
 
     @property
     def name(self) -> str:
@@ -87,28 +87,28 @@ class Part(Protocol):
 
     @property
     def is_remote(self) -> bool:
-        """Whether it is fetched before it is read."""
+        """Whether it must be fetched before it is read."""
 
     def look(self, remote: RemoteCache) -> tuple[str | None, int]:
-        """Return the mark of its version, None where there is none, and its size in bytes, without reading it."""
+        """Return its version (None if unknown) and its size in bytes (0 if unknown), without reading it."""
 
     def open(self, remote: RemoteCache) -> Images:
         """Fetch, index and open it.
 
         Raises:
-            MaekitError: it cannot be read, or is damaged.
+            MaekitError: it cannot be read or is damaged.
         """
 
 
 def find_inputs(specs: Sequence[str], keep: tuple[str, ...] = ()) -> list[Part]:
-    """Return the parts that the input specs name, in the order of their names.
+    """Return the parts that the input specs name, sorted by name.
 
     Args:
-        specs: directories, tars, globs, brace patterns, URLs; or one directory of images.
-        keep: extensions of the files that ride along.
+        specs: directories, tar files, globs, brace patterns and URLs, or one directory of images.
+        keep: extensions of the sidecars to store.
 
     Raises:
-        InputError: nothing is there; says what was asked and what there is.
+        InputError: nothing found (says what exists), or other inputs beside a folder of images.
     """
     folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := _pictures(Path(spec)))}
     if not folders:
@@ -133,7 +133,7 @@ class TarPart:
 
     @property
     def name(self) -> str:
-        """The shard's name."""
+        """Name of the shard."""
         return self.shard.name
 
     @property
@@ -147,7 +147,7 @@ class TarPart:
         return self.shard.url is not None
 
     def look(self, remote: RemoteCache) -> tuple[str | None, int]:
-        """Ask the file system, or the far side."""
+        """Query the file system or the server."""
         try:
             if self.shard.url is not None:
                 there = remote.describe(self.shard)
@@ -155,7 +155,7 @@ class TarPart:
             status = self.shard.path.stat()
             return f"{status.st_size} bytes, {status.st_mtime_ns} ns", status.st_size
         except (MaekitError, OSError):
-            return None, 0  # told when its turn comes
+            return None, 0  # reported when its turn comes
 
     def open(self, remote: RemoteCache) -> "TarImages":
         """Fetch, index and open the shard."""
@@ -171,11 +171,11 @@ class TarPart:
         for attempt in range(3):
             version = remote.fetch(self.shard)
             if self.shard.path.exists() or attempt == 2:
-                break  # else another process has just needed the room
+                break  # else another process has just evicted it from the cache
         try:
             return version, load_index(self.shard.path)
         except DamagedShard:
-            version = remote.fetch_anew(self.shard)  # the copy here may be what is damaged
+            version = remote.fetch_anew(self.shard)  # only the cached copy may be damaged
             return version, load_index(self.shard.path)
 
 
@@ -193,19 +193,19 @@ class TarImages:
         return self._index.key(ordinal)
 
     def place(self, ordinal: int) -> Place | None:
-        """Return offset, size and CRC-32 of the image; None where there is none."""
+        """Return offset, size and CRC-32 of the image; None if there is none."""
         member = self._index.image(ordinal)
         return None if member is None else (member.offset, member.size, member.crc)
 
     def riding(self, ordinal: int, extension: str) -> bytes | None:
-        """Return the member of this extension; None where there is none."""
+        """Return the member with this extension; None if there is none."""
         for member in self._index.members(ordinal):
             if member.extension == extension:
                 return read_bytes(self._descriptor, self._where, member.offset, member.size, member.crc)
         return None
 
     def changed(self) -> str | None:
-        """Whether the file that is open has been written to."""
+        """Return a message if the open file has been modified, else None."""
         if self._index.matches(os.fstat(self._descriptor)):
             return None
         return f"{self._where}: changed since it was indexed; run the command again"
@@ -222,10 +222,10 @@ class FolderPart:
     """Some images of a folder.
 
     Attributes:
-        name: `images-` and its number.
+        name: `images-` and the part's number.
         root: the folder.
-        paths: of the images relative to it, in order: they are the keys.
-        keep: extensions of the files that ride along.
+        paths: paths of the images relative to the folder, in order; they are the keys.
+        keep: extensions of the sidecars to store.
     """
 
     name: str
@@ -235,7 +235,7 @@ class FolderPart:
 
     @property
     def where(self) -> str:
-        """The folder and the first and last of the images."""
+        """The folder, and its first and last image."""
         return f"{self.root} ({self.paths[0]} to {self.paths[-1]})"
 
     @property
@@ -244,11 +244,11 @@ class FolderPart:
         return False
 
     def look(self, remote: RemoteCache) -> tuple[str | None, int]:
-        """Sum up sizes and times."""
+        """Return a digest of names, sizes and times, and the images' total size."""
         return self.version(), sum(self._status(self.paths)[0])
 
     def version(self) -> str:
-        """Return a digest of names, sizes and times."""
+        """Return a digest of the names, sizes and times of images and sidecars."""
         beside = [str(Path(path).with_suffix(f".{extension}")) for extension in self.keep for path in self.paths]
         paths = [*self.paths, *beside]
         digest = hashlib.sha256()
@@ -271,7 +271,7 @@ class FolderPart:
                 status = os.stat(self.root / path)
                 sizes.append(status.st_size)
                 times.append(status.st_mtime_ns)
-            except OSError:  # told when it is read
+            except OSError:  # reported when it is read
                 sizes.append(0)
                 times.append(0)
         return sizes, times
@@ -296,12 +296,12 @@ class FolderImages:
         return str(self._part.root / self._part.paths[ordinal])
 
     def riding(self, ordinal: int, extension: str) -> bytes | None:
-        """Return the file of the same name with another extension; None where there is none."""
+        """Return the file of the same name with this extension; None if there is none."""
         path = Path(str(self.place(ordinal))).with_suffix(f".{extension}")
         return read_file(str(path)) if path.is_file() else None
 
     def changed(self) -> str | None:
-        """Whether sizes or times are others now."""
+        """Return a message if names, sizes or times have changed, else None."""
         if self._part.version() == self.version:
             return None
         return f"{self._part.where}: changed while it was embedded; run the command again"
@@ -312,18 +312,18 @@ class FolderImages:
 
 @dataclass(frozen=True)
 class Scope:
-    """Which samples of a part are embedded.
+    """Which samples of a part to embed.
 
     Attributes:
-        select: a glob of keys, or None for all.
-        first: at most so many of them, or None for all.
+        select: a glob that keys must match, or None for all.
+        first: at most N of them, or None for all.
     """
 
     select: str | None = None
     first: int | None = None
 
     def ordinals(self, images: Images) -> Sequence[int]:
-        """Return the samples of a part that are meant, in order."""
+        """Return the ordinals of the selected samples, in order."""
         chosen: Sequence[int] = range(images.samples)
         if self.select is not None:
             matches = re.compile(fnmatch.translate(self.select)).match
@@ -334,10 +334,10 @@ class Scope:
 def content_of(
     images: Images, ordinals: Sequence[int], keep: Sequence[str], stopped: Callable[[], object] = lambda: None
 ) -> int:
-    """Return the CRC-32 over the CRC-32s of all images, then of all members kept: whether they are what they were.
+    """Return the CRC-32 over the CRC-32s of all images, followed by those of all stored sidecars.
 
     Raises:
-        MaekitError: they cannot be read, or `stopped` says so.
+        MaekitError: a shard cannot be read, or `stopped` returned true.
     """
     crcs = np.zeros((1 + len(keep), len(ordinals)), "<u4")
     for position, ordinal in enumerate(ordinals):
@@ -345,7 +345,7 @@ def content_of(
             raise MaekitError("stopped while reading")
         place = images.place(ordinal)
         if place is not None:
-            with contextlib.suppress(ImageError):  # 0, as when it was embedded
+            with contextlib.suppress(ImageError):  # stays 0, as in the commit record
                 crcs[0, position] = zlib.crc32(read_place(images, place))
         for row, extension in enumerate(keep, 1):
             crcs[row, position] = riding_crc(images, ordinal, extension)
@@ -353,7 +353,7 @@ def content_of(
 
 
 def riding_crc(images: Images, ordinal: int, extension: str) -> int:
-    """Return the CRC-32 of another member of a sample, 0 where there is none or it cannot be read."""
+    """Return the CRC-32 of a sidecar; 0 if there is none or it cannot be read."""
     try:
         return zlib.crc32(images.riding(ordinal, extension) or b"")
     except ImageError:
@@ -361,10 +361,10 @@ def riding_crc(images: Images, ordinal: int, extension: str) -> int:
 
 
 def read_place(images: Images, place: Place) -> bytes:
-    """Return the bytes of an image where it lies.
+    """Return the bytes of an image.
 
     Raises:
-        ImageError: it is too large, cannot be read, or has other bytes than the index says.
+        ImageError: it is too large, cannot be read, or does not match the index.
         MaekitError: the shard cannot be read.
     """
     if isinstance(place, str):
@@ -374,7 +374,7 @@ def read_place(images: Images, place: Place) -> bytes:
 
 
 def _pictures(folder: Path) -> list[str]:
-    """Return the paths of the images in a folder, relative to it; none where it holds shards."""
+    """Return the paths of the images in a folder, relative to it; empty if it holds shards."""
     found = list(files.walk_files(folder))
     if any(is_shard(path.name) for path in found):
         return []

@@ -1,11 +1,11 @@
-"""The output directory: whom it belongs to, which shards are done, and what each of them became.
+"""The output directory: its model and options, the shards that are done, and their results.
 
-OUT/…                                what formats.py writes
+OUT/…                                files of embeddings (formats.py)
 OUT/_maekit/.output.json             which model and options the directory belongs to
 OUT/_maekit/a/000.tar.json           commit record of a shard, written last
 OUT/_maekit/errors/a/000.tar.jsonl   every key that has no row, with the reason
-OUT/_maekit/.numbers/00000.json      npy layout: the shards that were first seen together, in the order of their numbers
-OUT/_maekit/.locks/                  who is at work (a shard lies in no hidden folder)
+OUT/_maekit/.numbers/00000.json      npy layout: shards first seen in the same run, in the order of their numbers
+OUT/_maekit/.locks/                  locks of running processes (no shard lies in a hidden folder)
 OUT/_maekit/.tmp/                    unfinished files
 """
 
@@ -38,7 +38,7 @@ class ShardWork:
 
     Attributes:
         files: writes the rows.
-        paths: of the files, relative to the output directory.
+        paths: paths of the files, relative to the output directory.
         errors: keys without a row, each with the reason.
     """
 
@@ -51,10 +51,10 @@ class OutputDirectory:
     """A directory of embeddings.
 
     Args:
-        path: the directory, new or of an earlier run.
+        path: the directory, new or from an earlier run.
         model: the encoder.
-        options: what decides its bytes.
-        owner: a name for this run among those that write here at the same time.
+        options: the options that determine its bytes.
+        owner: name of this run among those that write here concurrently.
     """
 
     def __init__(self, path: Path, model: EncoderDescription, options: OutputOptions, owner: str = "all") -> None:
@@ -71,10 +71,10 @@ class OutputDirectory:
         self._is_new = False
 
     def refuse_foreign(self) -> None:
-        """See that the directory is new, empty, or an output of embedding.
+        """Check that the directory is new, empty, or an output of embedding.
 
         Raises:
-            InputError: it is something else.
+            InputError: it is anything else.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; `out` names a directory")
@@ -91,7 +91,7 @@ class OutputDirectory:
 
     @contextlib.contextmanager
     def sole_run(self) -> Iterator[None]:
-        """Hold this run's part of the directory for this process alone.
+        """Lock this run's name in the directory for this process alone.
 
         Raises:
             InputError: another run holds it.
@@ -109,17 +109,17 @@ class OutputDirectory:
             ) from held
         finally:
             if is_new and not (self.bookkeeping / _OUTPUT).exists():
-                _remove_empty(self.bookkeeping)  # refused before anything was written: no trace of it stays
+                _remove_empty(self.bookkeeping)  # the run was refused before it wrote anything: leave no trace
 
     def claim(self, names: Sequence[str], *, overwrite: bool) -> None:
-        """Make the directory this model's, or see that it already is; number the shards of the input.
+        """Claim the directory for this model and options, or check that it is theirs; number the input's shards.
 
         Args:
-            names: of all shards of the input.
-            overwrite: delete what is there.
+            names: names of all shards of the input.
+            overwrite: delete the existing output first.
 
         Raises:
-            InputError: it belongs to another model or other options, or another run is at work that must not be.
+            InputError: it belongs to another model or other options, or another run is using what `overwrite` deletes.
             MaekitError: it cannot be written.
         """
         mark = self.bookkeeping / _OUTPUT
@@ -144,31 +144,31 @@ class OutputDirectory:
         self._remove_uncommitted()
 
     def discard_if_new(self) -> None:
-        """Take back what this run has claimed, where it made the directory: a slip must not decide its options."""
+        """Undo this run's claim if the claim was new, so that a mistaken run does not fix the options."""
         if self._is_new:
             self._clear()
 
     @contextlib.contextmanager
     def sole_owner_of(self, name: str) -> Iterator[None]:
-        """Hold one shard for this process alone, whatever runs there are.
+        """Lock one shard for this process alone, across all runs.
 
         Raises:
-            LockedError: another process is at it.
+            LockedError: another process holds it.
         """
         with owned(self._shard_lock(name)):
             yield
 
     def committed(self, name: str, first: int | None = None) -> CommitRecord | None:
-        """Return a shard's commit record if model and options are still the same and its files are there.
+        """Return a shard's commit record if model and options are unchanged and its files exist; else None.
 
         Args:
-            name: of the shard.
-            first: how many samples of it are within the run's limit.
+            name: name of the shard.
+            first: `Scope.first` of the shard in this run.
         """
         record = self.recorded(name)
         if record is None:
             return None
-        # A batch that did not fit into memory was halved: the size may be smaller than what was asked for.
+        # The recorded size may be smaller than requested: a batch that did not fit into memory is halved.
         if {**record.options, "batch_size": self.options.batch_size} != self.options.to_json() or record.first != first:
             return None
         for output in record.outputs:
@@ -178,11 +178,11 @@ class OutputDirectory:
         return record
 
     def recorded(self, name: str) -> CommitRecord | None:
-        """Return a shard's commit record, whatever it was made with."""
+        """Return a shard's commit record, whatever its model and options; None if there is none."""
         return CommitRecord.from_json(_read_json(self._record(name)), name)
 
     def renew(self, record: CommitRecord, version: str | None) -> None:
-        """Note that a shard looks different now and holds the same: the next run need not read it.
+        """Record a shard's new version when its content is unchanged, so that the next run need not read it.
 
         Raises:
             MaekitError: the record cannot be written.
@@ -190,30 +190,30 @@ class OutputDirectory:
         self._write_record(dataclasses.replace(record, input_version=version))
 
     def begin(self, name: str) -> ShardWork:
-        """Start the files of a shard."""
+        """Start writing the files of a shard."""
         paths = self.paths_of(name)
         return ShardWork(ShardFiles(self.layout, self.path, paths, name, self.scratch), paths)
 
     def paths_of(self, name: str) -> list[str]:
-        """Return the files that a shard's rows go to, relative to the directory."""
+        """Return the paths of a shard's files, relative to the directory."""
         return self.layout.paths(name.removesuffix(TAR), self._numbers.get(name))
 
     def commit(self, images: Images, work: ShardWork, record: CommitRecord) -> CommitRecord:
-        """Publish rows, then errors, then the record; a kill in between leaves the shard to be done again.
+        """Publish rows, then errors, then the record; if killed in between, the next run embeds the shard again.
 
         Args:
             images: the shard.
             work: its rows and errors.
-            record: all of its record but rows, errors and outputs.
+            record: its record, without rows, errors and outputs.
 
         Raises:
-            MaekitError: the disk is full or the place is not writable; names the path.
+            MaekitError: the disk is full or the path is not writable; names the path.
         """
         work.files.complete()
         if not still_owns(self._shard_lock(images.name)):
             raise MaekitError(f"another run took over {images.name} while this one stood still; run the command again")
-        # In place of an earlier record, whose rows these are not; a run that is killed here leaves files that nobody
-        # has committed, and the next one must know which.
+        # Replaces an earlier record, which does not describe the new rows. If the run is killed after this, the next
+        # one finds here which files are uncommitted.
         intent = json.dumps({"shard": images.name, _INTENT: work.paths}, indent=1)
         files.write_atomically(self._record(images.name), intent.encode(), scratch=self.scratch)
         work.files.publish()
@@ -243,18 +243,18 @@ class OutputDirectory:
         return record
 
     def write_damage(self, name: str, reason: str) -> None:
-        """Record that a shard that was never embedded cannot be; it is judged again by the next run.
+        """Record that a shard without any embeddings is damaged; the next run tries it again.
 
         Raises:
             MaekitError: the record cannot be written.
         """
-        for path in self.paths_of(name):  # of a run that was killed before its record
+        for path in self.paths_of(name):  # left by a run that was killed before it wrote the record
             _unlink(self.path / path)
         text = json.dumps({"shard": name, "damaged": reason}, indent=1)
         files.write_atomically(self._record(name), text.encode(), scratch=self.scratch)
 
     def orphans(self, names: Sequence[str]) -> list[CommitRecord]:
-        """Return the records of committed shards that the input does not hold."""
+        """Return the records of committed shards that are not in the input."""
         known = set(names)
         there = [name for name in self._recorded() if name not in known]
         return [record for name in there if (record := self.committed(name, self._first_of(name))) is not None]
@@ -277,7 +277,7 @@ class OutputDirectory:
         """
         path = self.bookkeeping / "errors" / f"{name}.jsonl"
         try:
-            # Keys may hold what Python takes for the end of a line besides the newline.
+            # Not splitlines(): keys may contain other characters that it treats as line ends.
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
             return [{**row, "index": int(row["index"]), "key": str(row["key"])} for row in rows]
         except FileNotFoundError:
@@ -286,25 +286,25 @@ class OutputDirectory:
             raise MaekitError(f"{path}: cannot be read: {error!r}") from error
 
     def _remove_uncommitted(self) -> None:
-        """Remove the files of shards whose commit record was never written: a run was killed before it could.
+        """Remove the files of shards whose run was killed before it wrote the commit record.
 
-        They would be taken for output, and where only one of two files is there, readers of the npy layout would pair
-        the others wrongly.
+        Readers would take them for output. If only one of a shard's two files exists, readers of the npy layout would
+        also pair the other files wrongly.
         """
         for name in self._recorded():
             if self._intended(name):
                 with contextlib.suppress(LockedError), owned(self._shard_lock(name), sweeping=True):
-                    for path in self._intended(name):  # nobody has committed it meanwhile
+                    for path in self._intended(name):  # read again: it may have been committed in the meantime
                         _unlink(self.path / path)
                         _unlink(self._record(name))
 
     def _intended(self, name: str) -> list[str]:
-        """Return the files that a run was about to publish for a shard when it was killed."""
+        """Return the files that a killed run was about to publish for a shard."""
         paths = (_read_json(self._record(name)) or {}).get(_INTENT)
         return [path for path in paths if is_below(path)] if isinstance(paths, list) else []
 
     def forget(self, name: str) -> None:
-        """Remove a shard that is no more: its files, its errors and its record.
+        """Remove a shard that is no longer in the input: its files, its errors and its record.
 
         Raises:
             MaekitError: they cannot be removed.
@@ -321,7 +321,7 @@ class OutputDirectory:
         return first if isinstance(first, int) else None
 
     def _recorded(self) -> list[str]:
-        """Return the names of the shards that have a record."""
+        """Return the names of all shards with a record file."""
         paths = sorted(self.bookkeeping.rglob("*.json"))
         relative = [path.relative_to(self.bookkeeping) for path in paths]
         return [p.as_posix().removesuffix(".json") for p in relative if not any(q.startswith(".") for q in p.parts)]
@@ -332,10 +332,10 @@ class OutputDirectory:
         )
 
     def _number(self, names: Sequence[str]) -> None:
-        """Give numbers to shards that have none: in the order of the input, behind those that were seen before.
+        """Number the shards that have no number yet: in input order, after those seen before.
 
-        Each generation of new shards is one file that is created whole or not at all, so that runs on several machines
-        agree without a lock.
+        Each generation of new shards is one file that is created atomically, so runs on several machines agree without
+        a lock.
         """
         while True:
             self._numbers, generations = {}, 0
@@ -356,10 +356,10 @@ class OutputDirectory:
         return self.bookkeeping / ".numbers" / f"{number:05d}.json"
 
     def _clear(self) -> None:
-        """Delete what embedding wrote here, and nothing else.
+        """Delete everything that embedding wrote here, and nothing else.
 
         Raises:
-            InputError: another run is at work.
+            InputError: another run is using the directory.
         """
         for lock in (self.bookkeeping / ".locks" / "runs").glob("*"):
             if lock.name != self._owner and not lock.name.startswith("."):
@@ -385,7 +385,7 @@ class OutputDirectory:
             raise InputError(f"`overwrite`: {self.path} is in use by {held.owner}; wait for it to end") from held
 
     def _sweep(self) -> None:
-        """Remove what killed processes of this run left, and those of other runs that are no longer at work."""
+        """Remove files and locks left by killed processes of this run, and by other runs that no longer exist."""
         shutil.rmtree(self.scratch, ignore_errors=True)
         for left in (self.bookkeeping / ".tmp").glob("*"):
             if left.name != self._owner:
@@ -394,11 +394,11 @@ class OutputDirectory:
         for lock in (self.bookkeeping / ".locks").rglob("*"):
             if lock.is_file() and not lock.is_symlink() and lock != self._run_lock(self._owner):
                 with contextlib.suppress(MaekitError), owned(lock, sweeping=True):
-                    pass  # whoever had it is dead, and taking it removes it
+                    pass  # its owner is dead; taking and releasing the lock removes it
 
     @property
     def scratch(self) -> Path:
-        """Where this run keeps unfinished files."""
+        """Directory of this run's unfinished files."""
         return self.bookkeeping / ".tmp" / self._owner
 
     def _run_lock(self, owner: str) -> Path:
@@ -412,16 +412,16 @@ class OutputDirectory:
 
 
 def batch_size_of(directory: Path) -> int | None:
-    """Return the batch size of the run that made an output directory, None where there is none."""
+    """Return the batch size that an output directory was made with; None if unknown."""
     size = (_read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("batch_size")
     return size if isinstance(size, int) and size > 0 else None
 
 
 def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
-    """Refuse two parts that would write one file, such as `x` and `x.tar`, and what would lie among the bookkeeping.
+    """Refuse parts that would write to the same file, such as `x` and `x.tar`, or into hidden or bookkeeping folders.
 
     Raises:
-        InputError: names them.
+        InputError: names such parts.
     """
     owners: dict[str, Part] = {}
     for part in parts:
@@ -433,7 +433,7 @@ def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
                 f"{part.where} would be named {part.name}: a hidden name, or one that leads out of the output"
             )
         if layout.format == "npy":
-            continue  # a number for each
+            continue  # each part has its own number
         for path in layout.paths(part.name.removesuffix(TAR), None):
             owner = owners.setdefault(path, part)
             if owner is not part:
@@ -448,7 +448,7 @@ def _unlink(path: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Remove a folder of nothing but folders; its parent, where that was empty too, stays."""
+    """Remove a folder that contains only folders; its parent stays, even if empty."""
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(path)

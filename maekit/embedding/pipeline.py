@@ -1,11 +1,11 @@
 """The pipeline of embedding: read -> decode -> run -> write. Rows come out in order, shard after shard.
 
-1  processes read and decode chunks of images straight into the batches of a ring (decoding.py)
-2  the oldest batch that is full goes to the session, and its place in the ring is free again when its rows are there
-3  rows go to the writer, in a thread of its own (writing.py)
+1  processes read and decode chunks of images directly into the batches of a ring (decode_pool.py)
+2  the oldest full batch goes to the session; its slot in the ring is free again when its rows are computed
+3  rows go to the writer, which has its own thread (writer.py)
 
-The ring is what bounds all of it: nothing is read ahead of a free batch. A batch holds images of one shard only, the
-last one of a shard is padded to a power of two, so what a row is computed with depends on its shard alone.
+The ring bounds memory and read-ahead: nothing is read without a free batch. A batch holds images of one shard only, and
+the last batch of a shard is padded to a power of two, so the batch that computes a row depends on its shard alone.
 """
 
 import time
@@ -23,16 +23,16 @@ from maekit.images import Pixels
 from maekit.providers import CPU
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
-_GLANCE_SECONDS = 0.2  # how long is waited before looking round
+_GLANCE_SECONDS = 0.2  # how long to wait before yielding to the caller
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A shard that is ready to be embedded.
+    """An open shard, ready to be embedded.
 
     Attributes:
-        images: what is in it.
-        ordinals: which of them are meant.
+        images: its images.
+        ordinals: ordinals of the samples to embed.
     """
 
     images: Images
@@ -41,15 +41,15 @@ class Opened:
 
 @dataclass
 class Part:
-    """What came of some consecutive samples of a shard.
+    """Result of consecutive samples of a shard.
 
     Attributes:
         shard: the shard.
-        positions: places in its `ordinals` of the samples that have a row, in order.
+        positions: positions in `shard.ordinals` of the samples with a row, in order.
         embeddings: float32 `[rows, dim]`.
-        refused: position, reason code and detail of those that have none.
-        crcs: of the bytes of all images in it, with their positions.
-        failure: why the shard cannot be read to its end; then nothing of it counts.
+        refused: the samples without a row; `row` is the position in `shard.ordinals`.
+        crcs: (position, CRC-32 of the image's bytes) of each image.
+        failure: why the shard cannot be read to its end; then the whole shard is discarded.
         is_last: whether it ends the shard.
     """
 
@@ -64,16 +64,16 @@ class Part:
 
 @dataclass
 class Timing:
-    """Where the time went, in seconds.
+    """Time spent in each stage, in seconds, and amounts of work done.
 
     Attributes:
-        decoding: of CPU time in all decoding processes together.
-        running: in the session.
-        writing: in the writer.
-        samples: that came through, those without an image included.
-        images: embedded.
-        rows: written.
-        bytes: of the input, as far as it has been worked through.
+        decoding: CPU time of all decoding processes together.
+        running: time in the session.
+        writing: time in the writer.
+        samples: samples processed, including those without an image.
+        images: images embedded.
+        rows: rows written.
+        bytes: bytes of the input processed.
     """
 
     decoding: float = 0.0
@@ -90,15 +90,15 @@ class Timing:
 
 @dataclass
 class _Batch:
-    """Some samples of one shard on their way.
+    """Samples of one shard that are in the pipeline.
 
     Attributes:
         shard: the shard.
-        positions: of the samples whose images go to the rows of the batch, in order.
-        imageless: positions of samples without an image, among or behind them.
+        positions: positions of the samples whose images fill the rows of the batch, in order.
+        imageless: positions of samples without an image, among or after them.
         is_last: whether it ends the shard.
-        slot: its place in the ring.
-        chunks: being decoded.
+        slot: its position in the ring.
+        chunks: results of decoding its chunks.
     """
 
     shard: Opened
@@ -114,18 +114,18 @@ class EmbeddingPipeline:
 
     Args:
         session: the encoder.
-        pool: decodes.
+        pool: decodes the images.
         batch_size: images per run of the session.
-        concurrency: batches in the session at once.
+        concurrency: batches in the session at a time.
 
     Raises:
-        MaekitError: there is no memory for the ring.
+        MaekitError: there is not enough memory for the ring.
     """
 
     def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, concurrency: int = 1) -> None:
         self._session, self._pool, self._batch_size, self._concurrency = session, pool, batch_size, concurrency
         self._chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, batch_size // 8))
-        # Besides those in the session: one being filled, and enough for each process to have the next chunk waiting.
+        # Besides those in the session: one to fill, and enough that each process has its next chunk waiting.
         ahead = 1 + max(2, -(-2 * pool.workers * self._chunk // batch_size))
         self._ring = Ring(concurrency + ahead, batch_size, session.description.preprocess.size)
         self._free = deque(range(concurrency + ahead))
@@ -136,10 +136,10 @@ class EmbeddingPipeline:
         pool.use(self._ring, session.description.preprocess, yielding=session.provider == CPU)
 
     def run(self, shards: Iterable[Opened | None]) -> Generator[Part | None, None, None]:
-        """Yield what comes of each shard in order, and None now and then, so that the caller can stop there.
+        """Yield the results of each shard in order; a regular None gives the caller a chance to stop.
 
         Args:
-            shards: asked for as decoding comes to them; None where the next one is not there yet.
+            shards: consumed as decoding reaches them; None while the next one is not ready yet.
 
         Raises:
             OutOfMemory: a batch is too large for the device.
@@ -159,15 +159,15 @@ class EmbeddingPipeline:
                     yield self._advance(runner)
             finally:
                 chunks = [chunk for batch in self._decoding for chunk in batch.chunks]
-                wait([chunk for chunk in chunks if not chunk.cancel()])  # they read from shards that are closed next
+                wait([chunk for chunk in chunks if not chunk.cancel()])  # the caller closes their shards next
                 self._ring.close()
 
     def give_up(self, images: Images) -> None:
-        """Let nothing more come of a shard."""
+        """Yield nothing more of a shard."""
         self._failed.add(images.number)
 
     def _batches(self, shard: Opened) -> Iterator[_Batch]:
-        """Yield the batches of a shard; the last one of a shard without images is empty."""
+        """Yield the batches of a shard; the last one is empty if the shard has no images."""
         positions: list[int] = []
         imageless: list[int] = []
         for position, ordinal in enumerate(shard.ordinals):
@@ -183,7 +183,7 @@ class EmbeddingPipeline:
         yield _Batch(shard, positions, imageless, is_last=True)
 
     def _fill(self, batch: _Batch) -> None:
-        """Have a batch decoded into a free place of the ring."""
+        """Start decoding a batch into a free slot of the ring."""
         batch.slot = self._free.popleft()
         images = batch.shard.images
         places: list[Place] = []
@@ -197,7 +197,7 @@ class EmbeddingPipeline:
         self._decoding.append(batch)
 
     def _advance(self, runner: ThreadPoolExecutor) -> Part | None:
-        """Bring the oldest batches one step further."""
+        """Advance the oldest batch by one stage."""
         if self._running and (len(self._running) == self._concurrency or not self._decoding):
             batch, decoded, future = self._running[0]
             if wait([future], _GLANCE_SECONDS).not_done:
@@ -214,7 +214,7 @@ class EmbeddingPipeline:
         return None
 
     def _embed(self, batch: _Batch, decoded: list[Decoded]) -> Embeddings:
-        """Run one batch: -> float32 `[rows, dim]`, without those that were refused."""
+        """Run one batch: -> float32 `[rows, dim]`, without the rejected images."""
         refused = [refusal.row for chunk in decoded for refusal in chunk.refused]
         count = len(batch.positions)
         is_failed = any(chunk.failure is not None for chunk in decoded)
@@ -222,7 +222,7 @@ class EmbeddingPipeline:
             return np.empty((0, self._session.description.dim), np.float32)
         started = time.perf_counter()
         pixels = self._ring.batches[batch.slot]
-        pixels[refused] = 0  # what an earlier batch left there must not matter
+        pixels[refused] = 0  # clear what an earlier batch left there
         rows = embed_padded(self._session, pixels, count)
         self.timing.running += time.perf_counter() - started
         return np.delete(rows, refused, axis=0) if refused else rows
@@ -231,7 +231,7 @@ class EmbeddingPipeline:
         self._free.append(batch.slot)
         images = batch.shard.images
         if images.number in self._failed:
-            return None  # told already
+            return None  # reported already
         failure = next((chunk.failure for chunk in decoded if chunk.failure is not None), None)
         if failure is not None:
             self._failed.add(images.number)
@@ -252,12 +252,12 @@ class EmbeddingPipeline:
 def embed_padded(session: EncoderSession, pixels: Pixels, count: int) -> Embeddings:
     """Run the first `count` images of a batch, padded to the next power of two: -> float32 `[count, dim]`.
 
-    Few sizes mean few memory plans on a GPU; powers of two mean that a small shard does not pay for a full batch.
+    Few sizes mean few memory plans on a GPU; with powers of two a small shard does not pay for a full batch.
 
     Args:
         session: the encoder.
-        pixels: uint8 `[batch_size, H, W, 3]`; rows behind `count` are set to zero.
-        count: images.
+        pixels: uint8 `[batch_size, H, W, 3]`; the rows of padding are set to zero.
+        count: number of images.
     """
     size = min(len(pixels), 1 << (count - 1).bit_length())
     pixels[count:size] = 0

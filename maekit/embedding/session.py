@@ -1,4 +1,4 @@
-"""The model file in ONNX Runtime, on the provider that was asked for and on no other."""
+"""The model file in ONNX Runtime, on the requested provider and on no other."""
 
 import re
 import threading
@@ -19,7 +19,7 @@ from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.machine import cores
 
-# What ONNX Runtime, CUDA, cuBLAS and the C++ library say when memory runs out.
+# Messages of ONNX Runtime, CUDA, cuBLAS and the C++ library when memory runs out.
 _OUT_OF_MEMORY = re.compile(
     r"Failed to allocate memory|out of memory|bad_alloc|ALLOC_FAILED|Available memory of", re.IGNORECASE
 )
@@ -37,18 +37,18 @@ class EncoderSession:
     Args:
         path: the ONNX file that `maekit export` wrote.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        threads: CPU threads for the model; None is one per core.
-        provider_options: of the CUDA provider, in place of the usual ones.
+        threads: CPU threads for the model; None means one per core.
+        provider_options: options of the CUDA provider that override the defaults.
 
     Attributes:
-        description: what the file says of itself.
-        provider: where its nodes really run.
+        description: what the file states about itself.
+        provider: the provider that really runs its nodes.
         reason: why this provider, in a few words.
         registered: all providers of the session, first choice first.
-        nodes: how many nodes of the model each provider took.
+        nodes: number of the model's nodes on each provider.
 
     Raises:
-        InputError: no such file, not from maekit, or the provider asked for does not work; says how to mend it.
+        InputError: no such file, not from maekit, or the requested provider does not work; names the fix.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class EncoderSession:
             raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
         threads = threads or cores()
         external = check_external_data(path)
-        # Hundreds of megabytes: hashed while ONNX Runtime reads them.
+        # Hundreds of megabytes: hash them while ONNX Runtime loads the model.
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(files.sha256_file, path)
             self._load(path, device, threads, provider_options)
@@ -82,7 +82,7 @@ class EncoderSession:
             )
 
     def _load(self, path: Path, device: str, threads: int, provider_options: Mapping[str, str] | None) -> None:
-        """Open the model on the device, or on the CPU where `auto` finds no other that works."""
+        """Open the model on the device, or on the CPU if `auto` finds no working GPU."""
         opened = None
         self.reason = "asked for"
         if device != "cpu":
@@ -116,7 +116,7 @@ class EncoderSession:
             raise MaekitError(message) from error
 
     def _run(self, images: Pixels) -> Embeddings:
-        """Run on buffers of this thread's own, which stay bound for each size of batch."""
+        """Run on this thread's own buffers; they stay bound, one set per batch size."""
         sets: dict[int, _Buffers] = self._own.__dict__.setdefault("sets", {})
         buffers = sets.get(len(images))
         if buffers is None:
@@ -126,7 +126,7 @@ class EncoderSession:
 
 
 class _Buffers:
-    """A batch's input and output in the memory of the device, bound to the session once and used again and again."""
+    """Input and output of one batch size in device memory, bound to the session once and reused."""
 
     def __init__(self, session: Any, shape: tuple[int, ...], dim: int, device: tuple[str, int]) -> None:
         self._session, self._binding, self._is_cpu = session, session.io_binding(), device[0] == "cpu"
@@ -138,18 +138,18 @@ class _Buffers:
 
     def run(self, images: Pixels) -> Embeddings:
         if self._is_cpu:
-            self._binding.bind_cpu_input(INPUT, images)  # read where it lies
+            self._binding.bind_cpu_input(INPUT, images)  # read in place, without a copy
         else:
             self._input.update_inplace(images)
             self._binding.synchronize_inputs()
         self._session.run_with_iobinding(self._binding)
         self._binding.synchronize_outputs()
         rows: Embeddings = self._output.numpy()
-        return rows.copy() if self._is_cpu else rows  # on the CPU it is a view of the buffer
+        return rows.copy() if self._is_cpu else rows  # on the CPU `rows` is a view of the buffer
 
 
 def _said(problem: Problem | None) -> str:
-    """Return why `auto` chose what it chose, with the fix where there is a GPU to be had."""
+    """Return why `auto` chose its provider, with the fix unless there simply is no GPU."""
     if problem is None:
         return "a CUDA device works here"
     return problem.what if problem.is_absent else f"{problem.what}; {problem.fix}"

@@ -1,4 +1,4 @@
-"""How fast a run is, what its stages would do alone, and which of them sets the limit."""
+"""Throughput of a run and of each stage alone, and the bottleneck."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from maekit.system.machine import cores
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast it went, and what set the limit.
+    """Throughput of a run, and its bottleneck.
 
     Attributes:
-        images_per_second: as a whole.
-        rates: images per second of each stage, were it alone: `decode`, `model`, `write`.
-        limit_share: share of the limit that decoding and model set.
-        binds: the stage that costs most, in words.
+        images_per_second: throughput of the whole run.
+        rates: images per second of each stage if it ran alone: `decode`, `model`, `write`.
+        limit_share: utilisation: throughput as a fraction of the limit set by decoding and the model.
+        binds: the bottleneck, in words; empty while unknown.
     """
 
     images_per_second: float
@@ -26,7 +26,7 @@ class Speed:
 
     @classmethod
     def of(cls, timing: Timing, seconds: float, devices: Devices) -> "Speed":
-        """Return the speed of work that took so many seconds."""
+        """Return the speed of work that took `seconds`."""
         workers, provider = devices.workers, devices.running.provider
         decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
         model = timing.images * devices.concurrency / timing.running if timing.running else 0.0

@@ -1,4 +1,4 @@
-"""Which part of the input this process embeds: one of several splits, and on which GPU of its machine."""
+"""The split of the input that this process embeds, and its number among the processes of its machine."""
 
 import os
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import TypeVar
 from maekit.system.errors import InputError
 
 Item = TypeVar("Item")
-_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # such as that of the job's script
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0  # special SLURM step ids, such as the batch script's, start here
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class Split:
     """One of `count` splits of the input.
 
     Attributes:
-        number: from 0.
-        count: how many there are.
-        origin: who said so: `options`, `SLURM`, `a SLURM array`, `torchrun`; empty where there is one split.
-        local_number: among the processes of this machine.
-        local_count: processes on this machine.
+        number: its number, from 0.
+        count: number of splits.
+        origin: where it comes from: `options`, `SLURM`, `a SLURM array` or `torchrun`; empty for a single split.
+        local_number: number of this process among those of this machine.
+        local_count: number of processes on this machine.
     """
 
     number: int = 0
@@ -31,16 +31,16 @@ class Split:
 
     @property
     def name(self) -> str:
-        """What the split is called in the output's bookkeeping."""
+        """Name of the split in the output's bookkeeping."""
         return "all" if self.count == 1 else f"{self.number}-of-{self.count}"
 
     def of(self, items: Sequence[Item]) -> list[Item]:
-        """Return this split's share: every `count`-th, so that large neighbours are spread."""
+        """Return every `count`-th item, so that large neighbours go to different splits."""
         return list(items[self.number :: self.count])
 
 
 def find_split(number: int | None, count: int | None) -> Split:
-    """Return the split that was asked for, or that a launcher says this process is.
+    """Return the requested split, or the one that a launcher assigns to this process.
 
     Args:
         number: `--split`.
@@ -61,9 +61,9 @@ def find_split(number: int | None, count: int | None) -> Split:
     ):
         rank, world, local, local_world = (_number(name) for name in names)
         if origin == "SLURM" and not _is_srun():
-            continue  # the script of a job of many tasks, which runs once
+            continue  # the batch script of the job, which runs once whatever the number of tasks
         if rank is not None and world is not None and 0 <= rank < world and world > 1:
-            # Under srun the tasks of a node have CPUs of their own, as a rule; torchrun divides nothing.
+            # srun usually gives each task of a node its own CPUs; torchrun does not divide them.
             local_count = (local_world or 1) if origin == "torchrun" else 1
             return Split(rank, world, origin, local or 0, local_count)
     task, first, tasks = (_number(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "COUNT"))

@@ -1,4 +1,4 @@
-"""Reading the embeddings that `maekit embed` wrote: what its commit records name, shard by shard, and nothing else."""
+"""Read the output of `maekit embed`, shard by shard: only files named in commit records."""
 
 import json
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from maekit.system.errors import InputError, MaekitError
 
 @dataclass(frozen=True)
 class EmbeddedShard:
-    """The rows of one shard, in its order.
+    """The rows of one shard, in the shard's order.
 
     Attributes:
-        record: of its embedding.
-        keys: of the samples.
-        ordinals: their places in the shard, int32 `[n]`.
+        record: its commit record.
+        keys: keys of the samples.
+        ordinals: positions of the samples in the shard, int32 `[n]`.
         vectors: float32 `[n, dim]`.
     """
 
@@ -35,17 +35,17 @@ class EmbeddedShard:
 
 
 class EmbeddingFolder:
-    """An output directory of `maekit embed`, to read from.
+    """An output directory of `maekit embed`, opened for reading.
 
     Args:
         path: the directory.
 
     Attributes:
-        path: likewise.
-        records: of the shards that are committed, by name; some may have no row.
+        path: the directory.
+        records: records of the committed shards, sorted by file; some may have no row.
 
     Raises:
-        InputError: it is no such directory, or holds no row.
+        InputError: it is no output of `maekit embed`, has no row yet, or mixes models.
     """
 
     def __init__(self, path: Path) -> None:
@@ -70,19 +70,19 @@ class EmbeddingFolder:
 
     @property
     def model(self) -> str:
-        """SHA-256 of the ONNX file that made them."""
+        """SHA-256 of the ONNX file that made the embeddings."""
         return str(self.records[0].options.get("model"))
 
     @property
     def rows(self) -> int:
-        """Embeddings in all."""
+        """Total number of embeddings."""
         return sum(record.rows for record in self.records)
 
     def shards(self) -> Iterator[EmbeddedShard]:
-        """Yield the rows of one shard after the other, of those that have any.
+        """Yield the rows of each shard that has any.
 
         Raises:
-            MaekitError: a file is missing, or not what its record says.
+            MaekitError: a file is missing or does not match its record.
         """
         return (self.read(record) for record in self.records if record.rows)
 
@@ -90,7 +90,7 @@ class EmbeddingFolder:
         """Return the rows of a shard.
 
         Raises:
-            MaekitError: a file is missing, or not what its record says.
+            MaekitError: a file is missing or does not match its record.
         """
         paths = [self.path / output["path"] for output in record.outputs]
         for path, output in zip(paths, record.outputs, strict=True):
@@ -117,17 +117,17 @@ class EmbeddingFolder:
 
 
 def is_made_from(record: CommitRecord, part: Part, images: Images) -> bool:
-    """Whether a shard's embeddings were made of these images; where time and size do not tell, all bytes are read.
+    """Whether a shard's embeddings were made from these images; unless the version proves it, all bytes are read.
 
-    The digest of an index names keys and sizes alone: two shards of uncompressed images may share it.
+    An index's digest covers keys and sizes alone: two shards of uncompressed images may share it.
 
     Args:
-        record: of the embeddings.
-        part: where the images lie.
-        images: of the part, open.
+        record: commit record of the embeddings.
+        part: the part that holds the images.
+        images: the opened part.
 
     Raises:
-        MaekitError: they cannot be read.
+        MaekitError: the images cannot be read.
     """
     if record.input_digest != images.digest:
         return False

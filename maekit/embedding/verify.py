@@ -1,4 +1,4 @@
-"""`maekit embed --verify`: read everything again, and see that rows + errors = keys, shard by shard."""
+"""`maekit embed --verify`: reread everything and check, shard by shard, that rows + errors = keys."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,20 +21,20 @@ from maekit.system.machine import cores
 from maekit.system.parallel import map_in_threads
 from maekit.system.progress import Progress
 
-# How far the length of a stored embedding may be from 1: rounding to float16 takes it off by up to 5e-4.
+# Allowed deviation of a stored embedding's norm from 1; rounding to float16 changes it by up to 5e-4.
 _NORM_TOLERANCE = 2e-3
 _ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found.
+    """Result of a verification.
 
     Attributes:
-        shards: whose files are what their records say.
-        rows: in them.
-        errors: keys without a row, likewise.
-        problems: one line each.
+        shards: number of shards whose files match their records.
+        rows: rows in those shards.
+        errors: keys without a row in those shards.
+        problems: one line per problem.
     """
 
     shards: int
@@ -50,13 +50,13 @@ def verify(
     progress: Progress,
     stop_if_asked: Callable[[], None],
 ) -> Verdict:
-    """Hold the files of all these shards against their records and against the shards themselves.
+    """Compare the files of the given shards with their records and with the shards themselves.
 
     Args:
-        output: where the files are.
+        output: the output to verify.
         tasks: the shards.
-        remote: where remote shards come from.
-        progress: where to show how it goes on.
+        remote: cache that fetches remote shards.
+        progress: receives progress updates.
         stop_if_asked: called for each shard; raises to stop.
     """
     shards = rows = errors = 0
@@ -87,7 +87,7 @@ def verify(
 
 
 def _problem(output: OutputDirectory, record: CommitRecord, task: Task, remote: RemoteCache) -> str | None:
-    """Return how a shard's files are not what they must be, or None."""
+    """Return the first problem of a shard's files, or None."""
     name = record.shard
     for file in record.outputs:
         path = output.path / file["path"]
@@ -114,7 +114,7 @@ def _unreconciled(
     images: Images,
     ordinals: Sequence[int],
 ) -> str | None:
-    """Return the first key that is missing, extra or out of order, or the first embedding that cannot be one."""
+    """Return the first missing, extra or misplaced key or the first invalid embedding, as a message; else None."""
     name = record.shard
     if images.digest != record.input_digest:
         return f"{name}: has changed since it was embedded"
@@ -155,10 +155,10 @@ def _impossible(embeddings: NDArray[Any], output: OutputDirectory) -> str | None
 
 
 def _rows(output: OutputDirectory, record: CommitRecord) -> Iterator[tuple[list[str], list[int], NDArray[Any]]]:
-    """Yield keys, indexes and embeddings of a shard, some thousands at once.
+    """Yield keys, indexes and embeddings of a shard, up to 4,096 rows at a time.
 
     Raises:
-        MaekitError: a file cannot be read, or its rows are not as many as those of the other.
+        MaekitError: a file cannot be read, or the two files differ in the number of rows.
     """
     paths = [output.path / file["path"] for file in record.outputs]
     if not paths:

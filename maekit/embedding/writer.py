@@ -1,4 +1,4 @@
-"""The last stage: rows -> files, shard after shard, in a thread of its own, so that no batch waits for a disk."""
+"""The last stage: rows -> files, shard by shard. It has its own thread, so that no batch waits for the disk."""
 
 import queue
 import threading
@@ -22,12 +22,12 @@ _WAITING = 8  # batches
 
 @dataclass(frozen=True)
 class Written:
-    """A shard that is done with.
+    """A shard that has been committed or given up.
 
     Attributes:
         images: the shard.
-        record: its commit record; None where it could not be embedded.
-        failure: why not.
+        record: its commit record; None if it could not be embedded.
+        failure: why it could not be embedded, or None.
     """
 
     images: Images
@@ -36,13 +36,13 @@ class Written:
 
 
 class Writer:
-    """Writes what the pipeline yields.
+    """Writes the results that the pipeline yields.
 
     Args:
-        output: where to.
-        blank: a shard's commit record but for what is known only at its end.
-        done: called in the writer's thread for each shard that is done with.
-        timing: gets the seconds and rows.
+        output: receives rows and records.
+        blank: returns a shard's commit record without the fields known only at its end.
+        done: called in the writer's thread for each shard that was committed or given up.
+        timing: the writer adds its seconds and rows here.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Writer:
         self._thread.start()
 
     def put(self, part: Part) -> None:
-        """Hand over what comes next; waits where the disk is slower than the model.
+        """Queue the next part; blocks while the disk is slower than the model.
 
         Raises:
             MaekitError: an earlier part could not be written.
@@ -74,7 +74,7 @@ class Writer:
                 continue
 
     def check(self) -> None:
-        """See that all is well: nothing more may come that would be put.
+        """Raise a pending write error. Needed because the last part can fail after the final `put`.
 
         Raises:
             MaekitError: a part could not be written.
@@ -83,7 +83,7 @@ class Writer:
             raise self._error
 
     def close(self) -> None:
-        """Write what was handed over, leave out a shard that is not complete, and end.
+        """Write all queued parts, discard an incomplete shard, and end the thread.
 
         Raises:
             MaekitError: a part could not be written.
@@ -121,7 +121,7 @@ class Writer:
             self._crcs = np.zeros((1 + keep, len(part.shard.ordinals)), "<u4")
         try:
             rows = self._gather(part, self._work)
-        except MaekitError as error:  # a member kept cannot be read
+        except MaekitError as error:  # a sidecar cannot be read
             return self._give_up(images, str(error))
         self._work.files.append(rows)
         self._timing.rows += len(rows)
@@ -129,7 +129,7 @@ class Writer:
             self._end(part, self._work)
 
     def _gather(self, part: Part, work: ShardWork) -> Rows:
-        """Put keys, embeddings and members kept side by side; what has no row becomes an error.
+        """Join keys, embeddings and sidecars into rows; samples without a row become errors.
 
         Raises:
             MaekitError: the shard cannot be read.

@@ -1,1 +1,1 @@
-"""How good embeddings are, measured on labelled shards."""
+"""Quality of embeddings, measured on labelled shards."""

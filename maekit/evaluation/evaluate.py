@@ -1,4 +1,4 @@
-"""`maekit evaluate knn|linear|retrieval`: labelled shards -> features -> scores, of a model and of its baselines."""
+"""`maekit evaluate knn|linear|retrieval`: labelled shards -> features -> scores, for a model and its baselines."""
 
 import copy
 import hashlib
@@ -36,11 +36,11 @@ from maekit.vectors.knn import knn_accuracies
 if TYPE_CHECKING:
     from maekit.pretrained.load import TrainedEncoder
 
-# Of raw pixels the directions behind these hold noise: whitened, they are better without.
+# Directions of raw pixels after the first 64 are noise; whitened pixels score better without them.
 _PIXEL_DIM = 64
 _ONNX = ".onnx"
 _WHITENED = "whitened already"
-# Of a whitening: with fewer images for each direction it is fitted to these images, and no more to their kind.
+# Images per direction that a whitening needs; with fewer it overfits to these images.
 _PER_DIRECTION = 10
 _BLOCK = 4096
 
@@ -51,17 +51,17 @@ Labels = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class EvaluateResult:
-    """What was found; `--json` prints it.
+    """Result of an evaluation; `--json` prints it.
 
     Attributes:
         task: `knn`, `linear` or `retrieval`.
-        model: as it was named.
-        step: of a run or checkpoint; None of anything else.
+        model: the model, as given.
+        step: training step of a run or checkpoint; None for any other model.
         train: the training set: shards, damaged (left out), samples, images, classes, unlabelled, unreadable.
-        test: the test set, likewise; None where each training image searches among the others.
-        rows: a row for each kind of embedding: `name`, `dim`, and its scores.
-        options: how they were judged.
-        path: where this is kept in the run; None for any other model.
+        test: the test set, with the same fields; None if each training image searches among the others.
+        rows: one row per kind of embedding: `name`, `dim`, and its scores.
+        options: settings of the evaluation.
+        path: file of this result in the run; None for any other model.
     """
 
     task: str
@@ -75,15 +75,15 @@ class EvaluateResult:
 
 
 def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> EvaluateResult:
-    """Judge embeddings on labelled shards.
+    """Evaluate embeddings on labelled shards.
 
     Args:
-        config: the task, the model, and the images.
-        progress: is told how it goes on.
+        config: the task, the model and the images.
+        progress: receives progress updates.
 
     Raises:
         InputError: no such model, no labels, or impossible settings.
-        MaekitError: failed while working.
+        MaekitError: a failure during the evaluation.
     """
     progress = progress or Silent()
     config.validate()
@@ -120,7 +120,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     result = EvaluateResult(task, config.model, subject.step, summaries[0], summaries[1] if test else None, rows, asked)
     if subject.run is None or subject.step is None:
         return result
-    # Judged on other images, or in another way, it is another evaluation, which stands beside the first.
+    # Other images or settings make another evaluation, which is stored in its own file.
     digest = hashlib.sha256(json.dumps([list(train), list(test), asked]).encode()).hexdigest()[:6]
     path = subject.run.evaluation(f"{task}-{digest}", subject.step)
     try:
@@ -133,10 +133,10 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
 
 
 def _check_counts(task: str, sets: Sequence[LabelledSet]) -> None:
-    """Refuse sets that cannot be judged, before any image is decoded.
+    """Refuse sets that cannot be evaluated, before any image is decoded.
 
     Raises:
-        InputError: too few images to hold any out, or no query that has an image of its class.
+        InputError: too few images to hold any out, or no query has another image of its class.
     """
     if task == "linear":
         from maekit.evaluation.linear import held_out_rows
@@ -149,12 +149,12 @@ def _check_counts(task: str, sets: Sequence[LabelledSet]) -> None:
 
 
 class _Subject:
-    """What MODEL names, and what is judged beside it.
+    """The model to evaluate, and its baselines.
 
     Attributes:
-        run: that it belongs to, or None.
-        step: of its weights, or None.
-        unreadable: images of each set that have no embedding; known once all features are.
+        run: the run it belongs to, or None.
+        step: training step of its weights, or None.
+        unreadable: number of images of each set without an embedding; known once all features are computed.
     """
 
     def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
@@ -192,9 +192,9 @@ class _Subject:
             self.step = int(self._trained.provenance["step"])
 
     def features(self, sets: Sequence[LabelledSet]) -> Iterator[tuple[str, list[Features]]]:
-        """Yield (what it is, features of each set), the baselines first."""
+        """Yield (what the features are, features of each set), baselines first."""
         progress, stored = self._progress, None
-        if self._folder is not None:  # read first: nothing is computed for sets that have no embeddings
+        if self._folder is not None:  # read first, so that missing embeddings fail before the baselines are computed
             names = ("train", "test")
             stored = [stored_features(s, self._folder, name) for s, name in zip(sets, names, strict=False)]
         if self._config.baselines:
@@ -219,7 +219,7 @@ class _Subject:
                 yield from self._of_precision(self._trained, precision, sets)
 
     def _of_untrained(self, trained: "TrainedEncoder", sets: Sequence[LabelledSet]) -> list[Features]:
-        """Return what the same encoder gives as initialised."""
+        """Return the features of the same encoder with freshly initialised weights."""
         import dataclasses
 
         from maekit.mae.autoencoder import initialize_encoder
@@ -232,7 +232,7 @@ class _Subject:
     def _of_precision(
         self, trained: "TrainedEncoder", precision: Literal["fp16", "int8"], sets: Sequence[LabelledSet]
     ) -> Iterator[tuple[str, list[Features]]]:
-        """Export in a precision, and embed with the file."""
+        """Export in a precision and embed with the exported file."""
         from maekit.config.export import ExportConfig
         from maekit.exporters.export import export
         from maekit.mae.pooling import poolings_of
@@ -241,7 +241,7 @@ class _Subject:
         with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
             for pool in self._config.pool or poolings_of(trained.encoder):
                 path = Path(folder) / f"{pool}-{precision}.onnx"
-                # Judged whether or not it would be kept: that is what is asked here.
+                # `force`: evaluate the file even if it fails the check of the export; its quality is the question here.
                 config = ExportConfig(
                     self._config.model,
                     str(path),
@@ -274,10 +274,10 @@ class _Judge:
     """Scores features on a task.
 
     Args:
-        config: the task, and how.
-        classes: of the training set.
-        sets: training set, and test set where there is one.
-        progress: is told of what says little.
+        config: the task and its settings.
+        classes: classes of the training set.
+        sets: the training set, and the test set if there is one.
+        progress: receives warnings about unreliable scores.
     """
 
     def __init__(
@@ -291,15 +291,15 @@ class _Judge:
         self._labels = [encode(labelled.texts, classes) for labelled in sets]
 
     def __call__(self, what: str, features: Sequence[Features]) -> Iterator[dict[str, Any]]:
-        """Yield a row for each pooling, plain and whitened."""
+        """Yield one result row per pooling, plain and whitened."""
         labels = [labels[part.kept] for labels, part in zip(self._labels, features, strict=True)]
         for pool in features[0].rows:
             rows = [part.rows[pool] for part in features]
-            # Of pixels there is one kind.
+            # Pixels have no poolings.
             name = "raw pixels" if pool == "pixels" else f"{what} {pool}" if what == "untrained" else pool
             name += f", {what}" if what in ("fp16", "int8") else ""
             yield {"name": name, "dim": rows[0].shape[1], **self._score(rows, labels)}
-            # A linear classifier scales directions by itself.
+            # A linear classifier learns the scale of each direction itself.
             if self._config.whiten and self._config.task != "linear" and what != _WHITENED:
                 default = min(_PIXEL_DIM, len(rows[0]) - 1) if pool == "pixels" else None
                 for dim in self._config.whiten_dims or (default,):
@@ -349,9 +349,9 @@ class _Judge:
 
 
 def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
-    """Return pixels whitened to their first principal components, which are found by a few passes over the images.
+    """Return pixels whitened to their first principal components, by randomized PCA.
 
-    All directions of 3,072 would take half a minute, and be worse.
+    All 3,072 directions would take half a minute and score worse.
     """
     from sklearn.decomposition import PCA
 
@@ -361,9 +361,9 @@ def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
 
 
 def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
-    """Return rows whitened by the first of them, the training set's."""
+    """Return all rows whitened, with the whitening fitted to the first set, the training set."""
     from maekit.vectors.whitening import fit_whitening
 
-    blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes room
+    blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes memory
     made = fit_whitening(blocks, dim, hashlib.sha256())
     return [part @ made.matrix.T + made.bias for part in rows]

@@ -1,11 +1,11 @@
-"""What is judged: one vector for each labelled image, from whatever MODEL names.
+"""Features for evaluation: one vector per labelled image, from any kind of MODEL.
 
     RUN, CHECKPOINT, timm:NAME, FILE, DIRECTORY    an encoder (maekit.pretrained.sources) in PyTorch, by pooling
-    ENCODER.ONNX                                   what is deployed, in ONNX Runtime
-    EMBEDDINGS                                     an --out of `maekit embed`: nothing is computed
-    raw pixels                                     the image, reduced to 32 x 32
+    ENCODER.ONNX                                   the deployed file, in ONNX Runtime
+    EMBEDDINGS                                     an output of `maekit embed`: nothing is computed
+    raw pixels                                     the image, resized to 32 x 32
 
-Images are read and prepared by threads, some ahead; those that cannot be are left out and counted.
+Threads read and preprocess images ahead. Unreadable images are left out and counted.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _BATCH = 64
 PIXELS = 32
-# A batch of exported models: on a CPU larger ones only fall out of the caches.
+# Batch sizes for exported models; on a CPU larger batches only fall out of the caches.
 _CPU_BATCH, _GPU_BATCH = 8, 256
 
 Rows = NDArray[np.float32]
@@ -45,8 +45,8 @@ class Features:
     """Vectors of a labelled set.
 
     Attributes:
-        rows: under the name of each pooling, float32 `[n, d]`.
-        kept: which of the set have them, bool `[samples]`.
+        rows: float32 `[n, d]`, by name of pooling.
+        kept: which samples of the set have a row, bool `[samples]`.
     """
 
     rows: dict[str, Rows]
@@ -60,10 +60,10 @@ def image_features(
 
     Args:
         labelled: the set.
-        preprocess: makes them fit.
-        embed: uint8 `[b, H, W, 3]` -> float32 `[b, d]` under the name of each pooling.
-        what: is done, for the progress.
-        progress: is told how it goes on.
+        preprocess: preprocessing of the images.
+        embed: uint8 `[b, H, W, 3]` -> float32 `[b, d]`, by name of pooling.
+        what: name of the work, for progress updates.
+        progress: receives progress updates.
 
     Raises:
         InputError: none of the images can be read.
@@ -92,7 +92,7 @@ def image_features(
 
 
 def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
-    """Return the pixels of images that are reduced to 32 x 32, in [-1, 1]."""
+    """Return the pixels of the images resized to 32 x 32, in [-1, 1]."""
     preprocess = Preprocess.for_size((PIXELS, PIXELS), (0.5,) * 3, (0.5,) * 3)
 
     def embed(images: Pixels) -> dict[str, Rows]:
@@ -106,11 +106,11 @@ class TorchEncoder:
 
     Args:
         trained: the encoder.
-        pools: poolings; empty is all of one token or one mean that it has.
+        pools: poolings to compute; empty means all that the encoder has of one token or one mean.
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: it has no such pooling, or there is no such device.
+        InputError: the encoder has no such pooling, or the device does not exist.
     """
 
     def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str) -> None:
@@ -155,7 +155,7 @@ class ExportedEncoder:
         device: `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: it is no such file, or does not run here.
+        InputError: it is no exported file, or does not run here.
     """
 
     def __init__(self, path: Path, device: str) -> None:
@@ -182,12 +182,12 @@ class ExportedEncoder:
 
 
 def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -> Features:
-    """Return the rows of a labelled set that were embedded before; shards are known by what is in them.
+    """Return the stored rows of a labelled set; shards are matched by content.
 
     Args:
         labelled: the set.
-        folder: where the rows are.
-        name: of the setting that the set was given by, for messages.
+        folder: the stored embeddings.
+        name: name of the setting that gave the set, for messages.
 
     Raises:
         InputError: a shard was not embedded, or none of its labelled images has a row.
@@ -220,7 +220,7 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -
 def _record_of(
     folder: EmbeddingFolder, file: ShardFile, digest: str, remote: RemoteCache | None
 ) -> CommitRecord | None:
-    """Return the record of a shard's embeddings, wherever the shard lay when it was embedded."""
+    """Return the record of a shard's embeddings, even if the shard has moved since."""
     part = TarPart(file)
     records = [record for record in folder.records if record.input_digest == digest]
     if not records:

@@ -1,4 +1,4 @@
-"""Labelled images out of shards: the `cls` member of each sample is its class."""
+"""Labelled images from shards: the `cls` member of each sample is its class."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -21,12 +21,12 @@ class LabelledSet:
     """Samples that have a label.
 
     Attributes:
-        shards: where they lie.
-        numbers: of the samples within `shards`, int64 `[n]`.
-        texts: what the `cls` member of each says.
-        unlabelled: samples looked at that have none, or an empty one.
-        names: of the classes, in the order of their numbers, where `maekit pack` left them in `classes.txt`.
-        damaged: shards that were left out.
+        shards: the shards that hold them.
+        numbers: numbers of the samples in `shards`, int64 `[n]`.
+        texts: text of each sample's `cls` member.
+        unlabelled: number of drawn samples whose label is missing or empty.
+        names: names of the classes by number, from the `classes.txt` of `maekit pack`; empty if there is none.
+        damaged: number of damaged shards, which are left out.
     """
 
     shards: ShardSet
@@ -37,7 +37,7 @@ class LabelledSet:
     damaged: int = 0
 
     def summary(self, classes: Sequence[str]) -> dict[str, object]:
-        """Return what the set is, as JSON values; `classes` are those that count."""
+        """Return the counts of the set as JSON values; only labels in `classes` count as classes."""
         there = set(self.texts)
         return {
             "shards": len(self.shards.shards),
@@ -56,9 +56,9 @@ def open_labelled(
 
     Args:
         specs: input specs.
-        name: of the setting that they were given by, for messages.
-        progress: is told of damaged shards, which are left out.
-        images: at most so many samples, drawn at random, the same each time; None is all.
+        name: name of the setting that gave them, for messages.
+        progress: receives progress updates, and a note for each damaged shard, which is left out.
+        images: draw at most N samples at random, with a fixed seed; None means all.
         cache_gb: gigabytes of disk for remote shards.
 
     Raises:
@@ -72,7 +72,7 @@ def open_labelled(
         on_damage=lambda damage: progress.note(f"left out: {damage}"),
     )
     count = min(images or shards.samples, shards.samples)
-    # Not evenly spaced: where classes come in turn, every fourth sample may be of the same one.
+    # Not evenly spaced: if classes alternate, every fourth sample may be of the same class.
     chosen = np.sort(np.random.default_rng(0).choice(shards.samples, count, replace=False)).tolist()
     progress.start(f"labels of `{name}`", count)
     numbers, texts = [], []
@@ -95,7 +95,7 @@ def open_labelled(
 
 
 def _names(shards: ShardSet) -> tuple[str, ...]:
-    """Return the names of the classes that lie beside the shards, where all of them lie in one folder."""
+    """Return the class names stored beside the shards; empty unless all shards are local and in one folder."""
     folders = {file.path.parent for file in shards.shards if file.url is None}
     if len(folders) != 1 or shards.remote is not None:
         return ()
@@ -103,9 +103,9 @@ def _names(shards: ShardSet) -> tuple[str, ...]:
 
 
 def by_name(sets: Sequence[LabelledSet]) -> list[LabelledSet]:
-    """Return the sets with the names of their classes for labels, where each of them has names.
+    """Return the sets with class names as labels if each set has names, else unchanged.
 
-    Two folders that were packed apart may number the same classes differently.
+    Folders that were packed separately may number the same classes differently.
     """
     if not all(labelled.names for labelled in sets):
         return list(sets)
@@ -117,7 +117,7 @@ def by_name(sets: Sequence[LabelledSet]) -> list[LabelledSet]:
 
 
 def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
-    """Return the different labels in order: as numbers, where all of them are."""
+    """Return the distinct labels, sorted; numerically if all of them are integers."""
     there = set(texts)
     if all(_NUMBER.fullmatch(text) for text in there):
         return tuple(sorted(there, key=lambda text: (int(text), text)))
@@ -125,6 +125,6 @@ def classes_of(texts: Iterable[str]) -> tuple[str, ...]:
 
 
 def encode(texts: Iterable[str], classes: Sequence[str]) -> NDArray[np.int64]:
-    """Return the number of each label among the classes, int64 `[n]`; -1 where it is none of them."""
+    """Return the index of each label in `classes`, int64 `[n]`; -1 for an unknown label."""
     numbers = {text: number for number, text in enumerate(classes)}
     return np.array([numbers.get(text, -1) for text in texts], np.int64)

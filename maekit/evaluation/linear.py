@@ -1,4 +1,4 @@
-"""A linear classifier on embeddings: multinomial logistic regression, its regularisation chosen on a held-out part."""
+"""Linear classification of embeddings: multinomial logistic regression, with regularisation chosen on held-out rows."""
 
 from dataclasses import dataclass
 
@@ -12,18 +12,18 @@ from maekit.system.errors import InputError
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT = 0.1
 _MOST_ITERATIONS = 1000
-# Of the gradient of the mean loss: below it the accuracy no longer changes.
+# On the gradient of the mean loss; smaller values no longer change the accuracy.
 _TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
 class LinearScore:
-    """What a linear classifier reaches.
+    """Score of a linear classifier.
 
     Attributes:
-        accuracy: share of test rows that it gets right.
-        c: the inverse regularisation that was chosen, as scikit-learn's C.
-        held_out: for each C, the accuracy on the tenth of the training set that it was not fitted to.
+        accuracy: share of test rows classified correctly.
+        c: the chosen inverse regularisation, as scikit-learn's C.
+        held_out: for each C, the accuracy on the held-out tenth of the training set.
     """
 
     accuracy: float
@@ -34,13 +34,13 @@ class LinearScore:
 class LogisticRegression:
     """Multinomial logistic regression by L-BFGS, on standardised features.
 
-    It minimises C · Σ cross-entropy + ‖W‖² / 2, as scikit-learn's does; biases are free.
+    It minimises C · Σ cross-entropy + ‖W‖² / 2, as scikit-learn does; biases are not regularised.
 
     Args:
         rows: float32 `[n, d]`.
         labels: int64 `[n]`, from 0.
-        classes: how many.
-        device: to compute on.
+        classes: number of classes.
+        device: device to compute on.
     """
 
     def __init__(
@@ -48,14 +48,14 @@ class LogisticRegression:
     ) -> None:
         x = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
         self._mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
-        # What does not vary says nothing, and must not be blown up.
+        # A constant feature carries no information; scaling would only amplify its rounding errors.
         self._scale = torch.where(std > 1e-6 * std.max(), 1 / std, 0)
         self._x, self._y = (x - self._mean) * self._scale, torch.from_numpy(labels).to(device)
         self._weight = torch.zeros(classes, x.shape[1], device=device, requires_grad=True)
         self._bias = torch.zeros(classes, device=device, requires_grad=True)
 
     def fit(self, c: float) -> None:
-        """Go on from where the last fit ended, to the optimum for C."""
+        """Fit to the optimum for C, starting from the last fit."""
         optimizer = torch.optim.LBFGS(
             [self._weight, self._bias],
             max_iter=_MOST_ITERATIONS,
@@ -77,7 +77,7 @@ class LogisticRegression:
 
     @torch.no_grad()
     def accuracy(self, rows: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
-        """Return the share of rows, float32 `[m, d]`, that get their label."""
+        """Return the share of rows, float32 `[m, d]`, that are classified correctly."""
         x = torch.from_numpy(np.ascontiguousarray(rows)).to(self._mean.device)
         logits = functional.linear((x - self._mean) * self._scale, self._weight, self._bias)
         return float((logits.argmax(dim=1).cpu().numpy() == labels).mean())
@@ -92,15 +92,15 @@ def linear_accuracy(
     seed: int = 0,
     device: torch.device | None = None,
 ) -> LinearScore:
-    """Choose C on a tenth of the training set, fit to all of it with that, and judge on the test set.
+    """Choose C on a held-out tenth of the training set, refit with it on all rows, and score the test set.
 
     Args:
         train: float32 `[n, d]`.
         train_labels: int64 `[n]`, from 0.
         test: float32 `[m, d]`.
-        test_labels: int64 `[m]`; -1 is never right.
-        seed: of the tenth.
-        device: to compute on; None is the CPU.
+        test_labels: int64 `[m]`; -1 never counts as correct.
+        seed: seed that draws the held-out tenth.
+        device: device to compute on; None means the CPU.
 
     Raises:
         InputError: too few rows to hold any out.
@@ -122,7 +122,7 @@ def linear_accuracy(
 
 
 def held_out_rows(rows: int) -> int:
-    """Return how many of so many training rows are held out to choose the regularisation.
+    """Return how many of `rows` training rows are held out to choose the regularisation.
 
     Raises:
         InputError: too few to hold any out.

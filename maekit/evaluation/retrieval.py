@@ -1,4 +1,4 @@
-"""Retrieval: does a query find the images of its class first?"""
+"""Retrieval: does a query rank the images of its class first?"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from numpy.typing import NDArray
 from maekit.system.errors import InputError
 from maekit.vectors.nearest import unit
 
-_BLOCK_BYTES = 256 << 20  # of cosines and their order at once
+_BLOCK_BYTES = 256 << 20  # of cosines and ranks at a time
 
 
 @dataclass(frozen=True)
 class RetrievalScores:
-    """Means over all queries that have something to find.
+    """Means over all queries with at least one relevant row, that is, one of their class.
 
     Attributes:
-        mean_average_precision: of a query, the mean, over all rows of its class, of the precision at their rank.
-        r_precision: share of its class among the first R rows, where R is how many it has.
-        recall: at each k, the share of queries with one of their class among the first k rows (Jégou et al. 2011).
-        queries: that have something to find.
+        mean_average_precision: mean of average precision: the mean precision at the ranks of the relevant rows.
+        r_precision: share of relevant rows among the first R, where R is the number of relevant rows.
+        recall: for each k, the share of queries with a relevant row among the first k (Jégou et al. 2011).
+        queries: number of queries with at least one relevant row.
     """
 
     mean_average_precision: float
@@ -37,17 +37,17 @@ def retrieval_scores(
     *,
     recalls: Sequence[int],
 ) -> RetrievalScores:
-    """Rank all rows for each query by cosine, and score the ranking; equal cosines rank in the order of the rows.
+    """Rank all rows for each query by cosine and score the ranking; equal cosines rank in row order.
 
     Args:
-        rows: to be found, `[n, d]`.
-        labels: of the rows, int64 `[n]`.
+        rows: rows to search, `[n, d]`.
+        labels: labels of the rows, int64 `[n]`.
         queries: `[m, d]`; None lets each row search among the others.
-        query_labels: of the queries, int64 `[m]`.
+        query_labels: labels of the queries, int64 `[m]`.
         recalls: the k of recall@k.
 
     Raises:
-        InputError: no query has anything to find.
+        InputError: no query has a relevant row.
     """
     leave_one_out = queries is None or query_labels is None
     rows = unit(rows)
@@ -58,7 +58,7 @@ def retrieval_scores(
         cosines = searched[start : start + step] @ rows.T  # [b, d] @ [d, n] -> [b, n]
         if leave_one_out:
             itself = np.arange(start, start + len(cosines))
-            cosines[np.arange(len(cosines)), itself] = np.inf  # ranks first, and is cut off
+            cosines[np.arange(len(cosines)), itself] = np.inf  # rank it first, then cut it off
         order = np.argsort(-cosines, axis=1, kind="stable")[:, int(leave_one_out) :]
         hits = labels[order] == wanted[start : start + step, None]
         relevant = hits.sum(axis=1)
@@ -75,8 +75,8 @@ def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Seque
     """Return the sums of average precision, R-precision and each recall over queries, float64 `[2 + recalls]`.
 
     Args:
-        hits: whether the row at a rank is of the query's class, bool `[b, n]`.
-        relevant: how many there are, int64 `[b]`.
+        hits: whether the row at each rank is of the query's class, bool `[b, n]`.
+        relevant: number of such rows per query, int64 `[b]`.
         recalls: the k of recall@k.
     """
     if not len(hits):

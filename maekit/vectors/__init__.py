@@ -1,1 +1,1 @@
-"""Arithmetic on embeddings: who is near, and how many directions count."""
+"""Arithmetic on embeddings: nearest neighbours, kNN classification, whitening."""

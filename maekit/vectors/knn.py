@@ -1,4 +1,4 @@
-"""Nearest-neighbour classification of embeddings: the quickest answer to whether they are any good."""
+"""Nearest-neighbour classification of embeddings: the quickest test of their quality."""
 
 from collections.abc import Sequence
 
@@ -16,7 +16,7 @@ Labels = NDArray[np.int64]
 def knn_accuracy(
     train: Rows, train_labels: Labels, test: Rows, test_labels: Labels, *, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Return the share of test rows whose weighted neighbours vote for their label; see `knn_accuracies`."""
+    """Return the share of test rows that weighted kNN classifies correctly; see `knn_accuracies`."""
     (share,) = knn_accuracies(train, train_labels, test, test_labels, ks=[k], temperature=temperature)
     return share
 
@@ -30,21 +30,21 @@ def knn_accuracies(
     ks: Sequence[int],
     temperature: float = 0.07,
 ) -> list[float]:
-    """Return the share of test rows whose weighted neighbours vote for their label (Wu et al. 2018, section 3.4).
+    """Return the share of test rows that weighted kNN classifies correctly (Wu et al. 2018, section 3.4), for each k.
 
-    Each of the k nearest training rows by cosine votes with exp(cosine / temperature); of equal votes the smaller
+    Each of the k nearest training rows by cosine votes with weight exp(cosine / temperature). On a tie the smaller
     label wins.
 
     Args:
         train: `[n, d]`.
         train_labels: int64 `[n]`, from 0.
         test: `[m, d]`.
-        test_labels: int64 `[m]`; -1 is right for no vote.
-        ks: numbers of neighbours, a share for each; all training rows where there are fewer.
-        temperature: of the weights.
+        test_labels: int64 `[m]`; -1 never counts as correct.
+        ks: numbers of neighbours; a k above n means all training rows.
+        temperature: temperature of the weights.
 
     Raises:
-        ValueError: no rows, or labels that do not match them.
+        ValueError: no rows, or the numbers of rows and labels differ.
     """
     if not len(train) or not len(test) or len(train) != len(train_labels) or len(test) != len(test_labels):
         raise ValueError(f"{len(train)} rows, {len(train_labels)} labels; {len(test)} rows, {len(test_labels)} labels")
@@ -53,7 +53,7 @@ def knn_accuracies(
     cosines, rows = nearest(test, [train], max(ks))
     for start in range(0, len(test), _ROWS):
         part = slice(start, start + _ROWS)
-        # The largest weight of a row is 1: e to the power of 1 / 0.07 times many neighbours needs no more range.
+        # Divide by the nearest row's weight, so that the largest is 1: no exponential can overflow.
         weights = np.exp((cosines[part].astype(np.float64) - cosines[part, :1]) / temperature)
         voters = train_labels[rows[part]]
         for number, k in enumerate(ks):

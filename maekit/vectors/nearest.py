@@ -1,25 +1,25 @@
-"""Exact nearest neighbours by cosine: a block of queries against a block of rows at a time, so memory stays bounded."""
+"""Exact nearest neighbours by cosine, one block of queries against one block of rows at a time to bound memory."""
 
 from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
 
-_QUERIES, _ROWS = 1024, 16384  # at once: 64 MB of cosines
+_QUERIES, _ROWS = 1024, 16384  # per block: 64 MB of cosines
 
 Rows = NDArray[np.float32]
 
 
 def nearest(queries: Rows, blocks: Iterable[Rows], k: int) -> tuple[Rows, NDArray[np.int64]]:
-    """Return the k nearest rows of each query, equal ones in the order of their numbers.
+    """Return the k nearest rows of each query; equal cosines are ordered by row number.
 
     Args:
-        queries: `[m, d]`, of any length.
-        blocks: the rows, `[n, d]` each, one after the other; numbered over all of them.
-        k: how many; all rows where there are fewer.
+        queries: `[m, d]`, of any norm.
+        blocks: the rows, in blocks `[n, d]`; they are numbered across all blocks.
+        k: number of neighbours; all rows if there are fewer.
 
     Returns:
-        cosines, float32 `[m, k]`, largest first; and the numbers of the rows, int64 `[m, k]`.
+        Cosines, float32 `[m, k]`, largest first; and the numbers of the rows, int64 `[m, k]`.
     """
     queries = unit(queries)
     slices = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
@@ -44,13 +44,13 @@ def _nothing(queries: int) -> tuple[Rows, NDArray[np.int64]]:
 
 
 def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, NDArray[np.int64]]:
-    """Return the k nearest of a few rows to a few queries, in no order; of equal ones those that come first."""
+    """Return the k nearest rows of a block, unordered; of equal cosines at the boundary the first rows win."""
     similar = queries @ rows.T  # [b, d] @ [d, n] -> [b, n]
     if k >= len(rows):
         return similar, np.tile(np.arange(len(rows)), (len(queries), 1))
     chosen = np.argpartition(similar, len(rows) - k, axis=1)[:, len(rows) - k :]
     cosines = np.take_along_axis(similar, chosen, axis=1)
-    # Where the last place is shared by several, the partition takes any of them.
+    # If several rows tie for the k-th position, argpartition picks any of them.
     worst = cosines.min(axis=1)
     shared = np.flatnonzero((similar >= worst[:, None]).sum(axis=1) > k)
     for query in shared.tolist():
@@ -62,14 +62,14 @@ def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, NDArray[np.int
 def _merge(
     cosines: Rows, numbers: NDArray[np.int64], more: Rows, of: NDArray[np.int64], k: int
 ) -> tuple[Rows, NDArray[np.int64]]:
-    """Return the best k of two findings, ordered by cosine and then by number."""
+    """Return the best k of two results, ordered by cosine and then by row number."""
     cosines, numbers = np.concatenate([cosines, more], axis=1), np.concatenate([numbers, of], axis=1)
     order = np.lexsort((numbers, -cosines), axis=1)[:, :k]
     return np.take_along_axis(cosines, order, axis=1), np.take_along_axis(numbers, order, axis=1)
 
 
 def unit(rows: NDArray[np.floating]) -> Rows:
-    """Return rows divided by their length; those without length stay as they are."""
+    """Return rows divided by their norm; zero rows stay zero."""
     rows = np.asarray(rows, np.float32)
     divided: Rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     return divided

@@ -1,9 +1,9 @@
-"""PCA whitening of embeddings: what makes the vectors of a masked autoencoder fit for cosine search.
+"""PCA whitening of embeddings, which makes the vectors of a masked autoencoder fit for cosine search.
 
-A masked autoencoder spreads what it knows over directions of very different variance, and cosine sees the largest ones
-alone. Whitening centres the embeddings and gives all directions that are kept about the same variance (Jégou and Chum
-2012, "Negative evidences and co-occurrences in image retrieval: the benefit of PCA and whitening", section 3). It is
-fitted on a sample of images and becomes one matrix and one bias of the graph.
+A masked autoencoder spreads information over directions of very different variance, and the largest dominate the
+cosine. Whitening centres the embeddings and gives all kept directions about the same variance (Jégou and Chum 2012,
+"Negative evidences and co-occurrences in image retrieval: the benefit of PCA and whitening", section 3). It is fitted
+on a sample of images and becomes one matrix and one bias of the graph.
 """
 
 import hashlib
@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 
 from maekit.system.errors import InputError
 
-# Directions with less than this share of the largest variance hold rounding errors: the LayerNorm before the pooling
-# leaves one direction empty.
+# Directions below this share of the largest variance hold only rounding errors: the LayerNorm before the pooling leaves
+# one direction empty.
 _NO_VARIANCE = 1e-7
-# Added to each variance, as a share of the largest: the faintest directions of a sample are the least certain, and what
-# fp16 and int8 round off would grow with 1 / sqrt(variance).
+# Added to each variance, as a share of the largest: the faintest directions are the least certain, and the rounding
+# errors of fp16 and int8 would grow with 1 / sqrt(variance).
 _SHRINKAGE = 1e-4
 
 
@@ -31,9 +31,9 @@ class Whitening:
     Attributes:
         matrix: float32 `[d, D]`, the directions of largest variance first.
         bias: float32 `[d]`.
-        explained_variance: share of the sample's variance that the d directions hold.
-        images: how many the sample had.
-        sample_sha256: digest of the sample's prepared pixels.
+        explained_variance: share of the sample's variance in the d directions.
+        images: number of images in the sample.
+        sample_sha256: digest of the sample's preprocessed pixels.
     """
 
     matrix: NDArray[np.float32]
@@ -48,7 +48,7 @@ class Whitening:
         return len(self.matrix)
 
     def to_json(self) -> dict[str, Any]:
-        """Return what the exported file says of it."""
+        """Return the whitening's entry in the exported file's metadata."""
         return {
             "dim": self.dim,
             "explained_variance": self.explained_variance,
@@ -58,12 +58,12 @@ class Whitening:
 
 
 def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, digest: "hashlib._Hash") -> Whitening:
-    """Fit mean and principal components, in one pass over the sample and in float64.
+    """Fit mean and principal components in float64, in one pass over the sample.
 
     Args:
         batches: embeddings before any normalisation, `[n, D]` each.
-        dim: how many directions are kept; None is all that have any variance.
-        digest: of the sample, complete when `batches` is exhausted.
+        dim: number of directions to keep; None means all with any variance.
+        digest: digest of the sample, complete when `batches` is exhausted.
 
     Raises:
         InputError: too few images, or fewer directions with any variance than `dim`.
@@ -90,7 +90,7 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
             "a smaller number"
         )
     kept = dim or possible
-    # eigh leaves the sign of a direction open: the largest entry is made positive, so that a sample gives one result.
+    # eigh leaves the sign of a direction open; making its largest entry positive gives one result per sample.
     chosen = directions[:, :kept]
     signs = np.sign(chosen[np.abs(chosen).argmax(axis=0), np.arange(kept)])
     matrix = (chosen * signs / np.sqrt(variances[:kept] + _SHRINKAGE * variances[0])).T
