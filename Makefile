@@ -1,5 +1,7 @@
 # `make test` and `make demo` do all their own set-up in .venv; they need Python >= 3.11 and a package index.
 PYTHON ?= python3
+# The versions to install; CONSTRAINTS=constraints-lowest.txt is the lowest that pyproject.toml declares, /dev/null the newest.
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -7,11 +9,11 @@ BIN := $(VENV)/bin
 
 setup: $(VENV)/.ready
 
-# Everything at the versions of constraints.txt; changed dependencies install anew.
-$(VENV)/.ready: pyproject.toml constraints.txt
+# Everything at the versions of $(CONSTRAINTS); changed dependencies install anew.
+$(VENV)/.ready: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit("maekit needs Python >= 3.11, this is " + sys.version.split()[0] + "; try make PYTHON=python3.12") if sys.version_info < (3, 11) else None'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 format: setup

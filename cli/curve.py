@@ -1,4 +1,4 @@
-"""A small curve for the terminal, in braille dots: two columns and four rows of them in each character."""
+"""Draws a small curve in the terminal with braille characters, each two dots wide and four dots high."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 _FIRST = 0x2800
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-# Of the highest values, so many are cut off: the first steps of a run would flatten all that comes after them.
+# Share of the highest values to clip: the losses of the first steps would flatten the rest of the curve.
 _CUT_OFF = 0.05
 
 
@@ -14,13 +14,13 @@ def draw(points: Sequence[tuple[float, float]], *, label: str, width: int = 60, 
     """Draw values over steps.
 
     Args:
-        points: (step, value), two at least, of which one lies behind the others.
-        label: what the values are.
-        width: of the curve, in characters.
-        height: of the curve, in lines.
+        points: (step, value) pairs, at least two, with at least two different steps.
+        label: name of the values.
+        width: width of the curve, in characters.
+        height: height of the curve, in lines.
 
     Returns:
-        lines, the axes among them.
+        lines of text, with the axes.
     """
     first, last = min(x for x, _ in points), max(x for x, _ in points)
     values = sorted(y for _, y in points)
@@ -36,7 +36,7 @@ def draw(points: Sequence[tuple[float, float]], *, label: str, width: int = 60, 
         (left, y0), (right, y1) = next(pair for pair in itertools.pairwise(known) if column <= pair[1][0])
         value = y0 + (y1 - y0) * (column - left) / (right - left)
         row = round((1 - min(1.0, (value - low) / span)) * (4 * height - 1))
-        # Joined to the dot before, so that a steep curve stays one line.
+        # Connected to the previous dot, so that a steep curve has no gaps.
         for dot in range(min(row, row if before is None else before), max(row, row if before is None else before) + 1):
             cells[dot // 4][column // 2] |= _DOTS[column % 2][dot % 4]
         before = row

@@ -1,8 +1,8 @@
-"""Commands made of configs: the fields of a config become the options of its command, each declared once, at its field.
+"""Builds commands from configs: each field of a config becomes an option of its command, declared only at the field.
 
-A field's type, default and `Setting` (help, panel, flag) make a Typer parameter. The values given make a config, which
-the command gets. The way back: a message of the library names settings by their keys in backticks (`data.max_bad`);
-`with_flags` shows them as the options that set them (--max-bad).
+A field's type, default and `Setting` (help, panel, flag) make a Typer parameter. The given values make a config, which
+is passed to the command. Messages of the library name settings by their keys in backticks (`data.max_bad`);
+`with_flags` replaces these with the options that set them (--max-bad).
 """
 
 import inspect
@@ -36,21 +36,21 @@ def configured(
     help: Mapping[str, str] | None = None,
     instead: Mapping[str, Callable[[], Any]] | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a Typer command of a function that takes a config first; its further parameters are its own options.
+    """Make a Typer command from a function whose first parameter is a config; its other parameters are extra options.
 
-    An option is unset unless given, so that presets and TOML files show through; each comes over the one before: the
-    config's defaults, `--config FILE`, options, `--set key=value`.
+    An option that is not given stays unset, so the values of presets and TOML files apply. Later sources override
+    earlier ones: the config's defaults, `--config FILE`, options, `--set key=value`.
 
     Args:
-        config: the config class, or a preset that returns one.
-        arguments: keys that are positional, in their order.
+        config: the config class, or a preset that returns a config.
+        arguments: keys of positional arguments, in order.
         without: keys that this command does not offer.
-        required: keys that must be given although the config has a default, which says "none yet".
-        defaults: values that the config is made with, in place of its own.
-        toml: name of the file that holds all settings; it brings `--set`, and for config.toml `--config`.
-        panel: heading of `--config` and `--set`.
-        help: help of some keys, in place of the config's.
-        instead: keys of flags, each with a preset that is taken in place of `config` where the flag is given.
+        required: keys that must be given although the config has a default, which means "none yet".
+        defaults: values that replace the config's defaults.
+        toml: name of the file that holds all settings; adds `--set`, and for config.toml also `--config`.
+        panel: heading of `--config` and `--set` in the help.
+        help: help texts that replace those of the config, by key.
+        instead: presets by the key of a flag; if the flag is given, its preset replaces `config`.
     """
     preset = dict(defaults or {})
     cls = config if isinstance(config, type) else typing.get_type_hints(config)["return"]
@@ -96,7 +96,7 @@ def configured(
 
 
 def _with_instance(cls: type, make: Callable[..., Any], preset: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield what `settings_of` does, with the values of a preset as defaults."""
+    """Yield the rows of `settings_of`, with the values of a preset as defaults."""
     rows = list(settings_of(cls))
     needed = [key for key, _, _, default in rows if default is MISSING]
     whole = None if needed else make()
@@ -117,7 +117,7 @@ def _made(
     file: Path | None,
     texts: Sequence[str],
 ) -> Any:
-    """Return the config of what was given."""
+    """Build the config from the given values."""
     chosen = {key: _read(fields[key], value) for key, value in values.items() if value not in (None, [])}
     needed = {key: chosen.pop(key) for key in list(chosen) if "." not in key and fields[key][2] is MISSING}
     config = make(**preset, **needed)
@@ -132,19 +132,19 @@ def _made(
 
 
 def _make_room(config: Any, chosen: Mapping[str, Any]) -> None:
-    """Take back what a file says where an option says it in another way."""
-    # A length on the command line replaces the other kind of length in the file.
+    """Reset settings of the file that conflict with a given option."""
+    # Steps on the command line replace epochs in the file, and the reverse.
     for given, other in (("steps", "epochs"), ("epochs", "steps")):
         if given in chosen and other not in chosen:
             setattr(config, other, None)
-    # So does a target, with what belongs to it.
+    # A target on the command line resets the settings of the file's target.
     if "model.target" in chosen and chosen["model.target"] != config.model.target:
         for name in ("pca_components", "tokenizer", "vocabulary"):
             setattr(config.model, name, getattr(type(config.model), name))
 
 
 def _read(field: tuple[Any, Setting, Any], value: Any) -> Any:
-    """Return a value of the command line as the field wants it."""
+    """Convert a command-line value to the field's type."""
     kind, about, _ = field
     if about.parse is not None:
         return about.parse(value)
@@ -215,7 +215,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _annotation(kind: Any, about: Setting) -> Any:
-    """Return the type that Typer reads; choices and bounds are checked by the config, in one line."""
+    """Return the type that Typer parses; the config checks choices and bounds, with one-line errors."""
     if about.parse is not None:
         return list[str] if typing.get_origin(kind) is not tuple and "Mapping" in str(kind) else str
     plain = _plain(kind)
@@ -227,7 +227,7 @@ def _annotation(kind: Any, about: Setting) -> Any:
 
 
 def _flags(key: str, kind: Any, about: Setting, default: Any) -> list[str]:
-    """Return the names of an option, as Typer takes them."""
+    """Return the names of an option in Typer's form."""
     flag = about.flag or f"--{key.rpartition('.')[2].replace('_', '-')}"
     if "/" in flag:
         return flag.split("/")
@@ -245,16 +245,17 @@ def _shown_default(about: Setting, default: Any) -> str | None:
 
 
 def _flags_of(fields: Mapping[str, tuple[Any, Setting, Any]]) -> dict[str, str]:
-    """Return the option of each field, by its key and by the last part of that."""
+    """Return the option of each field, by its full key and by the key's last part."""
     names = {key: _flags(key, kind, about, default)[0].split("/")[0] for key, (kind, about, default) in fields.items()}
     return {**{key.rpartition(".")[2]: flag for key, flag in names.items()}, **names}
 
 
 def with_flags(text: str, flags: Mapping[str, str] | None = None) -> str:
-    """Return a message of the library with its settings as the options that set them.
+    """Replace the settings in a message of the library with the options that set them.
 
     `data.max_bad` -> --max-bad; `data.max_bad` = 0.1 -> --max-bad 0.1; `clip_grad=1` -> --clip-grad 1;
-    `compile=false` -> --no-compile. What is no option stays as it is. `flags` are those of one command.
+    `compile=false` -> --no-compile. Keys without an option stay; dotted ones lose their backticks. `flags` are the
+    options of one command, by default those of all commands.
     """
     if "`" not in text:
         return text
@@ -274,7 +275,7 @@ def with_flags(text: str, flags: Mapping[str, str] | None = None) -> str:
 
 @cache
 def _all_flags() -> dict[str, str]:
-    """Return the option of every key of every config, by its whole key and by its last part."""
+    """Return the option of each key of all configs, by its full key and by the key's last part."""
     from maekit.config.check import CheckConfig, DoctorConfig, InspectConfig
     from maekit.config.embed import EmbedConfig
     from maekit.config.evaluate import EvaluateConfig

@@ -1,4 +1,4 @@
-"""How the command line shows things: progress on standard error, results on standard output."""
+"""Output of the command line: progress on standard error, results on standard output."""
 
 import json
 import os
@@ -20,22 +20,22 @@ def print_json(summary: dict[str, Any]) -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process speaks for the run; launchers of several processes number them in RANK."""
+    """Whether this process prints for the run; launchers of several processes set RANK."""
     return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE") or 1) < 2
 
 
 def make_progress() -> "Bar | Plain | Notes":
-    """Return a live bar on a terminal, plain lines elsewhere, and notes alone for all processes but the main one."""
+    """Return a live bar on a terminal and plain lines elsewhere; other ranks than 0 print only notes."""
     if not is_main_process():
         return Notes(f"rank {os.environ['RANK']}: ")
     return Bar() if sys.stderr.isatty() else Plain()
 
 
 class Notes(Silent):
-    """Lines that stay, and nothing else.
+    """Prints notes and no progress.
 
     Args:
-        prefix: before each line.
+        prefix: text before each line.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -47,7 +47,7 @@ class Notes(Silent):
 
 
 class Plain:
-    """A line now and then, for logs."""
+    """Prints a progress line at intervals, for logs."""
 
     def __init__(self) -> None:
         self._what, self._total, self._shown, self._row = "", 0, 0.0, ""
@@ -59,13 +59,13 @@ class Plain:
         print(with_flags(text), file=sys.stderr, flush=True)
 
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
-        """Begin a piece of work."""
+        """Begin a task."""
         self._what, self._total, self._row, self._first = with_flags(what), total, "", done
         self._count = describe_bytes if unit == "bytes" else str
         self._started = self._shown = time.monotonic()
 
     def advance(self, done: int) -> None:
-        """Print a line when the last one is long ago."""
+        """Print a line if enough time has passed since the last one."""
         now = time.monotonic()
         if now - self._shown >= _PLAIN_SECONDS:
             self._shown = now
@@ -84,7 +84,7 @@ class Plain:
 
 
 class Bar:
-    """A live bar with rate, time left and the newest figures."""
+    """A live bar with the count done, the time left and the newest figures."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -130,14 +130,14 @@ class Bar:
             self._bar.update(self._task, row=describe(row))
 
     def stop(self) -> None:
-        """Leave the bar as it stands."""
+        """Stop the bar and leave it on the screen."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
 
 
 def describe(row: dict[str, Any]) -> str:
-    """Return the figures of a row that people look at, in one short line."""
+    """Return the most useful figures of a row in one short line."""
     parts = []
     if "epoch" in row:
         parts.append(f"epoch {row['epoch']:.2f}")
@@ -160,7 +160,7 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
-    """Print aligned columns on standard output, each as wide as its widest cell; `right` are set to the right."""
+    """Print aligned columns on standard output, each as wide as its widest cell; `right` lists right-aligned ones."""
     from rich.console import Console
     from rich.table import Table
 
@@ -169,5 +169,5 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, right
         table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # Into a file or pipe, lines keep their length: scripts and logs do not want them folded at 80.
+    # In a file or pipe, lines are not folded at 80 columns, for the sake of scripts and logs.
     Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""`maekit export`: a model -> one verified ONNX file that holds preprocessing, encoder and pooling, and says so."""
+"""`maekit export`: write one verified ONNX file with preprocessing, encoder and pooling, described in its metadata."""
 
 import json
 from dataclasses import dataclass
@@ -35,16 +35,16 @@ _CALIBRATION_IMAGES = 64
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What was written; `--json` prints it.
+    """Summary of the export; `--json` prints it.
 
     Attributes:
-        path: the file, or timm's directory.
+        path: the ONNX file, or timm's directory.
         dim: length of an embedding.
-        parity: how far it is from PyTorch; None for timm's format, which is the same bit for bit.
-        bytes: size of all that was written.
-        nodes: how many nodes of each operator the graph has.
-        whitening: what was fitted, or None.
-        warning: what the file fails in, where it was kept by force.
+        parity: difference from PyTorch; None for timm's format, which is bit-identical.
+        bytes: total size of the written files.
+        nodes: number of nodes per operator in the graph.
+        whitening: description of the fitted whitening, or None.
+        warning: the failed parity gate of a file that `force` kept.
     """
 
     path: str
@@ -61,11 +61,11 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
 
     Args:
         config: the source (see `maekit.pretrained.sources`), the file, and what it computes.
-        progress: where to show how it goes on.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no such model, no images to compare on, an impossible option, or a place that is not writable.
-        MaekitError: the file differs from PyTorch by more than its precision may; none is left behind.
+        InputError: no such model, no images to compare on, an impossible option, or a path that is not writable.
+        MaekitError: the file differs from PyTorch by more than its precision allows; no file is left behind.
     """
     progress, out = progress or Silent(), Path(config.out)
     config.validate()
@@ -86,7 +86,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
 
 
 def _comparison_images(source: str, trained: TrainedEncoder, config: ExportConfig) -> Pixels:
-    """Return images to calibrate on and to compare on, in this order."""
+    """Return the calibration images followed by the comparison images."""
     count = IMAGES + (_CALIBRATION_IMAGES if config.precision == "int8" else 0)
     try:
         return sample_images(config.parity or trained.shards, trained.preprocess, count)
@@ -98,7 +98,7 @@ def _comparison_images(source: str, trained: TrainedEncoder, config: ExportConfi
 
 
 def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> Whitening:
-    """Fit the whitening, with the encoder on a GPU where PyTorch has one."""
+    """Fit the whitening; the encoder runs on a GPU if PyTorch has one."""
     trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     sample = Sample(config.whiten, trained.preprocess, config.whiten_images)
 
@@ -130,7 +130,7 @@ def _write(
     out: Path,
     progress: Progress,
 ) -> ExportResult:
-    """Write the graph, measure the written file, describe it, and give it its name."""
+    """Write the graph, measure the written file, add its metadata, and move it to its final name."""
     output = TOKENS if config.pool == UNPOOLED else EMBEDDINGS
     proto = _trace(trained, config, whitening, images[:2], output, progress)
     if config.precision == "int8":
@@ -145,7 +145,8 @@ def _write(
     expected = reference_embeddings(trained, images, pool=config.pool, normalize=config.normalize, whitening=whitening)
     warning = None
     with new_model(out, proto) as model:
-        # Compared as a file, before it gets its name; the figures then go into its metadata, the graph stays.
+        # The written file is compared before it gets its final name. The figures then go into its metadata; the graph
+        # does not change.
         opened = open_encoder(model.path, output, device="auto" if config.precision == "fp16" else "cpu")
         parity = measure(opened.encode, images, expected, provider=opened.provider)
         warning = GATES[config.precision].problem(parity)
@@ -170,7 +171,7 @@ def _trace(
     output: str,
     progress: Progress,
 ) -> onnx.ModelProto:
-    """Return the graph; the module that it is made from is not kept."""
+    """Return the graph; the traced module is not kept in memory."""
     progress.note(f"tracing {trained.name} at opset {config.opset}")
     module = EmbeddingModule(
         trained.encoder,
@@ -181,7 +182,7 @@ def _trace(
         half=config.precision == "fp16",
         opset=config.opset,
     )
-    # PyTorch's exporter takes a batch of one for a fixed size.
+    # PyTorch's exporter treats a batch of one as a fixed size.
     return to_onnx(module.eval(), np.resize(images, (2, *images.shape[1:])), opset=config.opset, output=output)
 
 
@@ -194,7 +195,7 @@ def _describe(
     model: ModelFile,
     probe: dict[str, Any],
 ) -> None:
-    """Write into the file what a reader needs to use it and to know where it comes from."""
+    """Write the metadata: how to use the file, and where it comes from."""
     output = proto.graph.output[0].type.tensor_type.shape.dim
     description = {
         "maekit": __version__,

@@ -1,11 +1,11 @@
 """The module that becomes the ONNX graph: uint8 NHWC -> patches -> encoder -> pooling -> whitening -> L2 -> float32.
 
-Written so that the exporter emits few and standard nodes, with the batch as the only dynamic size:
+Written so that the exporter emits few, standard nodes, and the batch is the only dynamic dimension:
 
-    tokens are the rows of one matrix, [B·T, D], so that each linear layer is one Gemm, bias included;
-    scaling and normalisation are part of the matrix that embeds the patches (in fp16 they stay apart, in fp32);
-    class and register tokens are folded into the position sum (no Expand, no Concat);
-    query, key and value are three Gemms, which saves splitting their result;
+    tokens are the rows of one matrix, [B·T, D], so each linear layer is one Gemm, bias included;
+    pixel scaling and normalisation are folded into the patch embedding (an fp16 graph keeps them separate, in fp32);
+    class and register tokens are added together with the positions (no Expand, no Concat);
+    query, key and value are three Gemms, so no Split is needed;
     attention is one `Attention` node on 3-D inputs (opset 23), or MatMul and Softmax for older runtimes.
 """
 
@@ -28,22 +28,22 @@ from maekit.vectors.whitening import Whitening
 
 
 class EmbeddingModule(nn.Module):
-    """Images as bytes in, embeddings out.
+    """Maps uint8 images to embeddings.
 
     Args:
-        encoder: a timm VisionTransformer in evaluation mode; left as it is.
-        preprocess: gives mean and std; resizing stays outside of the graph.
-        pool: `avg`, the mean of the patch tokens after the final LayerNorm (class and register tokens left out; timm's
-            own `avg` pools before its norm); `cls`, the class token after it; `std`, the standard deviation of the
-            patch tokens; `avg2x2`, the mean of each quarter of the image, row by row; several joined by `+`, one after
-            the other; or `tokens`, the patch tokens themselves, row by row.
+        encoder: a timm VisionTransformer in evaluation mode; not modified.
+        preprocess: gives mean and std; resizing stays outside the graph.
+        pool: `avg`, the mean of the patch tokens after the final LayerNorm (without class and register tokens; timm's
+            own `avg` pools before its norm); `cls`, the class token after the final LayerNorm; `std`, the standard
+            deviation of the patch tokens; `avg2x2`, the mean of each quarter of the image, row by row; several of
+            these joined by `+`, concatenated; or `tokens`, the patch tokens themselves, row by row.
         normalize: divide each embedding (or token) by its L2 norm.
-        whitening: applied between the two.
+        whitening: applied between pooling and L2 normalisation.
         half: compute the encoder in fp16; normalisation, pooling, whitening and L2 stay in fp32.
-        opset: of the graph that will be made.
+        opset: opset of the exported graph.
 
     Raises:
-        InputError: the encoder has no class token to pool, or is none that can be written so.
+        InputError: the encoder has no class token to pool, or its architecture cannot be exported.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class EmbeddingModule(nn.Module):
             self.whitening.bias = nn.Parameter(torch.from_numpy(whitening.bias.copy()))
 
     def _set_patch_embedding(self, encoder: VisionTransformer, preprocess: Preprocess) -> None:
-        """Make one linear layer of the patch convolution, over pixels in (row, column, channel) order."""
+        """Turn the patch convolution into one linear layer over pixels in (row, column, channel) order."""
         projection = encoder.patch_embed.proj
         weight = projection.weight.detach().double()  # [D, C, p, p]
         bias = torch.zeros(self.width).double() if projection.bias is None else projection.bias.detach().double()
         mean, std = (torch.tensor(v, dtype=torch.float64).view(1, -1, 1, 1) for v in (preprocess.mean, preprocess.std))
         if weight.shape[1] == 1:
-            # The luma of the three channels, with the luma of mean and std: a sum that becomes part of the matrix.
+            # One channel: the luma of the image, with the luma of mean and std. The luma sum is folded into the weight.
             luma = torch.tensor(LUMA, dtype=torch.float64).view(1, -1, 1, 1)
             weight = weight * luma
             mean, std = (v.mul(luma).sum().expand(1, 3, 1, 1) for v in (mean, std))
@@ -115,7 +115,7 @@ class EmbeddingModule(nn.Module):
         if self.is_half:
             x = (x * self.scale - self.shift).half()
         x = self.patch_norm(self.embedding(x)).view(-1, self.rows * self.columns, self.width)  # -> [B, N, D]
-        # Rows of zeros in front become class and register tokens when the table is added.
+        # Zero rows are padded in front; adding the table turns them into the class and register tokens.
         x = F.pad(x, (0, 0, self.prefix, 0)) + self.table  # -> [B, T, D]
         x = self.norm_pre(x.reshape(-1, self.width))  # -> [B·T, D]
         for block in self.blocks:
@@ -125,7 +125,7 @@ class EmbeddingModule(nn.Module):
         if self.whitening is not None:
             x = self.whitening(x)
         if self.normalize:
-            # F.normalize would bring Shape and Expand back.
+            # F.normalize would add Shape and Expand nodes.
             x = x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
         return x
 
@@ -144,10 +144,10 @@ class EmbeddingModule(nn.Module):
 
 
 def check_exportable(encoder: Any, pool: str) -> None:
-    """See that an encoder can be written as this graph, with this pooling.
+    """Check that an encoder with this pooling can be exported as this graph.
 
     Raises:
-        InputError: it cannot; says why.
+        InputError: it cannot; gives the reason.
     """
     if type(encoder) is not VisionTransformer:
         raise InputError(f"a model of timm's class {type(encoder).__name__} is not known here; VisionTransformers are")
@@ -169,7 +169,7 @@ def check_exportable(encoder: Any, pool: str) -> None:
 
 
 def _quarter_weights(grid: tuple[int, int]) -> torch.Tensor:
-    """Return what each patch counts in the mean of each quarter of a grid of (rows, columns): `[4, N]`."""
+    """Return the weight of each patch in the mean of each quarter of a (rows, columns) grid: `[4, N]`."""
     halves = (
         torch.tensor([[float(place < (size + 1) // 2), float(place >= size // 2)] for place in range(size)]).T
         for size in grid
@@ -180,12 +180,12 @@ def _quarter_weights(grid: tuple[int, int]) -> torch.Tensor:
 
 
 def _by_pixel(weight: torch.Tensor) -> torch.Tensor:
-    """Flatten weights of patches to (row, column, channel) order: `[D, C, p, p]` -> `[D, p·p·C]`."""
+    """Flatten patch weights in (row, column, channel) order: `[D, C, p, p]` -> `[D, p·p·C]`."""
     return weight.permute(0, 2, 3, 1).flatten(1)
 
 
 def _token_table(encoder: VisionTransformer) -> torch.Tensor:
-    """Return what is added to the patch tokens, behind the class and register tokens: `[1, T, D]`."""
+    """Return class and register tokens (with their positions) followed by the patch positions: `[1, T, D]`."""
     there = [token.detach() for token in (encoder.cls_token, encoder.reg_token) if token is not None]
     prefix = torch.cat(there, dim=1) if there else torch.zeros(1, 0, encoder.embed_dim)
     patches = encoder.patch_embed.num_patches
@@ -199,7 +199,7 @@ def _token_table(encoder: VisionTransformer) -> torch.Tensor:
 
 
 def _in_rows(block: Any, tokens: int, *, fused: bool) -> nn.Module:
-    """Return a block that takes tokens as the rows of one matrix."""
+    """Return a block that takes the tokens as rows of one matrix, `[B·T, D]`."""
     if type(block) in (Block, ResPostBlock) and type(block.attn) is Attention:
         block.attn = _RowAttention(block.attn, tokens, fused=fused)
         return block
@@ -207,7 +207,7 @@ def _in_rows(block: Any, tokens: int, *, fused: bool) -> nn.Module:
 
 
 class _AsTimmWroteIt(nn.Module):
-    """A block of another kind, on `[B, T, D]`; its attention is whatever the exporter makes of it."""
+    """Any other kind of block, run on `[B, T, D]`; the exporter traces its attention as it is."""
 
     def __init__(self, block: nn.Module, tokens: int) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class _AsTimmWroteIt(nn.Module):
 
 
 class _RowAttention(nn.Module):
-    """timm's Attention over the rows of one matrix, `[B·T, D]` -> `[B·T, D]`."""
+    """timm's Attention on tokens as rows of one matrix, `[B·T, D]` -> `[B·T, D]`."""
 
     def __init__(self, attention: Any, tokens: int, *, fused: bool) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ class _RowAttention(nn.Module):
 
 
 def _thirds(qkv: Any) -> list[nn.Linear]:
-    """Return timm's joint layer as three: query, key, value."""
+    """Split timm's fused qkv layer into three: query, key, value."""
     layers = []
     biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
     for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):

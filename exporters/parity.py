@@ -1,4 +1,4 @@
-"""The proof that a file equals the PyTorch encoder: measured on real images, at several batch sizes, as a gate."""
+"""Parity of an exported file with the PyTorch encoder: measured on real images at several batch sizes, then gated."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -20,17 +20,17 @@ Encoder = Callable[[Pixels], Embeddings]
 
 @dataclass(frozen=True)
 class Parity:
-    """How far two encoders' embeddings of the same images are apart.
+    """How much two encoders' embeddings of the same images differ.
 
     Attributes:
-        images: how many images were compared.
-        batch_sizes: at which batch sizes.
-        max_relative_difference: the largest difference, relative to the largest value.
-        min_cosine: over all images and batch sizes.
-        mean_cosine: likewise.
-        neighbours: for each image, so many others of largest cosine were looked at.
-        neighbour_agreement: the share of them that is the same for both.
-        provider: where the file ran.
+        images: number of images compared.
+        batch_sizes: batch sizes they were compared at.
+        max_relative_difference: largest absolute difference, divided by the largest absolute value.
+        min_cosine: minimum over all images and batch sizes.
+        mean_cosine: mean over all images and batch sizes.
+        neighbours: number of nearest neighbours by cosine compared per image.
+        neighbour_agreement: mean share of those neighbours that both encoders have in common.
+        provider: execution provider that ran the file.
     """
 
     images: int
@@ -49,18 +49,18 @@ class Parity:
 
 @dataclass(frozen=True)
 class Gate:
-    """What a file of some precision must reach to be kept.
+    """Threshold that a file of some precision must meet to be kept.
 
     Attributes:
-        figure: name of the attribute of `Parity`.
-        limit: its largest value, of a difference; its smallest, of a cosine.
+        figure: name of an attribute of `Parity`.
+        limit: upper bound of a difference, lower bound of a cosine.
     """
 
     figure: str
     limit: float
 
     def problem(self, parity: Parity) -> str | None:
-        """Return by what the file fails, or None; a NaN fails too."""
+        """Return why the file fails, or None; a NaN fails too."""
         value = getattr(parity, self.figure)
         is_difference = self.figure == "max_relative_difference"
         if value <= self.limit if is_difference else value >= self.limit:
@@ -78,7 +78,7 @@ GATES = {
 
 
 def in_batches(encode: Encoder, images: Pixels, batch_size: int) -> Embeddings:
-    """Embed images in batches of one size, the last one filled up from the front: `[n, …]` -> `[n, …]`."""
+    """Embed images in batches of one size, padding the last with the first images: `[n, …]` -> `[n, …]`."""
     count = -(-len(images) // batch_size) * batch_size
     filled = images[np.arange(count) % len(images)]
     rows = [encode(filled[i : i + batch_size]) for i in range(0, count, batch_size)]
@@ -86,18 +86,18 @@ def in_batches(encode: Encoder, images: Pixels, batch_size: int) -> Embeddings:
 
 
 def measure(encode: Encoder, images: Pixels, expected: Embeddings, *, provider: str) -> Parity:
-    """Compare an encoder with what it should give.
+    """Compare an encoder's output with the expected embeddings.
 
-    All images go through in batches of 16, the first 16 of them also in those of the other sizes.
+    All images run in batches of 16; the first 16 also run at the other batch sizes.
 
     Args:
         encode: images -> embeddings.
         images: uint8 `[n, H, W, 3]`.
         expected: `[n, D]` or, for tokens, `[n, N, D]`.
-        provider: where it runs, for the record.
+        provider: execution provider, recorded in the result.
 
     Raises:
-        MaekitError: other shapes, or values that are not finite.
+        MaekitError: the output has another shape, or values that are not finite.
     """
     differences, cosines = [], []
     largest = np.abs(expected).max()

@@ -1,6 +1,6 @@
-"""A few made-up images and what a file gave for them when it was exported: lets any machine see whether it still does.
+"""Synthetic images and the embeddings an exported file recorded for them, so that any machine can re-check the file.
 
-The images are integer arithmetic, so that they are the same everywhere, and nobody's own.
+The images come from integer arithmetic: they are identical everywhere, and free of anyone's rights.
 """
 
 import base64
@@ -15,7 +15,7 @@ _IMAGES = 8
 
 
 def probe_images(size: tuple[int, int]) -> Pixels:
-    """Return the images: waves and edges of several sizes, uint8 `[8, H, W, 3]`."""
+    """Return the images, waves and edges of several sizes: uint8 `[8, H, W, 3]`."""
     y, x = np.mgrid[: size[0], : size[1]].astype(np.int64)
     images = []
     for number in range(1, _IMAGES + 1):
@@ -30,17 +30,17 @@ def probe_images(size: tuple[int, int]) -> Pixels:
 
 
 def rows_to_json(rows: Embeddings) -> dict[str, Any]:
-    """Return embeddings as JSON values; of tokens, their means."""
+    """Return embeddings as JSON values; tokens are averaged first."""
     pooled = pooled_rows(rows)
     return {"shape": list(pooled.shape), "float32": base64.b64encode(pooled.astype("<f4").tobytes()).decode()}
 
 
 def rows_from_json(value: dict[str, Any]) -> Embeddings:
-    """Return what `rows_to_json` gave: float32 `[8, D]`.
+    """Decode the value that `rows_to_json` wrote: float32 `[8, D]`.
 
     Raises:
-        ValueError: it is damaged.
-        KeyError: likewise.
+        ValueError: the value is damaged.
+        KeyError: a key is missing.
     """
     data = np.frombuffer(base64.b64decode(value["float32"], validate=True), "<f4")
     rows: Embeddings = data.reshape(value["shape"]).astype(np.float32)
@@ -48,5 +48,5 @@ def rows_from_json(value: dict[str, Any]) -> Embeddings:
 
 
 def pooled_rows(rows: Embeddings) -> Embeddings:
-    """Return one row per image: embeddings as they are, tokens averaged."""
+    """Return one row per image: embeddings unchanged, tokens averaged."""
     return rows if rows.ndim == 2 else rows.mean(axis=1, dtype=np.float64).astype(np.float32)

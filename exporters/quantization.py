@@ -1,14 +1,14 @@
 """int8 for CPUs: static quantisation of every linear layer, in standard ONNX operators.
 
-Each Gemm becomes QuantizeLinear -> DequantizeLinear -> Gemm over int8 weights and an int32 bias, which ONNX Runtime
-fuses into one integer Gemm with float output; LayerNorm, attention, GELU, pooling, whitening and L2 stay in fp32 (Jacob
+Each Gemm becomes QuantizeLinear -> DequantizeLinear -> Gemm over int8 weights and an int32 bias. ONNX Runtime fuses
+these into one integer Gemm with float output. LayerNorm, attention, GELU, pooling, whitening and L2 stay in fp32 (Jacob
 et al. 2018, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", section 2).
 
-Activations have one scale per tensor, from calibration images, so a row does not depend on the others of its batch, as
-it does where scales are measured anew for each batch. Weights have one scale per output, and 7 bits: on CPUs without
-VNNI, ONNX Runtime adds pairs of products in 16 bits, which those of 8-bit weights overflow. What rounding does to a
-layer's output on average is taken out of its bias (Nagel et al. 2019, "Data-Free Quantization Through Weight
-Equalization and Bias Correction", section 4.2): embeddings would all move in one direction, which whitening magnifies.
+Activations have one scale per tensor, from calibration images. A row therefore does not depend on the rest of its
+batch, as it would with dynamic scales. Weights have one scale per output and 7 bits: on CPUs without VNNI, ONNX Runtime
+adds pairs of products in 16 bits, and products of 8-bit weights overflow them. The mean rounding error of a layer's
+output is subtracted from its bias (Nagel et al. 2019, "Data-Free Quantization Through Weight Equalization and Bias
+Correction", section 4.2). Otherwise all embeddings shift in one direction, and whitening magnifies the shift.
 """
 
 import math
@@ -33,9 +33,9 @@ from maekit.system.machine import cores
 
 _WEIGHT_LIMIT = 63
 _LEVELS = 255
-_VALUES = 200_000  # of each tensor, enough for its range
-_BATCH = 2  # all inner tensors of so many images are held at a time: 0.3 GB for ViT-L
-_MAX_BIAS = 2.0**30  # of int32, with room for the sum it is added to
+_VALUES = 200_000  # sampled per tensor; enough to estimate its range
+_BATCH = 2  # images; all their intermediate tensors are in memory at once: 0.3 GB for ViT-L
+_MAX_BIAS = 2.0**30  # below the int32 limit, leaving room for the sum that the bias is added to
 
 Floats = NDArray[np.float32]
 Means = NDArray[np.float64]
@@ -43,13 +43,13 @@ Means = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Activation:
-    """The input of a linear layer as integers, and what it is on the calibration images.
+    """Quantisation parameters of a linear layer's input, and its means over the calibration images.
 
     Attributes:
-        scale: of one integer step.
-        zero_point: the integer that means 0.
-        mean: of each channel, `[K]`.
-        rounded_mean: of each channel after rounding, `[K]`.
+        scale: size of one integer step.
+        zero_point: the integer that represents 0.
+        mean: mean of each channel, `[K]`.
+        rounded_mean: mean of each channel after rounding, `[K]`.
     """
 
     scale: float
@@ -62,11 +62,11 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
     """Return the graph with its linear layers in int8.
 
     Args:
-        proto: of an fp32 encoder, as `to_onnx` gives it.
-        images: to calibrate on, uint8 `[n, H, W, 3]`.
+        proto: graph of an fp32 encoder, from `to_onnx`.
+        images: calibration images, uint8 `[n, H, W, 3]`.
 
     Raises:
-        InputError: the graph has linear layers of another form.
+        InputError: the graph has linear layers in an unknown form.
     """
     activations = _observe(proto, images)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
@@ -82,7 +82,7 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
             continue
         source = node.input[0]
         made = [_integer_gemm(node, weights, activations[source])]
-        if source not in rounded:  # by one of the layers that share it
+        if source not in rounded:  # several layers may share one input
             made.insert(0, _integers_of(source, casts.get(source), activations[source]))
             rounded.add(source)
         for own_nodes, own_tensors in made:
@@ -92,9 +92,9 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
 
 
 def best_range(values: Floats) -> tuple[float, float]:
-    """Return the range whose 256 levels give the least mean squared error over some values.
+    """Return the range whose 256 levels have the smallest mean squared rounding error over some values.
 
-    It is the full range or a part of it: a few outliers may be worth less than finer steps for all others.
+    It is the full range or a fraction of it: clipping a few outliers can cost less than coarser steps for all others.
     """
     low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
     if low == high:
@@ -109,14 +109,14 @@ def best_range(values: Floats) -> tuple[float, float]:
 
 
 def _rounded(values: Floats, scale: float, zero_point: int) -> Floats:
-    """Return what is left of values after QuantizeLinear and DequantizeLinear."""
+    """Return the values after QuantizeLinear and DequantizeLinear."""
     levels = np.clip(np.rint(values / np.float32(scale)) + zero_point, 0, _LEVELS)
     rounded: Floats = ((levels - zero_point) * np.float32(scale)).astype(np.float32)
     return rounded
 
 
 def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
-    """Return the scales of the inputs of all linear layers, and their means, in two passes over the images."""
+    """Measure scale and means of every linear layer's input, in two passes over the images."""
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     inputs = list(dict.fromkeys(node.input[0] for node in proto.graph.node if _is_linear(node, weights)))
     picked: dict[str, list[Floats]] = {name: [] for name in inputs}
@@ -124,13 +124,13 @@ def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
     for batch in _run(proto, inputs, images):
         for name, values in batch.items():
             flat = values.ravel()
-            # Evenly spread ones, over all channels, and always the extremes.
+            # Sample evenly over all channels, and always keep the extremes.
             step = max(1, len(flat) // share)
             while math.gcd(step, values.shape[-1]) > 1:
                 step += 1
             picked[name] += [flat[::step].copy(), np.array([flat.min(), flat.max()])]
     steps = {name: _steps(*best_range(np.concatenate(parts))) for name, parts in picked.items()}
-    steps |= dict.fromkeys(set(inputs) & set(_casts(proto)), (1.0, 0))  # patches are bytes already: exact
+    steps |= dict.fromkeys(set(inputs) & set(_casts(proto)), (1.0, 0))  # patches are uint8 already, so this is exact
     count, sums = dict.fromkeys(inputs, 0), {name: [0.0, 0.0] for name in inputs}
     for batch in _run(proto, inputs, images):
         for name, values in batch.items():
@@ -148,7 +148,7 @@ def _steps(low: float, high: float) -> tuple[float, int]:
 
 
 def _run(proto: onnx.ModelProto, names: list[str], images: Pixels) -> Iterator[dict[str, Floats]]:
-    """Yield the values of inner tensors for each batch of images, as the rows of a matrix."""
+    """Yield the values of the named intermediate tensors by name, for each batch of images."""
     observed = onnx.ModelProto()
     observed.CopyFrom(proto)
     observed.graph.output.extend(helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names)
@@ -159,17 +159,17 @@ def _run(proto: onnx.ModelProto, names: list[str], images: Pixels) -> Iterator[d
 
 
 def _casts(proto: onnx.ModelProto) -> dict[str, str]:
-    """Return the input of each Cast by its output: the patches, before they become floats."""
+    """Return the input of each Cast by its output; the patches are cast from uint8 to float."""
     return {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
 
 
 def _is_linear(node: Any, weights: Mapping[str, Any]) -> bool:
-    """Whether a node is a linear layer of the encoder; the whitening behind it keeps its precision."""
+    """Whether a node is a linear layer of the encoder; the whitening is not, and stays in fp32."""
     return node.op_type == "Gemm" and node.input[1] in weights and node.input[1] != MATRIX
 
 
 def _integers_of(source: str, raw: str | None, activation: Activation) -> tuple[list[Any], list[Any]]:
-    """Return the nodes that round a tensor, and their scales; `raw` names its bytes, where it has some."""
+    """Return the nodes that round a tensor, and their initializers; `raw` names its uint8 source, if it has one."""
     arrays: dict[str, NDArray[Any]] = {
         "scale": np.array(activation.scale, np.float32),
         "zero_point": np.array(activation.zero_point, np.uint8),
@@ -190,17 +190,18 @@ def _dequantized(name: str) -> str:
 
 
 def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple[list[Any], list[Any]]:
-    """Return the nodes of one linear layer over int8 weights, and its tensors."""
+    """Return the nodes of one linear layer with int8 weights, and their initializers."""
     matrix = numpy_helper.to_array(weights[node.input[1]]).T  # [N, K] -> [K, N]
     has_bias = len(node.input) > 2 and node.input[2]
     bias = numpy_helper.to_array(weights[node.input[2]]) if has_bias else np.zeros(matrix.shape[1], np.float32)
-    # Weights that are next to nothing are given up rather than their bias, which is an integer in their unit.
+    # The bias is an integer in units of the weight scale. Where weights are nearly 0, a minimum scale keeps the bias
+    # within int32; those weights round to 0.
     shift = np.abs(bias) + np.abs(x.mean @ matrix.astype(np.float64))
     smallest = np.maximum(shift / (_MAX_BIAS * x.scale), 1e-30)
     scales = np.maximum(np.abs(matrix).max(axis=0) / _WEIGHT_LIMIT, smallest).astype(np.float32)
     integers = np.rint(matrix / scales).astype(np.int8)
     moved = x.mean @ matrix.astype(np.float64) - x.rounded_mean @ (integers * scales.astype(np.float64))
-    # The bias is added to integer sums, whose unit is the product of both scales.
+    # The bias is added to integer sums; their unit is the product of both scales.
     bias_scales = (scales * np.float32(x.scale)).astype(np.float32)
     bias_integers = np.rint((bias + moved) / bias_scales).astype(np.int32)
     nodes, tensors, inputs = [], [], [_dequantized(node.input[0])]
@@ -217,7 +218,7 @@ def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple
 
 
 def _with_nodes(proto: onnx.ModelProto, nodes: list[Any], tensors: list[Any]) -> onnx.ModelProto:
-    """Return a graph with other nodes and further tensors, without what none of its nodes needs."""
+    """Replace the nodes of a graph and add initializers; drop unused nodes and initializers."""
     outputs = {value.name for value in proto.graph.output}
     while True:
         used = outputs | {name for node in nodes for name in node.input}

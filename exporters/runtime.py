@@ -1,4 +1,4 @@
-"""The written file in ONNX Runtime, to be measured, on the provider that was asked for. Needs no torch."""
+"""Runs an exported file with ONNX Runtime on a chosen execution provider. Needs no torch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from maekit.system.machine import cores
 
 @dataclass(frozen=True)
 class OpenedEncoder:
-    """A file that can be run.
+    """A loaded model file.
 
     Attributes:
         encode: images, uint8 `[B, H, W, 3]` -> float32 `[B, D]`, or `[B, N, D]` for tokens.
-        provider: where its nodes run.
+        provider: execution provider of its nodes.
     """
 
     encode: Callable[[Pixels], Embeddings]
@@ -34,7 +34,7 @@ def open_encoder(path: Path, output: str, *, device: str) -> OpenedEncoder:
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
     Raises:
-        InputError: no model that ONNX Runtime can load, or a device that does not work.
+        InputError: ONNX Runtime cannot load the file, or the device does not work.
     """
     check_device(device)
     opened = _open(path, device)

@@ -1,4 +1,4 @@
-"""Images out of shards for measuring and fitting: evenly spread, prepared for the model, in batches."""
+"""Batches of preprocessed images, spread evenly over the shards, for parity checks, calibration and whitening."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -11,20 +11,20 @@ from maekit.shards.spec import find_shards
 from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import cores
 
-_SPARE = 3  # places looked at for each image wanted, at most: some may hold none
+_SPARE = 3  # positions tried per wanted image, at most: some hold no readable image
 _BATCH = 32
 
 
 class Sample:
-    """Readable images spread over the shards, the same ones each time.
+    """Readable images spread over the shards; each iteration yields the same ones.
 
     Args:
         specs: input specs: directories, tars, globs, brace patterns.
-        preprocess: prepares them.
-        count: how many; all there are where there are fewer.
+        preprocess: preprocessing applied to each image.
+        count: number of images; all of them if the shards hold fewer.
 
     Attributes:
-        digest: of the pixels given so far.
+        digest: SHA-256 of the pixels yielded so far.
 
     Raises:
         InputError: no shards there.
@@ -37,7 +37,7 @@ class Sample:
         self.digest = hashlib.sha256()
 
     def __len__(self) -> int:
-        """How many images there are at most."""
+        """Return the maximum number of images."""
         return self._count
 
     def __iter__(self) -> Iterator[Pixels]:
@@ -70,7 +70,7 @@ class Sample:
         return batch
 
     def _places(self) -> list[int]:
-        """Return numbers of samples, the first third of them spread over the whole: 0, 3, 6, …, 1, 4, 7, …"""
+        """Return sample numbers; the first third already spans all shards: 0, 3, 6, …, 1, 4, 7, …"""
         total = self._shards.samples
         places = np.unique(np.linspace(0, total - 1, min(total, _SPARE * self._count)).astype(int))
         return [int(place) for start in range(_SPARE) for place in places[start::_SPARE]]

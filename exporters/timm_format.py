@@ -1,4 +1,4 @@
-"""`maekit export --format timm`: a directory that timm loads, `timm.create_model("local-dir:DIR", pretrained=True)`."""
+"""`maekit export --format timm`: a directory for `timm.create_model("local-dir:DIR", pretrained=True)`."""
 
 import contextlib
 import json
@@ -20,19 +20,19 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note = lambda text: None) -> list[Path]:
-    """Write an encoder as timm's hub keeps it, once timm loads it and gives the same tokens.
+    """Write an encoder in the format of timm's hub, after checking that timm loads it and returns the same tokens.
 
     Args:
         trained: the encoder.
-        out: the directory; it may be there, and hold an earlier export.
-        images: to compare on, uint8 `[n, H, W, 3]`.
-        on_note: is told what timm's format cannot say.
+        out: the directory; may exist already and hold an earlier export.
+        images: images to compare on, uint8 `[n, H, W, 3]`.
+        on_note: receives a note on what timm's format cannot express.
 
     Returns:
-        the files.
+        the written files.
 
     Raises:
-        MaekitError: timm does not load it, or what it loads differs; the disk is full.
+        MaekitError: timm cannot load it, the loaded model gives other tokens, or the disk is full.
     """
     config = json.dumps(_config(trained), indent=2).encode()
     tensors = {name: tensor.detach().contiguous() for name, tensor in trained.encoder.state_dict().items()}
@@ -44,7 +44,7 @@ def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note
             _compare(trained, Path(folder), images, on_note)
     except OSError as error:
         raise files.write_failure(Path(error.filename or tempfile.gettempdir()), error) from error
-    # The config last, and none in between: a directory with a config is one that can be loaded.
+    # Remove the old config first and write the new one last: a directory with a config can always be loaded.
     with contextlib.suppress(FileNotFoundError):
         (out / CONFIG).unlink()
     files.write_atomically(out / WEIGHTS, weights)
@@ -53,10 +53,10 @@ def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note
 
 
 def refuse_foreign_directory(out: Path) -> None:
-    """See that a directory is new, or an earlier export of maekit's.
+    """Check that a directory is new or an earlier export of maekit.
 
     Raises:
-        InputError: it holds something else.
+        InputError: the directory holds something else.
     """
     if not out.exists():
         return

@@ -1,4 +1,4 @@
-"""From the module to the ONNX graph, by PyTorch's exporter; nothing of this machine is left in it."""
+"""Traces the module to an ONNX graph with PyTorch's exporter, and strips local paths from the graph."""
 
 import io
 import logging
@@ -15,13 +15,13 @@ from maekit.images import Pixels
 
 
 def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str) -> onnx.ModelProto:
-    """Trace the module and return its graph, with the batch as the only dynamic size.
+    """Trace the module and return its graph; the batch is the only dynamic dimension.
 
     Args:
-        module: in evaluation mode.
+        module: the module, in evaluation mode.
         images: two or more, uint8 `[B, H, W, 3]`.
-        opset: of the graph.
-        output: name of its output.
+        opset: opset of the graph.
+        output: name of the graph's output.
     """
     example = torch.from_numpy(images[:2])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -40,7 +40,7 @@ def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str)
         )
     assert program is not None
     proto: onnx.ModelProto = program.model_proto
-    # Where each node came from in the source: machine paths that help nobody who runs the file.
+    # The exporter records each node's source location: local paths, useless to anyone who runs the file.
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
@@ -52,6 +52,6 @@ def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str)
 
 
 def node_census(proto: onnx.ModelProto) -> dict[str, int]:
-    """Return how many nodes of each operator a graph has, most frequent first."""
+    """Return the number of nodes per operator, most frequent first."""
     names, counts = np.unique([node.op_type for node in proto.graph.node], return_counts=True)
     return dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: (-item[1], item[0])))

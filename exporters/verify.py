@@ -1,4 +1,4 @@
-"""`maekit export --verify`: is the file here, on this machine and provider, what it was when it was exported?"""
+"""`maekit export --verify`: check that a file gives the same output on this machine and provider as when exported."""
 
 import json
 import os
@@ -19,20 +19,20 @@ from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
 from maekit.vectors.whitening import Whitening
 
-# From one machine to the next, not from PyTorch to the file: integers stay what they are, and fp16 nearly.
+# Gates between two machines, not between PyTorch and the file: int8 hardly changes between machines, and fp16 little.
 _SAME = {"fp32": GATES["fp32"], "fp16": Gate("min_cosine", 0.999), "int8": Gate("min_cosine", 0.999)}
 
 
 @dataclass(frozen=True)
 class Verification:
-    """How a file does here; `--json` prints it.
+    """Result of verifying a file; `--json` prints it.
 
     Attributes:
         path: the file.
-        provider: where it ran.
-        probe: against what it gave itself when it was exported, on made-up images.
-        parity: against PyTorch on real images, where the source of its weights was named.
-        problems: what it fails in; empty if all is well.
+        provider: execution provider that ran it.
+        probe: comparison with the embeddings recorded at export, on synthetic images.
+        parity: comparison with PyTorch on real images; None without the source of the weights.
+        problems: the failed checks; empty if the file passes.
     """
 
     path: str
@@ -51,20 +51,20 @@ def verify(
     model: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Run an exported file on a provider and hold it against what it gave when it was exported, and against PyTorch.
+    """Run an exported file and compare its output with the embeddings recorded at export, and with PyTorch.
 
-    Needs torch only where a source is named.
+    Needs torch only if a source is given.
 
     Args:
         path: the ONNX file.
-        source: of its weights, as for `export`; None compares with the recorded embeddings of made-up images alone.
+        source: source of its weights, as for `export`; None compares only with the recorded embeddings.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        parity: shards with the images to compare on; by default those of the training.
-        model: timm's name of the architecture, for a file of weights that does not tell.
-        progress: where to show how it goes on.
+        parity: shards with the images to compare on; by default the training shards.
+        model: timm's name of the architecture, for a weights file that does not give it.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no such file, not from maekit, a device that does not work, or a source of other weights.
+        InputError: no such file, not from maekit, a device that does not work, or a source with other weights.
         MaekitError: the file gives other shapes, or values that are not finite.
     """
     path, progress = Path(path), progress or Silent()

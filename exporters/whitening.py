@@ -1,4 +1,4 @@
-"""The whitening of an exported graph: how it names matrix and bias, and how they are read back."""
+"""The whitening of an exported graph: the initializer names of matrix and bias, and how to read them back."""
 
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,12 @@ MATRIX, BIAS = "whitening.weight", "whitening.bias"
 
 
 def read_whitening(proto: Any, folder: Path, about: dict[str, Any] | None) -> Whitening | None:
-    """Read the whitening out of an exported graph; None where it has none.
+    """Read the whitening from an exported graph; None if it has none.
 
     Args:
         proto: onnx's ModelProto.
-        folder: where its other files lie.
-        about: what `Whitening.to_json` gave.
+        folder: directory of its external data files.
+        about: the value of `Whitening.to_json`.
     """
     if about is None:
         return None

@@ -1,7 +1,7 @@
-"""The ONNX file on disk: whole or absent, with a second file for weights that do not fit into one.
+"""Writes the ONNX file atomically, with a second file for weights that do not fit into one.
 
-A protobuf holds at most 2 GiB. Beyond, weights go into a file beside it, named after their digest: whatever is killed
-when, a name never leads to other weights than it was written with.
+A protobuf holds at most 2 GiB. Larger models keep their weights in a file beside it, named after their digest. So a
+model never refers to weights other than its own, even if an export is killed at any point.
 """
 
 import contextlib
@@ -19,26 +19,26 @@ from maekit.encoder_file import check_external_data
 from maekit.system import files
 from maekit.system.errors import InputError
 
-MAX_BYTES = 2_000_000_000  # graph and metadata included, of 2 GiB
+MAX_BYTES = 2_000_000_000  # with graph and metadata; protobuf's limit is 2 GiB
 _SMALL = 1024  # bytes; smaller tensors stay in the graph
 _ALIGNMENT = 4096  # bytes; lets ONNX Runtime map the file
 _SUFFIX = ".onnx.data"
-_LEFT_SECONDS = 3600.0  # what was not touched for so long belongs to no export that is under way
+_LEFT_SECONDS = 3600.0  # a temporary file not modified for this long belongs to no running export
 
 
 class ModelFile:
-    """A model that is being written: can be loaded by its path, and gets its name when all is well.
+    """A model being written: loadable from a temporary path, and renamed when the block of `new_model` succeeds.
 
     Attributes:
-        path: where it can be loaded from, for now.
-        external: digest of the file of weights beside it, by name; usually empty.
+        path: the temporary path.
+        external: digest of each external weights file, by name; usually empty.
     """
 
     def __init__(self, path: Path, file: Any, external: dict[str, str]) -> None:
         self.path, self.external, self._file = path, external, file
 
     def write(self, proto: onnx.ModelProto) -> None:
-        """Write the model, in place of what was written before."""
+        """Write the model, overwriting an earlier write."""
         self._file.seek(0)
         self._file.truncate()
         self._file.write(proto.SerializeToString(deterministic=True))
@@ -47,14 +47,15 @@ class ModelFile:
 
 @contextlib.contextmanager
 def new_model(path: Path, proto: onnx.ModelProto) -> Iterator[ModelFile]:
-    """Write a model that appears under its name when the block ends well, and leaves nothing behind when it does not.
+    """Write a model that gets its final name if the block succeeds; if it raises, nothing is left behind.
 
     Args:
         path: the final name.
-        proto: changed in place: large weights are taken out where all of it would not fit into one file.
+        proto: changed in place: large weights are moved out if the model does not fit into one file.
+
 
     Raises:
-        MaekitError: the disk is full or the place is not writable; names the path.
+        MaekitError: the disk is full or the path is not writable; names the path.
     """
     _remove_leftovers(path)
     replaced = _weights_named_by(path)
@@ -65,12 +66,12 @@ def new_model(path: Path, proto: onnx.ModelProto) -> Iterator[ModelFile]:
             model.write(proto)
             yield model
     finally:
-        # Of the old model where the new one has its name, of the new one where it has not.
+        # On success, removes the old model's weights; on failure, the new one's.
         _remove_unused(path, {*replaced, *external})
 
 
 def _weights_named_by(path: Path) -> set[str]:
-    """Return the names of the files that a model keeps weights in; of anything else, none."""
+    """Return the names of a model's external weights files; an empty set if it is no model."""
     try:
         return {file.name for file in check_external_data(path)}
     except InputError:
@@ -78,7 +79,7 @@ def _weights_named_by(path: Path) -> set[str]:
 
 
 def _remove_leftovers(path: Path) -> None:
-    """Remove what killed exports to this name left: unfinished files, and weights that no model ever named."""
+    """Remove leftovers of killed exports to this name: temporary files, and weights that no model refers to."""
     if not path.parent.is_dir():
         return
     old = time.time() - _LEFT_SECONDS
@@ -91,17 +92,17 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _own_weights(path: Path) -> list[Path]:
-    """Return the files of weights that exports to this name have written."""
+    """Return the external weights files written by exports to this name."""
     pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{16}" + re.escape(_SUFFIX))
     return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
 
 
 def _remove_unused(path: Path, names: set[str]) -> None:
-    """Remove files of weights that exports to this name have written, unless some model in the folder needs them."""
+    """Remove external weights files of this export name, except those that a model in the folder refers to."""
     unused = [file for file in _own_weights(path) if file.name in names] if path.parent.is_dir() else []
     if not unused:
         return
-    models = [*path.parent.glob("*.onnx"), *path.parent.glob(".*.onnx.*.tmp")]  # copies, and exports under way
+    models = [*path.parent.glob("*.onnx"), *path.parent.glob(".*.onnx.*.tmp")]  # including copies and running exports
     needed = set().union(*(_weights_named_by(model) for model in models))
     for file in unused:
         if file.name not in needed:
@@ -110,7 +111,7 @@ def _remove_unused(path: Path, names: set[str]) -> None:
 
 
 def _write_weights(path: Path, proto: onnx.ModelProto) -> dict[str, str]:
-    """Take the large weights out of the model, into a file of their own; return its digest by its name."""
+    """Move the large weights from the model to an external file; return the file's digest by its name."""
     large = [tensor for tensor in proto.graph.initializer if len(tensor.raw_data) >= _SMALL]
     digest, offset, places = hashlib.sha256(), 0, []
     for padding, tensor in _padded(large):
@@ -133,7 +134,7 @@ def _write_weights(path: Path, proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def _padded(tensors: Sequence[onnx.TensorProto]) -> Iterator[tuple[bytes, onnx.TensorProto]]:
-    """Yield each tensor with the zeros that stand before it, so that it begins at a page."""
+    """Yield each tensor with the zero padding before it, which aligns it to a page."""
     offset = 0
     for tensor in tensors:
         padding = bytes(-offset % _ALIGNMENT)
@@ -142,5 +143,5 @@ def _padded(tensors: Sequence[onnx.TensorProto]) -> Iterator[tuple[bytes, onnx.T
 
 
 def _size(proto: onnx.ModelProto) -> int:
-    """Return about how many bytes a model has; protobuf itself cannot say it of one that is too large."""
+    """Estimate a model's size in bytes; protobuf itself cannot compute it above its limit."""
     return sum(len(tensor.raw_data) + 256 for tensor in proto.graph.initializer) + (1 << 20)

@@ -4,6 +4,7 @@ Nothing is believed from a list: a provider of ONNX Runtime counts when it has r
 disk when it has taken a write.
 """
 
+import contextlib
 import importlib.metadata
 import math
 import os
@@ -24,17 +25,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.config.check import DoctorConfig
-from maekit.images import Pixels, Preprocess
+from maekit.images import Preprocess
+from maekit.shards.read import open_shards
+from maekit.shards.spec import find_shards
 from maekit.system import files
-from maekit.system.errors import MaekitError
+from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import available_memory, cores
 from maekit.version import __version__
 
 if TYPE_CHECKING:
+    from maekit.embedding.session import EncoderSession
     from maekit.providers import Opened
 
 Rates = dict[str, float | str]
@@ -51,7 +53,7 @@ _NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI: the vendor, and how the class of a 
 _NO_DEVICE = 100  # of the CUDA driver
 _TORCH_SECONDS = 120  # a first import of torch from a slow disk
 _DECODE_SHARE, _SESSION_SHARE = 0.16, 0.4  # of the time for measuring; the rest is loading
-_BATCH = 16
+_BATCH, _IMAGES = 16, 64
 _BUSY = 0.75  # running threads per core
 # Names both: pip only warns of one that is not installed.
 _REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'maekit[cuda]'"
@@ -80,9 +82,9 @@ class Diagnosis:
 
     Attributes:
         findings: in the order in which they are read best.
-        rates: images per second: `decode_one_core`, `decode_all_cores`, `session` and `limit`, which is that of
-            embedding on this CPU, where both share the cores; with `cores`, and `model` and `batch_size` of the
-            session. What could not be measured is missing.
+        rates: of a model, in images per second: `session`, and with shards `decode_one_core`, `decode_all_cores` and
+            `limit`, which is that of embedding on this CPU, where both share the cores; with `cores`, `model` and
+            `batch_size`. Empty without a model.
     """
 
     findings: list[Finding]
@@ -103,31 +105,23 @@ class Diagnosis:
 
 
 def doctor(config: DoctorConfig | None = None) -> Diagnosis:
-    """Look at this machine, run a few nodes on every provider, and measure how fast it decodes and embeds.
+    """Look at this machine and run a few nodes on every provider; with a model, measure how fast it embeds here.
 
     Raises:
-        InputError: `model` is no file that `maekit export` wrote.
+        InputError: `model` is no file that `maekit export` wrote, or `shards` hold no readable image.
     """
     config = config or DoctorConfig()
-    model, seconds = config.model, config.seconds
+    config.validate()
     runtime, finding = _runtime()
     # A wrong path is told before anything takes its time.
-    encoder = _own_encoder(model) if model and runtime else None
+    session = _session(config.model) if config.model and runtime else None
+    images = _first_images(config.shards)
     driver = _driver()
     findings = [*_machine(), *_gpu(driver), finding]
     if runtime:
         findings += [_cpu_provider(runtime), _cuda_provider(runtime, driver)]
     findings += [_torch(driver), _shared_memory(), *_disks(), _open_files()]
-    if not seconds:
-        return Diagnosis(findings)
-    usable = not any(f.problem for f in findings if f.subject == "CPU provider")
-    if encoder is None and runtime and usable:
-        try:
-            encoder = _usual_encoder()
-        except MaekitError as error:
-            fix = f"pip install --upgrade {' '.join(runtime.installed_runtimes())}"
-            findings.append(Finding("ViT-S/16", "does not load", str(error), fix))
-    return Diagnosis(findings, _rates(encoder, seconds))
+    return Diagnosis(findings, _rates(session, images, config.seconds) if session else {})
 
 
 def _machine() -> list[Finding]:
@@ -356,56 +350,29 @@ def _provider(subject: str, open_model: Callable[[bytes], "Opened"], fix: str) -
 
 
 def _probe() -> tuple[bytes, NDArray[np.float32], NDArray[np.float32]]:
-    """Return a model of two nodes, an input, and the output that is due, computed without ONNX Runtime."""
+    """Return a model of a few nodes, an input, and the expected output, computed without ONNX Runtime."""
+    from onnx import TensorProto, helper, numpy_helper
+
     random = np.random.default_rng(0)
     images, kernels, matrix = (
         random.integers(-4, 5, shape).astype(np.float32) for shape in ((2, 3, 32, 32), (8, 3, 32, 32), (8, 5))
     )
     expected = np.einsum("bchw,kchw->bk", images, kernels) @ matrix
-    graph = _Graph()
-    patches = graph.add("Conv", ["images", graph.constant(kernels)])
-    tokens = graph.add("Reshape", [patches, graph.constant(np.array([-1, 8], np.int64))])
-    graph.add("MatMul", [tokens, graph.constant(matrix)], output="out")
-    return graph.model(("images", np.float32, [2, 3, 32, 32]), ("out", [2, 5])), images, expected
-
-
-class _Graph:
-    """An ONNX graph in the making."""
-
-    def __init__(self) -> None:
-        self._nodes: list[Any] = []
-        self._constants: list[Any] = []
-
-    def constant(self, values: NDArray[Any]) -> str:
-        """Add an initializer and return its name."""
-        import onnx
-
-        name = f"constant{len(self._constants)}"
-        self._constants.append(onnx.numpy_helper.from_array(values, name))
-        return name
-
-    def add(self, operator: str, inputs: Sequence[str], *, output: str = "", **attributes: Any) -> str:
-        """Add a node of one output and return the output's name."""
-        return self.split(operator, inputs, [output or f"value{len(self._nodes)}"], **attributes)[0]
-
-    def split(self, operator: str, inputs: Sequence[str], outputs: list[str], **attributes: Any) -> list[str]:
-        """Add a node of several outputs and return their names."""
-        import onnx
-
-        self._nodes.append(onnx.helper.make_node(operator, list(inputs), outputs, **attributes))
-        return outputs
-
-    def model(self, given: tuple[str, type, list[int | str]], made: tuple[str, list[int | str]]) -> bytes:
-        """Return the model for an input (name, type, shape) and a float32 output (name, shape)."""
-        import onnx
-        from onnx import helper
-
-        kind = helper.np_dtype_to_tensor_dtype(np.dtype(given[1]))
-        inputs = [helper.make_tensor_value_info(given[0], kind, given[2])]
-        outputs = [helper.make_tensor_value_info(made[0], onnx.TensorProto.FLOAT, made[1])]
-        graph = helper.make_graph(self._nodes, "maekit", inputs, outputs, self._constants)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10)
-        return bytes(model.SerializeToString())
+    nodes = [
+        helper.make_node("Conv", ["images", "kernels"], ["patches"]),
+        helper.make_node("Reshape", ["patches", "shape"], ["tokens"]),
+        helper.make_node("MatMul", ["tokens", "matrix"], ["out"]),
+    ]
+    constants: dict[str, NDArray[Any]] = {"kernels": kernels, "matrix": matrix, "shape": np.array([-1, 8], np.int64)}
+    graph = helper.make_graph(
+        nodes,
+        "probe",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, images.shape)],
+        [helper.make_tensor_value_info("out", TensorProto.FLOAT, expected.shape)],
+        [numpy_helper.from_array(values, name) for name, values in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    return bytes(model.SerializeToString()), images, expected
 
 
 def _torch(driver: _Driver | None) -> Finding:
@@ -502,22 +469,7 @@ def _open_files() -> Finding:
     return Finding("open files", value, f"{value}: shards, workers and sockets need more", fix)
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """A session to be measured.
-
-    Attributes:
-        name: what it runs.
-        preprocess: from an image file to its input.
-        run: the session: uint8 `[B, H, W, 3]` in.
-    """
-
-    name: str
-    preprocess: Preprocess
-    run: Callable[[Pixels], object]
-
-
-def _own_encoder(model: str) -> _Encoder:
+def _session(model: str) -> "EncoderSession":
     """Load a file that `maekit export` wrote, for the CPU.
 
     Raises:
@@ -525,90 +477,48 @@ def _own_encoder(model: str) -> _Encoder:
     """
     from maekit.embedding.session import EncoderSession
 
-    session = EncoderSession(Path(model), device="cpu")
-    preprocess = session.description.preprocess
+    return EncoderSession(Path(model), device="cpu")
+
+
+def _first_images(specs: Sequence[str]) -> list[bytes]:
+    """Return the bytes of a few images, evenly spread over shards.
+
+    Raises:
+        InputError: no shards there, or no image in them.
+    """
+    if not specs:
+        return []
+    shards = open_shards(find_shards(tuple(specs)), skip_damaged=True)
+    found = shards.images(shards.spread(_IMAGES), bytes)
+    images = [image for image in found if not isinstance(image, ImageError)]
+    if not images:
+        raise InputError(f"{', '.join(specs)}: no image to measure decoding on")
+    return images
+
+
+def _rates(session: "EncoderSession", images: list[bytes], seconds: float) -> Rates:
+    """Measure the session, and with images also decoding and what both leave of the cores together."""
+    preprocess, count = session.description.preprocess, cores()
     height, width = preprocess.size
-    return _Encoder(f"{Path(model).name} at {height} x {width}", preprocess, session)
+    rate, batch = _session_rate(session, preprocess, _SESSION_SHARE * seconds)
+    rates: Rates = {"cores": count, "model": f"{session.description.path.name} at {height} x {width}"}
+    rates |= {"batch_size": batch, "session": rate}
+    if images:
+        one = _decode_rate(images, preprocess, 1, _DECODE_SHARE * seconds)
+        every = _decode_rate(images, preprocess, count, _DECODE_SHARE * seconds) if count > 1 else one
+        rates |= {"decode_one_core": one, "decode_all_cores": every, "limit": 1 / (1 / every + 1 / rate)}
+    return rates
 
 
-def _usual_encoder() -> _Encoder:
-    """Make an encoder of the size of ViT-S/16 with random weights."""
-    from maekit.providers import open_cpu
-
-    session = open_cpu(_vit_small(), threads=cores()).session
-    return _Encoder(
-        "ViT-S/16 at 224 x 224, fp32",
-        Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD),
-        lambda images: session.run(None, {"images": images}),
-    )
-
-
-def _vit_small(width: int = 384, depth: int = 12, heads: int = 6) -> bytes:
-    """Return a plain ViT on 14 x 14 patches of 16 x 16 pixels, random weights, with the operators of an export."""
-    random = np.random.default_rng(0)
-    graph = _Graph()
-    blocks: dict[tuple[int, ...], NDArray[np.float32]] = {}
-
-    def weight(*shape: int) -> str:
-        # The same numbers in each block, under names of their own: drawing them anew would take a second.
-        if shape not in blocks:
-            blocks[shape] = 0.02 * random.standard_normal(shape, np.float32)
-        return graph.constant(blocks[shape])
-
-    def linear(x: str, inputs: int, outputs: int) -> str:
-        return graph.add("Add", [graph.add("MatMul", [x, weight(inputs, outputs)]), weight(outputs)])
-
-    def norm(x: str) -> str:
-        scale = graph.constant(np.ones(width, np.float32))
-        return graph.add("LayerNormalization", [x, scale, weight(width)], axis=-1, epsilon=1e-6)
-
-    def integers(*values: int) -> str:
-        return graph.constant(np.array(values, np.int64))
-
-    x = graph.add("Cast", ["images"], to=1)
-    x = graph.add("Mul", [x, graph.constant(np.array(1 / 255, np.float32))])
-    x = graph.add("Sub", [x, graph.constant(np.array(IMAGENET_MEAN, np.float32))])
-    x = graph.add("Div", [x, graph.constant(np.array(IMAGENET_STD, np.float32))])
-    x = graph.add("Transpose", [x], perm=[0, 3, 1, 2])
-    x = graph.add("Conv", [x, weight(width, 3, 16, 16), weight(width)], strides=[16, 16])
-    x = graph.add("Reshape", [x, integers(0, width, 14 * 14)])
-    x = graph.add("Transpose", [x], perm=[0, 2, 1])
-    x = graph.add("Pad", [x, integers(0, 1, 0, 0, 0, 0)])  # the class token, part of the positions
-    x = graph.add("Add", [x, weight(1, 14 * 14 + 1, width)])
-    for block in range(depth):
-        qkv = linear(norm(x), width, 3 * width)
-        parts = graph.split("Split", [qkv], [f"{part}{block}" for part in "qkv"], axis=-1, num_outputs=3)
-        mixed = graph.add("Attention", parts, q_num_heads=heads, kv_num_heads=heads)
-        x = graph.add("Add", [x, linear(mixed, width, width)])
-        hidden = graph.add("Gelu", [linear(norm(x), width, 4 * width)])
-        x = graph.add("Add", [x, linear(hidden, 4 * width, width)])
-    graph.add("ReduceMean", [norm(x), integers(1)], output="embeddings", keepdims=0)
-    return graph.model(("images", np.uint8, ["batch", 224, 224, 3]), ("embeddings", ["batch", width]))
-
-
-def _rates(encoder: _Encoder | None, seconds: float) -> Rates:
-    preprocess = encoder.preprocess if encoder else Preprocess.for_size((224, 224), IMAGENET_MEAN, IMAGENET_STD)
-    count = cores()
-    one = _decode_rate(preprocess, 1, _DECODE_SHARE * seconds)
-    every = _decode_rate(preprocess, count, _DECODE_SHARE * seconds) if count > 1 else one
-    rates: Rates = {"cores": count, "decode_one_core": one, "decode_all_cores": every}
-    if encoder is None:
-        return rates
-    session, batch = _session_rate(encoder, _SESSION_SHARE * seconds)
-    limit = 1 / (1 / every + 1 / session)
-    return {**rates, "model": encoder.name, "batch_size": batch, "session": session, "limit": limit}
-
-
-def _decode_rate(preprocess: Preprocess, threads: int, seconds: float) -> float:
-    """Return how many photos a second so many threads decode and prepare."""
-    data = _photo()
-    preprocess(data)  # the first one loads the decoder
+def _decode_rate(images: list[bytes], preprocess: Preprocess, threads: int, seconds: float) -> float:
+    """Return the images a second that some threads decode and prepare; what cannot be decoded takes its time, too."""
     started = time.perf_counter()
 
     def work() -> int:
         count = 0
         while not count or time.perf_counter() < started + seconds:
-            preprocess(data)
+            with contextlib.suppress(ImageError):
+                preprocess(images[count % len(images)])
             count += 1
         return count
 
@@ -617,30 +527,16 @@ def _decode_rate(preprocess: Preprocess, threads: int, seconds: float) -> float:
     return sum(counts) / (time.perf_counter() - started)
 
 
-def _photo() -> bytes:
-    """Return a JPEG that is as hard to decode as a usual photo: 500 x 375 pixels, about 100 kB."""
-    random = np.random.default_rng(0)
-    pixels = np.zeros((375, 500, 3), np.float32)
-    for grid, strength in ((4, 60.0), (32, 25.0), (500, 15.0)):
-        coarse = random.standard_normal((max(2, grid * 3 // 4), grid, 3)).astype(np.float32)
-        layers = [Image.fromarray(coarse[..., c]).resize((500, 375), Image.Resampling.BICUBIC) for c in range(3)]
-        pixels += strength * np.stack([np.asarray(layer) for layer in layers], -1)
-    with tempfile.SpooledTemporaryFile() as file:
-        Image.fromarray((pixels + 128).clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=90)
-        file.seek(0)
-        return file.read()
-
-
-def _session_rate(encoder: _Encoder, seconds: float) -> tuple[float, int]:
-    """Return how many images a second a session embeds, and in batches of how many: fewer where it is slow."""
-    images = np.random.default_rng(0).integers(0, 256, (_BATCH, *encoder.preprocess.size, 3), np.uint8)
-    encoder.run(images[:1])  # the first run allocates
+def _session_rate(session: "EncoderSession", preprocess: Preprocess, seconds: float) -> tuple[float, int]:
+    """Return the images a second that a session embeds, and its batch size: smaller where it is slow."""
+    images = np.random.default_rng(0).integers(0, 256, (_BATCH, *preprocess.size, 3), np.uint8)
+    session(images[:1])  # the first run allocates
     before = time.perf_counter()
-    encoder.run(images[:1])
+    session(images[:1])
     batch = max(1, min(_BATCH, int(seconds / (time.perf_counter() - before))))
     count, started = 0, time.perf_counter()
     while not count or time.perf_counter() < started + seconds:
-        encoder.run(images[:batch])
+        session(images[:batch])
         count += batch
     return count / (time.perf_counter() - started), batch
 

@@ -1,4 +1,4 @@
-"""`maekit inspect`: what a run, a checkpoint, an ONNX file or a set of shards is."""
+"""`maekit inspect`: describes a run, a checkpoint, a fine-tuning, an ONNX file, embeddings or a set of shards."""
 
 import json
 from pathlib import Path
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 def inspect(config: InspectConfig) -> dict[str, Any]:
-    """Describe what a path names, as JSON values; the key `kind` says what it is.
+    """Describe the object at a path as JSON values; the key `kind` gives its type.
 
     Raises:
-        InputError: there is no such thing, or it cannot be read.
+        InputError: the path does not exist, is of no known kind, or cannot be read.
     """
     thing, providers = config.thing, config.providers
     path = Path(thing)
@@ -47,7 +47,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
 
 
 def _inspect_embeddings(path: Path) -> dict[str, Any]:
-    """Sum up the commit records of an output directory."""
+    """Summarise the commit records of an output directory."""
     totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
     damaged = []
     folder = path / BOOKKEEPING
@@ -78,7 +78,7 @@ def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
     metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
     own = _parsed(metadata) if metadata else None
     if isinstance(own, dict):
-        own.pop("probe", None)  # numbers for `export --verify`, thousands of them
+        own.pop("probe", None)  # thousands of numbers, of use only to `export --verify`
     description = {
         "kind": "onnx",
         "path": str(path),
@@ -94,7 +94,7 @@ def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
 
 
 def _providers(path: Path) -> dict[str, Any]:
-    """Return for each provider which nodes of the optimised graph it takes on this machine, or why it does not work."""
+    """Return, per provider, the nodes of the optimised graph that it runs on this machine, or why it does not work."""
     from maekit.providers import CPU, CUDA, open_cpu, open_cuda
 
     threads = cores()
@@ -133,7 +133,7 @@ def _tensor_type(value: Any) -> str:
 
 
 def _last(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the newest value of each kind; a held-out loss has rows of its own."""
+    """Return the newest metrics; a held-out loss has its own row, which is merged with the row before it."""
     merged: dict[str, Any] = {}
     for row in rows[-1:] if rows and "loss" in rows[-1] else rows[-2:]:
         merged |= row

@@ -1,18 +1,18 @@
-"""`maekit sweep`: one pre-training for each cell of a small grid, each judged alike, drawn as curves.
+"""`maekit sweep`: one pre-training per cell of a small grid, all evaluated in the same way and drawn as curves.
 
-The file is a config of `maekit pretrain` with a table more:
+The file is a config of `maekit pretrain` with an additional table:
 
     [sweep]
-    train = ["train-*.tar"]             # labelled, to judge with
+    train = ["train-*.tar"]             # labelled, for the evaluation
     test = ["test-*.tar"]
     judge = ["knn"]                     # knn, linear, or both
-    every = "one"                       # vary one setting at a time, from the base; or "all": the whole grid
+    every = "one"                       # vary one setting of the base at a time; "all" runs all combinations
 
     [sweep.vary]
     "model.mask_ratio" = [0.5, 0.75, 0.9]
     "model.decoder_depth" = [1, 2, 4]
 
-Each cell is a run of its own below OUT and goes on where it was stopped; what is trained and judged is not done again.
+Each cell is a separate run below OUT. A repeated call resumes a stopped cell and skips finished training and evaluation.
 """
 
 import copy
@@ -42,7 +42,7 @@ _MOST_CELLS = 200
 @config_class
 @dataclass
 class SweepSettings:
-    """What is varied, and how it is judged: the table `[sweep]` of the file."""
+    """The table `[sweep]` of the file: how cells are formed and evaluated."""
 
     train: tuple[str, ...] = setting((), "Labelled shards to judge with.")
     test: tuple[str, ...] = setting((), "Likewise, held out.")
@@ -73,8 +73,8 @@ class Cell:
     """One run of the grid.
 
     Attributes:
-        name: of its directory.
-        changes: settings by dotted key, which the base has otherwise.
+        name: name of its directory.
+        changes: settings that differ from the base, by dotted key.
     """
 
     name: str
@@ -83,13 +83,13 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """What was found; `--json` prints it.
+    """Result of the sweep; `--json` prints it.
 
     Attributes:
         out: the directory.
-        page: the curves and the table.
-        rows: for each cell its name, its changes, and its scores; or, in place of those, why it `failed`.
-        trained: cells that were trained now.
+        page: the page with the curves and the table.
+        rows: name, changes and scores of each cell; a failed cell has `failed`, the reason, in place of scores.
+        trained: number of cells that this call trained.
     """
 
     out: str
@@ -100,12 +100,12 @@ class SweepResult:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """A sweep as its file says it.
+    """The content of a sweep's file.
 
     Attributes:
-        base: the config that each cell changes.
-        settings: how cells are judged.
-        vary: the values of each setting that is varied.
+        base: the config that the cells change.
+        settings: how cells are formed and evaluated.
+        vary: the values of each varied setting.
     """
 
     base: PretrainConfig
@@ -113,7 +113,7 @@ class SweepPlan:
     vary: dict[str, list[Any]]
 
     def cells(self) -> list[Cell]:
-        """Return the cells, the base first; what changes nothing is the base.
+        """Return the cells, the base first; a cell that changes nothing is merged into the base.
 
         Raises:
             InputError: nothing is varied, or there are too many cells.
@@ -142,10 +142,10 @@ class SweepPlan:
 
 
 def read_plan(path: Path) -> SweepPlan:
-    """Read the file of a sweep.
+    """Read a sweep's file.
 
     Raises:
-        InputError: it cannot be read, or says something impossible; names the key.
+        InputError: the file cannot be read or holds an impossible setting; names the key.
     """
     base, settings = PretrainConfig(), SweepSettings()
     vary: dict[str, list[Any]] = {}
@@ -170,17 +170,17 @@ def read_plan(path: Path) -> SweepPlan:
 
 
 def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
-    """Train and judge every cell of a grid; called again, go on.
+    """Train and evaluate every cell of a grid; a repeated call resumes.
 
     Args:
-        config: the file that says what is varied, and the directory.
-        progress: is told how it goes on.
+        config: the sweep's file and the output directory.
+        progress: receives progress updates.
 
     Raises:
-        InputError: an impossible plan, labelled shards that cannot judge, or a cell that was begun with other
-            settings; all but the last found before anything is trained.
-        Stopped: a signal came; everything is saved, the same call goes on.
-        MaekitError: a cell failed while working; the others are done all the same.
+        InputError: an impossible plan, labelled shards that are missing or have no labels, or a cell that was started
+            with other settings; all but the last are found before any training.
+        Stopped: a signal arrived; everything is saved, and the same call resumes.
+        MaekitError: a cell failed during training or evaluation; the other cells still ran.
     """
     from maekit.pretraining.pretrain import pretrain
 
@@ -207,7 +207,7 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
             row |= {"loss": result.loss, **_judged(plan, cell, run, progress)}
         except (InputError, Stopped, OtherRankError):
             raise
-        except MaekitError as error:  # a rate that is too high must not keep the others from being tried
+        except MaekitError as error:  # for example, a diverging learning rate must not stop the other cells
             progress.note(f"{cell.name} failed: {error}")
             row["failed"] = str(error)
         rows.append(row)
@@ -221,7 +221,7 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
 
 
 def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> None:
-    """Refuse a cell that could not be trained or judged, before any is trained.
+    """Refuse a cell that cannot be trained or evaluated, before any training.
 
     Raises:
         InputError: names the cell.
@@ -233,7 +233,7 @@ def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> 
 
     try:
         config.validate()
-        if config.model.init_from is None:  # else the weights tell what the model is
+        if config.model.init_from is None:  # otherwise the weights determine the model
             with torch.device("meta"):  # takes no memory and no time
                 check_pooling(build_autoencoder(config.model, seed=config.seed).encoder, settings.pool)
     except InputError as error:
@@ -241,10 +241,10 @@ def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> 
 
 
 def _check_judges(settings: SweepSettings, progress: Progress) -> None:
-    """See that the labelled shards are there and have labels.
+    """Check that the labelled shards exist and have labels.
 
     Raises:
-        InputError: they are not, or have none.
+        InputError: they are missing or have no labels.
     """
     from maekit.evaluation.labelled import open_labelled
 
@@ -264,7 +264,7 @@ def _config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
 
 
 def _slug(changes: Mapping[str, Any]) -> str:
-    """Return a name of settings, fit for a directory: `mask_ratio=0.5`."""
+    """Return the changed settings as a directory name: `mask_ratio=0.5`."""
     parts = [f"{key.rpartition('.')[2]}={_text(value)}" for key, value in changes.items()]
     return re.sub(r"[^A-Za-z0-9._=,+-]+", "-", ",".join(parts))
 
@@ -276,7 +276,7 @@ def _text(value: Any) -> str:
 
 
 def _judged(plan: SweepPlan, cell: Cell, config: PretrainConfig, progress: Progress) -> dict[str, Any]:
-    """Return the scores of a cell: those that its run keeps, where they were found in the same way."""
+    """Return the scores of a cell; stored scores are reused if step and evaluation settings are the same."""
     from maekit.config.evaluate import EvaluateConfig
     from maekit.evaluation.evaluate import evaluate
     from maekit.runs import RunDirectory
@@ -324,7 +324,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
-    """Return the page: for each varied setting a curve, where it is a number, and one table of all cells."""
+    """Return the page: a curve for each varied numeric setting, and one table of all cells."""
     from maekit.pages import html
     from maekit.pages.chart import Line, line_chart
 
@@ -362,7 +362,7 @@ def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
 
 
 def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the names of the scores that rows hold."""
+    """Return the names of all scores in the rows."""
     others = ("name", "changes", "loss", "baselines", "failed")
     return list(dict.fromkeys(key for row in rows for key in row if key not in others))
 

@@ -1,7 +1,6 @@
 """`maekit doctor`: what works is found to work, and each thing that is broken here on purpose is found and mended."""
 
 import functools
-import io
 import json
 import os
 import resource
@@ -14,14 +13,13 @@ from pathlib import Path
 import onnx
 import onnxruntime
 import pytest
-from PIL import Image
 from support.errors import raises
+from support.shards import write_shard
 
 from maekit import diagnosis as module
 from maekit import providers
 from maekit.config.check import DoctorConfig
 from maekit.diagnosis import Diagnosis, Finding, doctor
-from maekit.images import Preprocess
 from maekit.providers import CPU, CUDA, Opened, Problem
 from maekit.system.errors import InputError
 
@@ -31,7 +29,7 @@ LOOK = """
 import json, sys
 from maekit.diagnosis import doctor
 from maekit.config.check import DoctorConfig
-print(json.dumps(doctor(DoctorConfig(seconds=0)).summary()))
+print(json.dumps(doctor(DoctorConfig()).summary()))
 assert "torch" not in sys.modules
 """
 STUB = """
@@ -84,21 +82,30 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 def test_this_machine() -> None:
     """ONNX Runtime works here, having run; rates are measured, and the limit is below both of its parts."""
-    diagnosis = doctor(DoctorConfig(seconds=0.05))
+    diagnosis = doctor()
     for subject in ("ONNX Runtime", "CPU provider"):
         assert of(diagnosis, subject).problem is None
     assert of(diagnosis, "CPU provider").value.startswith("works: ran ")
-    rates = diagnosis.rates
+    assert diagnosis.rates == {}
+
+
+def test_rates_of_a_model_and_real_images(trained: Path) -> None:
+    """The limit lies below both of its parts, as they share the cores; without images the session is measured alone."""
+    config = DoctorConfig(trained / "encoder.onnx", (trained / "shards",), seconds=0.05)
+    rates = doctor(config).rates
     decode, session, limit = (float(rates[key]) for key in ("decode_all_cores", "session", "limit"))
     assert 0 < limit < min(decode, session)
     assert limit > min(decode, session) / 2.01
     assert float(rates["decode_one_core"]) > 0
-    assert "ViT-S/16" in str(rates["model"])
+    alone = doctor(DoctorConfig(trained / "encoder.onnx", seconds=0.05)).rates
+    assert set(alone) == {"cores", "model", "batch_size", "session"}
+    assert alone["model"] == rates["model"] == "encoder.onnx at 32 x 32"
 
 
-def test_the_command_and_its_json(tmp_path: Path) -> None:
+def test_the_command_and_its_json(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "encoder.onnx", tmp_path)
     ran = subprocess.run(
-        [sys.executable, "-m", "maekit", "doctor", "--json"],
+        [sys.executable, "-m", "maekit", "doctor", "encoder.onnx", str(trained / "shards"), "--json"],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -118,19 +125,19 @@ def test_the_command_and_its_json(tmp_path: Path) -> None:
     assert "images per second" in ran.stdout
 
 
-def test_the_usual_encoder_has_the_size_of_vit_small() -> None:
-    """timm's vit_small_patch16_224 has 21,665,664 parameters without its head."""
-    model = onnx.load_from_string(module._vit_small())
-    onnx.checker.check_model(model)
-    sizes = [onnx.numpy_helper.to_array(constant).size for constant in model.graph.initializer]
-    assert abs(sum(sizes) - 21_665_664) < 500
-    assert sum(node.op_type == "Attention" for node in model.graph.node) == 12
+def test_without_a_model_nothing_is_measured(monkeypatch, capsys) -> None:
+    run_main(monkeypatch, "--json")
+    *lines, last = capsys.readouterr().out.splitlines()
+    assert json.loads(last)["rates"] == {}
+    assert not any("images per second" in line for line in lines)
 
 
-def test_the_photo_is_as_heavy_as_a_photo() -> None:
-    data = module._photo()
-    assert 70_000 < len(data) < 130_000
-    assert Image.open(io.BytesIO(data)).size == (500, 375)
+def test_shards_without_an_image_are_refused(trained: Path, make_shards) -> None:
+    write_shard(folder := trained.parent / "empty" / "0.tar", {"a": {"txt": b"1"}})
+    with raises(InputError, match="no image to measure"):
+        doctor(DoctorConfig(trained / "encoder.onnx", (folder,)))
+    with raises(InputError, match="name the file"):
+        doctor(DoctorConfig(shards=(folder,)))
 
 
 def test_two_runtimes_are_a_problem_with_its_command(monkeypatch, tmp_path: Path, capsys) -> None:
@@ -140,7 +147,7 @@ def test_two_runtimes_are_a_problem_with_its_command(monkeypatch, tmp_path: Path
     folder.mkdir()
     (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {other}\nVersion: 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(module, "doctor", lambda config: doctor(DoctorConfig(config.model, seconds=0)))
+    monkeypatch.setattr(module, "doctor", lambda config: doctor(DoctorConfig(config.model)))
     assert run_main(monkeypatch, "--json") == 1
     *lines, last = capsys.readouterr().out.splitlines()
     fix = f"pip uninstall -y {' '.join(sorted([real, other]))}; pip install 'maekit[cuda]'"
@@ -200,7 +207,7 @@ def test_cuda_that_is_listed_but_does_not_load(monkeypatch) -> None:
         problem = Problem("the CUDA provider does not load (libcublas.so.13)", "pip install 'maekit[cuda]'")
         monkeypatch.setattr(providers, "open_cuda", lambda *_, **__: Opened(None, CPU, (CPU,), {}, problem))
     monkeypatch.setattr(providers, "cuda_problem", lambda number=0: None)
-    finding = of(doctor(DoctorConfig(seconds=0)), "CUDA provider")
+    finding = of(doctor(DoctorConfig()), "CUDA provider")
     assert "the CUDA provider does not load (lib" in str(finding.problem)
     assert "maekit[cuda]" in str(finding.fix)
 
@@ -341,17 +348,6 @@ def test_a_quota_of_cpu_time(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(module, "cores", lambda: 8)
     assert "1.5 of 8 cores" in str(module._cores("CPU").problem)
     assert str(module._cores("CPU").fix).startswith("taskset -c ")
-
-
-def test_the_rate_of_a_model_of_ones_own(tmp_path: Path) -> None:
-    model = onnx.load_from_string(module._vit_small(width=48, depth=1, heads=3))
-    preprocess = Preprocess.for_size((224, 224), (0.5,) * 3, (0.5,) * 3)
-    spec = {"preprocess": preprocess.to_json(), "dim": 48, "pool": "avg", "normalize": False}
-    onnx.helper.set_model_props(model, {"maekit": json.dumps(spec)})
-    onnx.save(model, tmp_path / "own.onnx")
-    diagnosis = doctor(DoctorConfig(str(tmp_path / "own.onnx"), seconds=0.05))
-    assert str(diagnosis.rates["model"]).startswith("own.onnx at 224 x 224")
-    assert float(diagnosis.rates["session"]) > 0
 
 
 def test_a_model_that_is_none_exits_2_before_any_work(monkeypatch, tmp_path: Path, capsys) -> None:

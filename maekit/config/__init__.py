@@ -1,6 +1,6 @@
-"""The settings of every command, a dataclass for each. `fields` declares them, `settings` reads and writes them.
+"""The settings of every command, one dataclass each. `fields` declares them, `settings` reads and writes them.
 
-Nothing in here imports more than the standard library: `maekit --help` shows the defaults and must not wait for NumPy.
+This package imports only the standard library: `maekit --help` shows the defaults and must not wait for NumPy.
 """
 
 from maekit.config.pretrain import (

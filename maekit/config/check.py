@@ -9,7 +9,7 @@ from maekit.system.errors import InputError
 @config_class
 @dataclass
 class CheckConfig:
-    """How shards are scanned."""
+    """How to scan shards."""
 
     shards: tuple[str, ...] = setting(help="Directories, .tar files, globs, brace patterns or URLs.")
     write_index: bool = setting(False, "Write NAME.tar.index beside each sound shard.")
@@ -23,7 +23,7 @@ class CheckConfig:
         """Check every value.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         if self.crc and not self.write_index:
             raise InputError("`crc` puts CRC-32s into the index that `write_index` writes; give both")
@@ -33,7 +33,7 @@ class CheckConfig:
 @config_class
 @dataclass
 class InspectConfig:
-    """What is looked at."""
+    """What to inspect."""
 
     thing: str = setting(help="A run, a checkpoint, an .onnx file, or shards.")
     providers: bool = setting(False, "Of an .onnx file: which provider takes which nodes on this machine.")
@@ -42,9 +42,24 @@ class InspectConfig:
 @config_class
 @dataclass
 class DoctorConfig:
-    """What is measured on this machine besides looking at it."""
+    """What to measure on this machine besides listing its properties."""
 
     model: str | None = setting(
-        None, "Measure this model in place of a ViT-S/16; what `maekit export` wrote.", metavar="ENCODER.ONNX"
+        None,
+        "Measure this model on this machine; what `maekit export` wrote.",
+        metavar="ENCODER.ONNX",
     )
-    seconds: float = setting(5.0, "About how long to measure; 0 measures nothing.", only_set=True, at_least=0)
+    shards: tuple[str, ...] = setting(
+        (), "Measure decoding on images of these shards, too; the model's input size decides.", metavar="SHARDS"
+    )
+    seconds: float = setting(5.0, "About how long to measure.", only_set=True, above=0)
+
+    def validate(self) -> None:
+        """Check every value.
+
+        Raises:
+            InputError: names the first impossible value.
+        """
+        check(self)
+        if self.shards and self.model is None:
+            raise InputError("decoding is measured for a model: name the file that `maekit export` wrote first")

@@ -13,7 +13,7 @@ _COLUMNS = ("key", "shard", "index", "embedding")
 
 
 def parse_count(text: str) -> int | None:
-    """Read a number, or `auto`, which is None.
+    """Parse a number, or `auto`, which is None.
 
     Raises:
         InputError: it is neither.
@@ -27,21 +27,21 @@ def parse_count(text: str) -> int | None:
 
 
 def parse_extensions(text: str) -> tuple[str, ...]:
-    """Read extensions such as `json,cls`."""
+    """Parse extensions such as `json,cls`."""
     return tuple(part.strip().lower().lstrip(".") for part in text.split(","))
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
-    """Read a list of devices such as `0,1` or `cpu,cpu`."""
+    """Parse a list of devices such as `0,1` or `cpu,cpu`."""
     names = [name.strip() for name in text.split(",")]
     return tuple(f"cuda:{name}" if name.isdecimal() else name for name in names)
 
 
 def parse_provider_options(pairs: Sequence[str]) -> dict[str, str]:
-    """Read options of a provider, each KEY=VALUE.
+    """Parse options of an execution provider, each KEY=VALUE.
 
     Raises:
-        InputError: one of them is not.
+        InputError: an option has another form.
     """
     options = {}
     for pair in pairs:
@@ -136,7 +136,7 @@ class EmbedConfig:
         """Check every value that needs neither the model nor the input.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         check(self)
         for extension in self.keep:

@@ -14,7 +14,7 @@ _JUDGED, _IMAGES = "What is judged", "Labelled images"
 @config_class
 @dataclass
 class EvaluateConfig:
-    """How embeddings are judged, and on which labelled images."""
+    """How embeddings are evaluated, and on which labelled images."""
 
     task: Literal["knn", "linear", "retrieval"] = setting(help="knn, linear or retrieval.", only_set=True)
     model: str = setting(
@@ -69,7 +69,7 @@ class EvaluateConfig:
         """Check every value that needs no model.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         for pool in self.pool:
             check_pool("pool", pool)
@@ -80,7 +80,7 @@ class EvaluateConfig:
             raise InputError(f"`whiten_dims` = {self.whiten_dims[0]} does not go with `whiten=false`")
 
     def options(self) -> dict[str, Any]:
-        """Return what decides the figures besides model and images, as JSON values: what evaluations are kept with."""
+        """Return the settings that affect the results besides model and images, as JSON values stored with them."""
         return {
             "pool": self.pool,
             "whiten": self.whiten,

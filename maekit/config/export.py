@@ -69,14 +69,14 @@ class ExportConfig:
     force: bool = setting(False, "Keep a file that differs too much.", panel=_PROVES)
 
     def changed(self) -> list[str]:
-        """Return the names of the settings that are not at their default."""
+        """Return the names of the settings that differ from their default."""
         return [key for key, _, _, default in settings_of(type(self)) if getattr(self, key) != default]
 
     def validate(self) -> None:
         """Check every value that needs no model.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         check_pool("pool", self.pool, also=(UNPOOLED,))
         check(self)

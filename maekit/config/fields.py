@@ -1,9 +1,9 @@
-"""How a config declares its settings: each once, with default, help, bounds and the panel it stands in.
+"""How a config declares its settings: each once, with default, help, bounds and `--help` panel.
 
     mask_ratio: float = setting(0.75, "Share of patches removed.", panel=MASKING, above=0, below=1)
 
-`maekit.cli.options` makes the options of a command of these, `check` checks a config against them, and `config_class`
-writes them into the docstring of the class. Choices are a `Literal` in the annotation.
+`maekit.cli.options` turns them into a command's options, `check` validates a config against them, and `config_class`
+adds them to the docstring of the class. Choices are a `Literal` in the annotation.
 """
 
 import dataclasses
@@ -23,18 +23,18 @@ Class = TypeVar("Class", bound=type[Any])
 
 @dataclass(frozen=True)
 class Setting:
-    """What a field says of itself besides its type and default.
+    """Metadata of a field besides its type and default.
 
     Attributes:
-        help: what it is, for `--help` and the docstring.
-        panel: heading that its option stands under.
-        flag: name of its option; None is the field's own name, with dashes.
-        metavar: what stands for its value in `--help`.
-        shown: how `--help` shows the default, where that is not the value itself.
-        parse: text of the command line -> value, where that is more than the type.
-        only_set: it has no option of its own; `--set` and TOML files reach it.
+        help: description for `--help` and the docstring.
+        panel: heading of its option in `--help`.
+        flag: name of its option; None means the field's name with dashes.
+        metavar: placeholder of its value in `--help`.
+        shown: the default as shown in `--help`, if that is not the value itself.
+        parse: text of the command line -> value, if the type is not enough.
+        only_set: it has no option of its own; only `--set` and TOML files reach it.
         free: it may change when a run is resumed.
-        above: it must be greater than this; likewise `below`, `at_least`, `at_most`.
+        above: the value must be greater than this; likewise `below`, `at_least`, `at_most`.
     """
 
     help: str
@@ -51,7 +51,7 @@ class Setting:
     at_most: float | None = None
 
     def problem(self, value: Any) -> str | None:
-        """Return what is wrong with a number, or None; each of several must be right."""
+        """Return the violated bound of a number, or None; each number of a tuple is checked."""
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
@@ -79,12 +79,12 @@ class Setting:
 
 
 def setting(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, **about: Any) -> Any:
-    """Return a dataclass field that carries a `Setting`; without default and factory it must be given."""
+    """Return a dataclass field that carries a `Setting`; without default and factory the value is required."""
     return field(default=default, default_factory=factory, metadata={"setting": Setting(help, **about)})
 
 
 def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Setting, Any]]:
-    """Yield (dotted key, type, setting, default) of every value of a config class; MISSING where it must be given."""
+    """Yield (dotted key, type, setting, default) of every value of a config class; MISSING if it is required."""
     hints = typing.get_type_hints(cls)
     for f in dataclasses.fields(cls):
         kind = hints[f.name]
@@ -96,11 +96,11 @@ def settings_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any, Setting
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Hold every value of a config against its field: choices, and bounds of numbers.
+    """Check every value of a config against the choices and bounds of its field.
 
     Args:
         config: the config, or a part of one.
-        prefix: of its keys in messages.
+        prefix: prefix of its keys in messages.
 
     Raises:
         InputError: names the first impossible value.
@@ -120,12 +120,12 @@ def check(config: Any, prefix: str = "") -> None:
 
 
 def is_union(kind: Any) -> bool:
-    """Whether a type is one of several; `Literal[...] | None` is a union of the older kind."""
+    """Whether a type is a union; `Literal[...] | None` gives the older `typing.Union`."""
     return isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
 
 
 def choices_of(kind: Any) -> tuple[Any, ...]:
-    """Return the values that a type allows; empty where it is no `Literal`."""
+    """Return the values that a type allows; empty if it contains no `Literal`."""
     if typing.get_origin(kind) is typing.Literal:
         return typing.get_args(kind)
     if is_union(kind) or typing.get_origin(kind) is tuple:
@@ -134,7 +134,7 @@ def choices_of(kind: Any) -> tuple[Any, ...]:
 
 
 def shown(value: Any) -> str:
-    """Return a value as people write it."""
+    """Return a value in human-readable form."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, tuple | list):
@@ -143,7 +143,7 @@ def shown(value: Any) -> str:
 
 
 def config_class(cls: Class) -> Class:
-    """Complete a config dataclass: its docstring lists its fields, it takes `Path` for text and lists for tuples."""
+    """Complete a config dataclass: list its fields in its docstring; accept `Path` for text and lists for tuples."""
     fields = "".join(
         f"\n    {f.name}: {f.metadata['setting'].help}" for f in dataclasses.fields(cls) if f.metadata["setting"].help
     )

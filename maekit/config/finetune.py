@@ -18,7 +18,7 @@ _TRAINING, _AUGMENTED = "Training", "Augmentation and regularisation"
 
 
 def parse_blocks(text: str) -> float | None:
-    """Read a number of blocks, or `all`, which is None.
+    """Parse a number of blocks, or `all`, which is None.
 
     Raises:
         InputError: it is neither.
@@ -34,7 +34,7 @@ def parse_blocks(text: str) -> float | None:
 class ClassifierConfig:
     """The model."""
 
-    # The weights may move; they may not change.
+    # The path of the weights may change on resuming; their contents may not.
     source: str = setting(
         "",
         "A run, a checkpoint, timm:NAME, a file of weights, or the `out` of another fine-tuning.",
@@ -74,7 +74,7 @@ class ClassifierConfig:
 @config_class
 @dataclass
 class MixConfig:
-    """What is done to labelled images besides cropping."""
+    """Augmentation of labelled images besides cropping."""
 
     rand_augment: str = setting(RAND_AUGMENT, "RandAugment as timm writes it, or none.", panel=_AUGMENTED)
     mixup: float = setting(0.8, "α of mixup; 0 is none.", panel=_AUGMENTED, at_least=0)
@@ -147,7 +147,7 @@ class FinetuneConfig:
         """Check every value that needs no data and no model.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         blocks = self.model.blocks
         if blocks is not None and blocks != 0.5 and not (0 <= blocks < 1e6 and blocks == int(blocks)):
@@ -177,12 +177,12 @@ class FinetuneConfig:
 
 
 def finetuning() -> FinetuneConfig:
-    """Return the published fine-tuning of a ViT-B (table 9)."""
+    """Return the published fine-tuning recipe of a ViT-B (table 9)."""
     return FinetuneConfig()
 
 
 def training_from_scratch() -> FinetuneConfig:
-    """Return the published supervised training from scratch (table 11), without its moving average of weights."""
+    """Return the published recipe of training from scratch (table 11), without its moving average of weights."""
     config = FinetuneConfig(batch_size=4096, epochs=300.0)
     config.model.from_scratch = True
     config.optimizer = SupervisedOptimizer(
@@ -193,7 +193,7 @@ def training_from_scratch() -> FinetuneConfig:
 
 
 def linear_probing() -> FinetuneConfig:
-    """Return the published linear probing (table 10): LARS, BatchNorm without affine, random resized crops alone."""
+    """Return the published linear-probing recipe (table 10): LARS, non-affine BatchNorm, only random resized crops."""
     config = FinetuneConfig(batch_size=16384, epochs=90.0)
     config.model.blocks, config.model.batch_norm, config.model.pool, config.model.drop_path = 0, True, "cls", 0.0
     config.mix = MixConfig(rand_augment="none", mixup=0.0, cutmix=0.0, label_smoothing=0.0, erase=0.0)

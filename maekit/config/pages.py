@@ -1,4 +1,4 @@
-"""The settings of the commands that show: `maekit reconstruct`, `report` and `neighbours`."""
+"""The settings of the commands that draw pages: `maekit reconstruct`, `report` and `neighbours`."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +16,7 @@ _SHARDS = "Directories, .tar files, globs, brace patterns or URLs."
 @config_class
 @dataclass
 class ReconstructConfig:
-    """Which samples are drawn, and under which masks."""
+    """Which samples to draw, and under which masks."""
 
     source: str = setting(
         help="A run, a checkpoint, or others' weights with a decoder: a .pth of the reference implementation, a "
@@ -51,7 +51,7 @@ class ReconstructConfig:
 @config_class
 @dataclass
 class ReportConfig:
-    """What the report of a run looks at."""
+    """The subject of a run's report."""
 
     run: str = setting(help="What `maekit pretrain` wrote, finished or not.", metavar="RUN")
     out: str | None = setting(None, "The page.", shown="RUN/report.html")
@@ -76,7 +76,7 @@ class ReportConfig:
 @config_class
 @dataclass
 class NeighboursConfig:
-    """Whose neighbours are looked for, and how they are shown."""
+    """Whose neighbours to find, and how to show them."""
 
     embeddings: str = setting(help="What `maekit embed` wrote: its `out`.", metavar="EMBEDDINGS")
     queries: tuple[str, ...] = setting(

@@ -1,28 +1,28 @@
-"""What a pooling may be called: `avg`, `cls`, `std`, `avg2x2`, or several of them joined by `+`, as in `avg+std`.
+"""Names of poolings: `avg`, `cls`, `std`, `avg2x2`, or several of them joined by `+`, as in `avg+std`.
 
-What each is stands in `maekit.mae.pooling`. Imports nothing heavy: options are checked by it.
+`maekit.mae.pooling` defines them. This module checks options, so it imports nothing heavy.
 """
 
 from maekit.system.errors import InputError
 
 # Not a pooling: the patch tokens themselves.
 UNPOOLED = "tokens"
-# How many vectors as long as a token each part gives.
+# Number of token-sized vectors that each part gives.
 _VECTORS = {"avg": 1, "cls": 1, "std": 1, "avg2x2": 4}
 PARTS = tuple(_VECTORS)
 CHOICES = f"{', '.join(PARTS)}, or several joined by +"
 
 
 def check_pool(key: str, pool: str, also: tuple[str, ...] = ()) -> None:
-    """Refuse what is no pooling.
+    """Refuse an unknown pooling.
 
     Args:
-        key: of the setting that it was given by.
-        pool: what was given.
-        also: what may be given besides.
+        key: key of the setting, for the message.
+        pool: the value given.
+        also: other values to accept.
 
     Raises:
-        InputError: a part is unknown, or is there twice.
+        InputError: a part is unknown or repeated.
     """
     parts = parts_of(pool)
     if pool in also or (set(parts) <= set(PARTS) and len(set(parts)) == len(parts)):
@@ -32,7 +32,7 @@ def check_pool(key: str, pool: str, also: tuple[str, ...] = ()) -> None:
 
 
 def parts_of(pool: str) -> list[str]:
-    """Return the parts of a pooling, in the order in which they stand in the vector."""
+    """Return the parts of a pooling, in their order in the vector."""
     return pool.split("+")
 
 

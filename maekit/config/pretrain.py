@@ -1,7 +1,7 @@
 """The settings of pre-training: a dataclass per subject, composed into one.
 
 Defaults are the published recipe (He et al. 2021, "Masked Autoencoders Are Scalable Vision Learners", appendix A.1).
-Values come, each over the one before: defaults, `--config FILE.toml`, options, `--set key=value`.
+Values come from, later ones overriding earlier ones: defaults, `--config FILE.toml`, options, `--set key=value`.
 """
 
 import math
@@ -25,7 +25,7 @@ _DECODER, _MASKING, _TARGET, _IMAGES = "Decoder", "Masking", "Target", "Images"
 
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
-    """Read a number of pixels, or HEIGHTxWIDTH.
+    """Parse a number of pixels, or HEIGHTxWIDTH.
 
     Raises:
         InputError: it is neither.
@@ -37,7 +37,7 @@ def parse_image_size(text: str) -> int | tuple[int, int]:
 
 
 def parse_micro_batch(text: str) -> int | None:
-    """Read a number of images, or `auto`, which is None.
+    """Parse a number of images, or `auto`, which is None.
 
     Raises:
         InputError: it is neither.
@@ -54,7 +54,7 @@ def parse_micro_batch(text: str) -> int | None:
 class ModelConfig:
     """The encoder (a timm VisionTransformer by its timm name), the decoder, and the task.
 
-    The name is taken from `init_from` where that names one; a size that is None is the named model's own.
+    The name is taken from `init_from` if that names a model; a size of None means the named model's own size.
     """
 
     name: str | None = setting(
@@ -109,7 +109,7 @@ class ModelConfig:
         panel=_TARGET,
         above=0,
     )
-    # The file may move; what is in it may not change.
+    # The path of the file may change on resuming; its contents may not.
     tokenizer: str | None = setting(
         None,
         "Of `target=tokens`: an ONNX file, images in, a whole number for each patch out.",
@@ -131,10 +131,10 @@ class ModelConfig:
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
     def validate(self) -> None:
-        """Check what needs no model.
+        """Check every value that needs no model.
 
         Raises:
-            InputError: names the first impossible value, or two that do not go together.
+            InputError: names the first impossible value, or two that conflict.
         """
         check(self, "model.")
         if self.mask_tokens == "encoder" and self.decoder == "cross":
@@ -235,7 +235,7 @@ class OptimizerConfig:
 @config_class
 @dataclass
 class RunConfig:
-    """How a run is carried out; all of it may change on resuming."""
+    """How a run is executed; every setting may change on resuming."""
 
     device: Device = setting("auto", "auto, cpu or cuda.", panel=_MACHINE, free=True)
     precision: Literal["auto", "fp32", "bf16"] = setting(
@@ -298,7 +298,7 @@ class RunConfig:
 
 
 class TrainingConfig(Protocol):
-    """What every training run has; see `PretrainConfig`."""
+    """Settings common to all training runs; see `PretrainConfig`."""
 
     shards: tuple[str, ...]
     out: str
@@ -311,7 +311,7 @@ class TrainingConfig(Protocol):
 
     @property
     def optimizer(self) -> OptimizerConfig:
-        """The optimiser, or one with more settings."""
+        """The optimiser's settings; a subclass may have more."""
 
 
 @config_class
@@ -319,7 +319,7 @@ class TrainingConfig(Protocol):
 class PretrainConfig:
     """A whole pre-training run."""
 
-    # Where the shards lie may change on resuming; what is in them may not (the run keeps their digest).
+    # The paths of the shards may change on resuming; their contents may not (the run stores their digest).
     shards: tuple[str, ...] = setting((), "Directories, .tar files, globs, brace patterns or URLs.", free=True)
     out: str = setting("", "The run directory.", panel=_OUTPUT, free=True)
     epochs: float | None = setting(None, "Passes over the data.", panel=_TRAINING, shown=f"{DEFAULT_EPOCHS:g}", above=0)
@@ -342,10 +342,10 @@ class PretrainConfig:
 
 
 def check_training(config: TrainingConfig) -> None:
-    """Check what every training run has.
+    """Check the settings common to all training runs.
 
     Raises:
-        InputError: names the first impossible value, or two that do not go together.
+        InputError: names the first impossible value, or two that conflict.
     """
     if not config.shards:
         raise InputError("no shards were given")
@@ -365,7 +365,7 @@ def check_training(config: TrainingConfig) -> None:
 
 
 def total_steps(config: TrainingConfig, samples: int) -> int:
-    """Return the optimiser steps of the run: as given, or ceil(epochs · N / batch)."""
+    """Return the number of optimiser steps of the run: as given, or ceil(epochs · N / batch)."""
     if config.steps is not None:
         return config.steps
     assert config.epochs is not None
@@ -373,10 +373,10 @@ def total_steps(config: TrainingConfig, samples: int) -> int:
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a time span such as `3h50m`, `90s` or `1d12h`.
+    """Parse a time span such as `3h50m`, `90s` or `1d12h` into seconds.
 
     Raises:
-        InputError: it is none.
+        InputError: the text is not a time span.
     """
     match = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?", text.strip())
     if not match or not any(match.groups()):

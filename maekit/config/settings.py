@@ -1,6 +1,6 @@
-"""The settings of a config, a tree of dataclasses, by dotted key: listed, set, read from TOML and written as TOML.
+"""Settings of a config (a tree of dataclasses) by dotted key: list, set, read from TOML and write as TOML.
 
-Imports nothing but the standard library, as `maekit.config`.
+Imports only the standard library, like `maekit.config`.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ Config = TypeVar("Config")
 
 
 def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
-    """Yield (dotted key, value, free on resuming) of every value in a config."""
+    """Yield (dotted key, value, whether it may change on resuming) of every value in a config."""
     for f in dataclasses.fields(config):
         value = getattr(config, f.name)
         if dataclasses.is_dataclass(value):
@@ -31,7 +31,7 @@ def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
 
 
 def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
-    """Set one value by its dotted key, converted to the field's type; `prefix` stands before the key in messages.
+    """Set one value by its dotted key, converted to the field's type; `prefix` precedes the key in messages.
 
     Raises:
         InputError: no such key (names the nearest), or a value of the wrong type.
@@ -68,7 +68,7 @@ def load_toml(path: Path) -> dict[str, Any]:
     """Return the settings of a TOML file by dotted key.
 
     Raises:
-        InputError: the file cannot be read or is no TOML.
+        InputError: the file cannot be read or is not valid TOML.
     """
     try:
         with open(path, "rb") as file:
@@ -80,10 +80,10 @@ def load_toml(path: Path) -> dict[str, Any]:
 
 
 def load_settings(config: Config, path: Path) -> Config:
-    """Set what a TOML file says in a config, a dataclass, and return that.
+    """Apply the settings of a TOML file to a config, a dataclass, and return the config.
 
     Raises:
-        InputError: the file cannot be read or is no TOML, or holds an unknown key or a value of the wrong type.
+        InputError: the file cannot be read or is not valid TOML, or holds an unknown key or a value of the wrong type.
     """
     for key, value in load_toml(path).items():
         set_value(config, key, value)
@@ -91,7 +91,7 @@ def load_settings(config: Config, path: Path) -> Config:
 
 
 def _renamed(key: str, value: Any) -> tuple[str, Any]:
-    """Return a setting of an earlier version's run as it is called now."""
+    """Translate a setting of an earlier version to its current name and value."""
     if key == "model.norm_pixel":
         return "model.target", "norm_pixel" if value else "pixel"
     return key, value
@@ -151,12 +151,12 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         return value
     if typing.get_origin(kind) is typing.Literal:
         if value is None and "none" in typing.get_args(kind):
-            return "none"  # as `--set` reads it
+            return "none"  # `--set` parses it as None
         if value not in typing.get_args(kind):
             raise InputError(f"`{key}` = {value}: must be one of {', '.join(map(str, typing.get_args(kind)))}")
         return value
     if value is None and kind is str:
-        return "none"  # not what `--set` means where a setting cannot be unset
+        return "none"  # this setting cannot be unset, so `--set KEY=none` means the text
     if typing.get_origin(kind) is tuple:
         items = typing.get_args(kind)
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):

@@ -1,4 +1,4 @@
-"""The settings of `maekit sweep`; what is varied stands in its file."""
+"""The settings of `maekit sweep`; the sweep's file lists the varied settings."""
 
 from dataclasses import dataclass
 

@@ -1,1 +1,1 @@
-"""`maekit demo`: the whole loop on pictures it draws itself."""
+"""`maekit demo`: the whole pipeline on synthetic pictures."""

@@ -1,7 +1,7 @@
-"""Pictures with visible structure: a textured shape on a cloudy ground, ten classes.
+"""Synthetic pictures of ten classes: a textured shape on a cloudy background.
 
-A class is the texture of the shape: five patterns, coarse or fine. Shape, place, size, angle, colours and phases vary
-and say nothing about it, so that raw pixels help little.
+The class is the texture of the shape: five patterns, coarse or fine. Shape, position, size, angle, colours and phases
+vary independently of the class, so raw pixels help little.
 """
 
 import math
@@ -15,14 +15,14 @@ from maekit.images import Pixels
 
 SHAPES = ("disc", "ring", "square", "triangle", "cross")
 PATTERNS = ("stripes", "checks", "dots", "waves", "rings")
-SCALES = {"coarse": 4.0, "fine": 8.0}  # periods across the picture
+SCALES = {"coarse": 4.0, "fine": 8.0}  # texture periods across the picture
 CLASSES = tuple(f"{scale}-{pattern}" for pattern in PATTERNS for scale in SCALES)
 
 _Field = NDArray[np.float64]
 
 
 def write_pictures(folder: Path, count: int, *, seed: int, size: int = 64) -> None:
-    """Write `count` JPEGs into `folder/CLASS/NUMBER.jpg`, the classes in turn."""
+    """Write `count` JPEGs to `folder/CLASS/NUMBER.jpg`, cycling through the classes."""
     for name in CLASSES:
         (folder / name).mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
@@ -41,7 +41,7 @@ def draw(name: str, random: np.random.Generator, size: int) -> Pixels:
     left, top = random.uniform(-reach, reach, 2).tolist()
     u, v = _turn((x - left) / radius, (y - top) / radius, random.uniform(0, 2 * math.pi))
     shape = SHAPES[int(random.integers(len(SHAPES)))]
-    inside = 1 / (1 + np.exp(_distance(shape, u, v) * radius * size * 2))[..., None]  # one pixel of soft edge
+    inside = 1 / (1 + np.exp(_distance(shape, u, v) * radius * size * 2))[..., None]  # soft edge of one pixel
     figure = _coloured(_pattern(pattern, x, y, SCALES[scale], random), random)
     pixels: _Field = ground * (1 - inside) + figure * inside + random.normal(0, 0.02, (size, size, 3))
     return np.asarray((pixels.clip(0, 1) * 255).astype(np.uint8))
@@ -68,7 +68,7 @@ def _distance(shape: str, u: _Field, v: _Field) -> _Field:
 
 
 def _clouds(x: _Field, y: _Field, random: np.random.Generator) -> _Field:
-    """Return smooth amounts in [0, 1]."""
+    """Return a smooth random field with values in [0, 1]."""
     wave = np.zeros_like(x)
     for _ in range(3):
         u, _v = _turn(x, y, random.uniform(0, 2 * math.pi))
@@ -77,7 +77,7 @@ def _clouds(x: _Field, y: _Field, random: np.random.Generator) -> _Field:
 
 
 def _pattern(pattern: str, x: _Field, y: _Field, periods: float, random: np.random.Generator) -> _Field:
-    """Return amounts in [0, 1]."""
+    """Return a texture with values in [0, 1]."""
     u, v = _turn(x, y, random.uniform(0, math.pi))
     k = 2 * math.pi * periods * random.uniform(0.9, 1.1)
     a, b = random.uniform(0, 2 * math.pi, 2).tolist()
@@ -93,12 +93,12 @@ def _pattern(pattern: str, x: _Field, y: _Field, periods: float, random: np.rand
 
 
 def _soft(wave: _Field) -> _Field:
-    """Return a wave around 0 as amounts in [0, 1] with soft edges."""
+    """Map a wave around 0 to [0, 1], with soft edges."""
     return np.asarray(1 / (1 + np.exp(-4 * wave)))
 
 
 def _coloured(amount: _Field, random: np.random.Generator) -> _Field:
-    """Return amounts in [0, 1] as colours between two that stand apart: `[H, W]` -> `[H, W, 3]`."""
+    """Map values in [0, 1] to colours between two contrasting random ones: `[H, W]` -> `[H, W, 3]`."""
     ends = [random.uniform(0, 0.45, 3), random.uniform(0.55, 1, 3)]
     first, second = ends if random.random() < 0.5 else ends[::-1]
     return np.asarray(first * (1 - amount[..., None]) + second * amount[..., None])

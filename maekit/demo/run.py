@@ -1,4 +1,4 @@
-"""The whole loop in minutes on a CPU: draw -> pack -> check -> pretrain -> export -> embed -> compare -> report."""
+"""The whole pipeline in minutes on a CPU: draw -> pack -> check -> pretrain -> export -> embed -> compare -> report."""
 
 import json
 import shutil
@@ -35,20 +35,20 @@ Rows = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo made and found; `--json` prints it.
+    """Result of the demo; `--json` prints it.
 
     Attributes:
-        out: the folder with everything in it.
-        knn_pixels: share of test pictures whose class the neighbours tell, by raw pixels.
-        knn_untrained: likewise by the encoder as initialised.
-        knn_trained: likewise by the trained encoder.
-        knn_whitened: likewise by the trained encoder with whitened embeddings.
-        chance: what guessing gives.
+        out: the output folder.
+        knn_pixels: k-NN accuracy on the test pictures with raw pixels.
+        knn_untrained: the same with the encoder as initialised.
+        knn_trained: the same with the trained encoder.
+        knn_whitened: the same with the trained encoder and whitened embeddings.
+        chance: accuracy of guessing.
         loss_first: mean loss of the first logged steps.
         loss_last: mean loss of the last logged steps.
         parity: largest difference of the exported file from PyTorch, relative to the largest value.
-        report: the page that shows the run.
-        seconds: how long it all took.
+        report: path of the run's report page.
+        seconds: total duration.
     """
 
     out: str
@@ -65,7 +65,7 @@ class DemoResult:
 
 
 def demo_config(out: Path) -> PretrainConfig:
-    """Return the demo's training: a tiny ViT on pictures of 64 pixels."""
+    """Return the demo's training config: a tiny ViT on pictures of 64 x 64 pixels."""
     return PretrainConfig(
         shards=(str(out / "shards" / "train"),),
         out=str(out / "run"),
@@ -81,7 +81,7 @@ def demo_config(out: Path) -> PretrainConfig:
             decoder_width=64,
             decoder_depth=1,
             decoder_heads=4,
-            # In so short a run plain pixels teach more than normalised ones.
+            # In such a short run, plain pixels give better embeddings than normalised ones.
             target="pixel",
         ),
         data=DataConfig(crop_scale=(0.8, 1.0)),
@@ -91,10 +91,10 @@ def demo_config(out: Path) -> PretrainConfig:
 
 
 def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
-    """Run the demo in `out`; what an earlier demo left there is replaced.
+    """Run the demo in `out`, replacing the files of an earlier demo.
 
     Raises:
-        InputError: `out` holds something that no demo made.
+        InputError: `out` holds files that no demo made, or is not writable.
     """
     from maekit.config.embed import EmbedConfig
     from maekit.config.export import ExportConfig
@@ -122,7 +122,7 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
 
     config = demo_config(out)
     config.run.checkpoint_every = STEPS
-    # One step at a vanishing learning rate: a run whose encoder is as initialised.
+    # One step at a vanishing learning rate makes a run whose encoder is as initialised.
     untrained = demo_config(out)
     untrained.out, untrained.steps, untrained.run.pictures_every = str(out / "run-untrained"), 1, 0
     untrained.optimizer.lr = 1e-30
@@ -184,7 +184,7 @@ def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Ro
 
 
 def _write_evaluation(run: RunDirectory, shards: dict[str, ShardSet], accuracy: dict[str, float]) -> None:
-    """Write the comparison down as `maekit evaluate` does, for the report."""
+    """Store the comparison in the format of `maekit evaluate`, for the report."""
     sides = {
         split: {"shards": len(s.shards), "samples": s.samples, "images": s.samples, "classes": len(CLASSES)}
         for split, s in shards.items()

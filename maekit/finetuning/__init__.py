@@ -1,1 +1,1 @@
-"""`maekit evaluate finetune` and `probe`: the encoder trained with labels."""
+"""`maekit evaluate finetune` and `probe`: training of the encoder with labels."""

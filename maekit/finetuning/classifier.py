@@ -1,4 +1,4 @@
-"""An encoder with a linear head, all of it or its last blocks trained (He et al. 2021, appendix A and section 5)."""
+"""An encoder with a linear head; all or only the last blocks are trained (He et al. 2021, appendix A, section 5)."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -25,17 +25,17 @@ _HEAD_STD, _PROBE_STD = 2e-5, 0.01
 
 
 class Classifier(nn.Module):
-    """Images to logits.
+    """Maps images to logits.
 
     Args:
         encoder: a timm VisionTransformer.
-        classes: how many.
-        pool: as in `maekit.mae.pooling`, after the final norm, as it is exported.
-        batch_norm: normalise the pooled features by a BatchNorm without affine parameters (for linear probing, He et
+        classes: number of classes.
+        pool: pooling as in `maekit.mae.pooling`, applied after the final norm, as in the export.
+        batch_norm: normalise the pooled features with a BatchNorm without affine parameters (for linear probing, He et
             al. 2021, appendix A.1).
-        blocks: how many of the last blocks are trained, with the final norm; 0.5 is the MLP of the last one, 0 none,
-            and None is everything.
-        seed: of the head.
+        blocks: number of last blocks to train, with the final norm; 0.5 trains the MLP of the last block, 0 nothing,
+            None everything.
+        seed: seed of the head.
     """
 
     def __init__(
@@ -65,10 +65,10 @@ class Classifier(nn.Module):
 
 
 def freeze(encoder: VisionTransformer, blocks: float | None) -> None:
-    """Train only the last blocks of an encoder; see `Classifier`. Where nothing is trained, nothing is dropped.
+    """Train only the last blocks of an encoder; see `Classifier`. Frozen branches lose their stochastic depth.
 
     Raises:
-        InputError: it has not so many blocks.
+        InputError: the encoder has fewer blocks.
     """
     if blocks is None:
         encoder.requires_grad_(True)
@@ -106,7 +106,7 @@ class ClassifierObjective(Objective):
         self.model = classifier
 
     def train(self, mode: bool = True) -> "ClassifierObjective":
-        """Set the mode; what is frozen stays as it is when it is used."""
+        """Set the mode; frozen blocks stay in evaluation mode."""
         super().train(mode)
         for block in self.model.encoder.blocks:
             if not any(p.requires_grad for p in block.parameters()):
@@ -114,11 +114,11 @@ class ClassifierObjective(Objective):
         return self
 
     def forward(self, images: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Return the loss, a scalar, of normalised images, float32 `[B, C, H, W]`, and shares `[B, classes]`."""
+        """Return the scalar loss for normalised images, float32 `[B, C, H, W]`, and soft targets `[B, classes]`."""
         return torch.sum(-targets * functional.log_softmax(self.model(images), dim=-1), dim=-1).mean()
 
     def example(self, count: int, size: tuple[int, int]) -> tuple[torch.Tensor, ...]:
-        """Return arguments of `forward` for so many images of (height, width) pixels."""
+        """Return arguments of `forward` for `count` images of (height, width) pixels."""
         encoder, device = self.model.encoder, next(self.parameters()).device
         images = torch.zeros(count, encoder.patch_embed.proj.weight.shape[1], *size, device=device)
         classes = self.model.head.out_features
@@ -128,14 +128,14 @@ class ClassifierObjective(Objective):
 class LabelledUpload:
     """From chunks on the host to normalised, mixed images and soft targets on the device.
 
-    Mirrors, erases, mixes (timm's RandomErasing and Mixup). Their random numbers are the global ones of torch, NumPy
-    and Python, which each step seeds.
+    Mirrors, erases and mixes (timm's RandomErasing and Mixup). Their random numbers come from the global generators of
+    torch, NumPy and Python, which each step seeds.
 
     Args:
-        normalizer: of the images; says where they go.
-        device: of the model.
-        classes: how many.
-        mix: how much.
+        normalizer: normalises the images.
+        device: device of the model.
+        classes: number of classes.
+        mix: strengths of erasing, mixing and label smoothing.
     """
 
     def __init__(self, normalizer: Normalizer, device: torch.device, classes: int, mix: MixConfig) -> None:
@@ -153,7 +153,7 @@ class LabelledUpload:
             self._erasing = RandomErasing(mix.erase, mode="pixel", max_count=1, device=str(device))
 
     def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return images, float32 `[B, C, H, W]`, and the shares of their classes, float32 `[B, classes]`."""
+        """Return images, float32 `[B, C, H, W]`, and soft targets, float32 `[B, classes]`."""
 
         def together(tensors: list[torch.Tensor]) -> torch.Tensor:
             return torch.cat([tensor.to(self._device, non_blocking=True) for tensor in tensors])
@@ -171,17 +171,17 @@ class LabelledUpload:
 
 
 def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch.optim.Optimizer:
-    """Return AdamW with layer-wise decay of the learning rate (timm's groups), or LARS.
+    """Return AdamW with layer-wise learning-rate decay (timm's groups), or LARS.
 
     Args:
-        classifier: what requires a gradient is trained.
+        classifier: the model; parameters that require a gradient are trained.
         config: see `SupervisedOptimizer`.
     """
     names = {id(p): name for name, p in classifier.named_parameters()}
     if config.kind == "lars":
         trained = [(name, p) for name, p in classifier.named_parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
-            # Scaled by the trust ratio, with or without weight decay; biases never are (You et al. 2017).
+            # Weights are scaled by the trust ratio, with or without weight decay; biases never are (You et al. 2017).
             {"params": [p for _, p in trained if p.ndim > 1], "always_adapt": True},
             {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
@@ -202,7 +202,7 @@ def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch
 
 
 class _Layers(nn.Module):
-    """A classifier under the names that timm's grouping knows."""
+    """A classifier's parameters under the names that timm's grouping expects."""
 
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
@@ -214,12 +214,12 @@ class _Layers(nn.Module):
         yield from (("head." + name, p) for name, p in self._classifier.head.named_parameters())
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's own grouping; what it does not name belongs to the last layer."""
+        """Return timm's own grouping; parameters that it does not name belong to the last layer."""
         return self._classifier.encoder.group_matcher(coarse=coarse)
 
 
 class _Lars(Lars):
-    """timm's LARS, which a gradient that is not finite leaves as it is; asking for that waits for the device."""
+    """timm's LARS that skips a step with a non-finite gradient; the check waits for the device."""
 
     found_inf: torch.Tensor | None = None
 

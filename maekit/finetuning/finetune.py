@@ -1,7 +1,7 @@
-"""`maekit evaluate finetune`: supervised training of an encoder with a head, by the engine of pretraining.
+"""`maekit evaluate finetune`: supervised training of an encoder with a head, with the engine of pre-training.
 
-Stopped and gone on with as a pretraining is: same samples, crops, policies, mixtures and dropped paths; bit for bit on
-a CPU with as many threads.
+It stops and resumes like pre-training, with the same samples, crops, policies, mixtures and dropped paths. The result
+is bit-identical on a CPU with the same number of threads.
 """
 
 import copy
@@ -33,23 +33,23 @@ from maekit.training.launch import launched
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """What a finished run amounts to; `--json` prints it.
+    """The result of a finished run; `--json` prints it.
 
     Attributes:
         out: the directory of the run.
         steps: optimiser steps done.
         samples: images trained on, repeats counted.
         loss: mean training loss over the last logged steps.
-        accuracy: share of test images that the last weights get right, of those that can be read.
-        test_loss: their mean cross-entropy.
-        test_images: that could be read.
-        trained: parameters that were.
-        images_per_second: over this process's part of the run, on all ranks together.
-        data_wait: share of this process's time spent waiting for data.
+        accuracy: fraction of the readable test images that the final weights classify correctly.
+        test_loss: mean cross-entropy on the test images.
+        test_images: number of readable test images.
+        trained: number of trained parameters.
+        images_per_second: rate of all ranks together since this start of the run.
+        data_wait: fraction of this process's time spent waiting for data.
         bad: samples replaced, over the whole run.
-        resumed_from: the step that this process went on from; 0 for a fresh start.
+        resumed_from: the step that this process resumed from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
-        path: where the figures are kept in the run that the encoder is from; None for any other model.
+        path: file of the results in the run that the encoder comes from; None for any other model.
     """
 
     out: str
@@ -69,15 +69,15 @@ class FinetuneResult:
 
 
 def finetune(config: FinetuneConfig, progress: Progress | None = None) -> FinetuneResult:
-    """Train an encoder, or its last blocks, with a linear head on labels; called again, go on.
+    """Train an encoder, or its last blocks, with a linear head on labels; a second call resumes.
 
-    In several processes (`torchrun`), each calls this with the same config and all return the same.
+    With several processes (`torchrun`), each calls this with the same config and all return the same result.
 
     Raises:
         InputError: bad usage, no labels, damaged data, or a directory of another run; found before any step.
-        Stopped: a signal came, or the time is over; everything is saved.
+        Stopped: a signal came, or the time limit is reached; everything is saved.
         OtherRankError: another process of the run failed or was stopped, and raises the error itself.
-        MaekitError: failed while working.
+        MaekitError: failed during training.
     """
     progress = progress or Silent()
     config = copy.deepcopy(config)
@@ -103,9 +103,8 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
 
 
 def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> TrainedEncoder:
-    """Return the encoder that is started from; where there is a checkpoint, as far as that one does not hold it.
-
-    A run that the encoder came from may have gone on, or be gone.
+    """Return the encoder to start from, without its weights if there is a checkpoint, which holds them.
+    The run that the encoder came from may have trained further or been deleted.
     """
     if run.list_checkpoints() and run.start_file.is_file():
         try:
@@ -137,14 +136,14 @@ def _three(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def _digest(trained: TrainedEncoder) -> str:
-    """Return what names the weights that are started from."""
+    """Return an identifier of the initial weights."""
     return str(trained.provenance.get("sha256") or trained.provenance.get("name"))
 
 
 def _labels(
     config: FinetuneConfig, progress: Progress
 ) -> tuple[NDArray[np.int64], tuple[str, ...], tuple[LabelledSet, NDArray[np.int64]]]:
-    """Return the class of every training sample, int64 `[samples]`, -1 where it has none, the classes, the test set."""
+    """Return the label of every training sample, int64 `[samples]`, -1 for none; the classes; the test set."""
     images, cache = config.test_images, config.data.cache_gb
     labelled, test = by_name(
         [
@@ -196,7 +195,7 @@ def _result(
 def _keep(
     config: FinetuneConfig, result: FinetuneResult, task: Supervised, trained: TrainedEncoder, progress: Progress
 ) -> str | None:
-    """Note the figures in the run that the encoder is from."""
+    """Save the results in the run that the encoder comes from."""
     if trained.provenance.get("source") != "run" or config.model.from_scratch:
         return None
     step = int(trained.provenance["step"])
@@ -210,7 +209,7 @@ def _keep(
         "test": {"images": result.test_images},
         "rows": [row],
     }
-    # Two directories of one name are two trainings.
+    # Two directories of the same name are two trainings.
     place = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
     try:
         run, _ = runs.find_checkpoint(Path(config.model.source))

@@ -1,4 +1,4 @@
-"""RandAugment (Cubuk et al. 2020) as timm does it, its random numbers those of a place."""
+"""RandAugment (Cubuk et al. 2020) by timm, with random numbers determined by a sample's position."""
 
 import random
 
@@ -13,7 +13,7 @@ _TRANSLATION = 0.45
 
 
 def _posterize(image: Image.Image, bits: int, **unused: object) -> Image.Image:
-    """Keep the highest bits of each channel. timm asks for 0 of them now and then, which Pillow refuses."""
+    """Keep the highest bits of each channel, at least one. timm sometimes asks for 0, which Pillow rejects."""
     return image if bits >= 8 else ImageOps.posterize(image, max(1, bits))
 
 
@@ -21,9 +21,9 @@ class RandAugment:
     """Changes an image by random operations.
 
     Args:
-        policy: as timm writes it, such as `rand-m9-mstd0.5-inc1`.
+        policy: policy in timm's notation, such as `rand-m9-mstd0.5-inc1`.
         size: (height, width) of the images, in pixels.
-        mean: of the colours, in [0, 1]: what comes in where an image is moved.
+        mean: mean colour, in [0, 1]; fills the area that a geometric operation exposes.
 
     Raises:
         InputError: timm knows no such policy.
@@ -36,15 +36,15 @@ class RandAugment:
         }
         try:
             self._transform = rand_augment_transform(policy, hparams)
-        except Exception as error:  # whatever the text leads to
+        except Exception as error:  # timm raises various types for a bad policy
             raise InputError(f"mix.rand_augment = {policy!r}: timm knows no such policy ({error!r})") from error
         for operation in self._transform.ops:
             if operation.name.startswith("Posterize"):
                 operation.aug_fn = _posterize
 
     def __call__(self, pixels: Pixels, seed: int) -> Pixels:
-        """Change one image by the numbers of a seed: uint8 `[3, H, W]` -> uint8 `[3, H, W]`."""
-        # timm draws from the global generators; the workers that this runs in need them for nothing else.
+        """Augment one image with the random numbers of a seed: uint8 `[3, H, W]` -> uint8 `[3, H, W]`."""
+        # timm draws from the global generators; the loader workers use them for nothing else.
         random.seed(seed)
         np.random.seed(seed & 0xFFFFFFFF)
         image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))

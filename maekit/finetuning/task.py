@@ -1,4 +1,4 @@
-"""A classifier as what is trained: labels, augmentation, mixing, its test; see `maekit.training.engine.Task`."""
+"""Training of a classifier: labels, augmentation, mixing and testing; see `maekit.training.task.Task`."""
 
 import hashlib
 import json
@@ -45,13 +45,13 @@ _TEST_BATCH = 64
 
 @dataclass(frozen=True)
 class Labelled:
-    """What is learned.
+    """Labels of the training set, and the labelled test set.
 
     Attributes:
-        labels: of the training samples, int64 `[samples]`, -1 where there is none.
-        classes: what the labels mean.
+        labels: labels of the training samples, int64 `[samples]`, -1 where there is none.
+        classes: names of the labels.
         test: the test set.
-        test_labels: int64 `[n]`, -1 for classes that are not learned.
+        test_labels: int64 `[n]`, -1 for classes absent from the training set.
     """
 
     labels: NDArray[np.int64]
@@ -61,16 +61,16 @@ class Labelled:
 
 
 class Supervised(Task):
-    """A classifier as what is trained.
+    """Supervised training of a classifier.
 
     Args:
         launch: the run.
         run: its directory.
-        trained: the encoder that is started from.
+        trained: the encoder to start from.
         data: labels of the training set, and the test set.
 
     Raises:
-        InputError: an impossible batch, pooling, number of blocks or policy.
+        InputError: the batch, pooling, number of blocks or policy is impossible.
     """
 
     config: FinetuneConfig
@@ -123,11 +123,11 @@ class Supervised(Task):
         return bool(self.config.mix.mixup or self.config.mix.cutmix)
 
     def fits(self, count: int) -> bool:
-        """Whether so many images may go through the model at a time: pairs are mixed, a BatchNorm needs two."""
+        """Whether a micro-batch of `count` images is allowed: mixing needs pairs, a BatchNorm at least two images."""
         return count % 2 == 0 if self._mixes else count > 1 or not self.config.model.batch_norm
 
     def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return what makes labelled images of places in the order."""
+        """Return the loader that turns positions in the order into labelled images."""
         data = self.config.data
         augmentation = Augmentation(
             self.size,
@@ -139,25 +139,25 @@ class Supervised(Task):
             data.color_jitter,
             self._policy,
         )
-        # Nothing is masked; the numbers that would choose a mask are of no use and cost next to nothing.
+        # Nothing is masked; the smallest mask keeps the cost of the unused noise negligible.
         nothing = MaskShape("random", (1, 2), 0.5)
         return CropLoader(
             self.shards, self.order, augmentation, nothing, watch=watch, decoded=decoded, labels=self.data.labels
         )
 
     def begin_step(self, done: int) -> None:
-        """Seed the global generators, which dropping paths, erasing and mixing take their numbers from."""
+        """Seed the global generators, which stochastic depth, erasing and mixing draw from."""
         words = random_bits(3, Purpose.STEP, seed=self.config.seed, epoch=done, position=self._world.rank).tolist()
         torch.manual_seed(words[0])
         np.random.seed(words[1] & 0xFFFFFFFF)
         random.seed(words[2])
 
     def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]]:
-        """Return what measures the model on the test set, on all ranks together."""
+        """Return a function that measures the model on the test set, called on all ranks."""
         return lambda: self._measure(self._world)
 
     def measure_once(self, finished: Finished) -> None:
-        """Measure the final weights, where that was not done on this test set: after a kill, or with another set."""
+        """Test the final weights unless done on this test set already; needed after a kill or with another test set."""
         done, digest = finished.steps, self.test_digest
         if any(row["step"] == done and row.get("test") == digest for row in finished.rows):
             return
@@ -167,7 +167,7 @@ class Supervised(Task):
         finished.rows.append(row)
 
     def _measure(self, world: DistributedContext) -> dict[str, Any]:
-        """Return accuracy and mean cross-entropy on the test set, each rank of `world` doing its part."""
+        """Return accuracy and mean cross-entropy on the test set; the ranks of `world` divide the images."""
         labelled, labels = self.data.test, self.data.test_labels
         distributed.share_buffers(self.model, world)
         mine = np.arange(len(labels))[world.rank :: world.size]
@@ -193,7 +193,7 @@ class Supervised(Task):
 
     @property
     def test_digest(self) -> str:
-        """What names the test set: its samples and their labels."""
+        """Digest of the test set: its samples and their labels."""
         labelled, labels = self.data.test, self.data.test_labels
         digest = hashlib.sha256(labelled.shards.digest.encode() + labelled.numbers.tobytes() + labels.tobytes())
         return digest.hexdigest()[:16]
@@ -207,7 +207,7 @@ class Supervised(Task):
             yield np.stack(images), np.array(wanted, np.int64)
 
     def mismatch_message(self, key: str, before: Any, now: Any) -> str:
-        """Return the message for a setting, or weights, that are not those that it was started with."""
+        """Return the message for a setting, or weights, that differ from those the run was started with."""
         if key == "model.sha256":
             return (
                 f"{self.config.model.source} holds other weights than {self._run.path} was started from; go on with "
@@ -217,11 +217,11 @@ class Supervised(Task):
         return changed_setting(self._run.path, key, before, now, remedy)
 
     def is_finished(self) -> bool:
-        """Whether encoder and head have been written."""
+        """Whether the encoder and the head have been written."""
         return self._run.encoder_file.exists() and self._run.head_file.exists()
 
     def begin(self) -> None:
-        """Note what the encoder is, so that the run can go on without the one it came from."""
+        """Record the encoder's architecture, so that the run can resume without the source of the encoder."""
         start = {
             "source": self.config.model.source,
             "name": self._trained.name,
@@ -233,7 +233,7 @@ class Supervised(Task):
         files.write_atomically(self._run.start_file, json.dumps(start, indent=1).encode())
 
     def finish(self, steps: int) -> None:
-        """Write encoder and head."""
+        """Write the encoder and the head."""
         description = {
             "model": self._trained.name,
             "timm_arguments": self._trained.arguments,

@@ -18,13 +18,13 @@ from maekit.system.errors import InputError
 
 
 class Prediction(NamedTuple):
-    """What a forward pass gives.
+    """Result of a forward pass.
 
     Attributes:
         loss: scalar, float32.
-        pred: of removed patches, `[B, P, outputs]`.
-        ids: which they are, int64 `[B, P]`: the first of `masking.ids_masked`, and all of them by default.
-        masking: what was kept and removed.
+        pred: predictions of removed patches, `[B, P, outputs]`.
+        ids: positions of the predicted patches, int64 `[B, P]`: the first P of `masking.ids_masked`, by default all.
+        masking: which patches were kept and removed.
     """
 
     loss: torch.Tensor
@@ -34,15 +34,15 @@ class Prediction(NamedTuple):
 
 
 class MaskedAutoencoder(nn.Module):
-    """An encoder, handed in as an object, the decoder that trains it, and what that predicts.
+    """An encoder, the decoder that trains it, and the target it predicts.
 
     Args:
         encoder: a timm VisionTransformer.
-        decoder: over the same grid of patches.
-        target: says what is predicted.
+        decoder: decoder over the same grid of patches.
+        target: the prediction target.
         mask_ratio: share of patches removed.
-        predict_ratio: share of those that are predicted.
-        mask_tokens_in_encoder: encode mask tokens in place of the removed patches (the ablation of table 1c).
+        predict_ratio: share of the removed patches that are predicted.
+        mask_tokens_in_encoder: encode mask tokens in place of the removed patches (ablation in table 1c).
     """
 
     def __init__(
@@ -68,8 +68,8 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: normalised, float32 `[B, C, H, W]`.
-            noise: numbers that choose the masks, `[B·k, N]`: k of each image, one after the other.
-            tokens: of the images, int64 `[B, N]`, where those are the target.
+            noise: numbers that choose the masks, `[B·k, N]`: k consecutive rows per image.
+            tokens: tokens of the images, int64 `[B, N]`, if the target is tokens.
         """
         masking = random_masking(noise, self.mask_ratio)
         masks = len(noise) // len(images)
@@ -81,27 +81,27 @@ class MaskedAutoencoder(nn.Module):
         pred = self.decoder(layers, masking, ids.shape[1])
         if tokens is not None:
             tokens = tokens.repeat_interleave(masks, 0).gather(1, ids)  # [B, N] -> [B·k, P]
-        # Under autocast the prediction is bf16; loss and target stay fp32. As many patches are predicted of each image,
-        # so the mean over all of them is the paper's.
+        # Under autocast the prediction is bf16; loss and target stay fp32. Every image has the same number of predicted
+        # patches, so the mean over all patches equals the paper's loss.
         return Prediction(self.target.loss(pred.float(), gather_tokens(patches, ids), tokens), pred, ids, masking)
 
     def encode(self, kept: torch.Tensor, masking: Masking) -> list[torch.Tensor]:
-        """Encode the kept patches, `[B, K, p·p·C]`, and mask tokens where the encoder is given them.
+        """Encode the kept patches, `[B, K, p·p·C]`, together with mask tokens if the encoder takes them.
 
         Returns:
-            what goes into the first block and comes out of each, `[B, prefix + K, D]` each (or N, with mask tokens).
+            input of the first block and output of each block, `[B, prefix + K, D]` each (with mask tokens, N for K).
         """
         ids = masking.ids_keep if self.mask_token is None else masking.ids
         return encode_layers(self.encoder, embed(self.encoder, kept, ids, self.mask_token))
 
 
 def predicted_patches(removed: int, predict_ratio: float) -> int:
-    """Return P, how many of the removed patches are predicted: int(removed · ratio)."""
+    """Return P, the number of removed patches that are predicted: int(removed · ratio)."""
     return int(removed * predict_ratio)
 
 
 def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
-    """Build the autoencoder with the published initialisation, a pure function of `seed`.
+    """Build the autoencoder with the published initialisation; the weights depend only on `seed`.
 
     Raises:
         InputError: impossible sizes, or ratios that keep, remove or predict no patch.
@@ -160,10 +160,10 @@ def _build_decoder(config: ModelConfig, encoder: VisionTransformer, outputs: int
 
 
 def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
-    """Initialise as published: xavier-uniform matrices (the fused qkv as one), zero biases, N(0, .02) tokens.
+    """Initialise as published: xavier-uniform matrices (fused qkv as one matrix), zero biases, N(0, .02) tokens.
 
-    Learned positions are drawn as tokens are; the weights of a cross-attention decoder for the L + 1 layers of the
-    encoder from N(0, 1/(L + 1)), so that their mixture is about as large as one of them.
+    Learned positions are drawn like tokens. A cross-attention decoder weights the L + 1 layers of the encoder; those
+    weights are drawn from N(0, 1/(L + 1)), so that the mixture has about the magnitude of one layer.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -179,7 +179,7 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
 
 
 def initialize_encoder(encoder: VisionTransformer, *, seed: int) -> None:
-    """Initialise an encoder by itself, in the same way."""
+    """Initialise an encoder without a decoder, in the same way."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         _initialize_layers(encoder, encoder, generator)
@@ -201,7 +201,7 @@ def _initialize_layers(module: nn.Module, encoder: VisionTransformer, generator:
         elif isinstance(part, LayerScale):
             part.reset_parameters()
     projection = encoder.patch_embed.proj
-    # As the matrix that it is: fan-in p·p·C, fan-out D.
+    # Initialised as a matrix, not as a convolution: fan-in p·p·C, fan-out D.
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)

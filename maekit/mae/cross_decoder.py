@@ -1,8 +1,8 @@
-"""A decoder of cross-attention alone: each prediction is read from the encoder by itself.
+"""A decoder with cross-attention only: each mask token reads from the encoder independently of the others.
 
-Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders" (CrossMAE), section 3. Mask tokens do not see each
-other, so any part of them can be predicted, at its own cost. Each block reads its own mixture of all the encoder's
-layers, with learned weights ("inter-block attention").
+Fu et al. 2024, "Rethinking Patch Dependence for Masked Autoencoders" (CrossMAE), section 3. Mask tokens do not attend
+to each other, so any subset can be predicted, at a cost proportional to its size. Each block reads its own learned
+mixture of all encoder layers ("inter-block attention").
 """
 
 import torch
@@ -15,12 +15,12 @@ from maekit.mae.positions import sincos_positions
 
 
 class CrossAttention(nn.Module):
-    """Attention from queries of one width to a memory of another (Vaswani et al. 2017, section 3.2).
+    """Attention from queries of one width to a memory of another width (Vaswani et al. 2017, section 3.2).
 
     Args:
-        width: of the queries, and within.
-        memory_width: of what is read.
-        heads: divide `width`.
+        width: width of the queries, keys and values.
+        memory_width: width of the memory.
+        heads: number of heads; must divide `width`.
     """
 
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
@@ -32,7 +32,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Read: `[B, P, width]`, `[B, T, memory_width]` -> `[B, P, width]`."""
+        """Attend to the memory: `[B, P, width]`, `[B, T, memory_width]` -> `[B, P, width]`."""
         b, p, width = x.shape
         q = self.q(x).view(b, p, self.heads, -1).transpose(1, 2)  # -> [B, h, P, d]
         kv = self.kv(memory).view(b, memory.shape[1], 2, self.heads, -1)  # -> [B, T, 2, h, d]
@@ -45,7 +45,7 @@ class CrossAttention(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """Cross-attention and MLP, each behind a LayerNorm and beside a residual."""
+    """Cross-attention and MLP, each with a LayerNorm before it and a residual connection."""
 
     def __init__(self, width: int, memory_width: int, heads: int) -> None:
         super().__init__()
@@ -56,19 +56,19 @@ class CrossBlock(nn.Module):
         self.mlp = Mlp(width, 4 * width)
 
     def forward(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
-        """Read from the encoder: `[B, P, width]`, `[B, T, D]` -> `[B, P, width]`."""
+        """Attend to the encoder's tokens: `[B, P, width]`, `[B, T, D]` -> `[B, P, width]`."""
         x = x + self.attn(self.norm1(x), self.memory_norm(memory))
         return x + self.mlp(self.norm2(x))
 
 
 class CrossDecoder(nn.Module):
-    """Predict removed patches, each by itself, from what the encoder made of the kept ones.
+    """Predict each removed patch independently from the encoder's layers.
 
     Args:
-        encoder_width: D of the encoder.
-        encoder_depth: its number of blocks.
-        width: the decoder's own.
-        depth: blocks.
+        encoder_width: D, the width of the encoder.
+        encoder_depth: number of blocks of the encoder.
+        width: width of the decoder.
+        depth: number of blocks.
         heads: attention heads.
         grid: (rows, columns) of patches.
         outputs: values predicted per patch.
@@ -87,9 +87,9 @@ class CrossDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        # A parameter, as timm keeps its own: saved and loaded with the rest, never trained.
+        # A frozen parameter, as in timm: saved and loaded with the weights, never trained.
         self.pos_embed = nn.Parameter(sincos_positions(width, grid, prefix_tokens=0), requires_grad=False)
-        # Of each block, for what goes into the encoder's first block and comes out of each.
+        # One row per decoder block: weights of the encoder's first input and of each encoder block's output.
         self.layer_weights = nn.Parameter(torch.zeros(depth, encoder_depth + 1))
         self.blocks = nn.ModuleList(CrossBlock(width, encoder_width, heads) for _ in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -101,10 +101,10 @@ class CrossDecoder(nn.Module):
         """Predict removed patches.
 
         Args:
-            layers: what goes into the encoder's first block and comes out of each, `[B, prefix + K, D]` each.
-            masking: where patches were kept and removed.
-            predicted: P, how many of the removed patches are predicted: the first of `masking.ids_masked`.
-            kept_too: predict the kept patches as well, in front.
+            layers: input of the encoder's first block and output of each block, `[B, prefix + K, D]` each.
+            masking: which patches were kept and removed.
+            predicted: P, the number of removed patches to predict: the first P of `masking.ids_masked`.
+            kept_too: also predict the kept patches; they come first.
 
         Returns:
             `[B, (K +) P, outputs]`.

@@ -12,14 +12,14 @@ class Decoder(nn.Module):
     """Predict the removed patches from the latent of the kept ones.
 
     Args:
-        encoder_width: D of the latent.
-        width: the decoder's own.
-        depth: blocks.
+        encoder_width: D, the width of the latent.
+        width: width of the decoder.
+        depth: number of blocks.
         heads: attention heads.
         grid: (rows, columns) of patches.
         prefix_tokens: class and register tokens in front of the latent.
         outputs: values predicted per patch.
-        mask_tokens: whether they come in here; else the encoder was given them, and its latent is of all patches.
+        mask_tokens: whether the decoder adds mask tokens; if not, the encoder did, and its latent covers all patches.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Decoder(nn.Module):
         self.prefix_tokens = prefix_tokens
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if mask_tokens else None
-        # A parameter, as timm keeps its own: saved and loaded with the rest, never trained.
+        # A frozen parameter, as in timm: saved and loaded with the weights, never trained.
         self.pos_embed = nn.Parameter(sincos_positions(width, grid, prefix_tokens=prefix_tokens), requires_grad=False)
         self.blocks = nn.Sequential(*[Block(width, heads, qkv_bias=True) for _ in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
@@ -47,17 +47,17 @@ class Decoder(nn.Module):
     def forward(
         self, layers: list[torch.Tensor], masking: Masking, predicted: int, *, kept_too: bool = False
     ) -> torch.Tensor:
-        """Add mask tokens for the removed patches that are predicted, decode, and predict those.
+        """Add mask tokens for the removed patches to predict, decode, and predict these patches.
 
-        The row is never put back into the order of the image: attention does not see the order of tokens, only their
-        positions, and so what was removed stays one slice at the end.
+        Tokens are never put back into image order. Attention ignores their order and sees only their positions, so the
+        removed patches stay one slice at the end.
 
         Args:
-            layers: of the encoder, the latent last: class and register tokens, then the kept patches (with mask tokens
-                in the encoder, all patches), `[B, prefix + K, D]`.
-            masking: where patches were kept and removed.
-            predicted: P, how many of the removed patches are predicted: the first of `masking.ids_masked`.
-            kept_too: predict the kept patches as well, in front.
+            layers: outputs of the encoder, the latent last: class and register tokens, then the kept patches (all
+                patches if the encoder takes mask tokens), `[B, prefix + K, D]`.
+            masking: which patches were kept and removed.
+            predicted: P, the number of removed patches to predict: the first P of `masking.ids_masked`.
+            kept_too: also predict the kept patches; they come first.
 
         Returns:
             `[B, (K +) P, outputs]`.

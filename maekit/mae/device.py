@@ -1,4 +1,4 @@
-"""Which device PyTorch runs on, and what it means when that fails."""
+"""Chooses the device that PyTorch runs on, and turns its failures into one-line errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ def choose_device(asked: str) -> str:
     """Return `cpu` or `cuda` for `auto`, `cpu` or `cuda`.
 
     Raises:
-        InputError: CUDA is asked for and not there.
+        InputError: CUDA is requested but not available.
     """
     has_cuda = torch.cuda.is_available()
     if asked == "cuda" and not has_cuda:
@@ -25,7 +25,7 @@ def choose_device(asked: str) -> str:
 
 @contextlib.contextmanager
 def device_errors() -> Iterator[None]:
-    """Tell in one line of a device that is too small, and of a compiler that cannot compile."""
+    """Re-raise out-of-memory and compiler errors as MaekitError with a one-line message."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -1,4 +1,4 @@
-"""The encoder: a timm VisionTransformer, built by its timm name, so that weights go back and forth unchanged."""
+"""The encoder: a timm VisionTransformer built by its timm name, so weights move to and from timm unchanged."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
         "class_token": config.class_token,
     }
     if config.class_token is not None:
-        # timm drops the final norm of a model that it would pool by the mean.
+        # timm drops the final norm if it pools by the mean; fc_norm=False keeps it.
         chosen |= {"global_pool": "token" if config.class_token else "avg", "fc_norm": False}
     return {
         "img_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
@@ -36,10 +36,10 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
 
 
 def build_encoder(config: ModelConfig) -> VisionTransformer:
-    """Build the encoder; its weights are timm's until initialised, its positions are those of the config.
+    """Build the encoder, with timm's initial weights and the positions that the config asks for.
 
     Raises:
-        InputError: unknown name, impossible sizes, or a model whose tokens a MAE cannot mask.
+        InputError: unknown name, impossible sizes, or an architecture whose tokens cannot be masked.
     """
     import timm
 
@@ -91,16 +91,16 @@ def _check_maskable(name: str, encoder: Any) -> None:
 def embed(
     encoder: VisionTransformer, patches: torch.Tensor, ids: torch.Tensor, mask_token: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Make tokens of patches; removed ones are not even embedded.
+    """Embed the kept patches as tokens; removed patches are not embedded.
 
     Args:
-        encoder: with absolute positions.
-        patches: the kept ones, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
-        ids: the places of all tokens, int64 `[B, T]`: of the kept patches, then of mask tokens.
-        mask_token: `[1, 1, D]`; needed where T > K.
+        encoder: an encoder with absolute positions.
+        patches: the kept patches, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
+        ids: positions of all tokens, int64 `[B, T]`: those of the kept patches, then those of mask tokens.
+        mask_token: `[1, 1, D]`; needed if T > K.
 
     Returns:
-        class and register tokens, then one for each place: `[B, prefix + T, D]`.
+        class and register tokens, then one token per position: `[B, prefix + T, D]`.
     """
     assert encoder.pos_embed is not None
     projection = encoder.patch_embed.proj
@@ -120,7 +120,7 @@ def embed(
 
 
 def encode_layers(encoder: VisionTransformer, tokens: torch.Tensor) -> list[torch.Tensor]:
-    """Run the blocks: `[B, T, D]` -> what goes into the first, and what comes out of each; the last one normalised."""
+    """Run the blocks on `[B, T, D]`; return the first block's input and each block's output, the last normalised."""
     layers = [encoder.norm_pre(tokens)]
     for block in encoder.blocks:
         layers.append(block(layers[-1]))
@@ -129,14 +129,14 @@ def encode_layers(encoder: VisionTransformer, tokens: torch.Tensor) -> list[torc
 
 
 def encode(encoder: VisionTransformer, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-    """Run the encoder on the kept patches alone.
+    """Run the encoder on the kept patches only.
 
-    With all patches kept, in order, this equals timm's own `forward_features`.
+    If all patches are kept, in order, this equals timm's own `forward_features`.
 
     Args:
-        encoder: with absolute positions.
-        patches: the kept ones, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
-        ids_keep: their places, int64 `[B, K]`.
+        encoder: an encoder with absolute positions.
+        patches: the kept patches, pixels in (row, column, channel) order, `[B, K, p·p·C]`.
+        ids_keep: positions of the kept patches, int64 `[B, K]`.
 
     Returns:
         the latent after the final norm, class and register tokens first, `[B, prefix + K, D]`.

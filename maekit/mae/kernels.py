@@ -1,9 +1,9 @@
-"""Which of PyTorch's kernels a step runs on. On CUDA its own choice stands; on a CPU others are often faster.
+"""Chooses the PyTorch kernels of a step. On CUDA PyTorch's own choice is kept; on a CPU others are often faster.
 
-Measured on two cores of a CPU with AVX-512 (`python bench/step.py`), each against what PyTorch takes by itself:
+Measured on two cores of a CPU with AVX-512 (`python bench/step.py`), against PyTorch's own choice:
 
-    matrix products in fp32    oneDNN's 300 to 390 GFLOP/s against MKL's 120 to 180, in both directions
-    attention in bf16          written out, forward and backward 32 ms against 84 ms of the fused kernel (197 tokens)
+    matrix products in fp32    oneDNN 300 to 390 GFLOP/s, MKL 120 to 180 GFLOP/s, forward and backward
+    attention in bf16          explicit 32 ms, fused kernel 84 ms, forward and backward together (197 tokens)
 """
 
 from collections.abc import Callable
@@ -17,24 +17,24 @@ from torch.overrides import TorchFunctionMode
 
 from maekit.mae.cross_decoder import CrossAttention
 
-# Below so many multiplications the product takes less time than the way to another kernel.
+# Multiplications. A smaller product takes less time than the dispatch to another kernel.
 _WORTH_ONEDNN = 1 << 24
 
 
 def choose_kernels(
     model: torch.nn.Module, device: torch.device, precision: str
 ) -> Callable[[], AbstractContextManager[Any]]:
-    """Prepare a model's attention, and return a fresh context in which its forward pass is to run.
+    """Configure a model's attention; return a factory of contexts, a fresh one for each forward pass.
 
     Args:
-        model: made of timm's blocks; parameters stay fp32.
-        device: where it lies.
+        model: a model of timm's blocks; parameters stay fp32.
+        device: device of the model.
         precision: `fp32`, or `bf16` through autocast.
     """
     on_cpu = device.type == "cpu"
     for module in model.modules():
         if isinstance(module, (Attention, CrossAttention)):
-            # Marked as final for TorchScript's sake only.
+            # timm marks it Final only for TorchScript.
             module.fused_attn = not (on_cpu and precision == "bf16")  # type: ignore[misc]
     if precision == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
@@ -42,15 +42,15 @@ def choose_kernels(
 
 
 def _onednn_is_better() -> bool:
-    # MKL takes its AVX-512 kernels on processors of its own maker only.
+    # MKL uses its AVX-512 kernels on Intel processors only.
     return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class OneDnnLinear(TorchFunctionMode):
-    """Within this context, oneDNN computes `torch.nn.functional.linear` on fp32 tensors, and its gradient."""
+    """Context in which oneDNN computes `torch.nn.functional.linear` on fp32 tensors, and its gradient."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Route linear layers; everything else goes its usual way."""
+        """Route linear layers to oneDNN; call every other function unchanged."""
         if func is functional.linear and not kwargs and len(args) == 3:
             x, weight, bias = args
             if bias is not None and x.dtype == torch.float32 and x.numel() * weight.shape[0] >= _WORTH_ONEDNN:
@@ -75,5 +75,5 @@ class _Linear(torch.autograd.Function):
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    # PyTorch's compiler emits this operator; there is no public name for it.
+    # PyTorch's compiler emits this operator; it has no public name.
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")

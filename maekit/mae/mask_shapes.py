@@ -1,11 +1,11 @@
-"""Which patches are removed, as random numbers per patch: the smallest are kept. Needs no torch.
+"""Draws masks as one random number per patch; the patches with the smallest numbers are kept. Needs no torch.
 
     random   any patches (He et al. 2021, section 3)
-    block    rectangles, one over the other, until enough is covered (Bao et al. 2021, "BEiT", algorithm 1)
-    grid     kept patches in a regular grid, as far from each other as their number allows (He et al. 2021, figure 6)
+    block    removes overlapping rectangles until enough is covered (Bao et al. 2021, "BEiT", algorithm 1)
+    grid     keeps patches in a regular grid, as far apart as their number allows (He et al. 2021, figure 6)
 
-A mask is a function of numbers drawn for its place, so it hangs on no batch, worker or device. Whatever its shape, each
-image keeps the same number of patches.
+A mask is a function of numbers drawn for the sample's position, so it does not depend on batch, worker or device. Every
+image keeps the same number of patches, whatever the kind.
 """
 
 import math
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-# As published, for the 196 patches of a ViT-B/16; on other grids in proportion.
+# The published values for the 196 patches of a ViT-B/16, scaled to other grids.
 _SMALLEST_BLOCK = 16 / 196
 _ASPECT = 0.3
-# Enough for 3 of 4 patches, nearly always. What is still open after so many blocks is removed at random.
+# Nearly always enough to cover 3 of 4 patches. Patches still missing after this many blocks are removed at random.
 _BLOCKS = 64
 _DRAWS_PER_BLOCK = 4
 
@@ -29,7 +29,7 @@ def kept_patches(patches: int, mask_ratio: float) -> int:
 
 @dataclass(frozen=True)
 class MaskShape:
-    """How masks are drawn.
+    """Kind and size of the masks to draw.
 
     Attributes:
         kind: `random`, `block` or `grid`.
@@ -48,28 +48,28 @@ class MaskShape:
 
     @property
     def draws(self) -> int:
-        """How many uniform numbers a mask needs."""
+        """Number of uniform random numbers that a mask needs."""
         return self.patches + {"random": 0, "block": _DRAWS_PER_BLOCK * _BLOCKS, "grid": 2}[self.kind]
 
     def noise(self, draws: NDArray[np.float64]) -> NDArray[np.float32]:
-        """Return the numbers that choose masks, the K smallest of each row being kept.
+        """Return the numbers that choose the masks; the K smallest of each row are kept.
 
         Args:
             draws: uniform in [0, 1), float64 `[n, draws]`.
 
         Returns:
-            float32 `[n, N]`; except for random masks, those of removed patches are greater by 2.
+            float32 `[n, N]`; for block and grid masks, 2 is added for removed patches.
         """
         noise = draws[:, : self.patches]
         if self.kind == "random":
             return noise.astype(np.float32)
-        # By rank: rounding to float32 must not make a removed patch of a kept one.
+        # Decided by rank in float64: rounding to float32 must not swap a kept and a removed patch.
         order = _rank(self._blocks(draws) if self.kind == "block" else self._grid(draws))
         is_removed = order >= kept_patches(self.patches, self.mask_ratio)
         return np.where(is_removed, 2 + noise, noise).astype(np.float32)
 
     def _blocks(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return float64 `[n, N]`, greater for what was covered earlier: the last block is cut to what is wanted."""
+        """Return float64 `[n, N]`, larger for patches covered earlier; the last block is cut to the wanted number."""
         rows, columns = self.grid
         wanted = self.patches - kept_patches(self.patches, self.mask_ratio)
         smallest = max(1.0, _SMALLEST_BLOCK * self.patches)
@@ -90,11 +90,11 @@ class MaskShape:
             inside &= (x >= left[:, None]) & (x < (left + width)[:, None])
             is_new = inside & (level == 0) & (missing > 0)[:, None]
             level[is_new] = _BLOCKS - number
-        # Within the block that is cut, line by line; what no block covers is in random order.
+        # Patches within a block are ordered line by line; patches outside all blocks are in random order.
         return level + np.where(level > 0, 1 - (y * columns + x) / self.patches, draws[:, : self.patches] - 1)
 
     def _grid(self, draws: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Return float64 `[n, N]`: an ordered dither (Bayer 1973), moved by a random amount."""
+        """Return float64 `[n, N]`: an ordered dither matrix (Bayer 1973), shifted at random."""
         side = 1 << max(1, (max(self.grid) - 1).bit_length())
         matrix = np.zeros((1, 1))
         while len(matrix) < side:
@@ -106,5 +106,5 @@ class MaskShape:
 
 
 def _rank(values: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return the place of each value within its row when that is sorted: `[n, N]` -> int64 `[n, N]`."""
+    """Return the rank of each value within its row: `[n, N]` -> int64 `[n, N]`."""
     return np.argsort(np.argsort(values, axis=1, kind="stable"), axis=1, kind="stable")

@@ -1,4 +1,4 @@
-"""From the bytes of an image to the model's input, on the device."""
+"""Converts uint8 images to the model's input, on the device."""
 
 import torch
 
@@ -6,13 +6,13 @@ from maekit.images import LUMA
 
 
 class Normalizer:
-    """From uint8 to the model's input.
+    """Normalises uint8 images to the model's input.
 
     Args:
-        mean: per channel, of values in [0, 1].
-        std: per channel, of values in [0, 1].
-        device: where the images are. Its constants are no buffers of a module: those would be sent to all ranks.
-        channels: of the model's input; 1 is the luma of the three, with the luma of `mean` and `std`.
+        mean: mean per channel, of values in [0, 1].
+        std: standard deviation per channel, of values in [0, 1].
+        device: device of the images. The constants are not module buffers: those would be broadcast to all ranks.
+        channels: channels of the model's input; 1 means the luma of RGB, with the luma of `mean` and `std`.
     """
 
     def __init__(
@@ -35,6 +35,6 @@ class Normalizer:
         return pixels * self._scale - self._shift
 
     def to_pixels(self, images: torch.Tensor) -> torch.Tensor:
-        """Undo it: float32 `[B, C, H, W]` -> uint8 `[B, 3, H, W]`."""
+        """Undo the normalisation: float32 `[B, C, H, W]` -> uint8 `[B, 3, H, W]`."""
         pixels = ((images + self._shift) / self._scale).round().clamp(0, 255).to(torch.uint8)
         return pixels.expand(-1, 3, -1, -1)

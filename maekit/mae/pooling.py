@@ -1,4 +1,4 @@
-"""From an encoder's tokens to one vector per image."""
+"""Pools an encoder's tokens to one vector per image."""
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -8,20 +8,20 @@ from torch.nn import functional
 from maekit.config.poolings import parts_of
 from maekit.system.errors import InputError
 
-# Under the root of a variance, so that patches that are all alike have a gradient.
+# Added to a variance before the root, so that the gradient is finite if all patches are equal.
 VARIANCE_FLOOR = 1e-6
 
 
 def poolings_of(encoder: VisionTransformer) -> tuple[str, ...]:
-    """Return the poolings of one token or one mean that an encoder has: `avg`, and `cls` with a class token."""
+    """Return the poolings to a single token or mean that an encoder supports: `avg`, and `cls` with a class token."""
     return ("avg", "cls") if encoder.has_class_token else ("avg",)
 
 
 def check_pooling(encoder: VisionTransformer, pool: str) -> None:
-    """Refuse a pooling that an encoder does not have.
+    """Refuse a pooling that an encoder does not support.
 
     Raises:
-        InputError: there is no class token, or the patch tokens are not normalised before they are pooled.
+        InputError: there is no class token, or the encoder normalises only after pooling.
     """
     if "cls" in parts_of(pool) and not encoder.has_class_token:
         raise InputError(f"`pool` {pool}: this model has no class token; use `pool=avg`")
@@ -33,16 +33,16 @@ def check_pooling(encoder: VisionTransformer, pool: str) -> None:
 
 
 def pooled(encoder: VisionTransformer, tokens: torch.Tensor, pool: str) -> torch.Tensor:
-    """Pool what `forward_features` gives: `[B, prefix + N, D]` -> `[B, k·D]`; k is `vectors_in(pool)`.
+    """Pool the output of `forward_features`: `[B, prefix + N, D]` -> `[B, k·D]`; k is `vectors_in(pool)`.
 
     Args:
-        encoder: whose tokens they are.
-        tokens: after the final norm.
-        pool: parts, joined by `+`, that stand one after the other. `avg`: the mean of the patch tokens (class and
-            register tokens left out). `cls`: the class token. `std`: the standard deviation of the patch tokens
-            (statistics pooling, Snyder et al. 2018). `avg2x2`: the mean of each quarter of the image, row by row (one
-            level of a spatial pyramid, Lazebnik et al. 2006); the middle row or column of an odd grid belongs to both
-            sides. timm's norm behind the pooling, where the encoder has one, is for means and class tokens.
+        encoder: the encoder that produced the tokens.
+        tokens: the tokens after the final norm.
+        pool: poolings joined by `+`; their results are concatenated. `avg`: the mean of the patch tokens (without class
+            and register tokens). `cls`: the class token. `std`: the standard deviation of the patch tokens (statistics
+            pooling, Snyder et al. 2018). `avg2x2`: the mean of each quarter of the image, row by row (one level of a
+            spatial pyramid, Lazebnik et al. 2006); the middle row or column of an odd grid belongs to both sides. If
+            the encoder has timm's norm after the pooling, it is applied to means and class tokens.
     """
     patches = tokens[:, encoder.num_prefix_tokens :]
     by_name = {
@@ -56,12 +56,12 @@ def pooled(encoder: VisionTransformer, tokens: torch.Tensor, pool: str) -> torch
 
 
 def deviation(patches: torch.Tensor) -> torch.Tensor:
-    """Return how far the tokens of an image lie apart, channel by channel: `[B, N, D]` -> `[B, D]`."""
+    """Return the standard deviation of an image's tokens, per channel: `[B, N, D]` -> `[B, D]`."""
     centred = patches - patches.mean(dim=1, keepdim=True)
     return (centred.square().mean(dim=1) + VARIANCE_FLOOR).sqrt()
 
 
 def _quarters(patches: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Return the mean of each quarter of a grid of (rows, columns), row by row: `[B, N, D]` -> `[B, 4, D]`."""
+    """Return the mean of each quarter of a (rows, columns) grid, row by row: `[B, N, D]` -> `[B, 4, D]`."""
     image = patches.transpose(1, 2).unflatten(2, grid)  # [B, N, D] -> [B, D, rows, columns]
     return functional.adaptive_avg_pool2d(image, 2).flatten(2).transpose(1, 2)  # -> [B, D, 2, 2] -> [B, 4, D]

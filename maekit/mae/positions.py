@@ -4,7 +4,7 @@ import torch
 
 
 def sincos_positions(width: int, grid: tuple[int, int], *, prefix_tokens: int) -> torch.Tensor:
-    """Return the position of every token.
+    """Return the position embedding of every token.
 
     The first half of the channels encodes the column, the second half the row; each half is sin then cos over
     frequencies 10000^(-i/(D/4)).
@@ -12,7 +12,7 @@ def sincos_positions(width: int, grid: tuple[int, int], *, prefix_tokens: int) -
     Args:
         width: D, a multiple of 4.
         grid: (rows, columns) of patches.
-        prefix_tokens: how many rows of zeros come first, for class and register tokens.
+        prefix_tokens: number of zero rows in front, for class and register tokens.
 
     Returns:
         float32 `[1, prefix_tokens + rows * columns, D]`.

@@ -1,4 +1,4 @@
-"""What the model sees and what it makes of it, as pictures (He et al. 2021, figure 2)."""
+"""Pictures of a model's masked input and of its reconstruction (He et al. 2021, figure 2)."""
 
 from typing import NamedTuple
 
@@ -12,13 +12,13 @@ from maekit.system.errors import InputError
 
 
 class Reconstruction(NamedTuple):
-    """Normalised images, float32 `[B, C, H, W]` each, and how wrong they are.
+    """Normalised images, float32 `[B, C, H, W]` each, and their losses.
 
     Attributes:
-        masked: removed patches are 0, which is the mean colour.
-        predicted: all patches as predicted, kept ones too (which no training ever asked for).
-        overlaid: removed patches as predicted, kept ones as they are.
-        losses: of each image, over its removed patches, float32 `[B]`.
+        masked: the input with removed patches set to 0, the mean colour.
+        predicted: predictions for all patches, also for the kept ones, which were never trained.
+        overlaid: predictions for removed patches, the input for kept ones.
+        losses: loss of each image over its removed patches, float32 `[B]`.
     """
 
     masked: torch.Tensor
@@ -28,10 +28,10 @@ class Reconstruction(NamedTuple):
 
 
 def refuse_unpicturable(model: MaskedAutoencoder) -> None:
-    """See that a model predicts what can be drawn.
+    """Refuse a model whose predictions cannot be drawn.
 
     Raises:
-        InputError: it predicts tokens.
+        InputError: the model predicts tokens.
     """
     if isinstance(model.target, TokenTarget):
         raise InputError("this model predicts tokens, which are no pixels; there is nothing to draw")
@@ -39,15 +39,15 @@ def refuse_unpicturable(model: MaskedAutoencoder) -> None:
 
 @torch.no_grad()
 def reconstruct(model: MaskedAutoencoder, images: torch.Tensor, noise: torch.Tensor) -> Reconstruction:
-    """Mask, predict, and put the prediction where patches were removed.
+    """Mask the images, predict all patches, and draw the predictions.
 
-    All removed patches are predicted, also by a model that was trained on a part of them. A model of normalised patches
-    predicts no brightness and contrast; those are taken from the true patch.
+    All removed patches are predicted, even if the model was trained on a part of them. A model trained on normalised
+    patches predicts no brightness and contrast; those are taken from the true patch.
 
     Args:
         model: the autoencoder.
         images: normalised, float32 `[B, C, H, W]`.
-        noise: `[B, N]`, chooses the mask.
+        noise: `[B, N]`, numbers that choose the masks.
 
     Raises:
         InputError: the model predicts tokens.

@@ -1,12 +1,12 @@
-"""What the decoder predicts, and how wrong a prediction is (He et al. 2021, section 3 and table 1d).
+"""Prediction targets of the decoder and their losses (He et al. 2021, section 3 and table 1d).
 
     norm_pixel   pixels, each patch normalised by its own mean and standard deviation (the default)
     pixel        pixels of the normalised image
     pca          the first coefficients of a principal component analysis of patches
-    tokens       whole numbers that a tokenizer gives for the patches (as in BEiT, Bao et al. 2021)
+    tokens       integers that a tokenizer assigns to the patches (as in BEiT, Bao et al. 2021)
 
-Each is a module that says how many values are predicted per patch, computes the loss, and, where that can be, turns a
-prediction into pixels.
+Each target is a module. It gives the number of values predicted per patch, computes the loss, and, except for tokens,
+converts a prediction to pixels.
 """
 
 from collections.abc import Iterable
@@ -28,7 +28,7 @@ def patchify(images: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 def unpatchify(patches: torch.Tensor, patch_size: int, grid: tuple[int, int]) -> torch.Tensor:
-    """Put patches together again: `[B, N, p·p·C]` -> `[B, C, H, W]`; the inverse of `patchify`."""
+    """Reassemble images from patches: `[B, N, p·p·C]` -> `[B, C, H, W]`; the inverse of `patchify`."""
     b, _, d = patches.shape
     p, (rows, columns) = patch_size, grid
     c = d // (p * p)
@@ -52,11 +52,11 @@ def normalize_patches(patches: torch.Tensor) -> torch.Tensor:
 
 
 class PixelTarget(nn.Module):
-    """Pixels; mean squared error.
+    """Pixels, with mean squared error.
 
     Args:
-        values: p²·C, per patch.
-        normalized: by the patch's own mean and standard deviation.
+        values: values per patch, p²·C.
+        normalized: normalise each patch by its own mean and standard deviation.
     """
 
     def __init__(self, values: int, *, normalized: bool) -> None:
@@ -68,7 +68,7 @@ class PixelTarget(nn.Module):
         return (pred - (normalize_patches(patches) if self.normalized else patches)).square().mean()
 
     def pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Return predicted pixels; brightness and contrast, where they are not predicted, are those of the patch."""
+        """Return predicted pixels; for normalised patches, mean and deviation come from the true patch."""
         if not self.normalized:
             return pred
         mean, std = patch_statistics(patches)
@@ -76,31 +76,31 @@ class PixelTarget(nn.Module):
 
 
 class PcaTarget(nn.Module):
-    """The first principal components of patches; mean squared error.
+    """The first principal components of patches, with mean squared error.
 
     Args:
-        values: p²·C, per patch.
-        components: how many coefficients are predicted.
+        values: values per patch, p²·C.
+        components: number of predicted coefficients.
     """
 
     def __init__(self, values: int, *, components: int) -> None:
         super().__init__()
         self.outputs = components
-        # Parameters, as positions are: saved and loaded with the rest, sent to other processes once, never trained.
+        # Frozen parameters, like positions: saved and loaded with the weights, broadcast once, never trained.
         self.mean = nn.Parameter(torch.zeros(values), requires_grad=False)
         self.components = nn.Parameter(torch.zeros(components, values), requires_grad=False)
 
     @property
     def is_fitted(self) -> bool:
-        """Whether there is a basis."""
+        """Whether the basis has been fitted."""
         return bool(self.components.any())
 
     @torch.no_grad()
     def fit(self, batches: Iterable[torch.Tensor]) -> float:
-        """Fit the basis to patches, float32 `[n, N, p·p·C]` at a time; return the share of variance that it keeps.
+        """Fit the basis to batches of patches, float32 `[n, N, p·p·C]`; return the share of variance that it keeps.
 
         Raises:
-            InputError: there are too few patches.
+            InputError: there are too few patches, or all are equal.
         """
         count = 0
         total = torch.zeros_like(self.mean, dtype=torch.float64)
@@ -117,7 +117,7 @@ class PcaTarget(nn.Module):
         if not variances.sum() > 0:
             raise InputError(f"model.pca_components = {self.outputs} cannot be fitted to {count} patches all alike")
         components = vectors.T.flip(0)[: self.outputs]
-        # An eigenvector's sign is arbitrary: the largest entry is made positive.
+        # The sign of an eigenvector is arbitrary, so its largest entry is made positive.
         largest = components.gather(1, components.abs().argmax(1, keepdim=True))
         self.components.copy_(components * largest.sign())
         self.mean.copy_(mean)
@@ -128,15 +128,15 @@ class PcaTarget(nn.Module):
         return (pred - (patches - self.mean) @ self.components.T).square().mean()
 
     def pixels(self, pred: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        """Return the patches that have the predicted coefficients: `[B, P, k]` -> `[B, P, p·p·C]`."""
+        """Return the patches of the predicted coefficients: `[B, P, k]` -> `[B, P, p·p·C]`."""
         return pred @ self.components + self.mean
 
 
 class TokenTarget(nn.Module):
-    """Tokens of patches; cross-entropy. There is no way from tokens back to pixels.
+    """Tokens of patches, with cross-entropy. Tokens cannot be converted back to pixels.
 
     Args:
-        vocabulary: how many different tokens there are.
+        vocabulary: number of different tokens.
     """
 
     def __init__(self, vocabulary: int) -> None:
@@ -144,7 +144,7 @@ class TokenTarget(nn.Module):
         self.outputs = vocabulary
 
     def loss(self, pred: torch.Tensor, patches: torch.Tensor, tokens: torch.Tensor | None) -> torch.Tensor:
-        """Compare scores, float32 `[B, P, vocabulary]`, with the true tokens, int64 `[B, P]` -> scalar."""
+        """Compare logits, float32 `[B, P, vocabulary]`, with the true tokens, int64 `[B, P]` -> scalar."""
         assert tokens is not None
         return functional.cross_entropy(pred.flatten(0, 1), tokens.flatten())
 

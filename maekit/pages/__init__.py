@@ -1,1 +1,1 @@
-"""Pictures of what a model makes of chosen samples."""
+"""HTML pages and pictures: reports, reconstructions, nearest neighbours, charts."""

@@ -1,4 +1,4 @@
-"""Line charts as SVG, to stand in a page as they are."""
+"""Line charts as inline SVG."""
 
 import html
 import itertools
@@ -10,11 +10,11 @@ from maekit.pages.html import Html
 
 Points = Sequence[tuple[float, float]]
 
-_WIDTH, _HEIGHT = 400, 250  # units of the drawing; on the page it is as wide as its column
+_WIDTH, _HEIGHT = 400, 250  # SVG units; on the page the chart fills its column
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 26, 40
 _BINS = 150
 _TICKS = 5
-_FEW = 40  # points, which are then marked each by a dot
+_FEW = 40  # points; up to this number, each is marked by a dot
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Line:
     """One line of a chart.
 
     Attributes:
-        name: what it shows.
-        points: (x, y), finite, by ascending x.
+        name: label of the line.
+        points: finite (x, y) pairs by ascending x.
     """
 
     name: str
@@ -32,12 +32,12 @@ class Line:
 
 @dataclass(frozen=True)
 class Scale:
-    """From values to places along an axis.
+    """Maps values to positions along an axis.
 
     Attributes:
-        low: the value at the beginning.
-        high: the value at the end.
-        logarithmic: whether equal distances are equal ratios.
+        low: value at the start of the axis.
+        high: value at the end of the axis.
+        logarithmic: whether the axis is logarithmic.
     """
 
     low: float
@@ -45,13 +45,13 @@ class Scale:
     logarithmic: bool = False
 
     def share(self, value: float) -> float:
-        """Return where a value lies, 0 at `low` and 1 at `high`."""
+        """Return the position of a value: 0 at `low`, 1 at `high`."""
         if self.logarithmic:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
-        """Return round values within the scale, some three to seven of them."""
+        """Return about three to seven round values within the scale."""
         if self.logarithmic:
             decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             found = [
@@ -67,7 +67,7 @@ class Scale:
 
 
 def thin(points: Points, bins: int = _BINS) -> list[tuple[float, float]]:
-    """Return at most two points for each of so many stretches: its lowest and its highest, so that no spike is lost."""
+    """Return at most two points per bin, its lowest and its highest, so that no spike is lost."""
     if len(points) <= 2 * bins:
         return list(points)
     kept = []
@@ -87,16 +87,16 @@ def line_chart(
     share: bool = False,
     across: str = "step",
 ) -> Html:
-    """Return a chart over steps, or something else, as a figure.
+    """Return a line chart as a figure.
 
     Args:
-        title: of the chart.
-        lines: one or two (a page has colours for two), with a point at least among them.
-        unit: of the values.
-        from_zero: whether the axis begins at 0; else positive values that span more than a factor of three are drawn
-            on a logarithmic axis.
-        share: values are shares, shown in percent.
-        across: what the values are drawn over.
+        title: title of the chart.
+        lines: one or two lines (a page has colours for two), with at least one point in total.
+        unit: unit of the values.
+        from_zero: whether the y axis starts at 0; if not, it is logarithmic for positive values that span more than a
+            factor of three.
+        share: whether values are shares, shown in percent.
+        across: label of the x axis.
     """
     thinned = [Line(line.name, thin(line.points)) for line in lines if line.points]
     every = [point for line in thinned for point in line.points]
@@ -177,7 +177,7 @@ def _percent(value: float) -> str:
 
 
 def _in_words(line: Line, said: Callable[[float], str], across: str) -> str:
-    """Return what the line shows in a few words."""
+    """Summarise a line in a few words."""
     (first, start), (last, end) = line.points[0], line.points[-1]
     if len(line.points) == 1:
         return f"{line.name} {said(start)} at {across} {first:g}"
@@ -188,6 +188,6 @@ def _in_words(line: Line, said: Callable[[float], str], across: str) -> str:
 
 
 def by_step(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points by ascending step; of several at one step the last."""
+    """Return points by ascending step, keeping the last of several at one step."""
     ordered = sorted(pairs, key=lambda pair: pair[0])
     return [list(same)[-1] for _, same in itertools.groupby(ordered, key=lambda pair: pair[0])]

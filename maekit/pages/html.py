@@ -1,6 +1,6 @@
-"""Building blocks of the HTML pages: each page is one file that needs nothing else, on a phone and in the dark as well.
+"""Building blocks of the HTML pages. Each page is one self-contained file, with a phone layout and a dark mode.
 
-Text is `str`, and whatever takes it escapes it; what is HTML already has the type `Html`.
+Text is `str`, and every function that takes text escapes it. Finished HTML has the type `Html`.
 """
 
 import base64
@@ -16,9 +16,9 @@ from maekit.sheet import encode_png
 
 Html = NewType("Html", str)
 
-# Smaller images are shown enlarged by whole factors, so that their patches can be told apart.
+# Smaller images are enlarged by an integer factor, so that their patches are visible.
 _SMALLEST = 96  # pixels
-# Up to here an image is kept exactly; a larger one is a photograph, and as a JPEG a tenth of the size.
+# Up to this side an image is kept as PNG. Larger images are photographs, and a JPEG takes a tenth of the size.
 _EXACT = 64  # pixels
 _QUALITY = 85
 
@@ -84,19 +84,19 @@ table.images .caption { color: var(--soft); font-size: .8rem; padding: 2px 0 14p
 
 
 class Captioned(NamedTuple):
-    """A row of images, uint8 `[H, W, 3]` each, and what is said of it."""
+    """A row of images, uint8 `[H, W, 3]` each, and its caption."""
 
     caption: str
     images: Sequence[Pixels]
 
 
 def document(title: str, about: str, parts: Iterable[Html]) -> bytes:
-    """Return a whole page as a file's bytes.
+    """Return a whole page as the bytes of a file.
 
     Args:
-        title: of the page.
-        about: a line below it.
-        parts: one below the other.
+        title: title of the page.
+        about: line below the title.
+        parts: content, in order from top to bottom.
     """
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -105,12 +105,12 @@ def document(title: str, about: str, parts: Iterable[Html]) -> bytes:
         f'<h1>{_text(title)}</h1>\n<p class="about">{_text(about)}</p>\n' + "\n".join(parts) + "\n</main>\n</body>\n"
         "</html>\n"
     )
-    # A name from a file may hold half of a surrogate pair, which no encoding knows.
+    # A file name may contain a lone surrogate, which UTF-8 cannot encode.
     return page.encode("utf-8", "replace")
 
 
 def section(heading: str, *parts: Html, level: int = 2) -> Html:
-    """Return a part of the page under a heading; level 3 for a part of a part."""
+    """Return a section of the page with a heading; level 3 is a subsection."""
     return Html(f"<section>\n<h{level}>{_text(heading)}</h{level}>\n" + "\n".join(parts) + "\n</section>")
 
 
@@ -120,17 +120,17 @@ def paragraph(text: str) -> Html:
 
 
 def note(text: str) -> Html:
-    """Return a paragraph that tells what is missing here, and why."""
+    """Return a paragraph that says what is missing and why."""
     return Html(f'<p class="note">{_text(text)}</p>')
 
 
 def group(name: str, parts: Iterable[Html]) -> Html:
-    """Return parts within a box of a CSS class of this file."""
+    """Wrap parts in a box with a CSS class of this file."""
     return Html(f'<div class="{name}">\n' + "\n".join(parts) + "\n</div>")
 
 
 def scrolling(part: Html) -> Html:
-    """Return a large picture, which on a small screen is scrolled within its own box."""
+    """Wrap a large picture in a box that scrolls on a small screen."""
     return Html(f'<div class="scroll wide" tabindex="0">{part}</div>')
 
 
@@ -141,7 +141,7 @@ def facts(pairs: Iterable[tuple[str, str]]) -> Html:
 
 
 def details(summary: str, *parts: Html) -> Html:
-    """Return what shows only when it is opened."""
+    """Return a collapsible block, closed at first."""
     return Html(f"<details>\n<summary>{_text(summary)}</summary>\n" + "\n".join(parts) + "\n</details>")
 
 
@@ -153,14 +153,14 @@ def table(
     numbers: Iterable[int] = (),
     best: Iterable[tuple[int, int]] = (),
 ) -> Html:
-    """Return a table, which scrolls within its own box where it is too wide.
+    """Return a table in a box that scrolls if the table is too wide.
 
     Args:
-        heads: of the columns.
-        rows: as many cells each.
-        caption: above it.
-        numbers: columns that are set to the right.
-        best: (row, column) of each cell in bold.
+        heads: column headings.
+        rows: rows of cells, one cell per heading.
+        caption: caption above the table.
+        numbers: indices of right-aligned columns.
+        best: (row, column) of each bold cell.
     """
     right, bold = set(numbers), set(best)
 
@@ -184,12 +184,12 @@ def table(
 
 
 def picture(pixels: Pixels, alt: str, *, exact: bool | None = None) -> Html:
-    """Return an image, uint8 `[H, W, 3]`, within the page.
+    """Return an image, uint8 `[H, W, 3]`, embedded in the page.
 
     Args:
         pixels: the image.
-        alt: what it shows, for those who cannot see it.
-        exact: as PNG, its pixels as they are, and not as JPEG; None is for small ones only.
+        alt: alternative text.
+        exact: True for PNG, False for JPEG; None chooses PNG for small images only.
     """
     height, width, _ = pixels.shape
     is_exact = max(height, width) <= _EXACT if exact is None else exact
@@ -202,7 +202,7 @@ def picture(pixels: Pixels, alt: str, *, exact: bool | None = None) -> Html:
 
 
 def figure(part: Html, caption: str, *, first: bool = False) -> Html:
-    """Return an image with what is said of it; `first` among several is the larger one."""
+    """Return an image with a caption; in a group of neighbours, `first` makes it larger."""
     name = ' class="first"' if first else ""
     return Html(f"<figure{name}>{part}<figcaption>{_text(caption)}</figcaption></figure>")
 
@@ -211,28 +211,28 @@ def neighbours(query: Html, caption: str, near: Iterable[tuple[Html, str]], *, n
     """Return a query and its neighbours, nearest first.
 
     Args:
-        query: its image.
-        caption: said of it.
+        query: image of the query.
+        caption: caption of the query.
         near: image and caption of each neighbour.
-        named: captions are long, and need room.
+        named: whether captions are long and need more room.
     """
     figures = [figure(query, caption, first=True), *(figure(image, text) for image, text in near)]
     return group("near named" if named else "near", figures)
 
 
 def blank(text: str) -> Html:
-    """Return what stands where an image would be."""
+    """Return a placeholder for a missing image."""
     return Html(f'<div class="blank">{_text(text)}</div>')
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> Html:
-    """Return what colours mean; each entry is a CSS colour and a name."""
+    """Return a colour legend; each entry is a CSS colour and a name."""
     items = (f'<li><i style="background: {_text(colour)}"></i>{_text(name)}</li>' for colour, name in entries)
     return Html('<ul class="legend">' + "".join(items) + "</ul>")
 
 
 def image_rows(titles: Sequence[str], rows: Sequence[Captioned]) -> Html:
-    """Return rows of images under titles, each with as many images as there are titles."""
+    """Return rows of images under column titles; each row has one image per title."""
     widest = max((max(_SMALLEST, row.images[0].shape[1]) for row in rows), default=_SMALLEST)
     head = "".join(f'<th scope="col">{_text(text)}</th>' for text in titles)
     body = "\n".join(
@@ -252,7 +252,7 @@ def image_rows(titles: Sequence[str], rows: Sequence[Captioned]) -> Html:
 
 
 def encode_jpeg(pixels: Pixels) -> bytes:
-    """Return a picture, uint8 `[H, W, 3]`, as a JPEG file's bytes, its colours at full resolution."""
+    """Encode a picture, uint8 `[H, W, 3]`, as JPEG without chroma subsampling."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
     return buffer.getvalue()

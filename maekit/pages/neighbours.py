@@ -1,4 +1,4 @@
-"""`maekit neighbours`: the images whose embeddings are nearest to those of some queries, as one HTML page."""
+"""`maekit neighbours`: the nearest neighbours of some queries by their embeddings, as one HTML page."""
 
 import contextlib
 import os
@@ -36,9 +36,9 @@ class Row:
     """One embedding.
 
     Attributes:
-        shard: its name.
-        key: within the shard.
-        index: place in the shard.
+        shard: name of the shard.
+        key: key within the shard.
+        index: position of the sample in the shard.
     """
 
     shard: str
@@ -51,7 +51,7 @@ class Neighbour(Row):
     """A row near a query.
 
     Attributes:
-        cosine: of the angle between the two.
+        cosine: cosine similarity of row and query.
     """
 
     cosine: float
@@ -59,12 +59,12 @@ class Neighbour(Row):
 
 @dataclass(frozen=True)
 class Query:
-    """What was looked for, and what was found.
+    """A query and its neighbours.
 
     Attributes:
-        query: as it was given.
-        row: the row that it names; None where it is an image.
-        neighbours: nearest first, without that row.
+        query: the query as given.
+        row: the row that it names; None for an image.
+        neighbours: nearest first, without the query's own row.
     """
 
     query: str
@@ -74,12 +74,12 @@ class Query:
 
 @dataclass(frozen=True)
 class NeighboursResult:
-    """What was found; `--json` prints it.
+    """Result of the search; `--json` prints it.
 
     Attributes:
         path: the page.
-        rows: embeddings that were compared with.
-        queries: in the order given.
+        rows: number of embeddings searched.
+        queries: the queries, in the order given.
     """
 
     path: str
@@ -88,16 +88,16 @@ class NeighboursResult:
 
 
 def neighbours(config: NeighboursConfig, progress: Progress | None = None) -> NeighboursResult:
-    """Find the nearest rows of each query by cosine, exactly, and write them as a page.
+    """Find the nearest rows of each query by exact cosine search, and write them as a page.
 
-    One shard's embeddings are in memory at a time.
+    Holds the embeddings of one shard in memory at a time.
 
     Args:
-        config: the embeddings, the queries, and what is shown.
-        progress: is told of what goes on.
+        config: the embeddings, the queries, and what the page shows.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no embeddings, no such row or image, another model than theirs, shards that are others.
+        InputError: no embeddings, no such row or image, a model or shards that do not belong to the embeddings.
         MaekitError: an embedding cannot be read, or the page cannot be written.
     """
     progress, out, queries = progress or Silent(), Path(config.out), config.queries
@@ -143,7 +143,7 @@ def neighbours(config: NeighboursConfig, progress: Progress | None = None) -> Ne
 
 @dataclass(frozen=True)
 class _Wanted:
-    """A query with its embedding, `[d]`; the row that it is, and that row's number over all shards; or its image."""
+    """A query and its embedding, `[d]`, with either its row and that row's number over all shards, or its image."""
 
     text: str
     vector: NDArray[np.float32]
@@ -153,10 +153,10 @@ class _Wanted:
 
 
 def _vectors(folder: EmbeddingFolder, queries: Sequence[str], model: str | None) -> list[_Wanted]:
-    """Return the queries with their embeddings: rows first, image files where there is no such row.
+    """Return the queries with their embeddings; a query that names no row is read as an image file.
 
     Raises:
-        InputError: a query is neither, or names several rows.
+        InputError: a query is neither a row nor a file, or names several rows.
     """
     found: dict[str, list[_Wanted]] = {query: [] for query in queries}
     first: list[str] = []
@@ -185,7 +185,7 @@ def _vectors(folder: EmbeddingFolder, queries: Sequence[str], model: str | None)
 
 
 class _ImageEmbedder:
-    """Embeds image files by the model that made the embeddings; loads it for the first of them."""
+    """Embeds image files with the model that made the embeddings; loads it on first use."""
 
     def __init__(self, folder: EmbeddingFolder, model: str | None) -> None:
         self._folder, self._model = folder, model
@@ -203,7 +203,7 @@ class _ImageEmbedder:
                 f"`model` {self._model} is not the file that made {self._folder.path}: the SHA-256 of the one begins "
                 f"with {digest[:12]}, of the other with {self._folder.model[:12]}"
             )
-        return Embedder(self._model, device="cpu")  # for a few images a GPU is not worth its start
+        return Embedder(self._model, device="cpu")  # a few images do not justify the start-up time of a GPU
 
     def __call__(self, path: str) -> _Wanted:
         try:
@@ -230,7 +230,7 @@ def _row(shard: EmbeddedShard, i: int) -> Row:
 
 
 def _rows(folder: EmbeddingFolder, numbers: set[int]) -> dict[int, Row]:
-    """Return the rows of these numbers; only the shards that hold them are read."""
+    """Return the rows with these numbers; reads only the shards that hold them."""
     found: dict[int, Row] = {}
     start = 0
     for record in folder.records:
@@ -249,7 +249,7 @@ def _rows_of(near: list[tuple[int, float]], named: Mapping[int, Row]) -> Iterato
 def _pictures(
     folder: EmbeddingFolder, parts: Sequence[Part], queries: Sequence[Query], progress: Progress
 ) -> dict[tuple[str, int], Pixels]:
-    """Return a picture of each row shown, by shard and place in it, where the shard is among `parts`."""
+    """Return the picture of each shown row by (shard, position), for the shards that are among `parts`."""
     rows: dict[str, set[int]] = {}
     for query in queries:
         for row in (*query.neighbours, *([query.row] if query.row else [])):
@@ -277,13 +277,15 @@ def _pictures(
 
 
 def _open(record: CommitRecord, parts: Sequence[Part], remote: RemoteCache) -> Images | None:
-    """Return what a shard's embeddings were made of: the part of its name, or any with the digest of its index."""
+    """Open the images that a shard's embeddings were made of: the part of the same name, or one with the same digest."""
     same = [part for part in parts if part.name == record.shard]
-    others = [part for part in parts if part.name != record.shard and not part.is_remote]  # none is fetched on trial
+    others = [
+        part for part in parts if part.name != record.shard and not part.is_remote
+    ]  # remote parts are not fetched on trial
     for part in (*same, *others):
         try:
             images = part.open(remote)
-        except MaekitError:  # damaged, or gone
+        except MaekitError:  # damaged or deleted
             continue
         if is_made_from(record, part, images):
             return images

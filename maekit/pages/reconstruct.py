@@ -1,4 +1,4 @@
-"""`maekit reconstruct`: masked | reconstruction | original of chosen samples, as a PNG or an HTML page."""
+"""`maekit reconstruct`: masked | reconstruction | original for chosen samples, as a PNG or an HTML page."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ from maekit.system.progress import Progress, Silent
 
 TITLES = ("masked", "reconstruction", "original")
 _BATCH = 16
-# Drawn at random, some numbers come twice and some images cannot be read.
+# Candidates drawn per wanted sample: some random numbers repeat, and some images cannot be read.
 _SPARE = 4
 _CACHE_BYTES = 50 * 10**9
 
@@ -38,9 +38,9 @@ class Drawn:
     """One sample of the picture.
 
     Attributes:
-        shard: its name.
-        key: within the shard.
-        loss: over all its removed patches, in the terms of the training.
+        shard: name of the shard.
+        key: key within the shard.
+        loss: training loss over all its removed patches.
     """
 
     shard: str
@@ -50,14 +50,14 @@ class Drawn:
 
 @dataclass(frozen=True)
 class ReconstructResult:
-    """What was drawn; `--json` prints it.
+    """Summary of the picture; `--json` prints it.
 
     Attributes:
         path: the picture.
         loss: mean over the samples.
         mask_ratio: share of patches removed.
-        masking: how they were chosen.
-        samples: in the order of the picture.
+        masking: kind of masks.
+        samples: the samples, in the order of the picture.
     """
 
     path: str
@@ -68,14 +68,14 @@ class ReconstructResult:
 
 
 def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> ReconstructResult:
-    """Draw what a masked autoencoder sees of some samples, and what it makes of them.
+    """Draw some samples as a masked autoencoder sees them, and its reconstructions.
 
     Args:
-        config: the model (see `maekit.pretrained.sources`), the samples, and under which masks.
-        progress: is told of what goes on.
+        config: the model (see `maekit.pretrained.sources`), the samples and the masks.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no such model, sample or device, or a model that predicts no pixels.
+        InputError: no such model, sample or device, or a model that does not predict pixels.
         MaekitError: the picture cannot be written.
     """
     progress, out = progress or Silent(), Path(config.out)
@@ -133,7 +133,7 @@ def _draw(
     config: ReconstructConfig,
     progress: Progress,
 ) -> list[_Row]:
-    """Return masked, reconstructed and original of each image. Its mask hangs on its number, not on the others."""
+    """Return each image masked, reconstructed and original. The mask depends only on seed and sample number."""
     device = next(model.parameters()).device
     channels = model.encoder.patch_embed.proj.weight.shape[1]
     normalizer = Normalizer(preprocess.mean, preprocess.std, device, channels=channels)
@@ -156,7 +156,7 @@ def _draw(
 def _read(
     shards: ShardSet, config: ReconstructConfig, preprocess: Preprocess, progress: Progress
 ) -> tuple[list[int], list[Pixels]]:
-    """Read the chosen samples, or so many random ones as can be read."""
+    """Read the chosen samples, or up to `count` readable random ones."""
     chosen = [_find(shards, key) for key in config.keys]
     numbers, pixels = [], []
     wanted = chosen or _random_numbers(shards, config)
@@ -177,7 +177,7 @@ def _read(
 
 
 def _random_numbers(shards: ShardSet, config: ReconstructConfig) -> list[int]:
-    """Return more numbers of samples than are wanted, at random; of a remote set, from its first shard."""
+    """Return random sample numbers, more than wanted; for remote shards, all from the first non-empty one."""
     samples = int(shards.counts[shards.counts > 0][0]) if shards.remote else shards.samples
     if samples <= _SPARE * config.count:
         bits = random_bits(samples, Purpose.PICTURE, seed=config.seed, salt=1)
@@ -190,7 +190,7 @@ def _find(shards: ShardSet, wanted: str) -> int:
     """Return the number of a sample by KEY or SHARD:KEY.
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: no sample or more than one has this key.
     """
     found = []
     start = 0

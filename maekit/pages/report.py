@@ -1,4 +1,4 @@
-"""`maekit report`: a run as one HTML page: its curves, its pictures, what its encoder finds alike, how good it is."""
+"""`maekit report`: one HTML page about a run, with curves, reconstructions, nearest neighbours, map and evaluations."""
 
 import math
 from collections import Counter
@@ -35,9 +35,9 @@ _PICTURES = 6
 _PICTURE_WIDTH = 480  # pixels
 _CLASSES = 12
 _CACHE_BYTES = 50 * 10**9
-# Beyond this, values come from a damaged file, and arithmetic with them overflows.
+# Larger values come from a damaged file, and arithmetic with them overflows.
 _LARGEST = 1e100
-# Told apart from each other and from both backgrounds; the last is for all classes that are not named.
+# Distinguishable from each other and on both backgrounds; _OTHER is for all classes that are not named.
 _COLOURS = (
     (230, 75, 60), (60, 130, 230), (60, 175, 90), (240, 160, 30), (150, 90, 210), (30, 185, 195),
     (235, 110, 175), (150, 110, 60), (170, 200, 50), (100, 110, 240), (255, 215, 70), (0, 125, 110),
@@ -47,15 +47,15 @@ _OTHER = (140, 145, 152)
 
 @dataclass(frozen=True)
 class ReportResult:
-    """What was written; `--json` prints it.
+    """Summary of the report; `--json` prints it.
 
     Attributes:
         path: the page.
-        bytes: its size.
-        step: of the last row of metrics; None where there is none.
-        loss: the last one; None likewise.
-        samples: how many were embedded for neighbours and map.
-        evaluations: how many tables it holds.
+        bytes: size of the page.
+        step: step of the last logged loss; None if there is none.
+        loss: the last logged loss; None if there is none.
+        samples: number of samples embedded for neighbours and map.
+        evaluations: number of evaluation tables.
         missing: what could not be shown, and why.
     """
 
@@ -69,14 +69,14 @@ class ReportResult:
 
 
 def report(config: ReportConfig, progress: Progress | None = None) -> ReportResult:
-    """Write a page that shows a run. What cannot be shown is said on the page, in its place.
+    """Write a page about a run. Where something cannot be shown, the page says so.
 
     Args:
-        config: the run, the page, and which samples are looked at.
-        progress: is told of what goes on.
+        config: the run, the page, and the samples to embed.
+        progress: receives progress updates.
 
     Raises:
-        InputError: no run, no such device, or a page that cannot be written there.
+        InputError: no run, no such device, or an impossible path for the page.
         MaekitError: the page cannot be written.
     """
     asked, progress, path = config, progress or Silent(), Path(config.run)
@@ -132,7 +132,7 @@ def report(config: ReportConfig, progress: Progress | None = None) -> ReportResu
 
 
 def _samples(config: PretrainConfig, checkpoint: Checkpoint | None, asked: ReportConfig, progress: Progress) -> Samples:
-    """Embed samples by the newest checkpoint.
+    """Embed samples with the newest valid checkpoint.
 
     Raises:
         MaekitError: there is no checkpoint, or the shards cannot be read.
@@ -182,7 +182,7 @@ def _summary(
 
 
 def _total_steps(config: PretrainConfig, checkpoint: Checkpoint | None) -> int | None:
-    """Return the steps of the whole run; None where it hangs on a number of samples that is not known."""
+    """Return the total steps of the run; None if they depend on an unknown number of samples."""
     try:
         state = checkpoint.state() if checkpoint else {}
         return total_steps(config, int(state.get("samples_per_epoch", 0))) or None
@@ -191,7 +191,7 @@ def _total_steps(config: PretrainConfig, checkpoint: Checkpoint | None) -> int |
 
 
 def _seconds(rows: list[dict[str, Any]]) -> float:
-    """Return the time that the logged steps took: images over images per second, row by row."""
+    """Return the time of the logged steps: the sum over rows of images divided by images per second."""
     seconds = before = 0.0
     for row in rows:
         samples, rate = _number(row.get("samples")), _number(row.get("images_per_second"))
@@ -223,17 +223,17 @@ def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a number that can be drawn."""
+    """Return a value as a number that can be drawn, or None."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST < value < _LARGEST:
         return None
     return float(value) if abs(value) > 1 / _LARGEST else 0.0
 
 
 def _reconstructions(folder: Path) -> tuple[list[Html], list[str]]:
-    """Return the pictures of some steps, and what is wrong with others."""
+    """Return the pictures of some steps, and a message for each that cannot be read."""
     found = sorted(folder.glob("step-*.png"))
     count = min(_PICTURES, len(found))
-    # The first and the last are among them.
+    # Evenly spaced, with the first and the last.
     chosen = [found[(len(found) - 1) * i // max(1, count - 1)] for i in range(count)]
     shown, damaged = [], []
     for path in chosen:
@@ -287,10 +287,10 @@ def _named(samples: Samples, number: int) -> str:
 
 
 def _agreement(samples: Samples) -> tuple[float, float] | None:
-    """Return which share of the nearest neighbours, and which of all other samples, is of a sample's own class."""
+    """Return the share of same-class samples among the nearest neighbours, and among all other samples."""
     known = [i for i, label in enumerate(samples.labels) if label is not None]
     counts = Counter(samples.labels[i] for i in known)
-    # Where most classes have fewer samples than there are neighbours, the share says little.
+    # If classes have fewer samples on average than the number of neighbours, the share says little.
     if len(known) < len(samples.names) or len(counts) < 2 or len(known) < _NEIGHBOURS * len(counts):
         return None
     near = neighbours_within(samples.vectors, known, _NEIGHBOURS)
@@ -322,7 +322,7 @@ def _map(samples: Samples) -> list[Html]:
 
 
 def _natural(label: str) -> tuple[int, int, str]:
-    """Return what orders classes: numbers by size, before names."""
+    """Return the sort key of a class: numbers by value, then names."""
     return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
 
 

@@ -1,4 +1,4 @@
-"""Samples of a set of shards seen through an encoder: their embeddings, and pictures of them to show."""
+"""Embeds samples of a set of shards, and makes thumbnails of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from maekit.vectors.whitening import fit_whitening
 
 _THUMBNAIL = 96  # pixels, the longer side
 _BATCH = 32
-# A whitening of as many directions as there are images would make all of them equally unlike each other.
+# A whitening with as many directions as images would make all images equally dissimilar.
 _IMAGES_PER_DIRECTION = 10
 _LONGEST_LABEL = 60
 
@@ -31,10 +31,10 @@ class Samples:
     Attributes:
         names: SHARD:KEY of each.
         thumbnails: uint8 `[h, w, 3]` each.
-        labels: class of each as its `cls` member says, by name where `classes.txt` lies beside the shard; None
-            without one.
+        labels: class of each by its `cls` member, as a name if `classes.txt` lies beside the shard; None without a
+            class.
         vectors: float32 `[n, d]`, of unit length.
-        whitened: directions that the whitening kept; None where none could be fitted.
+        whitened: number of directions that the whitening kept; None if no whitening could be fitted.
     """
 
     names: list[str]
@@ -45,13 +45,13 @@ class Samples:
 
 
 def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progress: Progress) -> Samples:
-    """Embed samples evenly spread over the shards: mean of the patch tokens, whitened by the samples themselves.
+    """Embed samples spread evenly over the shards: mean of the patch tokens, whitening fitted on the same samples.
 
     Args:
-        trained: the encoder, on the device it is to run on.
-        shards: where the samples are.
-        count: how many, at most.
-        progress: is told of what goes on, and of what cannot be read.
+        trained: the encoder, on the device it should run on.
+        shards: the shards to sample from.
+        count: maximum number of samples.
+        progress: receives progress updates, and the number of unreadable samples.
 
     Raises:
         InputError: fewer than two samples hold a readable image.
@@ -94,7 +94,7 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
 
 
 def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | None]:
-    """Return the vectors whitened, of unit length, and how many directions were kept."""
+    """Return the whitened vectors, of unit length, and the number of directions kept."""
     dim = max(2, min(len(vectors) // _IMAGES_PER_DIRECTION, vectors.shape[1]))
     try:
         whitening = fit_whitening([vectors], dim, sha256())
@@ -104,13 +104,13 @@ def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | No
 
 
 def _class_of(shards: ShardSet, number: int, label: str) -> str | None:
-    """Return the class that a label means, by name where `maekit pack` wrote names beside the shard."""
+    """Return the class of a label, as a name if `maekit pack` wrote names beside the shard."""
     names = shards.class_names(shards.locate(number)[0])
     is_known = label.isascii() and label.isdigit() and int(label) < len(names)
     return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None
 
 
 def neighbours_within(vectors: NDArray[np.float32], queries: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
-    """Return (number, cosine) of the k nearest of each query, itself left out."""
+    """Return (number, cosine) of the k nearest neighbours of each query, without the query itself."""
     cosines, numbers = nearest(vectors[list(queries)], [vectors], k + 1)
     return [without(query, n, c, k) for query, n, c in zip(queries, numbers, cosines, strict=True)]

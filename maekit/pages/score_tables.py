@@ -1,4 +1,4 @@
-"""What `maekit evaluate` left in a run, as tables of a page."""
+"""Tables of the evaluations that `maekit evaluate` stored in a run."""
 
 import json
 import math
@@ -15,14 +15,14 @@ _TASKS = {
     "finetune": "Fine-tuning",
     "retrieval": "Retrieval",
 }
-# Floats that are no shares; all others lie in [0, 1] and the largest is the best.
+# Columns whose floats are not shares. In all others, floats lie in [0, 1] and the largest is best.
 _PLAIN = ("seconds", "lr", "c", "loss", "temperature")
 
 
 def evaluation_parts(folder: Path) -> tuple[list[Html], list[str]]:
-    """Return a table for each evaluation in a folder, and one line for each file that is none."""
+    """Return a table for each evaluation in a folder, and a message for each file that is not an evaluation."""
     parts, damaged = [], []
-    for path in sorted(folder.glob("[!.]*.json")):  # hidden ones are a sweep's own
+    for path in sorted(folder.glob("[!.]*.json")):  # hidden files belong to a sweep
         try:
             parts.append(_part(json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -34,7 +34,7 @@ def _part(found: dict[str, Any]) -> Html:
     """Return a section with the table of one evaluation.
 
     Raises:
-        ValueError, KeyError, TypeError, AttributeError: it is none.
+        ValueError, KeyError, TypeError, AttributeError: it is not an evaluation.
     """
     rows: list[dict[str, Any]] = found["rows"]
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -61,7 +61,7 @@ def _part(found: dict[str, Any]) -> Html:
 
 
 def _side(side: Any) -> str:
-    """Return what one of the two sets of images is, in words."""
+    """Describe one of the two image sets in words."""
     if not isinstance(side, dict):
         return ""
     said = [f"{side[key]:,} {key}" for key in ("images", "classes") if isinstance(side.get(key), int)]

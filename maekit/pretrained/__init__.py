@@ -1,1 +1,1 @@
-"""Weights in and out: maekit's own runs, and those of other people."""
+"""Reads and writes weights: those of maekit's own runs, and published ones."""

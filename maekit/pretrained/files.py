@@ -1,4 +1,4 @@
-"""Files of weights: read without running their code, loaded strictly, written under timm's names."""
+"""Weights files: read without running code from them, loaded strictly, written under timm's names."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from maekit.system.errors import InputError
 
-# Under which a training script keeps the weights, beside its optimiser and its arguments.
+# Keys under which training scripts store the weights, beside optimiser state and arguments.
 _WRAPPERS = ("model", "state_dict")
 
 
@@ -23,7 +23,7 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
-        InputError: the file cannot be read or is none.
+        InputError: the file cannot be read, or is no safetensors file.
     """
     try:
         return safetensors.torch.load_file(path)
@@ -38,15 +38,15 @@ def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
         InputError: the file cannot be read, needs code to be read, or holds no weights.
     """
     try:
-        # The reference implementation keeps its command line in its checkpoints; a Namespace only holds values.
+        # Checkpoints of the reference implementation contain its arguments as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
             loaded = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch's own message advises to run the code.
+        # torch's own message advises running the code.
         raise InputError(
             f"cannot read weights from {path}: no PyTorch file, or one that needs code to be read; none is run"
         ) from error
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can raise anything
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"cannot read weights from {path}: {first}") from error
     for wrapper in _WRAPPERS:
@@ -63,7 +63,7 @@ def _is_weight(name: Any, value: Any) -> bool:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a file of weights, safetensors or PyTorch's, onto the CPU.
+    """Read a weights file, safetensors or PyTorch, onto the CPU.
 
     Raises:
         InputError: the file cannot be read or holds no weights.
@@ -72,10 +72,10 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
-    """Load weights; every parameter must be there with its shape, and nothing else.
+    """Load weights; every parameter must be present with its shape, and nothing else may be.
 
     Raises:
-        InputError: names what is missing, left over, of another shape, or no finite numbers.
+        InputError: names the tensors that are missing, unexpected, of another shape, or not finite.
     """
     wanted = module.state_dict()
     missing, unexpected = ([n for n in a if n not in b] for a, b in ((wanted, weights), (weights, wanted)))
@@ -100,7 +100,7 @@ def _unfit(tensor: torch.Tensor) -> str | None:
 
 
 def _by_block(names: Sequence[str], whole: Iterable[str]) -> list[str]:
-    """Return names in order, those of a whole block as one: `blocks.2.*`."""
+    """Return the names in order; the names of a whole block are merged into one, `blocks.2.*`."""
     rest = {_block_of(name) for name in set(whole) - set(names)}
     shown = {f"{block}*" if (block := _block_of(name)) and block not in rest else name: None for name in names}
     return list(shown)
@@ -112,13 +112,13 @@ def _block_of(name: str) -> str:
 
 
 def encoder_bytes(encoder: VisionTransformer, description: dict[str, Any]) -> bytes:
-    """Return the encoder as a safetensors file under timm's names, its description as JSON in the metadata."""
+    """Return the encoder as a safetensors file under timm's names, with its description as JSON metadata."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
     return safetensors.torch.save(tensors, metadata={"maekit": json.dumps(description)})
 
 
 def file_description(path: Path) -> dict[str, Any]:
-    """Return what `encoder_bytes` wrote into the metadata of a file; nothing for any other file."""
+    """Return the description that `encoder_bytes` stored in a file's metadata; empty for any other file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {}).get("maekit", "{}"))

@@ -1,8 +1,8 @@
-"""Other people's names for the same weights -> timm's names for the encoder, maekit's for the decoder.
+"""Renames the weights of other implementations: timm's names for the encoder, maekit's for the decoder.
 
 Two sources are known: the reference implementation of He et al. 2021 (its encoder has timm's names already) and
-transformers' ViTMAE, in the spelling of its releases 4 and 5. Only names are known here; what a name's tensor must look
-like is checked where it is loaded. A name without a rule keeps its own, so that it is told there.
+transformers' ViTMAE, with the names of its releases 4 and 5. This module handles names only; tensor shapes are checked
+on loading. A name without a rule is kept, so that loading reports it.
 """
 
 import re
@@ -40,8 +40,8 @@ class Parts(NamedTuple):
     """The two halves of a masked autoencoder.
 
     Attributes:
-        encoder: under timm's names.
-        decoder: under those of `maekit.mae.decoder.Decoder`; empty where there is none.
+        encoder: weights under timm's names.
+        decoder: weights under the names of `maekit.mae.decoder.Decoder`; empty without a decoder.
     """
 
     encoder: dict[str, torch.Tensor]
@@ -49,7 +49,7 @@ class Parts(NamedTuple):
 
 
 def from_reference(weights: Weights) -> Parts:
-    """Split the weights of the reference implementation; those of a plain timm encoder pass unchanged."""
+    """Split the weights of the reference implementation; a plain timm encoder's weights pass unchanged."""
     parts = Parts({}, {})
     for name, tensor in weights.items():
         if match := _REFERENCE_DECODER.match(name):
@@ -83,7 +83,7 @@ def _block_name(name: str) -> str:
 
 
 def _join_qkv(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Make one matrix of query, key and value; a model without their biases gets zeros, which is the same."""
+    """Concatenate query, key and value; if they have no biases, add a zero bias, which is equivalent."""
     joined = dict(weights)
     for name in weights:
         if not name.endswith("attn.query.weight"):

@@ -1,4 +1,4 @@
-"""Models built and filled with the weights of a source: to export, to reconstruct with, to start a training from."""
+"""Builds models and loads the weights of a source: for export, for reconstruction, or to start training from."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,15 +28,15 @@ from maekit.system.errors import InputError
 
 @dataclass(frozen=True)
 class TrainedEncoder:
-    """An encoder that is ready for use, and what is known of it.
+    """An encoder ready for use, and its description.
 
     Attributes:
-        encoder: on the CPU, in evaluation mode.
-        name: of the model, timm's.
-        preprocess: from a decoded image to its input.
-        arguments: with which `timm.create_model(name, …)` builds it.
-        provenance: JSON values that name the weights.
-        shards: what it was trained on, where that is known.
+        encoder: the encoder, on the CPU, in evaluation mode.
+        name: timm's name of the model.
+        preprocess: preprocessing from a decoded image to the model's input.
+        arguments: keyword arguments with which `timm.create_model(name, …)` builds it.
+        provenance: JSON values that identify the weights.
+        shards: the training shards, if known.
     """
 
     encoder: VisionTransformer
@@ -49,12 +49,12 @@ class TrainedEncoder:
 
 @dataclass(frozen=True)
 class TrainedAutoencoder:
-    """An autoencoder that is ready for use, and what is known of it.
+    """An autoencoder ready for use, and its description.
 
     Attributes:
-        model: on the CPU, in evaluation mode.
-        preprocess: from a decoded image to its input.
-        masking: the kind of masks that it was trained with.
+        model: the autoencoder, on the CPU, in evaluation mode.
+        preprocess: preprocessing from a decoded image to the model's input.
+        masking: kind of masks it was trained with.
     """
 
     model: MaskedAutoencoder
@@ -67,9 +67,9 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
 
     Args:
         name: the source; `maekit.pretrained.sources` lists the kinds.
-        model: timm's name of the architecture, for a file of weights: any plain ViT, with or without a tag; a tag
-            (`vit_base_patch16_224.mae`) also says how its images are prepared. Without it, the weights tell.
-        on_note: is told of damaged checkpoints, of what is left out and of what is assumed.
+        model: timm's name of the architecture, for a weights file: any plain ViT, with or without a tag. A tag
+            (`vit_base_patch16_224.mae`) also selects the preprocessing. Without it, the weights' shapes decide.
+        on_note: receives notes on damaged checkpoints, omitted weights and assumptions.
 
     Raises:
         InputError: no such source, or it does not fit the model.
@@ -97,11 +97,11 @@ def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = la
 
     Args:
         name: the source; `maekit.pretrained.sources` lists the kinds.
-        target: what it predicts, for a file that does not tell: `norm_pixel` or `pixel`.
-        on_note: is told of damaged checkpoints and of what is assumed.
+        target: prediction target, `norm_pixel` or `pixel`, for a file that does not give it.
+        on_note: receives notes on damaged checkpoints and assumptions.
 
     Raises:
-        InputError: no such source, it holds no decoder, or it does not fit.
+        InputError: no such source, it holds no decoder, or it does not fit the model.
     """
     source = None if name.startswith(TIMM_PREFIX) else read_source(name, on_note=on_note)
     if source is None or not source.decoder:
@@ -123,7 +123,7 @@ def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = la
 
 
 def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], name: str) -> None:
-    """Load what is neither the encoder's nor the decoder's."""
+    """Load the weights outside encoder and decoder."""
     tensors = {key: p for key, p in model.named_parameters() if not key.startswith(("encoder.", "decoder."))}
     if {key: p.shape for key, p in tensors.items()} != {key: tensor.shape for key, tensor in weights.items()}:
         wanted, there = (", ".join(names) or "nothing" for names in (tensors, weights))
@@ -134,18 +134,18 @@ def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], na
 
 
 def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) -> str:
-    """Give a new model the weights that `--init-from` names: the encoder's, and the decoder's where it is the same.
+    """Load the weights that `--init-from` names: the encoder's, and the decoder's if the decoders are the same.
 
     Args:
-        model: changed in place; its positions become the source's as well.
+        model: changed in place; its positions are also replaced by the source's.
         name: the source; `maekit.pretrained.sources` lists the kinds.
-        config: of the model that is built.
+        config: config of the model being built.
 
     Returns:
-        what was taken, in words.
+        a sentence that says what was loaded.
 
     Raises:
-        InputError: no such source, or it does not fit.
+        InputError: no such source, or it does not fit the model.
     """
     said = f"`init_from` {name}"
     if name.startswith(TIMM_PREFIX):
@@ -175,9 +175,10 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
 
 
 def resolve_model(config: ModelConfig) -> None:
-    """Fill in what `init_from` says of the encoder and the config leaves open: name, patch size, width, depth, heads.
+    """Fill in encoder settings that the config leaves open, from the source that `init_from` names.
 
-    `timm:NAME` tells the name alone; without any source the name is the default.
+    These are name, class token, patch size, width, depth and heads. `timm:NAME` gives only the name. Without a source,
+    the name is the default.
     """
     if config.init_from is not None:
         if config.init_from.startswith(TIMM_PREFIX):
@@ -188,28 +189,28 @@ def resolve_model(config: ModelConfig) -> None:
 
 
 def fill_in(config: ModelConfig, donor: Mapping[str, Any]) -> None:
-    """Take the sizes that `config` leaves open from a donor of the same name."""
+    """Fill in the settings that `config` leaves open from a donor with the same model name."""
     if config.name not in (None, donor.get("name")):
-        return  # another model was asked for; whether the weights fit it shows when they are loaded
+        return  # another model was requested; loading checks whether the weights fit it
     for name in ("name", "class_token", *TIMM_NAMES):
         if getattr(config, name) is None:
             setattr(config, name, donor.get(name))
 
 
 def norm_eps(module: torch.nn.Module) -> float | None:
-    """Return the epsilon of the first LayerNorm; None where there is none."""
+    """Return the epsilon of the first LayerNorm; None if there is none."""
     return next((float(part.eps) for part in module.modules() if isinstance(part, torch.nn.LayerNorm)), None)
 
 
 def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
-    """Set the epsilon of every LayerNorm; None leaves them as they are."""
+    """Set the epsilon of every LayerNorm; None leaves them unchanged."""
     for part in module.modules():
         if eps is not None and isinstance(part, torch.nn.LayerNorm):
             part.eps = eps
 
 
 def _published(name: str) -> TrainedEncoder:
-    """Fetch published weights with timm, in the model that they were published for."""
+    """Fetch published weights with timm, in the model they were published for."""
     encoder = fetch_timm(name, {"num_classes": 0}, f"{TIMM_PREFIX}{name}")
     kind = type(encoder)
     if kind is not VisionTransformer:

@@ -1,13 +1,13 @@
-"""Where a model comes from: a run, one of its checkpoints, published weights, a file of anybody's weights.
+"""Sources of weights: a run, one of its checkpoints, published weights, or any weights file.
 
-    RUN, CHECKPOINT        maekit's own: model, decoder, normalisation and all
+    RUN, CHECKPOINT        maekit's own: encoder, decoder, normalisation and config
     FINETUNED              the --out of `maekit evaluate finetune`: its encoder
     timm:NAME              weights that timm fetches
     FILE                   an encoder under timm's names (safetensors, or a PyTorch file that needs no code to load),
-                           or the reference implementation's .pth, with its decoder where it holds one
-    DIRECTORY              config.json and weights: transformers' ViTMAE, or a model of timm as its hub keeps it
+                           or the reference implementation's .pth, with its decoder if it holds one
+    DIRECTORY              config.json and weights: transformers' ViTMAE, or a timm model in the format of its hub
 
-The same sources serve `pretrain --init-from`, `export`, and whatever needs a decoder.
+`pretrain --init-from`, `export`, and all commands that need a decoder take the same sources.
 """
 
 import json
@@ -33,9 +33,9 @@ Note = Callable[[str], None]
 TIMM_PREFIX = "timm:"
 TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
 _HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# timm's classifier; an encoder has none, and a norm behind its pooling only where it has none before it.
+# timm's classifier. An encoder has none, and it has a norm after its pooling only if it has none before.
 _HEAD = ("head.", "fc_norm.")
-# What values of another kind than expected lead to.
+# Exceptions that values of an unexpected type or range raise.
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, InputError)
 # The published ViTs by width: timm's name and the number of heads (Dosovitskiy et al. 2021, table 1; tiny: DeiT).
 _PUBLISHED = {
@@ -49,19 +49,20 @@ _PUBLISHED = {
 
 @dataclass(frozen=True)
 class Source:
-    """The weights that a name leads to, and what is known of the model they belong to.
+    """The weights of a source, and the description of their model.
 
     Attributes:
-        encoder: under timm's names.
-        decoder: under those of `maekit.mae.decoder.Decoder`; empty where there is none.
-        task: what else an autoencoder of maekit holds: the basis of its target, the mask token of its encoder.
-        sizes: of the model, under the names of `ModelConfig`, as far as the source tells.
-        preprocess: from a decoded image to the input; None where the source does not tell.
-        norm_eps: of the LayerNorms, where it is not the published one.
-        provenance: JSON values that name the weights.
-        shards: what they were trained on, where that is known.
-        timm_arguments: all that timm builds the model with, where the source tells; else `sizes` do.
-        is_named: whether the source itself says which model it is; else its name is told or guessed from the weights.
+        encoder: weights under timm's names.
+        decoder: weights under the names of `maekit.mae.decoder.Decoder`; empty without a decoder.
+        task: other weights of a maekit autoencoder: the basis of its target, the mask token of its encoder.
+        sizes: settings of the model under the names of `ModelConfig`, as far as the source gives them.
+        preprocess: preprocessing from a decoded image to the input; None if the source does not give it.
+        norm_eps: epsilon of the LayerNorms, if it differs from the published one.
+        provenance: JSON values that identify the weights.
+        shards: the training shards, if known.
+        timm_arguments: all arguments that timm builds the model with; None if only `sizes` are known.
+        is_named: whether the source gives its model name; if not, the name is given by the caller or guessed from the
+            weights.
     """
 
     encoder: dict[str, torch.Tensor]
@@ -81,15 +82,15 @@ class Source:
 
 
 def read_source(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> Source:
-    """Read the weights that a name leads to; not `timm:NAME`, which needs timm and a network.
+    """Read the weights of a source, except `timm:NAME`, which needs timm and a network.
 
     Args:
         name: the source; see the top of this file.
-        model: timm's name of the architecture, for a file that does not tell.
-        on_note: is told of damaged checkpoints and of what is left out.
+        model: timm's name of the architecture, for a file that does not give it.
+        on_note: receives notes on damaged checkpoints and on the checkpoint used.
 
     Raises:
-        InputError: no such source, or none of the known kinds.
+        InputError: no such source, or a source of an unknown kind.
     """
     path = Path(name)
     try:
@@ -156,7 +157,7 @@ def _from_file(path: Path, model: str | None) -> Source:
 
 
 def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, Any]:
-    """Return the sizes of an encoder by the shapes of its weights."""
+    """Infer the sizes of an encoder from the shapes of its weights."""
     weights = parts.encoder
     projection, positions = weights.get("patch_embed.proj.weight"), weights.get("pos_embed")
     if projection is None or positions is None or projection.ndim != 4 or positions.ndim != 3:
@@ -178,7 +179,7 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
             "weights does not tell the number of heads; name the architecture with `model`"
         )
     name, heads = _PUBLISHED[width]
-    side = _side(path, tokens - 1)  # a class token has a position in front of the patches'
+    side = _side(path, tokens - 1)  # the class token's position comes before those of the patches
     sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "width": width}
     sizes |= {"heads": heads, "depth": _count_blocks(weights), "channels": channels}
     if parts.decoder:
@@ -187,7 +188,7 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
 
 
 def _image_size(value: Any) -> int | tuple[int, int]:
-    """Return a size as `ModelConfig` has it from what timm is given."""
+    """Convert an image size from timm's arguments to the form of `ModelConfig`."""
     if isinstance(value, (list, tuple)):
         height, width = map(int, value)
         return height if height == width else (height, width)
@@ -195,10 +196,10 @@ def _image_size(value: Any) -> int | tuple[int, int]:
 
 
 def _side(path: Path, patches: int) -> int:
-    """Return how many patches stand in a row of a square.
+    """Return the side of a square grid with this number of patches.
 
     Raises:
-        InputError: so many make no square.
+        InputError: the number is not a square.
     """
     side = math.isqrt(max(patches, 0))
     if not side or side**2 != patches:
@@ -207,7 +208,7 @@ def _side(path: Path, patches: int) -> int:
 
 
 def _decoder_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Return the sizes of a decoder by its weights; its heads are as published unless something else tells."""
+    """Infer the sizes of a decoder from its weights; the number of heads is the published one."""
     embed = weights.get("embed.weight")
     return {
         "decoder_depth": _count_blocks(weights),
@@ -221,7 +222,7 @@ def _count_blocks(weights: Mapping[str, torch.Tensor]) -> int:
 
 
 def _from_hugging_face(path: Path) -> Source:
-    """Read a directory of config.json and weights, as the hub keeps it."""
+    """Read a directory with config.json and weights, in the format of the hub."""
     config = _read_json(path / "config.json")
     file = next((path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()), None)
     if file is None:
@@ -278,7 +279,7 @@ def _three(values: Any, path: Path) -> tuple[float, ...]:
 def _from_timm_directory(
     path: Path, config: Mapping[str, Any], weights: dict[str, torch.Tensor], provenance: dict[str, Any]
 ) -> Source:
-    """Read a model of timm as its hub keeps it, and as `export --format timm` writes it."""
+    """Read a timm model in the format of its hub, which `export --format timm` writes too."""
     try:
         arguments = dict(config.get("model_args") or {})
         cfg = dict(config.get("pretrained_cfg") or {})
@@ -289,7 +290,7 @@ def _from_timm_directory(
         preprocess = timm_preprocess(cfg, (image_size, image_size) if isinstance(image_size, int) else image_size)
     except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of a timm model: {error!r}") from error
-    # All of them: an activation or a norm does not show in the weights.
+    # Keep all arguments: the weights do not reveal, for example, the activation or the norm.
     img_size = image_size if isinstance(image_size, int) else list(image_size)
     timm_arguments = {**arguments, "img_size": img_size, "num_classes": 0}
     return Source(weights, {}, sizes, preprocess, None, provenance, timm_arguments=timm_arguments)
@@ -308,7 +309,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def without_head(
     weights: Mapping[str, torch.Tensor], encoder: torch.nn.Module, on_note: Note = lambda text: None
 ) -> dict[str, torch.Tensor]:
-    """Return a ViT's weights without those of a classifier that the encoder does not have, and say so."""
+    """Remove a classifier's weights if the encoder has no classifier; `on_note` receives their names."""
     known = encoder.state_dict()
     left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
     if left_out:
@@ -317,10 +318,10 @@ def without_head(
 
 
 def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
-    """Return timm's model with its published weights.
+    """Return a timm model with its published weights.
 
     Raises:
-        InputError: timm knows no such model, or cannot get its weights.
+        InputError: timm has no such model, or cannot get its weights.
     """
     import timm
 
@@ -328,7 +329,7 @@ def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
         raise InputError(f"{said}: timm knows no such model")
     try:
         return timm.create_model(name, pretrained=True, **arguments)
-    except Exception as error:  # whatever the hub's client raises: no network, no such tag, no such file
+    except Exception as error:  # the hub's client can raise anything: no network, no such tag, no such file
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(
             f"{said}: timm cannot get these weights ({first}); with no network, download the file elsewhere and name "
@@ -337,10 +338,10 @@ def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
 
 
 def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
-    """Build any model of timm.
+    """Build any timm model.
 
     Raises:
-        InputError: timm knows no such model, or cannot build it so.
+        InputError: timm has no such model, or cannot build it with these arguments.
     """
     import timm
 
@@ -348,7 +349,7 @@ def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
         raise InputError(f"`model` {name}: timm knows no such model")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
-    except Exception as error:  # whatever impossible sizes lead to
+    except Exception as error:  # impossible sizes can raise anything
         raise InputError(f"timm cannot build {name} with {dict(arguments)}: {error}") from error
 
 
@@ -365,9 +366,9 @@ def _pretrained_cfg(name: str) -> Mapping[str, Any]:
 
 
 def timm_preprocess(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
-    """Return the evaluation preprocessing that timm keeps with weights, for images of (height, width) pixels."""
+    """Return the evaluation preprocessing from timm's pretrained config, for images of (height, width) pixels."""
     height, width = (math.floor(side / float(cfg.get("crop_pct") or 1.0)) for side in size)
-    # Of a model of one channel there is one number, which is then that of all three, whose luma it sees.
+    # A one-channel model has one value. It is used for all three channels, whose luma is the model's input.
     mean, std = (tuple(map(float, cfg[key])) * (3 if len(cfg[key]) == 1 else 1) for key in ("mean", "std"))
     return Preprocess(
         size,

@@ -1,4 +1,4 @@
-"""What an exported file must give: computed by PyTorch in fp32, through timm's own forward pass."""
+"""Reference embeddings for exported files: computed by PyTorch in fp32, through timm's own forward pass."""
 
 import numpy as np
 import torch
@@ -23,17 +23,17 @@ def reference_embeddings(
     normalize: bool = True,
     whitening: Whitening | None = None,
 ) -> NDArray[np.float32]:
-    """Return embeddings, on the device that the encoder is on.
+    """Compute embeddings on the encoder's device.
 
     Args:
         trained: the encoder.
         images: uint8 `[n, H, W, 3]`.
         pool: see `EmbeddingModule`.
         normalize: divide by the L2 norm.
-        whitening: applied before that.
+        whitening: applied before L2 normalisation.
 
     Returns:
-        float32 `[n, D]`; for the pooling `tokens` `[n, N, D]`.
+        float32 `[n, D]`, or `[n, N, D]` for the pooling `tokens`.
     """
     encoder = trained.encoder
     device = next(encoder.parameters()).device

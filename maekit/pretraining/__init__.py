@@ -1,1 +1,1 @@
-"""`maekit pretrain`: the masked autoencoder as what is trained."""
+"""`maekit pretrain`: training of the masked autoencoder."""

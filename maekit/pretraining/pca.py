@@ -1,4 +1,4 @@
-"""The basis of a PCA target, fitted on the shards before the first step; from then on it is part of the checkpoints."""
+"""The basis of a PCA target, fitted on the shards before the first step; afterwards it is part of the checkpoints."""
 
 from collections.abc import Iterator
 
@@ -36,7 +36,7 @@ def fit_pca(
     def patches() -> Iterator[torch.Tensor]:
         images = []
         for done, image in enumerate(shards.images(numbers, prepare), 1):
-            if not isinstance(image, ImageError):  # counted where it is trained on
+            if not isinstance(image, ImageError):  # training counts it as bad
                 images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
             progress.advance(done)
             if images and (len(images) == _BATCH or done == len(numbers)):

@@ -1,4 +1,4 @@
-"""The picture of a run: the same few images, under the same masks, every time."""
+"""The picture of a run: the same few images under the same masks every time."""
 
 import numpy as np
 import torch
@@ -18,19 +18,19 @@ _IMAGES = 8
 def draw_samples(
     objective: MaskedObjective, shards: ShardSet, prepare: Preprocess, shape: MaskShape, *, seed: int
 ) -> Pixels | None:
-    """Draw masked | reconstruction | original of eight samples, evenly spread.
+    """Draw masked | reconstruction | original for eight evenly spaced samples.
 
     Args:
-        objective: in training mode, and left so.
+        objective: the objective, in training mode before and after.
         shards: the training set.
         prepare: the evaluation preprocessing.
-        shape: of the masks.
-        seed: of the masks.
+        shape: shape of the masks.
+        seed: seed of the masks.
 
     Returns:
-        uint8 `[H, W, 3]`, or None where none of them can be read.
+        uint8 `[H, W, 3]`, or None if none of them can be read.
     """
-    # What cannot be read is counted where it is trained on; a picture shows what can be shown.
+    # The picture leaves out unreadable images; training counts them as bad.
     found = shards.images(shards.spread(_IMAGES), prepare)
     images = [torch.from_numpy(image.copy()) for image in found if not isinstance(image, ImageError)]
     if not images:

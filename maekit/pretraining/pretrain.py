@@ -1,8 +1,8 @@
-"""`maekit pretrain`: from a config to a run directory, and on from where it was killed.
+"""`maekit pretrain`: from a config to a run directory, resuming where a previous start stopped.
 
-The order of things: check the config -> join the other processes -> resolve the model -> index the shards -> build the
-model -> own the directory -> find what to resume, or start from weights -> the engine, which compares with what is
-there, writes the config, loops, and has the encoder written.
+Order: check the config -> join the other processes -> resolve the model -> index the shards -> build the model -> own
+the directory -> find what to resume, or start from weights -> run the engine, which compares with the existing run,
+writes the config, loops, and has the encoder written.
 """
 
 import copy
@@ -33,19 +33,19 @@ from maekit.training.launch import launched
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What a finished run amounts to; `--json` prints it.
+    """The result of a finished run; `--json` prints it.
 
     Attributes:
         out: the run directory.
         steps: optimiser steps done.
         samples: images trained on, repeats counted.
-        loss: mean loss over the last logged steps; None where no row of metrics is left.
+        loss: mean loss over the last logged steps; None if there is no row of metrics.
         val_loss: the last loss on held-out images; None without `--val`.
-        images_per_second: over this process's part of the run, on all ranks together.
-        data_wait: share of this process's time spent waiting for data.
+        images_per_second: rate of all ranks together since this start of the run.
+        data_wait: fraction of this process's time spent waiting for data.
         bad: samples replaced, over the whole run.
-        skipped: steps left out because their gradient was not finite, over the whole run.
-        resumed_from: the step that this process went on from; 0 for a fresh start.
+        skipped: steps skipped because of a non-finite gradient, over the whole run.
+        resumed_from: the step that this process resumed from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
     """
 
@@ -63,15 +63,15 @@ class PretrainResult:
 
 
 def pretrain(config: PretrainConfig, progress: Progress | None = None) -> PretrainResult:
-    """Pre-train a masked autoencoder; called again with the same config, go on or say that it is finished.
+    """Pre-train a masked autoencoder; a second call with the same config resumes, or reports that it is finished.
 
-    In several processes (`torchrun`), each calls this with the same config and all return the same.
+    With several processes (`torchrun`), each calls this with the same config and all return the same result.
 
     Raises:
         InputError: bad usage, damaged or missing data, or a directory of another run; found before any step.
-        Stopped: SIGTERM or SIGINT came to any of the processes, or the time is over; everything is saved.
+        Stopped: any of the processes received SIGTERM or SIGINT, or the time limit is reached; everything is saved.
         OtherRankError: another process of the run failed or was stopped, and raises the error itself.
-        MaekitError: failed while working.
+        MaekitError: failed during training.
     """
     progress = progress or Silent()
     config = copy.deepcopy(config)
@@ -83,7 +83,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         resolved, world, shards = launch.config, launch.world, launch.shards
         model = world.together(lambda: build_autoencoder(resolved.model, seed=resolved.seed))
         newest = launch.own()
-        # Only rank 0 knows whether there is a checkpoint, so it decides; every rank then enters the same exchanges.
+        # Only rank 0 knows whether a checkpoint exists, so it decides; every rank then enters the same collectives.
         world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
         finished = launch.train(Pretraining(launch, model.to(launch.device)), newest)
         result: PretrainResult = world.share(_result(resolved, finished))
@@ -91,9 +91,9 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
 
 
 def resolve(config: PretrainConfig, run: RunDirectory) -> None:
-    """Fill in what the config leaves to the model that it starts from, and refuse a directory of something else."""
+    """Fill in settings that the config leaves to `init_from`, and refuse a directory that holds something else."""
     if runs.is_run(run.path) and (begun := run.config().model).init_from == config.model.init_from:
-        # What an earlier start resolved; the weights that it began with may be gone by now.
+        # Reuse what an earlier start resolved; the weights it started from may be gone by now.
         fill_in(config.model, vars(begun))
     else:
         resolve_model(config.model)
@@ -105,10 +105,10 @@ def resolve(config: PretrainConfig, run: RunDirectory) -> None:
 
 
 def tokenizer_digest(path: Path) -> str:
-    """Return a SHA-256 that names an ONNX file and the files that it keeps weights in.
+    """Return a SHA-256 of an ONNX file and its external weight files.
 
     Raises:
-        InputError: it cannot be read, or names files that it must not.
+        InputError: the file cannot be read, or it names external files that are not allowed.
     """
     try:
         digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
@@ -120,7 +120,7 @@ def tokenizer_digest(path: Path) -> str:
 
 
 def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
-    """Give a new model what it does not learn: the weights to start from, and the basis of a PCA target."""
+    """Initialise what a new model does not learn: the weights to start from, and the basis of a PCA target."""
     if config.model.init_from:
         progress.note(initialize_from(model, config.model.init_from, config.model))
     if isinstance(model.target, PcaTarget) and not model.target.is_fitted:

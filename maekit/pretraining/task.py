@@ -1,4 +1,4 @@
-"""The masked autoencoder as what is trained: the `Task` that `maekit pretrain` hands to the engine."""
+"""Training of the masked autoencoder: the `Task` that `maekit pretrain` passes to the engine."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +31,7 @@ from maekit.training.task import Task, changed_setting
 
 
 class Pretraining(Task):
-    """A masked autoencoder.
+    """Pre-training of a masked autoencoder.
 
     Args:
         launch: the run.
@@ -71,7 +71,7 @@ class Pretraining(Task):
         )
 
     def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return what makes images of places in the order."""
+        """Return the loader that turns positions in the order into images."""
         data = self.config.data
         return CropLoader(
             self._shards,
@@ -92,7 +92,7 @@ class Pretraining(Task):
         )
 
     def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]] | None:
-        """Return what measures the loss on held-out images, on all ranks together; None without `data.val`."""
+        """Return a function that measures the held-out loss, called on all ranks; None without `data.val`."""
         data = self.config.data
         if not data.val:
             return None
@@ -111,13 +111,13 @@ class Pretraining(Task):
         return lambda: validation.measure(self.model, self.objective.normalizer, self.forward)
 
     def draw(self) -> Pixels | None:
-        """Return a picture of reconstructions; None for tokens, which are no pixels."""
+        """Return a picture of reconstructions; None for tokens, which are not pixels."""
         if self._tokenizer is not None:
             return None
         return draw_samples(self.objective, self._shards, self._prepare, self._shape, seed=self.config.seed)
 
     def mismatch_message(self, key: str, before: Any, now: Any) -> str:
-        """Return the message for a setting that is not what the run was started with."""
+        """Return the message for a setting that differs from the one the run was started with."""
         if key == "model.tokenizer_sha256" and before and now:
             return (
                 f"the tokenizer {self.config.model.tokenizer} is not the one that {self._run.path} was started with; "

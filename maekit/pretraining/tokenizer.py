@@ -1,8 +1,8 @@
-"""Tokens of images by anybody's ONNX file, as the target of training (as in BEiT, Bao et al. 2021, section 2.1).
+"""Image tokens from any ONNX tokenizer, as the training target (as in BEiT, Bao et al. 2021, section 2.1).
 
-What such a file takes and gives is told by its graph: one input, images of three channels (RGB), uint8 or float32 in
-[0, 1], `[batch, H, W, 3]` or `[batch, 3, H, W]`; one output of whole numbers, `[batch, rows, columns]` or `[batch, N]`,
-one for each patch. Where H and W are fixed, images are resized to them. Any other normalisation belongs into the graph.
+The graph declares input and output. One input: RGB images, uint8 or float32 in [0, 1], `[batch, H, W, 3]` or
+`[batch, 3, H, W]`. One output: integers, one per patch, `[batch, rows, columns]` or `[batch, N]`. If H and W are fixed,
+images are resized to them. Any other normalisation must be part of the graph.
 """
 
 from pathlib import Path
@@ -21,18 +21,18 @@ _TYPES = {"tensor(uint8)": np.uint8, "tensor(float)": np.float32}
 
 
 class Tokenizer:
-    """An ONNX file that turns images into tokens.
+    """Runs an ONNX file that turns images into tokens.
 
     Args:
         path: the file.
-        size: (height, width) of the images that it will be given, in pixels.
-        grid: (rows, columns) of patches that each want a token.
-        vocabulary: how many different tokens there may be.
-        device: where it runs: the one that is trained on.
-        threads: of the CPU.
+        size: (height, width) of the input images, in pixels.
+        grid: (rows, columns) of patches; one token is needed per patch.
+        vocabulary: number of different tokens.
+        device: device to run on, the one used for training.
+        threads: number of CPU threads.
 
     Raises:
-        InputError: it cannot be loaded, or takes or gives something else.
+        InputError: the file cannot be loaded, or its input or output is different.
     """
 
     def __init__(
@@ -86,8 +86,8 @@ class Tokenizer:
             int64 `[B, N]`.
 
         Raises:
-            InputError: it does not give one token for each patch, or one beyond the vocabulary.
-            MaekitError: it fails.
+            InputError: the output is not one token per patch, or a token lies outside the vocabulary.
+            MaekitError: running the file failed.
         """
         mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         if mirrored.shape[2:] != self._size:

@@ -1,4 +1,4 @@
-"""The loss on held-out images: the same images under the same masks every time, cut as for evaluation."""
+"""The loss on held-out images: the same images under the same masks every time, with evaluation preprocessing."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -19,18 +19,18 @@ from maekit.training.distributed import DistributedContext
 
 
 class Validation:
-    """Held-out images and how the loss on them is measured.
+    """Measures the loss on held-out images.
 
     Args:
         shards: the held-out set.
-        images: at most so many of it, evenly spread.
+        images: maximum number of images, evenly spaced over the set.
         prepare: the evaluation preprocessing.
         batch_size: images per forward pass.
-        threads: that read and decode.
-        seed: of the masks.
+        threads: threads that read and decode.
+        seed: seed of the masks.
         world: the processes that divide the images.
-        shape: of the masks.
-        tokenizer: where tokens are predicted.
+        shape: shape of the masks.
+        tokenizer: gives the target tokens, where tokens are predicted.
     """
 
     def __init__(
@@ -56,10 +56,10 @@ class Validation:
     def measure(
         self, model: MaskedAutoencoder, normalizer: Normalizer, forward: Callable[[], AbstractContextManager[Any]]
     ) -> dict[str, float]:
-        """Return `val_loss`, the mean over all images on all ranks, and `val_images`, how many could be read.
+        """Return `val_loss`, the mean over all images on all ranks, and `val_images`, the number of readable images.
 
         Raises:
-            MaekitError: none could.
+            MaekitError: no image could be read.
         """
         device = next(model.parameters()).device
         total = seen = 0.0
@@ -82,7 +82,7 @@ class Validation:
         numbers = [number for _, number in self._numbers]
         decoded = self._shards.images(numbers, self._prepare, threads=self._threads)
         for (position, _), image in zip(self._numbers, decoded, strict=True):
-            if not isinstance(image, ImageError):  # told by its absence in `val_images`
+            if not isinstance(image, ImageError):  # `val_images` does not count unreadable ones
                 images.append(image)
                 draws = uniform_rows(1, self._shape.draws, Purpose.VALIDATION, seed=self._seed, position=position)
                 noise.append(self._shape.noise(draws)[0])

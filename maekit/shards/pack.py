@@ -10,7 +10,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import shutil
 import tarfile
 import zlib
@@ -23,6 +22,7 @@ from typing import IO, Any
 from maekit.config.fields import check
 from maekit.config.pack import PackConfig
 from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
+from maekit.shards.table import Labels, extension_of, read_table
 from maekit.system import files, locks
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
@@ -31,10 +31,7 @@ from maekit.system.progress import Progress, Silent
 from maekit.system.signals import stop_on_signal
 
 SIDECARS = ("json", "txt", "cls")
-_PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
-_LABEL_COLUMNS = ("label", "cls", "class", "target")
 _PLAN, _FOLDER = ".plan", "shards"  # in the temporary folder: the plan, and the future folder of shards
-_WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
 _NAMED = 3  # problems listed in one message
 
 
@@ -82,9 +79,6 @@ class _Shard:
 
     path: Path
     sources: tuple[_Source, ...]
-
-
-_Labels = dict[Path, int | str | None]
 
 
 def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
@@ -160,11 +154,11 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     """Return the samples in order, the class names, and the number of files not packed, per kind."""
     found = {path.relative_to(images): path for path in files.walk_files(images)}
     table = Path(config.table).resolve() if config.table else None
-    wanted: _Labels
+    wanted: Labels
     if config.table is not None:
-        wanted = _read_table(images, Path(config.table), config, found)
+        wanted = read_table(images, config, found)
     else:
-        pictures = [path for path in found if _extension(path) in IMAGE_EXTENSIONS]
+        pictures = [path for path in found if extension_of(path) in IMAGE_EXTENSIONS]
         astray = [path for path in pictures if len(path.parts) == 1]
         in_folders = config.classes and not astray
         if config.classes and 0 < len(astray) < len(pictures):
@@ -193,7 +187,7 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
             problems.append(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
         elif (owner := owners.setdefault(key, path)) != path:
             problems.append(f"{owner} and {path} would both get the key {key!r}; rename one of them")
-        members = [(_extension(path), str(found[path]))]
+        members = [(extension_of(path), str(found[path]))]
         for kind in SIDECARS:
             beside = path.with_suffix(f".{kind}")
             # A label from the table or the folder replaces a label file, which is counted as passed over.
@@ -208,92 +202,9 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     passed_over: Counter[str] = Counter()
     for path, place in found.items():
         if path not in used and place.resolve() != table:
-            is_image = _extension(path) in IMAGE_EXTENSIONS
+            is_image = extension_of(path) in IMAGE_EXTENSIONS
             passed_over["images not in the table" if is_image else path.suffix.lower() or "no extension"] += 1
     return sources, names, dict(passed_over)
-
-
-def _read_table(images: Path, table: Path, config: PackConfig, found: dict[Path, Path]) -> dict[Path, int | str | None]:
-    """Return the labels by image path, in the order of the table."""
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
-    if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
-    try:
-        if table.suffix.lower() == ".parquet":
-            rows = parquet.read_table(table)
-            names = list(rows.column_names)
-        else:
-            parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-            names = csv.open_csv(table, parse_options=parse).schema.names
-            # Read as text without conversion: 01 and 1 are two names, and NA is a name.
-            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-            rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
-    path_column = _choose(table, names, config.path_column, _PATH_COLUMNS, "paths", "`path_column`")
-    label_column = _choose(table, names, config.label_column, _LABEL_COLUMNS, "labels", "`label_column`")
-    if path_column is None:
-        hint = "; is it separated by semicolons? Commas are expected" if any(";" in name for name in names) else ""
-        raise InputError(
-            f"{table}: no column of paths (looked for {', '.join(_PATH_COLUMNS)}; there are {', '.join(names)}); "
-            f"name it with `path_column`{hint}"
-        )
-    paths = rows[path_column].to_pylist()
-    labels = _labels(rows[label_column].to_pylist()) if label_column else [None] * len(paths)
-    wanted: _Labels = {}
-    problems = []
-    for row, (text, label) in enumerate(zip(paths, labels, strict=True), 1):
-        path = Path(os.path.relpath(images / str(text), images))
-        if text is None or path not in found:
-            hint = "; paths are written with /" if "\\" in str(text) else ""
-            problems.append(f"row {row}: there is no file {text!r} in the folder of images{hint}")
-        elif _extension(path) not in IMAGE_EXTENSIONS:
-            problems.append(f"row {row}: {text!r} has no image extension")
-        elif path in wanted:
-            problems.append(f"row {row}: {text!r} comes twice")
-        elif isinstance(label, bool) or not isinstance(label, (int, str, type(None))):
-            problems.append(f"row {row}: the label {label!r} is neither a whole number nor text")
-        elif isinstance(label, int) and label < 0:
-            problems.append(f"row {row}: the label {label} is negative")
-        elif isinstance(label, str) and len(label.splitlines()) > 1:
-            problems.append(f"row {row}: the label {label!r} has more than one line")
-        else:
-            wanted[path] = label
-    if problems:
-        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise InputError(f"{table}: " + "; ".join(problems[:_NAMED]) + more)
-    if not wanted:
-        raise InputError(f"{table} names no image")
-    return wanted
-
-
-def _labels(values: list[Any]) -> list[Any]:
-    """Return labels as integers if all of them are written as such; an empty label becomes None."""
-    values = [None if value == "" else value for value in values]
-    given = [value for value in values if value is not None]
-    if all(isinstance(value, str) and _WHOLE.fullmatch(value) for value in given) or (
-        # Many programs write a column of integers with an empty cell as floats (1.0).
-        all(isinstance(value, float) and value.is_integer() for value in given)
-    ):
-        return [None if value is None else int(float(value)) for value in values]
-    return values
-
-
-def _choose(
-    table: Path, names: Sequence[str], asked: str | None, usual: Sequence[str], what: str, option: str
-) -> str | None:
-    """Return the requested column, or else the one with a usual name; None if there is none."""
-    if asked is not None:
-        if names.count(asked) != 1:
-            there = "more than one" if asked in names else "no"
-            raise InputError(f"{table}: {there} column {asked!r} (there are {', '.join(names)})")
-        return asked
-    found = [name for name in names if name.lower() in usual]
-    if len(found) > 1:
-        raise InputError(f"{table}: {' and '.join(found)} may both be the column of {what}; say which by {option}")
-    return found[0] if found else None
 
 
 def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_Source]]:
@@ -427,7 +338,3 @@ def _publish(aside: Path, out: Path) -> None:
         aside.rmdir()
     except OSError as error:
         raise files.write_failure(out, error) from error
-
-
-def _extension(path: Path) -> str:
-    return path.suffix[1:].lower()

@@ -1,1 +1,1 @@
-"""Pre-training: data path, optimiser, checkpoints, metrics, and the loop."""
+"""Training of any task: data path, optimiser, checkpoints, metrics, and the loop."""

@@ -1,6 +1,6 @@
-"""Checkpoints: written aside, made durable, the manifest last, then renamed. No pickle anywhere.
+"""Checkpoints: written to a temporary directory, the manifest last, synced, then renamed. No pickle anywhere.
 
-The loop pays for copying the tensors off the device (on CUDA: for queueing that copy); a thread does the rest.
+The loop pays only for copying the tensors off the device (on CUDA: for queueing that copy); a thread does the rest.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ from maekit.version import __version__
 
 Tensors = dict[str, torch.Tensor]
 
-# safetensors' names of the types that occur here.
+# safetensors' names of the dtypes that occur here.
 _TYPES = {
     torch.float32: "F32",
     torch.float64: "F64",
@@ -41,10 +41,10 @@ class CheckpointWriter:
 
     Args:
         run: the run directory.
-        model: the weights.
-        optimizer: its state.
-        retain: tells of a step whether its checkpoint stays when newer ones come.
-        keep: how many of the newest stay.
+        model: the model whose weights are saved.
+        optimizer: the optimiser whose state is saved.
+        retain: whether the checkpoint of a step is never deleted.
+        keep: number of newest checkpoints to keep.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CheckpointWriter:
         self._join()
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Copy everything as it is now, and begin to write the checkpoint of `state["step"]`."""
+        """Copy the current tensors, and start writing the checkpoint of `state["step"]`."""
         self._join()  # the copies may still be in use
         self._copy(MODEL, self._model.state_dict())
         self._copy(OPTIMIZER, optimizer_tensors(self._optimizer))
@@ -81,14 +81,14 @@ class CheckpointWriter:
         self._thread.start()
 
     def failure(self) -> MaekitError | None:
-        """Return what the background has failed with so far, or None."""
+        """Return the error of the background thread so far, or None."""
         return self._error
 
     def finish(self) -> None:
         """Wait until everything is on disk.
 
         Raises:
-            MaekitError: the disk is full or the place is not writable; earlier checkpoints are intact.
+            MaekitError: the disk is full or the directory is not writable; earlier checkpoints are intact.
         """
         self._join()
         if self._error is not None:
@@ -100,7 +100,7 @@ class CheckpointWriter:
             self._thread = None
 
     def _copy(self, name: str, tensors: Tensors) -> None:
-        """Copy into host memory that is kept for the next time; on CUDA page-locked, and not waited for."""
+        """Copy into host memory that is reused by later saves; on CUDA it is pinned and the copy is asynchronous."""
         copies = self._copies[name]
         for key, tensor in tensors.items():
             if key not in copies or copies[key].shape != tensor.shape:
@@ -111,7 +111,7 @@ class CheckpointWriter:
         try:
             if copied is not None:
                 copied.synchronize()
-            # After the last step that was looked at, weights may have become infinite that no loss has yet shown.
+            # The last step may have made weights infinite before any loss shows it.
             broken = [key for part in self._copies.values() for key, copy in part.items() if not _is_finite(copy)]
             if broken:
                 raise MaekitError(
@@ -122,7 +122,7 @@ class CheckpointWriter:
             prune(self._run, self._keep, self._retain)
         except MaekitError as error:
             self._error = error
-        except Exception as error:  # a thread's own traceback would reach the user, and the run go on without it
+        except Exception as error:  # otherwise the user would see a thread's traceback, and the run would continue
             self._error = MaekitError(f"saving step {state['step']} failed: {type(error).__name__}: {error}")
 
 
@@ -131,10 +131,10 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> Checkpoint:
-    """Write the checkpoint of `state["step"]`; it is there whole or not at all.
+    """Write the checkpoint of `state["step"]` atomically.
 
     Raises:
-        MaekitError: the disk is full or the place is not writable; earlier checkpoints are intact.
+        MaekitError: the disk is full or the directory is not writable; earlier checkpoints are intact.
     """
     checkpoint = run.checkpoint(state["step"])
     aside = run.checkpoints / f".{checkpoint.path.name}.{os.getpid()}.tmp"
@@ -161,13 +161,13 @@ def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[
 def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
     """Yield the parts of a safetensors file (https://github.com/huggingface/safetensors, "Format").
 
-    The library's own writer holds the interpreter's lock, which would stop the loop, and reports a full disk in words.
+    The library's own writer holds the GIL, which would stop the loop, and reports a full disk only as text.
 
     Args:
         tensors: contiguous, on the CPU.
     """
     header, end = {}, 0
-    # The format's library sorts by size of the element, then by name, so that all tensors are aligned.
+    # The safetensors library sorts by element size, then by name, so that all tensors are aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for key, tensor in ordered:
         start, end = end, end + tensor.numel() * tensor.element_size()
@@ -182,7 +182,7 @@ def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
 
 
 def _write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> str:
-    """Write a file and return its SHA-256; writing, hashing and syncing all let go of the interpreter's lock."""
+    """Write a file and return its SHA-256; writing, hashing and syncing all release the GIL."""
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
         for part in parts:
@@ -195,14 +195,14 @@ def _write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> str:
 
 
 def discard_after(run: RunDirectory, step: int) -> None:
-    """Delete the checkpoints behind the one that is resumed: they are damaged, or it would not be the newest."""
+    """Delete the checkpoints after the resumed one: they must be damaged, since the newest valid one was chosen."""
     for checkpoint in run.list_checkpoints():
         if checkpoint.step > step:
             _delete(checkpoint)
 
 
 def prune(run: RunDirectory, keep: int, retain: Callable[[int], bool] = lambda step: False) -> None:
-    """Delete all but the newest `keep` checkpoints and those to retain, and what killed runs left unfinished."""
+    """Delete all but the newest `keep` checkpoints and those to retain, and unfinished ones of killed runs."""
     for checkpoint in run.list_checkpoints()[keep:]:
         if not retain(checkpoint.step):
             _delete(checkpoint)
@@ -243,7 +243,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Put back what `optimizer_tensors` gave."""
+    """Restore the state that `optimizer_tensors` returned."""
     by_name: dict[str, Tensors] = {}
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")

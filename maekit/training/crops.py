@@ -1,6 +1,6 @@
-"""From a place in the order to a training image: read, decode as much as the crop needs, cut, resize.
+"""From a position in the sample order to a training image: read, decode as much as the crop needs, crop, resize.
 
-Everything random here is a function of (seed, epoch, position), never of the worker that happens to do it.
+All randomness here is a function of (seed, epoch, position), never of the worker that does the work.
 """
 
 import itertools
@@ -29,8 +29,8 @@ from maekit.training.image_cache import DecodedSet
 
 _SUBSTITUTE_ATTEMPTS = 64
 _WORTH_TORCH = 96 * 96  # pixels
-# A JPEG is decoded at a reduced scale while the crop keeps so many times the pixels of the input along each side:
-# there the result is within a level (of 255) of that from the whole image, on average.
+# A JPEG is decoded at a reduced scale while the crop keeps at least this many times the input's pixels along each side.
+# The result is then on average within one level (of 255) of that from the full image.
 _LEAST = 2
 JITTER_DRAWS = 4
 _ORDERS = tuple(itertools.permutations(range(3)))
@@ -38,18 +38,18 @@ _ORDERS = tuple(itertools.permutations(range(3)))
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to an image before it is trained on (He et al. 2021, table 1e), keyed by place.
+    """Augmentation of a training image (He et al. 2021, table 1e), determined by its position in the order.
 
     Attributes:
         size: (height, width) of the crop after resizing, in pixels.
-        covered: (height, width) that the whole image would just cover, of a crop of fixed size.
+        covered: for a crop of fixed size, the (height, width) that the whole image would just cover.
         seed: the run's seed.
         kind: `random_resized_crop`, `fixed_crop` or `none`.
-        scale: bounds of a random resized crop's share of the image area.
+        scale: bounds of the area of a random resized crop, as a fraction of the image.
         flip: whether half of the images are mirrored.
         color_jitter: how far brightness, contrast and saturation may change.
-        policy: changes an image by random numbers of its own, as RandAugment does: uint8 `[3, H, W]` and 64 bits that
-            seed them -> uint8 `[3, H, W]`.
+        policy: changes an image with its own random numbers, as RandAugment does: uint8 `[3, H, W]` and a 64-bit
+            seed -> uint8 `[3, H, W]`.
     """
 
     size: tuple[int, int]
@@ -62,7 +62,7 @@ class Augmentation:
     policy: Callable[[Pixels, int], Pixels] | None = None
 
     def crop(self, width: int, height: int, draws: NDArray[np.float64]) -> Box:
-        """Choose the crop of an image by the numbers drawn for its place, float64 `[CROP_DRAWS]`."""
+        """Choose the crop of an image from the numbers drawn for its position, float64 `[CROP_DRAWS]`."""
         if self.kind == "random_resized_crop":
             return random_resized_crop(width, height, draws, scale=self.scale, aspect=self.size[1] / self.size[0])
         place = (0.5, 0.5) if self.kind == "none" else (float(draws[20]), float(draws[21]))
@@ -71,15 +71,15 @@ class Augmentation:
 
 @dataclass
 class Chunk:
-    """What a worker hands over: some of the images of one step.
+    """A group of images of one step, as a worker returns them.
 
     Attributes:
         images: uint8 `[B, 3, H, W]`.
         flips: bool `[B]`, True = mirror.
-        noise: float32 `[B, k·N]`, chooses k masks of each image.
-        bad: one line for each sample that was replaced.
-        failure: why the worker gave up, in place of images.
-        labels: of the images, int64 `[B]`; None where they are not asked for.
+        noise: float32 `[B, k·N]`, selects k masks for each image.
+        bad: one line for each replaced sample.
+        failure: why the worker stopped; there are no images then.
+        labels: labels of the images, int64 `[B]`; None where they are not requested.
     """
 
     images: torch.Tensor
@@ -90,26 +90,26 @@ class Chunk:
     labels: torch.Tensor | None = None
 
     def pin_memory(self) -> "Chunk":
-        """Copy into page-locked memory, so that the upload runs beside the computation (the DataLoader calls this)."""
+        """Copy into pinned memory, so that the upload overlaps with computation (the DataLoader calls this)."""
         images, flips, noise = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
         labels = None if self.labels is None else self.labels.pin_memory()
         return Chunk(images, flips, noise, self.bad, self.failure, labels)
 
     @classmethod
     def of_failure(cls, error: MaekitError) -> "Chunk":
-        """Return a chunk that carries an error: an exception would reach the user wrapped in the worker's traceback."""
+        """Return a chunk that carries an error; an exception would reach the user inside the worker's traceback."""
         empty = torch.empty(0)
         return cls(empty, empty, empty, [], str(error))
 
 
 class Draws(NamedTuple):
-    """The random numbers of n places.
+    """The random numbers of n positions.
 
     Attributes:
         crops: float64 `[n, 22]`.
         flips: bool `[n]`.
-        noise: of k masks, float32 `[n, k·N]`.
-        jitter: float64 `[n, 4]`: three factors, and their order.
+        noise: noise for k masks, float32 `[n, k·N]`.
+        jitter: float64 `[n, 4]`: three factors and their order.
         policy: seeds, uint64 `[n]`.
     """
 
@@ -121,16 +121,16 @@ class Draws(NamedTuple):
 
 
 def draw(places: SampleSlice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
-    """Draw what is random about some places of the order, each by its own epoch and position.
+    """Draw the random numbers of some samples, each from its own epoch and position.
 
     Args:
-        places: of the order.
-        augmentation: of their images.
-        shape: of the masks.
-        masks: k, of each image.
+        places: the samples, a slice of the order.
+        augmentation: augmentation of their images.
+        shape: shape of the masks.
+        masks: k, masks per image.
     """
     parts = []
-    # Positions count up within an epoch; a batch may reach into the next one.
+    # Positions count up within an epoch; a batch may extend into the next epoch.
     starts = np.flatnonzero(np.diff(places.epochs, prepend=-1))
     for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(places.epochs)], strict=True):
         epoch, position, rows = int(places.epochs[start]), int(places.positions[start]), stop - start
@@ -150,10 +150,9 @@ def draw(places: SampleSlice, augmentation: Augmentation, shape: MaskShape, mask
 
 
 class WorkerProgress:
-    """What each worker is at, in memory that all processes of a run share; it goes with them.
+    """Shared-memory table of the sample each worker is reading, one row per worker. Freed when the last process exits.
 
-    A row per worker: its process, the shard and the ordinal it is reading (-1: at nothing), and a count of what it has
-    done.
+    A row holds the process id, the shard and the ordinal being read (-1: none), and a counter of updates.
     """
 
     IDLE = -1
@@ -164,29 +163,29 @@ class WorkerProgress:
         self.rows[:, 1:3] = self.IDLE
 
     def at(self, shard: int, ordinal: int) -> None:
-        """Note what this worker is at."""
+        """Record the sample that this worker is reading."""
         info = get_worker_info()
         row = self.rows[info.id if info else 0]
         row[:] = os.getpid(), shard, ordinal, row[3] + 1
 
     def pause(self) -> None:
-        """Note that this worker reads nothing now."""
+        """Record that this worker is not reading."""
         self.at(self.IDLE, self.IDLE)
 
 
 class CropLoader:
-    """From places to chunks.
+    """Turns slices of the sample order into chunks.
 
     Args:
         shards: the data.
-        order: of its samples; says which remote shards are needed next.
-        augmentation: of the images.
-        shape: of the masks.
-        masks: of each image.
-        watch: where to note what is being read.
-        decoded: images that are kept decoded.
-        labels: of all samples by their number in `shards`, int64 `[samples]`, -1 where there is none: such a sample is
-            replaced as one without an image is.
+        order: order of the samples; determines which remote shards are needed next.
+        augmentation: augmentation of the images.
+        shape: shape of the masks.
+        masks: masks per image.
+        watch: receives the sample being read.
+        decoded: images kept decoded in memory.
+        labels: label of each sample by its number in `shards`, int64 `[samples]`; -1 where there is none. A sample
+            without a label is replaced, like one without an image.
     """
 
     def __init__(
@@ -207,7 +206,7 @@ class CropLoader:
         self._watch = watch or WorkerProgress(1)
 
     def __call__(self, slices: Iterator[SampleSlice]) -> Iterator[Chunk]:
-        """Yield the chunk of each slice; an error that ends the work is carried by the last one."""
+        """Yield the chunk of each slice; if an error stops the work, the last chunk carries it."""
         reader = self._shards.reader()
         try:
             for places in self._fetching_ahead(slices) if self._shards.remote else slices:
@@ -261,7 +260,7 @@ class CropLoader:
 
         if self._decoded is not None and (pixels := self._decoded.image(shard, ordinal)) is not None:
             left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
-            # A JPEG that would be decoded at a reduced scale still is, or keeping images would change them.
+            # A JPEG that would be decoded at a reduced scale still is; otherwise the cache would change the images.
             if reduction_of((right - left, bottom - top), at_least) == 1:
                 return resize(pixels[top:bottom, left:right], size)
         image, box = open_crop(reader.read_image(self._shards.index(shard), ordinal), choose, at_least=at_least)
@@ -270,7 +269,7 @@ class CropLoader:
     def _substitute(
         self, reader: MemberReader, place: tuple[int, int], draws: NDArray[np.float64], first: str
     ) -> tuple[Pixels, int]:
-        """Return crop and label of a sample that stands in for the one at a place, chosen by the place."""
+        """Return crop and label of a substitute for the sample at (epoch, position), which also determines it."""
         epoch, position = place
         bits = random_bits(
             _SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._augmentation.seed, epoch=epoch, position=position
@@ -284,7 +283,7 @@ class CropLoader:
         raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row cannot be used, the first: {first}")
 
     def _fetching_ahead(self, slices: Iterator[SampleSlice]) -> Iterator[SampleSlice]:
-        """Pass slices on while the remote shards of their window and of the next one are downloaded."""
+        """Pass slices on while downloading the remote shards of their window and of the next one."""
         fetcher: FetchAhead | None = None
         window = 0
         try:
@@ -303,13 +302,13 @@ class CropLoader:
 
 
 def _empty_images(count: int, size: tuple[int, int]) -> torch.Tensor:
-    """Return room for images, uint8 `[B, 3, H, W]`: in a worker, within memory that the main process will see.
+    """Return an uninitialised uint8 `[B, 3, H, W]`; in a worker, in memory shared with the main process.
 
-    Otherwise the DataLoader copies them there, and both copies cost more for their fresh pages than for their bytes.
+    Otherwise the DataLoader copies the images there; both copies cost more in page faults than in bytes moved.
     """
     if get_worker_info() is None:
         return torch.empty(count, 3, *size, dtype=torch.uint8)
-    # As torch's own default_collate does it; there is no public name for it.
+    # torch's own default_collate does the same; there is no public function for it.
     storage = torch.UntypedStorage._new_shared(count * 3 * size[0] * size[1])
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, 3, *size)
 
@@ -317,8 +316,8 @@ def _empty_images(count: int, size: tuple[int, int]) -> torch.Tensor:
 def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
     """Resize a crop, antialiased bicubic: RGB image or uint8 `[h, w, 3]` -> uint8 `[3, H, W]`.
 
-    PyTorch's kernel for uint8 and Pillow's differ from exact arithmetic, and so from each other, by rounding only.
-    PyTorch's takes a third of the time on large crops; a call of it costs as much as a small crop takes in Pillow.
+    The uint8 kernels of PyTorch and Pillow differ from exact arithmetic, and so from each other, only by rounding.
+    PyTorch takes a third of the time on large crops, but one call costs as much as resizing a small crop in Pillow.
     """
     height, width = size
     if height * width < _WORTH_TORCH:
@@ -330,7 +329,7 @@ def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
 
 
 def jitter_colors(pixels: Pixels, strength: float, draws: NDArray[np.float64]) -> Pixels:
-    """Change brightness, contrast and saturation by random factors, in random order (as torchvision's ColorJitter).
+    """Change brightness, contrast and saturation by random factors in random order, like torchvision's ColorJitter.
 
     Args:
         pixels: uint8 `[3, H, W]`.

@@ -1,13 +1,13 @@
-"""The data path of training: places in the order -> chunks of uint8 crops -> the batch of a step -> the device.
+"""The data path of training: positions in the order -> chunks of uint8 crops -> the batch of a step -> the device.
 
-    1  ExactSource     the places of each chunk of each step, a pure function of the step; workers take every W-th chunk
-    2  CropLoader      read by position, decode, crop (crops.py); a bad image is replaced as its place chooses
+    1  ExactSource     positions of each chunk of each step, a pure function of the step; each worker takes every W-th
+    2  CropLoader      read by position, decode, crop (crops.py); the position of a bad image determines its substitute
     3  StepBatches     the chunks of one step, divided into micro-batches
-    4  upload          uint8 to the device, beside the computation; normalising and mirroring are the step's (step.py)
+    4  upload          uint8 to the device, overlapping with computation; the step normalises and mirrors (step.py)
 
-1 and 2 are a `webdataset.DataPipeline` and run in the DataLoader's workers, which hand over their chunks in turn, so
-the row of chunks is the same for any number of workers, and starts anywhere. How a step is divided into chunks decides
-only who decodes what: a sample's crop, flip and mask hang on its place alone.
+1 and 2 are a `webdataset.DataPipeline` and run in the DataLoader's workers. The workers return their chunks in turn, so
+the sequence of chunks is the same for any number of workers and can start anywhere. The division of a step into chunks
+decides only which worker decodes what: a sample's crop, flip and mask depend only on its position.
 """
 
 import contextlib
@@ -46,9 +46,9 @@ class BatchLayout:
     Attributes:
         batch_size: images per step, over all ranks.
         micro_batch: images per forward pass; divides a rank's share.
-        rank: of this process.
-        world: how many processes divide each batch.
-        image_bytes: size of one image, from which follows how many a worker hands over at once.
+        rank: rank of this process.
+        world: number of processes that divide each batch.
+        image_bytes: bytes of one image; determines how many images a worker returns at a time.
     """
 
     batch_size: int
@@ -59,11 +59,11 @@ class BatchLayout:
 
     @property
     def share(self) -> int:
-        """Images of a step that this rank takes."""
+        """Images per step on this rank."""
         return self.batch_size // self.world
 
     def chunks(self) -> list[tuple[int, int]]:
-        """Return (first, last) of each chunk within this rank's share; none reaches over a micro-batch's end."""
+        """Return (first, last) of each chunk within this rank's share; no chunk crosses a micro-batch boundary."""
         largest = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // self.image_bytes))
         parts = -(-self.micro_batch // largest)
         cuts = [self.micro_batch * part // parts for part in range(parts + 1)]
@@ -75,13 +75,13 @@ class BatchLayout:
 
 
 class ExactSource(IterableDataset[SampleSlice]):
-    """The places of each step's chunks, in order.
+    """Stage 1: the sample positions of each step's chunks, in order.
 
     Args:
-        order: of the samples.
-        division: of each step's batch.
+        order: order of the samples.
+        division: layout of each step's batch.
         first: steps already done.
-        last: steps in all.
+        last: total number of steps.
     """
 
     def __init__(self, order: SampleOrder, division: BatchLayout, *, first: int, last: int) -> None:
@@ -106,10 +106,10 @@ def make_loader(
     Args:
         source: stage 1.
         crops: stage 2.
-        division: of each step's batch.
-        workers: processes; 0 is this one.
-        prefetch: batches of whole steps that are kept ready, at least.
-        pin: hand over page-locked memory.
+        division: layout of each step's batch.
+        workers: number of worker processes; 0 loads in this process.
+        prefetch: minimum number of whole steps to prefetch.
+        pin: return pinned memory.
     """
     _allow_many_files()
     ahead = max(2, -(-prefetch * len(division.chunks()) // max(1, workers)))
@@ -120,14 +120,14 @@ def make_loader(
         prefetch_factor=ahead if workers else None,
         pin_memory=pin,
         worker_init_fn=functools.partial(_start_worker, os.getpid()),
-        # Forked workers share what is known of the shards, and the images that are kept decoded.
+        # Forked workers share the shard indexes and the decoded images.
         multiprocessing_context="fork" if workers else None,
         timeout=_POLL_SECONDS if workers else 0,
     )
 
 
 def _allow_many_files() -> None:
-    """Raise the limit of open files as far as it goes: each chunk under way takes three."""
+    """Raise the limit of open files to its maximum: each chunk in flight takes three."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(ValueError, OSError):
@@ -139,10 +139,10 @@ def _start_worker(parent: int, worker: int) -> None:
 
 
 def stop_workers(batches: Iterator[Chunk]) -> None:
-    """End the workers behind an iterator of a DataLoader now, and not when it happens to be collected.
+    """Stop the workers of a DataLoader's iterator now, not when the iterator is garbage-collected.
 
-    Until then a worker that was killed makes torch raise in the middle of whatever the main process does next. One that
-    hangs would be waited for: it ignores the signal that torch sends, and so is killed after a moment.
+    Until then, a killed worker makes torch raise in the middle of whatever the main process does next. A hanging worker
+    ignores the signal that torch sends and would block the shutdown; it is therefore killed after a short delay.
     """
     shutdown = getattr(batches, "_shutdown_workers", None)  # absent where there are no workers
     if shutdown is None:
@@ -165,7 +165,7 @@ def stop_workers(batches: Iterator[Chunk]) -> None:
 
 @contextlib.contextmanager
 def _no_news_of_children() -> Iterator[None]:
-    """Keep torch's handler of SIGCHLD, which raises wherever the main thread is when a worker was killed, from that."""
+    """Disable torch's SIGCHLD handler, which raises anywhere in the main thread when a worker was killed."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -173,7 +173,7 @@ def _no_news_of_children() -> Iterator[None]:
         try:
             before = signal.signal(signal.SIGCHLD, lambda number, frame: None)
             break
-        except RuntimeError:  # of a signal that had come already, and is dealt with now
+        except RuntimeError:  # raised by the old handler for a signal that was already pending
             continue
     try:
         yield
@@ -182,14 +182,14 @@ def _no_news_of_children() -> Iterator[None]:
 
 
 class StepBatches:
-    """Stage 3: the micro-batches of one step after the other.
+    """Stage 3: the micro-batches, step by step.
 
     Args:
-        chunks: from the DataLoader.
-        division: of each step's batch.
-        shards: to name what a worker is stuck at.
-        watch: what each worker is at.
-        patience: seconds without any progress after which waiting is given up.
+        chunks: chunks from the DataLoader.
+        division: layout of each step's batch.
+        shards: names the sample at which a worker is stuck.
+        watch: the sample each worker is reading.
+        patience: seconds to wait without any progress before giving up.
     """
 
     def __init__(
@@ -207,10 +207,10 @@ class StepBatches:
         self._ready: list[Chunk] = []
 
     def next(self, give_up: Callable[[], bool] = lambda: False) -> list[list[Chunk]] | None:
-        """Return the chunks of the next step, those of each micro-batch together; None where `give_up` said so.
+        """Return the chunks of the next step, grouped by micro-batch; None if `give_up` returned True.
 
         Raises:
-            MaekitError: a worker gave up, died, or is stuck; says at which sample.
+            MaekitError: a worker failed, died or is stuck; names the sample.
         """
         while len(self._ready) < self._per_step:
             chunk = self._wait(give_up)
@@ -232,13 +232,12 @@ class StepBatches:
             except (OSError, EOFError) as error:
                 if not hasattr(self._chunks, "_shutdown_workers"):
                     raise MaekitError(f"reading the data failed: {error}") from error
-                # Files are read in the workers, which pass their errors on as values; this is the way to them that
-                # broke.
+                # Workers read the files and return their errors as values, so this is a broken connection to a worker.
                 raise MaekitError(
                     f"reading the data failed: a worker process is gone ({error}){self._at()}; run the command again"
                 ) from error
             except RuntimeError as error:
-                # The DataLoader has one kind of exception for all that may happen to it.
+                # The DataLoader raises one exception type for every failure.
                 if "timed out" not in str(error):
                     raise self.failure(error) from error
             now = self._watch.rows.copy()
@@ -252,16 +251,16 @@ class StepBatches:
         return None
 
     def failure(self, error: RuntimeError) -> MaekitError:
-        """Return what an error of the DataLoader means."""
+        """Translate an error of the DataLoader."""
         lines = str(error).strip().splitlines()
-        if lines[0].startswith("Caught "):  # by a worker, with its traceback; what it was stands at the end
+        if lines[0].startswith("Caught "):  # by a worker, with its traceback; the last line names the error
             return MaekitError(f"reading the data failed: {lines[-1]}")
         said = lines[0].rstrip(". ")
         dead = {int(number) for number in re.findall(r"\d+", said)}
         return MaekitError(f"reading the data failed: {said}{self._at(dead)}; run the command again")
 
     def _at(self, processes: Container[int] | None = None) -> str:
-        """Say what workers were at that were at something: all of them, or those of some process numbers."""
+        """Name the samples that workers are reading: all workers, or those with the given process ids."""
         names = [
             f"{self._shards.shards[shard].name} {self._shards.index(shard).key(ordinal)}"
             for process, shard, ordinal, _ in self._watch.rows.tolist()
@@ -271,13 +270,13 @@ class StepBatches:
 
 
 class MicroBatch(NamedTuple):
-    """What goes through the model at a time, on the device.
+    """The input of one forward pass, on the device.
 
     Attributes:
         images: uint8 `[B, 3, H, W]`.
         flips: bool `[B]`, True = mirror.
         noise: float32 `[B, k·N]`.
-        tokens: of the mirrored images, int64 `[B, N]`; None where they are not the target.
+        tokens: tokens of the mirrored images, int64 `[B, N]`; None where they are not the target.
     """
 
     images: torch.Tensor
@@ -286,18 +285,18 @@ class MicroBatch(NamedTuple):
     tokens: torch.Tensor | None = None
 
 
-# Stage 4: from the chunks of a micro-batch to what the objective takes.
+# Stage 4: from the chunks of a micro-batch to the arguments of the objective.
 Upload = Callable[[list[Chunk]], tuple[torch.Tensor | None, ...]]
 
 
 class Uploader:
     """Stage 4: from chunks on the host to one micro-batch on the device.
 
-    On CUDA the copies run in a stream of their own, beside the computation that is still queued: the host runs ahead.
+    On CUDA the copies run in a separate stream and overlap with queued computation, because the host runs ahead.
 
     Args:
-        device: of the model.
-        tokenizer: gives the tokens of images and flips on the host, where those are the target.
+        device: device of the model.
+        tokenizer: (images, flips) on the host -> tokens, where tokens are the target.
     """
 
     def __init__(
@@ -317,7 +316,7 @@ class Uploader:
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
         for tensor in filter(torch.is_tensor, uploaded):
-            # Allocated in one stream and used in another: its memory must not be given away before that is done.
+            # Allocated in one stream and used in another: the memory must not be reused before the other has finished.
             tensor.record_stream(computing)
         return uploaded
 

@@ -1,8 +1,8 @@
 """The processes of one run: how they find each other, agree at each step boundary, and fail together.
 
 `torchrun`, `srun` or anything else that sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT starts them.
-What they agree on goes over a group of its own on the hosts (gloo), so that no decision waits for a device. There the
-death of a process also shows at once, where NCCL would wait.
+Decisions use a separate gloo group on the hosts, so none of them waits for a device. gloo also reports the death of a
+process at once, where NCCL would wait.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from maekit.system.machine import cores, first_core_and_count
 
 Result = TypeVar("Result")
 
-# Ranks wait for each other while one of them draws, saves or reads; the death of one shows without any waiting.
+# Timeout of collectives: ranks wait while one of them draws, saves or reads. The death of a rank shows without it.
 _PATIENCE = datetime.timedelta(hours=2)
 
 
@@ -31,12 +31,12 @@ class DistributedContext:
     """The processes of a run, seen from one of them.
 
     Attributes:
-        rank: of this process.
-        size: how many there are.
-        local_rank: of this process on its machine; the number of its device.
-        local_size: how many there are on this machine.
-        group: over which the hosts talk; None where there is one process.
-        cores: CPU cores that are this process's own.
+        rank: rank of this process.
+        size: number of processes.
+        local_rank: rank of this process on its machine; also the index of its device.
+        local_size: number of processes on this machine.
+        group: gloo group of the hosts; None for a single process.
+        cores: CPU cores available to this process alone.
     """
 
     rank: int = 0
@@ -48,11 +48,11 @@ class DistributedContext:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes the run directory and tells of the run."""
+        """Whether this process writes the run directory and reports progress."""
         return self.rank == 0
 
     def gather(self, numbers: Sequence[float]) -> list[list[float]]:
-        """Return the numbers of every rank, as many from each, by rank."""
+        """Return the numbers of every rank, by rank; all ranks pass equally many."""
         if self.group is None:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
@@ -62,7 +62,7 @@ class DistributedContext:
         return [row.tolist() for row in gathered]
 
     def sum(self, numbers: Sequence[float]) -> list[float]:
-        """Return the sums over all ranks, number by number."""
+        """Return the elementwise sums over all ranks."""
         if self.group is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -71,7 +71,7 @@ class DistributedContext:
         return total.tolist()
 
     def share(self, value: Any) -> Any:
-        """Return what the main process holds."""
+        """Return rank 0's value on every rank."""
         if self.group is None:
             return value
         box = [value]
@@ -80,10 +80,10 @@ class DistributedContext:
         return box[0]
 
     def together(self, work: Callable[[], Result]) -> Result:
-        """Do some work on every rank; if it fails on one, fail on all.
+        """Run `work` on every rank; if it fails on one, fail on all.
 
         Raises:
-            MaekitError: on the first rank that failed, what it failed with; elsewhere an `OtherRankError`.
+            MaekitError: the error of `work` on the first rank that failed; an `OtherRankError` on all others.
         """
         error: MaekitError | None = None
         result: Result | None = None
@@ -100,7 +100,7 @@ class DistributedContext:
         raise OtherRankError(f"rank {failed[0]} failed", codes[failed[0]])
 
     def on_main(self, work: Callable[[], Result]) -> Result | None:
-        """Do some work on the main process, and fail on all if it fails; None on the others.
+        """Run `work` on the main process, and fail on all if it fails; return None on the others.
 
         Raises:
             MaekitError: as `together`.
@@ -108,7 +108,7 @@ class DistributedContext:
         return self.together(lambda: work() if self.is_main else None)
 
     def in_turn(self, work: Callable[[], Result]) -> Result:
-        """Do some work once on each machine, then on its other ranks, which find in the cache what the first left.
+        """Run `work` on one rank of each machine, then on its other ranks, which use the cache that the first filled.
 
         Raises:
             MaekitError: as `together`.
@@ -126,8 +126,8 @@ def join(device: str) -> Iterator[DistributedContext]:
         device: `cpu` or `cuda`.
 
     Raises:
-        InputError: the environment describes them in part only, or there are more processes than devices.
-        MaekitError: the others do not answer.
+        InputError: the environment describes them only in part, or there are more processes than devices.
+        MaekitError: the others do not respond.
     """
     size = _number("WORLD_SIZE", 1)
     if size <= 1:
@@ -158,8 +158,8 @@ def join(device: str) -> Iterator[DistributedContext]:
     try:
         yield replace(world, cores=_own_cores(world))
     except BaseException:
-        # Leaving in order waits for what the others have begun; what went wrong here must be told now, and they see it
-        # from the connections that close.
+        # A regular exit waits for collectives that the others have begun. The error must be reported now; the others
+        # notice it when the connections close.
         if device == "cuda":
             with contextlib.suppress(Exception):
                 dist.distributed_c10d._abort_process_group()
@@ -169,7 +169,7 @@ def join(device: str) -> Iterator[DistributedContext]:
 
 
 def _own_cores(world: DistributedContext) -> int:
-    """Return this process's part of the CPU cores: launchers give each process its own, or all of them the same."""
+    """Return this process's share of the CPU cores; launchers assign separate cores, or the same ones to all."""
     host = zlib.crc32(socket.gethostname().encode())
     places = world.gather([host, *first_core_and_count()])
     return max(1, first_core_and_count()[1] // places.count(places[world.rank]))
@@ -190,7 +190,7 @@ def _number(name: str, default: int | None = None) -> int:
 
 @contextlib.contextmanager
 def _lost_ranks() -> Iterator[None]:
-    """Say in one line that another process is gone."""
+    """Turn an error caused by a lost rank into a one-line `MaekitError`."""
     try:
         yield
     except RuntimeError as error:
@@ -200,7 +200,7 @@ def _lost_ranks() -> Iterator[None]:
 
 
 def rank_is_gone(error: RuntimeError) -> MaekitError:
-    """Return what to say of it, with the words that it was told in: a broken network looks the same."""
+    """Return the error for a lost rank; it quotes the original message, because a broken network looks the same."""
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return MaekitError(
         "another process of this run is gone (what it said stands above, or in its own log); run the same command "
@@ -217,7 +217,7 @@ def lost_rank(error: RuntimeError) -> bool:
 
 
 def share_buffers(module: torch.nn.Module, world: DistributedContext) -> None:
-    """Give the main process's buffers, such as running statistics, to all others."""
+    """Broadcast rank 0's buffers, such as running statistics."""
     if world.group is not None:
         for buffer in module.buffers():
             with _lost_ranks():
@@ -225,7 +225,7 @@ def share_buffers(module: torch.nn.Module, world: DistributedContext) -> None:
 
 
 def share_optimizer(optimizer: torch.optim.Optimizer, world: DistributedContext) -> None:
-    """Give an optimiser's state, as the main process loaded it, to all others."""
+    """Broadcast the optimiser's state that rank 0 loaded."""
     if world.group is None:
         return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,7 +1,7 @@
-"""A training run, whatever is trained: own the directory, go on from the newest checkpoint, loop, save, finish.
+"""A training run of any `Task`: own the directory, resume from the newest checkpoint, loop, save, finish.
 
-The order of things: find what to resume -> compare with what is there -> write the config -> loop -> finish. The main
-process (rank 0) alone reads and writes the run directory. What is trained is a `Task`.
+Order: find what to resume -> compare with the existing run -> write the config -> loop -> finish. Only the main process
+(rank 0) reads and writes the run directory.
 """
 
 import math
@@ -37,20 +37,20 @@ from maekit.training.stop import Stop
 from maekit.training.task import Task
 from maekit.training.tensorboard_log import TensorBoardLog
 
-_BAD_SHOWN = 10  # bad samples named; after that they are counted only
-# The first steps pay for what is done once; the rate after them tells how long the run will take.
+_BAD_SHOWN = 10  # bad samples reported by name; later ones are only counted
+# The first steps include one-time costs; the rate after them gives the estimate of the run's duration.
 _WARM_STEPS, _ESTIMATE_SECONDS = 3, 10.0
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What a finished run amounts to.
+    """The result of a finished run.
 
     Attributes:
         steps: optimiser steps done.
-        rows: of metrics; on the main process.
-        state: what was counted.
-        resumed_from: the step that this process went on from; 0 for a fresh start.
+        rows: rows of metrics; on the main process only.
+        state: counts over the run.
+        resumed_from: the step that this process resumed from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
     """
 
@@ -61,7 +61,7 @@ class Finished:
     already_finished: bool = False
 
     def images_per_second(self, batch_size: int) -> float:
-        """Return the rate over this process's part of the run, on all ranks together."""
+        """Return the rate of all ranks together since this start of the run."""
         if not self.state.seconds:
             return 0.0
         return round((self.steps - self.resumed_from) * batch_size / self.state.seconds, 2)
@@ -69,15 +69,15 @@ class Finished:
 
 @dataclass(frozen=True)
 class Intervals:
-    """Which steps are boundaries of what; 0 is never.
+    """Which steps log, save, validate or draw; 0 means never.
 
     Attributes:
-        log: steps from one row of metrics to the next.
-        checkpoint: steps from one checkpoint to the next.
-        keep: steps of which each multiple has a checkpoint.
-        pictures: steps from one picture to the next.
-        validate: steps from one held-out loss to the next.
-        last: the last step, which is a boundary of everything.
+        log: steps between rows of metrics.
+        checkpoint: steps between checkpoints.
+        keep: checkpoints at multiples of this step are never deleted.
+        pictures: steps between pictures.
+        validate: steps between held-out losses.
+        last: the last step, at which everything is due.
     """
 
     log: int
@@ -92,15 +92,15 @@ class Intervals:
         return done % self.log == 0
 
     def saves(self, done: int) -> bool:
-        """Whether there is a checkpoint of this step, whatever the time."""
+        """Whether a checkpoint of this step is due, whatever the time."""
         return done == self.last or done % self.checkpoint == 0 or self.keeps(done)
 
     def keeps(self, done: int) -> bool:
-        """Whether the checkpoint of this step is kept for ever."""
+        """Whether the checkpoint of this step is never deleted."""
         return bool(self.keep) and done % self.keep == 0
 
     def validates(self, done: int) -> bool:
-        """Whether the model is measured on held-out images here."""
+        """Whether the model is validated on held-out images here."""
         return bool(self.validate) and (done == self.last or done % self.validate == 0)
 
     def draws(self, done: int) -> bool:
@@ -112,14 +112,14 @@ class Engine:
     """One process's part of a run.
 
     Args:
-        task: what is trained; its model lies on the device.
+        task: what is trained; its model is on the device.
         run: the run directory, owned by the main process.
         shards: the training set.
-        order: of its samples.
-        device: that the model lies on.
+        order: order of its samples.
+        device: device of the model.
         world: the processes of the run.
-        progress: is told how it goes on.
-        stop: when to stop.
+        progress: receives progress updates.
+        stop: decides when to stop.
     """
 
     def __init__(
@@ -144,12 +144,12 @@ class Engine:
         self.estimate = _Estimate(self.steps, task.config.batch_size)
 
     def go(self, newest: runs.Checkpoint | None) -> Finished:
-        """Go on from a checkpoint (known to the main process), or begin.
+        """Resume from a checkpoint (known to the main process only), or start.
 
         Raises:
-            Stopped: a stop was asked for; everything is saved.
-            InputError: the directory is of another run.
-            MaekitError: failed while working.
+            Stopped: a stop was requested; everything is saved.
+            InputError: the directory belongs to another run.
+            MaekitError: failed during training.
         """
         begun = self.world.on_main(lambda: self._take_up(newest))
         begun = self.world.share(begun)
@@ -175,8 +175,8 @@ class Engine:
         return self.run.metrics() if self.world.is_main else []
 
     def _take_up(self, newest: runs.Checkpoint | None) -> dict[str, Any]:
-        """Compare with what is there, load it, and cut back what lies behind it; return where the run stands."""
-        # Where nothing was saved yet, nothing is lost by other settings.
+        """Compare with the checkpoint, load it, and discard everything after it; return the state of the run."""
+        # If nothing is saved yet, changed settings lose nothing.
         if newest is not None:
             self._refuse_other_training(newest)
         if newest is not None and newest.step == self.steps and self.task.is_finished():
@@ -195,7 +195,7 @@ class Engine:
         return state
 
     def _sweep(self) -> None:
-        """Delete what killed runs left unfinished, and make the folders."""
+        """Delete unfinished files of killed runs, and create the folders."""
         try:
             for folder in (self.run.path, self.run.path / "pictures"):
                 for leftover in folder.glob(".*.tmp"):
@@ -205,7 +205,7 @@ class Engine:
             raise files.write_failure(self.run.checkpoints, error) from error
 
     def _train(self, first: int, state: TrainState) -> tuple[int, str]:
-        """Train to the last step, or until a stop is asked for; return the steps done, and why there are no more."""
+        """Train to the last step, or until a stop is requested; return the steps done and the reason for the stop."""
         config, world = self.config, self.world
         schedule = self._schedule()
         division = self._divide()
@@ -216,7 +216,7 @@ class Engine:
         source = ExactSource(self.order, division, first=first, last=self.steps)
         on_cuda = self.device.type == "cuda"
         chunks = iter(make_loader(source, crops, division, workers=workers, prefetch=config.data.prefetch, pin=on_cuda))
-        # What is downloaded has limits of its own; a worker that waits for it makes no progress that shows here.
+        # Downloads have timeouts of their own; a worker that waits for one shows no progress here.
         patience = math.inf if self.shards.remote else config.data.patience
         batches = StepBatches(chunks, division, shards=self.shards, watch=watch, patience=patience)
         loop = Loop(
@@ -238,7 +238,7 @@ class Engine:
             with self._writers(first):
                 self.stop.has_begun = True
                 done = self._follow(loop, first, validation)
-                # Nobody leaves before the last checkpoint is on disk: a launcher would end the others.
+                # No rank exits before the last checkpoint is on disk: a launcher would then end the others.
                 world.together(lambda: self.writer.finish() if self.writer else None)
                 return done, self.stop.reason() or "a signal to another process"
         except torch.OutOfMemoryError as error:
@@ -247,7 +247,7 @@ class Engine:
                 f"try `micro_batch={max(1, division.micro_batch // 2)}`"
             ) from error
         except RuntimeError as error:
-            # The DataLoader raises this in the middle of whatever runs when one of its workers is killed.
+            # When a worker is killed, the DataLoader raises this in the middle of whatever is running.
             if "DataLoader worker" in str(error):
                 raise batches.failure(error) from error
             if world.size > 1 and distributed.lost_rank(error):
@@ -258,7 +258,7 @@ class Engine:
             self.progress.stop()
 
     def _follow(self, loop: Loop, first: int, validation: Callable[[], dict[str, Any]] | None) -> int:
-        """Go from boundary to boundary: log, save, validate and draw where it is due; return the steps done."""
+        """Log, save, validate and draw at the boundaries where each is due; return the steps done."""
         done = saved = first
         for boundary in loop.run(first, self.steps):
             done = boundary.done
@@ -270,12 +270,12 @@ class Engine:
             if saves or validates or self.intervals.logs(done):
                 self._log_steps(loop, done)
             if saves and done > saved:
-                # Everything up to here was seen to be finite when its row was logged.
+                # The row just logged showed that all losses and gradients up to here are finite.
                 self._save(done, loop.state)
                 loop.saved()
                 saved = done
             if validates and validation is not None:
-                # After the checkpoint: whoever asks for a stop meanwhile finds everything saved.
+                # After the checkpoint: if a stop is requested during validation, everything is saved already.
                 self._log({"step": done, **validation()})
                 loop.leave_out()
             if self.world.is_main and not boundary.must_save and self.intervals.draws(done):
@@ -284,7 +284,7 @@ class Engine:
 
     @contextmanager
     def _writers(self, first: int) -> Iterator[None]:
-        """Have what writes checkpoints and curves, on the main process."""
+        """Open the checkpoint writer and the TensorBoard log on the main process."""
         if not self.world.is_main:
             yield
             return
@@ -311,7 +311,7 @@ class Engine:
         )
 
     def _divide(self) -> BatchLayout:
-        """Divide the batch among the ranks, and a rank's share into what fits into memory."""
+        """Divide the batch among the ranks, and each rank's share into micro-batches that fit into memory."""
         size, world = self.config.batch_size, self.world
         share = size // world.size
         micro_batch = self.config.run.micro_batch
@@ -367,7 +367,7 @@ class Engine:
         )
 
     def _advance(self, done: int) -> None:
-        """Tell of a step; must not wait for the device."""
+        """Report a step as done; must not wait for the device."""
         self.stop.has_stepped = True
         self.progress.advance(done)
         if self.world.is_main and (text := self.estimate.after(done)):
@@ -377,7 +377,7 @@ class Engine:
         """Log the steps since the last row.
 
         Raises:
-            MaekitError: a loss or gradient is not finite, and no more steps may be skipped.
+            MaekitError: a loss or gradient is not finite, and the limit of skipped steps is reached.
         """
         row, broken = loop.row(done)
         most = self.config.run.skip_nonfinite
@@ -443,7 +443,7 @@ class Engine:
         ]
 
     def _refuse_other_training(self, newest: runs.Checkpoint) -> None:
-        """Compare with the config that the run was started with, key by key, and with its data."""
+        """Raise an InputError if a setting or the data differ from those the run was started with."""
         there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
             if not free and there.get(key) != value:
@@ -456,7 +456,7 @@ class Engine:
 
 
 class _Estimate:
-    """Tells once how long the run will take, by the rate after the first steps."""
+    """Estimates once how long the run will take, from the rate after the first steps."""
 
     def __init__(self, steps: int, batch_size: int) -> None:
         self._steps, self._batch_size = steps, batch_size
@@ -465,13 +465,13 @@ class _Estimate:
         self._is_told = False
 
     def after(self, done: int) -> str | None:
-        """Return the line after a step, where it is time for it."""
+        """Return the line to report after a step; None if there is none."""
         if self._is_told:
             return None
         now = time.monotonic()
         self._first = done if self._first is None else self._first
         if self._began is None:
-            # The first steps pay for what is done once.
+            # The first steps include one-time costs.
             if done >= self._first + _WARM_STEPS - 1:
                 self._began = (done, now)
             return None

@@ -1,4 +1,4 @@
-"""Remote shards are downloaded before reading comes to them."""
+"""Prefetch of remote shards: they are downloaded before they are read."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -7,11 +7,12 @@ from maekit.system.errors import MaekitError
 
 
 class FetchAhead:
-    """Downloads, in a thread of its own, the shards that reading will come to, at most one window ahead.
+    """Downloads the shards that are read next, at most one window ahead, in a separate thread.
 
     Args:
-        fetch: `fetch(shard)` has a shard, by its number, in the cache, or says False where another process is at it.
-        windows: the numbers of the shards in the order of reading, window by window, without end.
+        fetch: `fetch(shard)` brings the shard of that number into the cache; it returns False while another process
+            downloads it.
+        windows: the numbers of the shards in reading order, window by window, without end.
     """
 
     def __init__(self, fetch: Callable[[int], bool], windows: Iterator[list[int]]) -> None:
@@ -21,11 +22,11 @@ class FetchAhead:
         threading.Thread(target=self._run, name="fetch-ahead", daemon=True).start()
 
     def go_on(self) -> None:
-        """Tell that reading went on to the next window."""
+        """Report that reading has reached the next window."""
         self._may_start.release()
 
     def stop(self) -> None:
-        """End the thread after the download under way."""
+        """Stop the thread after the current download."""
         self._stopped.set()
         self._may_start.release()
 
@@ -34,7 +35,7 @@ class FetchAhead:
             self._may_start.acquire()
             missing = window
             while missing and not self._stopped.is_set():
-                # What another worker is downloading is left to it, and looked at again afterwards.
+                # A shard that another worker is downloading is left to it and checked again afterwards.
                 missing = [shard for shard in missing if not self._try(shard)]
                 self._stopped.wait(0.05 if missing else 0)
             if self._stopped.is_set():
@@ -46,4 +47,4 @@ class FetchAhead:
         try:
             return self._fetch(shard)
         except MaekitError:
-            return True  # reading meets it again, and tells
+            return True  # the reader will hit the same error and report it

@@ -1,6 +1,6 @@
-"""Small sets kept decoded in memory (`--cache ram`): filled once, before the workers fork, and shared by them.
+"""In-memory cache of decoded images for small sets (`--cache ram`), filled once before the workers fork.
 
-The pixels are never written to again, so forked workers share the very pages; nothing outlives the processes.
+The pixels are never modified, so forked workers share the same memory pages; nothing outlives the processes.
 """
 
 import threading
@@ -29,7 +29,7 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Decoded:
-    pixels: NDArray[np.uint8]  # of all images, one behind the other
+    pixels: NDArray[np.uint8]  # all images, concatenated
     starts: NDArray[np.int64]  # `[n]`; -1 where there is no image
     sizes: NDArray[np.int32]  # (height, width), `[n, 2]`
 
@@ -38,10 +38,10 @@ class DecodedSet:
     """All images of a set at their full size.
 
     Args:
-        shards: the set; remote ones are fetched.
-        sharing: processes of this machine that each keep a set of their own.
-        room: bytes that may be used; None is this process's part of half of the memory that is free.
-        on_images: called with the number of images that are done.
+        shards: the set; remote shards are fetched.
+        sharing: number of processes on this machine that each keep their own copy of the set.
+        room: bytes that may be used; None means this process's share of half of the free memory.
+        on_images: called with the number of images done.
 
     Raises:
         InputError: the set does not fit.
@@ -73,7 +73,7 @@ class DecodedSet:
             on_images(done)
 
     def image(self, shard: int, ordinal: int) -> Pixels | None:
-        """Return an image, uint8 `[H, W, 3]`, not to be written to; None where the sample holds no readable one."""
+        """Return an image, uint8 `[H, W, 3]`, read-only by convention; None if the sample has no readable image."""
         decoded = self._units[shard, ordinal // _UNIT]
         start = int(decoded.starts[ordinal % _UNIT])
         if start < 0:
@@ -82,7 +82,7 @@ class DecodedSet:
         return decoded.pixels[start : start + height * width * 3].reshape(height, width, 3)
 
     def _take(self, count: int) -> None:
-        """Count bytes before they are kept; the threads together must not fill the memory."""
+        """Account for bytes before they are stored, so that the threads together do not exceed the limit."""
         with self._lock:
             self._taken += count
             self._begun += 1
@@ -101,7 +101,7 @@ class DecodedSet:
         first = self._shards.number(unit.shard, unit.first)
         for number, pixels in enumerate(self._shards.images(range(first, first + count), decode)):
             if isinstance(pixels, ImageError):
-                continue  # told of, and replaced, when its turn comes
+                continue  # reported and replaced when training reads it
             self._take(pixels.nbytes)
             starts[number], sizes[number] = end, pixels.shape[:2]
             end += pixels.size

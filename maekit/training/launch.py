@@ -1,9 +1,11 @@
-"""The way into any training: join the other processes, index the shards, own the run directory, and train.
+"""The entry to any training: join the other processes, index the shards, own the run directory, and train.
 
-with launched(config, run, progress, resolve) as launch:
-task = ...                          # built on launch.device, of launch.shards
-newest = launch.own()
-finished = launch.train(task, newest)
+Each training command runs it as:
+
+    with launched(config, run, progress, resolve) as launch:
+        task = ...                          # built on launch.device, from launch.shards
+        newest = launch.own()
+        finished = launch.train(task, newest)
 """
 
 import contextlib
@@ -45,13 +47,13 @@ class Launch(Generic[Config]):
     Attributes:
         config: settings of the run, resolved, the same in all processes.
         run: the run directory.
-        device: that this process trains on.
+        device: device that this process trains on.
         precision: `fp32` or `bf16`.
         shards: the training set.
-        order: of its samples.
+        order: order of its samples.
         world: the processes of the run.
-        stop: when to stop.
-        progress: is told how it goes on.
+        stop: decides when to stop.
+        progress: receives progress updates.
         stack: holds the lock of the run directory.
     """
 
@@ -67,17 +69,17 @@ class Launch(Generic[Config]):
     stack: ExitStack
 
     def own(self) -> Checkpoint | None:
-        """Lock the run directory; return the newest whole checkpoint, on the main process.
+        """Lock the run directory; return the newest valid checkpoint on the main process.
 
         Raises:
-            InputError: another run has it, or there are checkpoints and none is whole.
+            InputError: another run holds the lock, or there are checkpoints and none is valid.
         """
         self.world.on_main(lambda: self.stack.enter_context(locks.sole_owner(self.run.path)))
-        # Asked inside the lock: a former process may just have saved its last checkpoint.
+        # Looked up under the lock: a previous process may just have saved its last checkpoint.
         return self.world.on_main(lambda: newest_checkpoint(self.run, self.progress))
 
     def train(self, task: Task, newest: Checkpoint | None) -> Finished:
-        """Go on from a checkpoint, or begin; see `Engine.go`."""
+        """Resume from a checkpoint, or start; see `Engine.go`."""
         engine = Engine(
             task=task,
             run=self.run,
@@ -95,18 +97,19 @@ class Launch(Generic[Config]):
 def launched(
     config: Config, run: RunDirectory, progress: Progress, resolve: Callable[[], None]
 ) -> Iterator[Launch[Config]]:
-    """Join the other processes and prepare what every training needs; signals stop what is done within.
+    """Join the other processes and prepare what every training needs; inside the context, signals stop the run.
 
     Args:
-        config: checked.
+        config: the settings, already validated.
         run: the run directory.
-        progress: is told how it goes on.
-        resolve: fills in what the config leaves open, and refuses a directory of something else; on the main process.
+        progress: receives progress updates.
+        resolve: called on the main process; fills in what the config leaves open, and refuses a directory that holds
+            something else.
 
     Raises:
-        InputError: the device is not there, data that cannot be trained on, or a batch that does not divide.
+        InputError: the device does not exist, the data cannot be trained on, or the batch does not divide.
         Stopped: a signal came before there was anything to save.
-        MaekitError: the others cannot be joined, or the device failed.
+        MaekitError: the other processes cannot be joined, or the device failed.
     """
     files.require_utf8(run.path)
     stop = Stop(config.run.max_time)

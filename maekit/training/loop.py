@@ -1,7 +1,9 @@
-"""The loop: it knows steps only. Between two steps, at a boundary, all ranks have agreed on what comes next.
+"""The training loop; it knows only steps. At a boundary between two steps, all ranks have agreed on what comes next.
 
-for boundary in loop.run(first, last):   # on every rank at the same steps
-...                                  # the engine logs, saves, validates, draws
+The engine runs it as:
+
+    for boundary in loop.run(first, last):   # on every rank at the same steps
+        ...                                  # the engine logs, saves, validates, draws
 """
 
 import math
@@ -20,19 +22,20 @@ from maekit.training.distributed import DistributedContext
 from maekit.training.optim import Schedule
 from maekit.training.step import Step
 
-# Steps that the host may run ahead of the device: enough that it never waits, few enough that what is uploaded fits.
+# Steps that the host may run ahead of the device: enough that the device never waits, few enough that the uploaded
+# batches fit into its memory.
 _STEPS_AHEAD = 2
 
 
 @dataclass
 class TrainState:
-    """What is counted over the run.
+    """Counts over the run.
 
     Attributes:
-        bad: samples that had to be replaced, over the whole run and all ranks.
-        skipped: steps without effect because their gradient was not finite, over the whole run.
-        wait: seconds that the loop waited for data, in this process.
-        seconds: seconds in the loop, in this process.
+        bad: samples replaced, over the whole run and all ranks.
+        skipped: steps without effect because of a non-finite gradient, over the whole run.
+        wait: seconds that the loop of this process waited for data.
+        seconds: seconds that this process spent in the loop.
     """
 
     bad: int = 0
@@ -43,12 +46,12 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Boundary:
-    """Where all ranks stand between two steps.
+    """The state of all ranks between two steps.
 
     Attributes:
         done: steps done.
-        must_save: everything must be saved here: the loop is about to stop, or the last checkpoint is too old.
-        bad: a line for each sample of the last step that was replaced on this rank.
+        must_save: a checkpoint is required here: the loop is about to stop, or the last checkpoint is too old.
+        bad: one line for each sample of the last step that this rank replaced.
     """
 
     done: int
@@ -58,12 +61,12 @@ class Boundary:
 
 @dataclass(frozen=True)
 class BrokenStep:
-    """A step that was left out because its gradient was not finite.
+    """A step that was skipped because its gradient was not finite.
 
     Attributes:
         step: its number, 1-based.
         what: `loss` or `gradient`.
-        rank: the first rank with such a loss; 0 for a gradient, which all ranks share.
+        rank: the first rank with a non-finite loss; 0 for a gradient, which all ranks share.
     """
 
     step: int
@@ -73,14 +76,14 @@ class BrokenStep:
 
 @dataclass
 class _Since:
-    """What has gathered since the last row of metrics.
+    """Values accumulated since the last row of metrics.
 
     Attributes:
         step: steps done at that row.
         time: when it was written.
         wait: seconds waited for data by then.
         losses: device scalars, one per step.
-        norms: of the gradient, likewise.
+        norms: gradient norms, likewise.
     """
 
     step: int
@@ -94,18 +97,18 @@ class Loop:
     """One rank's loop over steps.
 
     Args:
-        step: takes one.
-        batches: of this rank.
-        schedule: the learning rate, for the rows.
+        step: takes one training step.
+        batches: the batches of this rank.
+        schedule: the learning-rate schedule, for the rows.
         state: counts over the run; updated.
         world: the ranks that divide each batch.
-        device: that the model lies on.
+        device: device of the model.
         batch_size: images per step, over all ranks.
         epoch_samples: samples per epoch.
-        max_bad: largest share of bad samples.
-        checkpoint_seconds: longest time from one checkpoint to the next.
-        stop_requested: whether this rank is to save and stop.
-        failure: what went wrong in the background since, or None.
+        max_bad: largest allowed fraction of bad samples.
+        checkpoint_seconds: longest time between two checkpoints.
+        stop_requested: whether this rank should save and stop.
+        failure: returns the error of a background thread, or None.
     """
 
     def __init__(
@@ -133,7 +136,7 @@ class Loop:
         self._saved = 0.0
 
     def run(self, first: int, last: int) -> Iterator[Boundary]:
-        """Train from `first` to `last` steps done; yield after every step, and before one where all must be saved.
+        """Train from `first` to `last` steps done; yield after every step, and before a step if a save is required.
 
         Raises:
             MaekitError: too many bad samples, no data, or a failure in the background.
@@ -161,17 +164,17 @@ class Loop:
         self.state.seconds = time.perf_counter() - started
 
     def saved(self) -> None:
-        """Note that everything was saved now."""
+        """Record that everything has just been saved."""
         self._saved = time.perf_counter()
 
     def leave_out(self) -> None:
-        """Keep the time since the last row out of the rate: it was not spent on training."""
+        """Exclude the time since the last row from the rate: it was not spent on training."""
         self._since.time = time.perf_counter()
 
     def row(self, done: int) -> tuple[dict[str, Any] | None, list[BrokenStep]]:
-        """Return the row of metrics since the last one, None for no step, and the steps that were left out.
+        """Return the row of metrics since the last one (None if no step was taken), and the skipped steps.
 
-        All ranks call it at the same boundaries. What the device has counted comes in one transfer.
+        All ranks call it at the same boundaries. Losses and norms come from the device in one transfer.
         """
         since = self._since
         if done == since.step:
@@ -187,7 +190,7 @@ class Loop:
         return row, broken
 
     def _agree_on_next(self, *, overdue: bool) -> "_Next":
-        """Get the next step's batch, and settle with the other ranks whether to take the step, to save, or to stop."""
+        """Get the next step's batch, and agree with the other ranks whether to take the step, save, or stop."""
         error: MaekitError | None = self._failure()
         micro_batches: list[list[Chunk]] | None = None
         if error is None:
@@ -198,7 +201,7 @@ class Loop:
         before = time.perf_counter()
         bad = [line for chunks in micro_batches or [] for chunk in chunks for line in chunk.bad]
         stop = error is None and (micro_batches is None or self._stop_requested())
-        # Only the main process's clock decides when a checkpoint is overdue.
+        # Only the clock of rank 0 decides when a checkpoint is overdue.
         votes = [bool(error), stop, overdue and self._world.is_main, len(bad)]
         failed, stops, saves, all_bad = self._world.sum([float(vote) for vote in votes])
         if failed:
@@ -207,7 +210,7 @@ class Loop:
 
     def _count_bad(self, batch: "_Next", done: int) -> None:
         self.state.bad += batch.bad
-        # The share is taken of an epoch (or 1,000 samples) at least: one bad sample in the first batch says nothing.
+        # The fraction refers to at least one epoch (or 1,000 samples): one bad sample in the first batch means nothing.
         seen = done * self.batch_size
         if self.state.bad > self._max_bad * max(seen, min(self._epoch_samples, 1000)):
             if not self._world.is_main:
@@ -218,7 +221,7 @@ class Loop:
             )
 
     def _fetch(self, done: int) -> tuple[dict[str, Any], list[BrokenStep]]:
-        """Return the beginning of a row, and the steps that were left out."""
+        """Return the first part of a row, and the skipped steps."""
         count = len(self._since.losses)
         fetched = torch.stack([*self._since.losses, *self._since.norms]).tolist() if count else []
         by_rank = self._world.gather(fetched)
@@ -251,11 +254,11 @@ class _Next:
     """What the ranks agreed on.
 
     Attributes:
-        micro_batches: this rank's part of the step; None is to save and stop.
+        micro_batches: this rank's part of the step; None means save and stop.
         save: whether to save before the step.
         bad: samples of the step that were replaced, on all ranks.
-        bad_lines: a line for each of them on this rank.
-        agreeing: seconds that it took.
+        bad_lines: one line for each of those on this rank.
+        agreeing: seconds that the collective took.
     """
 
     micro_batches: list[list[Chunk]] | None
@@ -266,20 +269,20 @@ class _Next:
 
 
 class _Throttle:
-    """Keeps the host a few steps ahead of a CUDA device and no more; the device itself never waits."""
+    """Limits how many steps the host runs ahead of a CUDA device; the device itself never waits."""
 
     def __init__(self, device: torch.device) -> None:
         self._on_cuda = device.type == "cuda"
         self._events: deque[torch.cuda.Event] = deque()
 
     def mark(self) -> None:
-        """Note that a step has been queued."""
+        """Record that a step has been queued."""
         if self._on_cuda:
             event = torch.cuda.Event()
             event.record()
             self._events.append(event)
 
     def wait(self) -> None:
-        """Wait until no more than the allowed steps are queued."""
+        """Wait until fewer than the allowed number of steps are queued."""
         if len(self._events) >= _STEPS_AHEAD:
             self._events.popleft().synchronize()

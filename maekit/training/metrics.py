@@ -1,4 +1,4 @@
-"""`metrics.jsonl`: one JSON row per logging step, cut back to the checkpoint when a run resumes."""
+"""`metrics.jsonl`: one JSON row per logging step, truncated to the checkpoint when a run resumes."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the rows behind `step`: the resumed run writes them again."""
+    """Drop the rows after `step`; the resumed run writes them again."""
     if path.exists():
         rows = [row for row in runs.read_metrics(path) if row["step"] <= step]
         files.write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

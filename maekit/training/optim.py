@@ -16,9 +16,9 @@ class Schedule:
 
     Attributes:
         peak: the learning rate at the end of the warm-up.
-        floor: the learning rate that the cosine ends in.
+        floor: the final learning rate of the cosine.
         warmup_steps: steps of linear warm-up from 0.
-        steps: steps in all.
+        steps: total number of steps.
     """
 
     peak: float
@@ -35,16 +35,16 @@ class Schedule:
 
 
 def make_schedule(config: OptimizerConfig, *, batch_size: int, samples: int, steps: int) -> Schedule:
-    """Turn a base rate per 256 images and a warm-up in epochs into rates and steps.
+    """Convert a base rate per 256 images and a warm-up in epochs into a schedule over steps.
 
-    The warm-up is never more than a tenth of the run, or a short run would end inside it.
+    The warm-up takes at most a tenth of the run; otherwise a short run would end inside it.
     """
     warmup = min(math.ceil(config.warmup_epochs * samples / batch_size), steps // 10)
     return Schedule(config.lr * batch_size / BASE_BATCH, config.min_lr, warmup, steps)
 
 
 def make_optimizer(model: torch.nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """Return AdamW over the trained parameters; weight decay on those of two or more dimensions."""
+    """Return AdamW over the trained parameters, with weight decay on those of two or more dimensions."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     groups = [
         {"params": [(n, p) for n, p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},

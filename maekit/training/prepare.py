@@ -1,4 +1,4 @@
-"""What is settled before the first step: device and precision, model and data, and what is refused."""
+"""Preparation before the first step: newest checkpoint, shards, precision, workers, and checks of batch and data."""
 
 import torch
 
@@ -15,10 +15,10 @@ from maekit.training.step import check_micro_batch
 
 
 def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint | None:
-    """Return what a run goes on from, or None where it has not begun; tells of damaged checkpoints.
+    """Return the checkpoint to resume from, or None for a new run; reports damaged checkpoints.
 
     Raises:
-        InputError: there are checkpoints, and none is whole.
+        InputError: there are checkpoints, and none is valid.
     """
     newest = run.newest_valid(progress.note)
     if newest is None and (lost := run.list_checkpoints()):
@@ -27,7 +27,7 @@ def newest_checkpoint(run: RunDirectory, progress: Progress) -> runs.Checkpoint 
 
 
 def index_shards(config: TrainingConfig, world: DistributedContext, progress: Progress) -> ShardSet:
-    """Index the training set, and see that a cache for remote shards is large enough."""
+    """Index the training set, and check that the cache for remote shards is large enough."""
     shards = open_set(config, config.shards, progress, "index shards")
     if world.is_main:
         progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
@@ -36,10 +36,10 @@ def index_shards(config: TrainingConfig, world: DistributedContext, progress: Pr
 
 
 def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
-    """Find and index the shards of some input specs, showing progress under the name of `what`.
+    """Find and index the shards of the input specs; `what` labels the progress.
 
     Raises:
-        InputError: there are none, or damaged ones that are not to be left out.
+        InputError: there are no shards, or damaged ones without `skip_damaged`.
     """
     found = find_shards(specs)
     seen = 0
@@ -67,7 +67,7 @@ def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress,
 
 
 def refuse_different_data(shards: ShardSet, world: DistributedContext) -> None:
-    """See that all ranks read the same data; 48 bits of the digest survive as a float."""
+    """Check that all ranks read the same data, by 48 bits of the digest, which a float64 holds exactly."""
     numbers = [int(number) for (number,) in world.gather([float(int(shards.digest[:12], 16))])]
     for rank, number in enumerate(numbers):
         if number != numbers[0]:
@@ -76,10 +76,10 @@ def refuse_different_data(shards: ShardSet, world: DistributedContext) -> None:
 
 
 def refuse_indivisible(config: TrainingConfig, world: DistributedContext) -> None:
-    """Refuse a batch that the processes, or a micro-batch, do not divide.
+    """Refuse a batch that the number of processes or the micro-batch does not divide.
 
     Raises:
-        InputError: names the nearest that fits.
+        InputError: names the nearest size that fits.
     """
     size = config.batch_size
     if size % world.size:
@@ -91,7 +91,7 @@ def refuse_indivisible(config: TrainingConfig, world: DistributedContext) -> Non
 
 
 def _refuse_small_cache(config: TrainingConfig, shards: ShardSet) -> None:
-    """See that a window of remote shards and the next one fit into the cache; else each read would be a download."""
+    """Check that two windows of remote shards fit into the cache; otherwise each read would be a download."""
     if shards.remote is None:
         return
     sizes = [shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url]
@@ -101,7 +101,7 @@ def _refuse_small_cache(config: TrainingConfig, shards: ShardSet) -> None:
 def choose_precision(
     config: TrainingConfig, device: torch.device, world: DistributedContext, progress: Progress
 ) -> str:
-    """Return `fp32` or `bf16`, and tell what was chosen and why."""
+    """Return `fp32` or `bf16`, and report the choice and its reason."""
     able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
     precision = config.run.precision
     if precision == "auto":
@@ -116,13 +116,13 @@ def choose_precision(
 
 
 def _cpu_has_bf16() -> bool:
-    # Without these instructions bf16 on a CPU is emulated, and slower than fp32.
+    # Without these instructions, bf16 on a CPU is emulated and slower than fp32.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def loader_workers(config: TrainingConfig, device: torch.device, world: DistributedContext) -> int:
-    """Return how many processes read and decode for this one."""
+    """Return the number of worker processes that read and decode for this one."""
     if config.data.workers is not None:
         return config.data.workers
-    # On a CPU the model itself needs the cores; one worker keeps ahead of it.
+    # On a CPU the model itself needs the cores; one worker is fast enough for it.
     return min(16, world.cores) if device.type == "cuda" else 1

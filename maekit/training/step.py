@@ -17,17 +17,17 @@ from maekit.training.data import Upload
 from maekit.training.distributed import DistributedContext
 from maekit.training.optim import Schedule
 
-# What the forward pass keeps for the backward pass, on a CPU: above that more images at a time are no faster.
+# Bytes of activations on a CPU: above that, larger micro-batches are no faster.
 _CPU_ACTIVATIONS = 2 << 30
 _LARGEST_MICRO_BATCH = 1024
-# Of a device's memory: the rest is for fragments, and for what the compiler and NCCL take.
+# Fraction of a device's memory to use; the rest is for fragmentation, the compiler and NCCL.
 _SHARE_OF_DEVICE = 0.8
-# What is alive only for a while, of which the count of saved tensors knows nothing, by experience.
+# Allowance for temporary tensors, which the count of saved tensors does not include; found by experience.
 _TEMPORARIES = 1.3
 
 
 class Objective(nn.Module, abc.ABC):
-    """What is minimised: one module from what is uploaded to the loss, to be compiled and averaged as a whole."""
+    """The training objective: one module from the uploaded tensors to the loss, compiled and averaged as a whole."""
 
     model: nn.Module
 
@@ -37,12 +37,12 @@ class Objective(nn.Module, abc.ABC):
 
 
 class MaskedObjective(Objective):
-    """The loss of a masked autoencoder, from uint8 images on.
+    """The loss of a masked autoencoder, computed from uint8 images.
 
     Args:
         model: the autoencoder.
-        normalizer: of its input.
-        masks: how many of each image.
+        normalizer: normalises the model's input.
+        masks: k, masks per image.
     """
 
     model: MaskedAutoencoder
@@ -59,8 +59,8 @@ class MaskedObjective(Objective):
         Args:
             images: uint8 `[B, 3, H, W]`.
             flips: bool `[B]`, True = mirror.
-            noise: float32 `[B, k·N]`, chooses k masks of each image.
-            tokens: of the mirrored images, int64 `[B, N]`, where those are the target.
+            noise: float32 `[B, k·N]`, selects k masks for each image.
+            tokens: tokens of the mirrored images, int64 `[B, N]`, where tokens are the target.
         """
         mirrored = torch.where(flips.view(-1, 1, 1, 1), images.flip(3), images)
         return self.model(self.normalizer(mirrored), noise.view(-1, self.model.patches), tokens).loss
@@ -75,21 +75,21 @@ class MaskedObjective(Objective):
 
 
 class Step:
-    """The step, bare.
+    """The bare training step.
 
-    A gradient that is not finite changes nothing: AdamW's fused kernel is told on the device and leaves weights and
-    moments as they are. Whether that happened is seen when losses and norms are fetched, some steps later.
+    A non-finite gradient changes nothing: a flag on the device makes AdamW's fused kernel leave weights and moments
+    unchanged. The host learns of it some steps later, when it fetches losses and norms.
 
     Args:
         objective: in training mode, on its device.
-        optimizer: fused AdamW over its parameters.
-        schedule: its learning rate.
-        forward: a fresh context for the forward pass, as `choose_kernels` gives it.
+        optimizer: fused AdamW over the objective's parameters.
+        schedule: the learning-rate schedule.
+        forward: returns a fresh context for the forward pass, as from `choose_kernels`.
         upload: chunks -> micro-batch on the device.
         world: the processes whose gradients are averaged.
-        clip: largest norm of the gradient; longer ones are scaled down to it.
-        compile: compile the objective.
-        begin: called with the steps done before each step.
+        clip: maximum gradient norm; longer gradients are scaled down to it.
+        compile: whether to compile the objective.
+        begin: called before each step with the number of steps done.
     """
 
     def __init__(
@@ -112,14 +112,14 @@ class Step:
         self._wrapped: nn.Module = objective
         if world.size > 1:
             on_cuda = self._parameters[0].is_cuda
-            # The main process's weights go to all others here.
+            # This also broadcasts the weights of rank 0.
             self._wrapped = DistributedDataParallel(
                 objective,
                 device_ids=[world.local_rank] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
-        # Around DistributedDataParallel and not within: the compiler then cuts the graph where gradients are sent.
-        # All micro-batches have one shape, so nothing is compiled twice.
+        # Compiled outside DistributedDataParallel, not inside: the compiler then splits the graph where gradients are
+        # reduced. All micro-batches have one shape, so nothing is compiled twice.
         self._loss: Callable[..., torch.Tensor] = (
             torch.compile(self._wrapped, dynamic=False) if compile else self._wrapped
         )
@@ -128,8 +128,8 @@ class Step:
         """Take the step that follows `done` steps.
 
         Args:
-            micro_batches: the chunks of each.
-            done: steps done so far, which decides the learning rate.
+            micro_batches: the chunks of each micro-batch.
+            done: steps done so far; determines the learning rate.
 
         Returns:
             this rank's loss and the norm of the averaged gradient before clipping, two scalars on the device.
@@ -142,7 +142,7 @@ class Step:
         losses = []
         for number, chunks in enumerate(micro_batches, 1):
             micro_batch = self._upload(chunks)
-            # Gradients are sent once, with the last micro-batch.
+            # Gradients are reduced once, with the last micro-batch.
             with nullcontext() if number == len(micro_batches) else self._summed():
                 with self._forward():
                     loss = self._loss(*micro_batch) / len(micro_batches)
@@ -152,7 +152,7 @@ class Step:
         norm = nn.utils.get_total_norm(gradients)
         if self._clip is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm)
-        # As torch.amp.GradScaler tells the fused kernel of an overflow.
+        # torch.amp.GradScaler reports an overflow to the fused kernel in the same way.
         self._optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         self._optimizer.step()
         # ----------------------------------------------------------------------------------------------------------
@@ -170,30 +170,30 @@ def choose_micro_batch(
     moments: int = 0,
     fits: Callable[[int], bool] = lambda count: True,
 ) -> int:
-    """Return how many images go through the model at a time: the largest part of a rank's share that memory allows.
+    """Return the micro-batch: the largest divisor of a rank's share that fits into memory.
 
-    What the forward pass keeps for the backward pass is counted over two images and over four: the difference is what
-    images cost, the rest (under autocast, copies of all weights) comes once.
+    The bytes that the forward pass saves for the backward pass are counted for two images and for four. The difference
+    is the cost of two images; the rest (under autocast, copies of all weights) is a fixed cost.
 
     Args:
         objective: on its device.
-        share: images of a step that this rank takes.
+        share: images per step on this rank.
         image_shape: (height, width) in pixels.
-        forward: a fresh context for the forward pass.
-        moments: bytes that the optimiser's state takes on the device already.
-        fits: whether so many images may go through the model at a time, whatever the memory.
+        forward: returns a fresh context for the forward pass.
+        moments: bytes that the optimiser's state already takes on the device.
+        fits: whether a micro-batch of N images is allowed, whatever the memory.
     """
     device = next(objective.parameters()).device
     mode = objective.training
-    objective.eval()  # a BatchNorm would take these images into its running statistics
+    objective.eval()  # or a BatchNorm would add these images to its running statistics
     two, four = (_saved_bytes(objective, count, image_shape, forward) for count in (2, 4))
     objective.train(mode)
     per_image, once = (four - two) / 2 * _TEMPORARIES, max(0, 2 * two - four)
     if device.type == "cuda":
-        # What is resumed has AdamW's moments on the device already: counted as if it were not, so that a run that is
-        # resumed divides its steps as it did.
+        # A resumed run already has AdamW's moments on the device. They are counted as free memory, so that it chooses
+        # the same micro-batch as before.
         free = torch.cuda.mem_get_info(device)[0] + moments
-        # Gradients and both moments.
+        # Still to be allocated: gradients and both moments.
         later = 3 * sum(p.numel() * p.element_size() for p in objective.parameters() if p.requires_grad)
         room = free * _SHARE_OF_DEVICE - later - once
     else:
@@ -228,7 +228,7 @@ def check_micro_batch(micro_batch: int, share: int) -> None:
     """Refuse a micro-batch that does not divide a rank's share of the batch.
 
     Raises:
-        InputError: names the nearest that does.
+        InputError: names the nearest divisor.
     """
     if share % micro_batch:
         fitting = [part for part in range(1, share + 1) if share % part == 0]

@@ -1,4 +1,4 @@
-"""When a run stops: on a signal, or when its time is over."""
+"""When a run stops: on a signal, or when its time limit is reached."""
 
 import math
 import time
@@ -9,10 +9,10 @@ from maekit.system.errors import Stopped
 
 
 class Stop:
-    """When to stop: at once as long as nothing has begun, at the next step boundary later on.
+    """Decides when to stop: immediately before training has begun, later at the next step boundary.
 
     Args:
-        max_time: as in `3h50m`, from here on; None is for ever.
+        max_time: time limit such as `3h50m`, counted from now; None for no limit.
     """
 
     def __init__(self, max_time: str | None) -> None:
@@ -20,11 +20,11 @@ class Stop:
         self._until = time.monotonic() + (parse_duration(max_time) if max_time else math.inf)
         self.received_signal: Callable[[], str | None] = lambda: None
         self.has_begun = False
-        # A start that takes longer than the time it is given must still take a step, or none would ever be taken.
+        # Even if startup exceeds the time limit, one step must be taken; otherwise restarts would never make progress.
         self.has_stepped = False
 
     def heed(self) -> None:
-        """Stop a start that has nothing to save yet; called in the middle of it, by the signal.
+        """Stop a run that has nothing to save yet; called by the signal handler during startup.
 
         Raises:
             Stopped: the training has not begun.
@@ -35,7 +35,7 @@ class Stop:
             )
 
     def reason(self) -> str | None:
-        """Return why to stop at the next step boundary, or None."""
+        """Return the reason to stop at the next step boundary, or None."""
         if self.has_stepped and time.monotonic() > self._until:
             return f"`max_time` {self._max_time}"
         return self.received_signal()

@@ -1,4 +1,4 @@
-"""What the engine trains: a `Task` says what is minimised, on which images, and which files come of it."""
+"""What the engine trains: a `Task` defines the objective, the images, and the files that the run produces."""
 
 import abc
 from collections.abc import Callable
@@ -16,13 +16,13 @@ from maekit.training.step import Objective
 
 
 class Task(abc.ABC):
-    """A training, as far as it differs from others.
+    """The parts of a training that differ between kinds of training.
 
     Attributes:
-        name: of the work, for the progress.
+        name: name of the work, for progress updates.
         config: settings of the run.
-        objective: what is minimised; its `model` is saved in checkpoints.
-        optimizer: over its parameters.
+        objective: the training objective; its `model` is saved in checkpoints.
+        optimizer: optimiser over the objective's parameters.
         forward: returns a fresh context for the forward pass.
         upload: from chunks on the host to the arguments of the objective.
         size: (height, width) of the images, in pixels.
@@ -38,42 +38,42 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return what makes images of positions in the order."""
+        """Return the loader that turns positions in the order into images."""
 
     @abc.abstractmethod
     def is_finished(self) -> bool:
-        """Whether the files that the run is for have been written."""
+        """Whether the final files of the run have been written."""
 
     @abc.abstractmethod
     def finish(self, steps: int) -> None:
-        """Write the files that the run is for; called on the main process."""
+        """Write the final files of the run; called on the main process."""
 
     @abc.abstractmethod
     def mismatch_message(self, key: str, before: Any, now: Any) -> str:
-        """Return the message for a setting that is not what the run was started with, with a remedy."""
+        """Return the message for a setting that differs from the one the run was started with, with a remedy."""
 
     def fits(self, count: int) -> bool:
-        """Whether `count` images may go through the model at a time, whatever the memory."""
+        """Whether a micro-batch of `count` images is allowed, whatever the memory."""
         return True
 
     def begin(self) -> None:
-        """Write what a run starts with besides its config: nothing; called on the main process."""
+        """Write what a run records at its start besides its config, by default nothing; called on the main process."""
         return None
 
     def begin_step(self, done: int) -> None:
-        """Prepare for the step that follows `done` steps: by nothing; called on every rank."""
+        """Prepare the step that follows `done` steps, by default a no-op; called on every rank."""
         return None
 
     def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]] | None:
-        """Return what measures the model on held-out images, on all ranks together; None where nothing does."""
+        """Return a function that validates on held-out images, called on all ranks; None if there is no validation."""
         return None
 
     def draw(self) -> Pixels | None:
-        """Return a picture of what the model does, None where there is none; called on the main process."""
+        """Return a picture of the model's output, or None; called on the main process."""
         return None
 
 
 def changed_setting(run: object, key: str, before: Any, now: Any, remedy: str) -> str:
-    """Return the usual message for a setting that changed; `remedy` follows "go on with the old value"."""
+    """Return the usual message for a changed setting; `remedy` follows "go on with the old value"."""
     before, now = ("not set" if value is None else value for value in (before, now))
     return f"{run} was started with {key} = {before}, and now it is {now}; go on with the old value {remedy}"

@@ -1,4 +1,4 @@
-"""RUN/tensorboard: the rows of metrics as curves, and the pictures of reconstructions. Loads TensorBoard when used."""
+"""RUN/tensorboard: rows of metrics as curves, and pictures of reconstructions. Imports TensorBoard only when used."""
 
 import threading
 from pathlib import Path
@@ -13,10 +13,10 @@ _NO_CURVES = ("step", "samples")
 
 
 class TensorBoardLog:
-    """A writer of TensorBoard's event files; a run that resumes hides what it writes again.
+    """Writes TensorBoard's event files; a resumed run purges the steps that it writes again.
 
     Args:
-        folder: for the event files.
+        folder: folder of the event files.
         first: steps already done.
 
     Raises:
@@ -27,7 +27,7 @@ class TensorBoardLog:
         from torch.utils.tensorboard.writer import SummaryWriter
 
         self._folder = folder
-        # TensorBoard's thread tells of a full disk here, and raises it again to nobody.
+        # TensorBoard's thread passes a full-disk error to the caller, then raises it again uncaught; hide the second.
         self._excepthook = threading.excepthook
         threading.excepthook = self._heed
         try:
@@ -43,7 +43,7 @@ class TensorBoardLog:
         """Add a row of metrics."""
         try:
             for name, value in row.items():
-                if name not in _NO_CURVES and isinstance(value, int | float):  # the name of a test set is no curve
+                if name not in _NO_CURVES and isinstance(value, int | float):  # skips the digest of a test set
                     self._writer.add_scalar(name, value, row["step"])
         except OSError as error:
             raise files.write_failure(self._folder, error) from error
