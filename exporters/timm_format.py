@@ -104,7 +104,7 @@ def _compare(trained: TrainedEncoder, folder: Path, images: Pixels, on_note: Not
 
     try:
         loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    except Exception as error:  # whatever timm raises
+    except Exception as error:  # timm can raise anything
         raise MaekitError(f"timm cannot load what was exported: {error}") from error
     eps, theirs = (norm_eps(module) for module in (trained.encoder, loaded))
     if eps != theirs:

@@ -23,7 +23,7 @@ MAX_BYTES = 2_000_000_000  # with graph and metadata; protobuf's limit is 2 GiB
 _SMALL = 1024  # bytes; smaller tensors stay in the graph
 _ALIGNMENT = 4096  # bytes; lets ONNX Runtime map the file
 _SUFFIX = ".onnx.data"
-_LEFT_SECONDS = 3600.0  # a temporary file not modified for this long belongs to no running export
+_LEFT_SECONDS = 3600.0  # a file not modified for this long belongs to no running export
 
 
 class ModelFile:

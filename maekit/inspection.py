@@ -8,7 +8,8 @@ from maekit import runs
 from maekit.checking import CheckReport, check_shards
 from maekit.config.check import InspectConfig
 from maekit.config.settings import fields_of, load_toml
-from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord
+from maekit.embedding.commit_record import BOOKKEEPING, read_record, record_path, recorded_shards
+from maekit.embedding.stored import is_embeddings
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
 from maekit.runs import RunDirectory
 from maekit.shards.spec import TAR, find_shards
@@ -38,7 +39,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
-    if (path / BOOKKEEPING / ".output.json").is_file():
+    if is_embeddings(path):
         return _inspect_embeddings(path)
     if path.is_file() and not path.name.endswith(TAR):
         raise InputError(f"{thing} is none of the things maekit knows: a run, a checkpoint, an .onnx file, or shards")
@@ -50,22 +51,16 @@ def _inspect_embeddings(path: Path) -> dict[str, Any]:
     """Summarise the commit records of an output directory."""
     totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
     damaged = []
-    folder = path / BOOKKEEPING
-    for file in sorted(folder.rglob("*.json")):
-        name = file.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):
-            continue
-        there = _parsed(file.read_text(encoding="utf-8"))
-        shard = name.as_posix().removesuffix(".json")
-        record = CommitRecord.from_json(there if isinstance(there, dict) else None, shard)
+    for shard in recorded_shards(path):
+        record = read_record(path, shard)
         if record is None:
-            damaged.append(str(file))
+            damaged.append(str(record_path(path, shard)))
             continue
         totals["shards"] += 1
         totals["rows"] += record.rows
         totals["errors"] += record.errors
         totals["bytes"] += sum(output["bytes"] for output in record.outputs)
-    options = _parsed((folder / ".output.json").read_text(encoding="utf-8"))
+    options = _parsed((path / BOOKKEEPING / ".output.json").read_text(encoding="utf-8"))
     return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
 
 

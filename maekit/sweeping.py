@@ -12,7 +12,8 @@ The file is a config of `maekit pretrain` with an additional table:
     "model.mask_ratio" = [0.5, 0.75, 0.9]
     "model.decoder_depth" = [1, 2, 4]
 
-Each cell is a separate run below OUT. A repeated call resumes a stopped cell and skips finished training and evaluation.
+Each cell is a separate run below OUT. A repeated call resumes a stopped cell and skips what is already trained and
+evaluated.
 """
 
 import copy

@@ -1,5 +1,6 @@
 """Records kept with an output: the options that made it, a commit record per shard, and the keys without a row."""
 
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -118,3 +119,29 @@ def is_below(path: Any) -> bool:
     """Whether a path in a record lies inside the output directory and outside its bookkeeping folder."""
     parts = Path(path).parts if isinstance(path, str) else ()
     return bool(parts) and ".." not in parts and parts[0] not in ("/", BOOKKEEPING)
+
+
+def recorded_shards(out: Path) -> list[str]:
+    """Return the names of all shards that have a record in an output directory, sorted; damaged ones included."""
+    folder = out / BOOKKEEPING
+    names = [path.relative_to(folder) for path in sorted(folder.rglob("*.json"))]
+    return [n.as_posix().removesuffix(".json") for n in names if not any(part.startswith(".") for part in n.parts)]
+
+
+def record_path(out: Path, name: str) -> Path:
+    """Return where the record of a shard lies in an output directory."""
+    return out / BOOKKEEPING / f"{name}.json"
+
+
+def read_record(out: Path, name: str) -> CommitRecord | None:
+    """Return the record of a shard; None if there is none, or if it is damaged."""
+    return CommitRecord.from_json(read_json(record_path(out, name)), name)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file; None if it cannot be read or holds something else."""
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return loaded if isinstance(loaded, dict) else None

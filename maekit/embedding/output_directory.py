@@ -19,7 +19,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord, ErrorRow, OutputOptions, is_below
+from maekit.embedding.commit_record import (
+    BOOKKEEPING,
+    CommitRecord,
+    ErrorRow,
+    OutputOptions,
+    is_below,
+    read_json,
+    read_record,
+    record_path,
+    recorded_shards,
+)
 from maekit.embedding.formats import Layout, ShardFiles
 from maekit.embedding.inputs import Images, Part
 from maekit.encoder_file import EncoderDescription
@@ -131,7 +141,7 @@ class OutputDirectory:
         if not mark.is_file() and files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch):
             there = wanted
         else:
-            there = _read_json(mark) or {}
+            there = read_json(mark) or {}
         differing = [key for key in wanted if there.get(key) != wanted[key]]
         if differing:
             key = differing[0]
@@ -179,7 +189,7 @@ class OutputDirectory:
 
     def recorded(self, name: str) -> CommitRecord | None:
         """Return a shard's commit record, whatever its model and options; None if there is none."""
-        return CommitRecord.from_json(_read_json(self._record(name)), name)
+        return read_record(self.path, name)
 
     def renew(self, record: CommitRecord, version: str | None) -> None:
         """Record a shard's new version when its content is unchanged, so that the next run need not read it.
@@ -215,7 +225,7 @@ class OutputDirectory:
         # Replaces an earlier record, which does not describe the new rows. If the run is killed after this, the next
         # one finds here which files are uncommitted.
         intent = json.dumps({"shard": images.name, _INTENT: work.paths}, indent=1)
-        files.write_atomically(self._record(images.name), intent.encode(), scratch=self.scratch)
+        files.write_atomically(record_path(self.path, images.name), intent.encode(), scratch=self.scratch)
         work.files.publish()
         if not work.files.rows:
             for path in work.paths:
@@ -251,18 +261,18 @@ class OutputDirectory:
         for path in self.paths_of(name):  # left by a run that was killed before it wrote the record
             _unlink(self.path / path)
         text = json.dumps({"shard": name, "damaged": reason}, indent=1)
-        files.write_atomically(self._record(name), text.encode(), scratch=self.scratch)
+        files.write_atomically(record_path(self.path, name), text.encode(), scratch=self.scratch)
 
     def orphans(self, names: Sequence[str]) -> list[CommitRecord]:
         """Return the records of committed shards that are not in the input."""
         known = set(names)
-        there = [name for name in self._recorded() if name not in known]
+        there = [name for name in recorded_shards(self.path) if name not in known]
         return [record for name in there if (record := self.committed(name, self._first_of(name))) is not None]
 
     def unaccounted(self) -> list[str]:
         """Return the files that look like output and belong to no committed shard, relative to the directory."""
-        names = self._recorded()
-        records = [_read_json(self._record(name)) or {} for name in names]
+        names = recorded_shards(self.path)
+        records = [read_json(record_path(self.path, name)) or {} for name in names]
         known = {str(output["path"]) for record in records for output in record.get("outputs") or []}
         found = [
             path.relative_to(self.path) for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")
@@ -291,16 +301,16 @@ class OutputDirectory:
         Readers would take them for output. If only one of a shard's two files exists, readers of the npy layout would
         also pair the other files wrongly.
         """
-        for name in self._recorded():
+        for name in recorded_shards(self.path):
             if self._intended(name):
                 with contextlib.suppress(LockedError), owned(self._shard_lock(name), sweeping=True):
                     for path in self._intended(name):  # read again: it may have been committed in the meantime
                         _unlink(self.path / path)
-                        _unlink(self._record(name))
+                        _unlink(record_path(self.path, name))
 
     def _intended(self, name: str) -> list[str]:
         """Return the files that a killed run was about to publish for a shard."""
-        paths = (_read_json(self._record(name)) or {}).get(_INTENT)
+        paths = (read_json(record_path(self.path, name)) or {}).get(_INTENT)
         return [path for path in paths if is_below(path)] if isinstance(paths, list) else []
 
     def forget(self, name: str) -> None:
@@ -314,21 +324,15 @@ class OutputDirectory:
             for output in record.outputs if record is not None else []:
                 _unlink(self.path / output["path"])
             _unlink(self.bookkeeping / "errors" / f"{name}.jsonl")
-            _unlink(self._record(name))
+            _unlink(record_path(self.path, name))
 
     def _first_of(self, name: str) -> int | None:
-        first = (_read_json(self._record(name)) or {}).get("first")
+        first = (read_json(record_path(self.path, name)) or {}).get("first")
         return first if isinstance(first, int) else None
-
-    def _recorded(self) -> list[str]:
-        """Return the names of all shards with a record file."""
-        paths = sorted(self.bookkeeping.rglob("*.json"))
-        relative = [path.relative_to(self.bookkeeping) for path in paths]
-        return [p.as_posix().removesuffix(".json") for p in relative if not any(q.startswith(".") for q in p.parts)]
 
     def _write_record(self, record: CommitRecord) -> None:
         files.write_atomically(
-            self._record(record.shard), json.dumps(asdict(record), indent=1).encode(), scratch=self.scratch
+            record_path(self.path, record.shard), json.dumps(asdict(record), indent=1).encode(), scratch=self.scratch
         )
 
     def _number(self, names: Sequence[str]) -> None:
@@ -340,7 +344,7 @@ class OutputDirectory:
         while True:
             self._numbers, generations = {}, 0
             while (path := self._generation(generations)).exists():
-                there = (_read_json(path) or {}).get("shards")
+                there = (read_json(path) or {}).get("shards")
                 if not isinstance(there, list) or not all(isinstance(name, str) for name in there):
                     raise InputError(f"{path} is damaged, and with it the numbers of shards; choose another `out`")
                 for name in there:
@@ -365,7 +369,7 @@ class OutputDirectory:
             if lock.name != self._owner and not lock.name.startswith("."):
                 with self._refused(lock.name):
                     pass
-        for name in self._recorded():
+        for name in recorded_shards(self.path):
             record = self.recorded(name)
             outputs = [output["path"] for output in record.outputs] if record is not None else self._intended(name)
             for path in outputs:
@@ -407,13 +411,10 @@ class OutputDirectory:
     def _shard_lock(self, name: str) -> Path:
         return self.bookkeeping / ".locks" / "shards" / name
 
-    def _record(self, name: str) -> Path:
-        return self.bookkeeping / f"{name}.json"
-
 
 def batch_size_of(directory: Path) -> int | None:
     """Return the batch size that an output directory was made with; None if unknown."""
-    size = (_read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("batch_size")
+    size = (read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("batch_size")
     return size if isinstance(size, int) and size > 0 else None
 
 
@@ -452,11 +453,3 @@ def _remove_empty(folder: Path) -> None:
     for path, _, _ in os.walk(folder, topdown=False):
         with contextlib.suppress(OSError):
             os.rmdir(path)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return loaded if isinstance(loaded, dict) else None

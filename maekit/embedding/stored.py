@@ -1,6 +1,5 @@
 """Read the output of `maekit embed`, shard by shard: only files named in commit records."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord
+from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord, read_record, recorded_shards
 from maekit.embedding.inputs import Images, Part, Scope, content_of
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
@@ -50,16 +49,12 @@ class EmbeddingFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        folder = path / BOOKKEEPING
         if not is_embeddings(path):
             raise InputError(f"{path} holds no embeddings: it is no `out` of `maekit embed`")
         self.records: list[CommitRecord] = []
         self._dim = 0  # known once a shard is read
-        for file in sorted(folder.rglob("*.json")):
-            name = file.relative_to(folder)
-            if any(part.startswith(".") for part in name.parts):
-                continue
-            record = CommitRecord.from_json(_read_json(file), name.as_posix().removesuffix(".json"))
+        for name in recorded_shards(path):
+            record = read_record(path, name)
             if record is not None and bool(record.rows) == bool(record.outputs):
                 self.records.append(record)
         if not self.rows:
@@ -141,11 +136,3 @@ def is_made_from(record: CommitRecord, part: Part, images: Images) -> bool:
 def is_embeddings(path: Path) -> bool:
     """Whether a path is an output directory of `maekit embed`."""
     return (path / BOOKKEEPING / ".output.json").is_file()
-
-
-def _read_json(path: Path) -> dict[str, object] | None:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return loaded if isinstance(loaded, dict) else None

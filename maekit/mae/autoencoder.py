@@ -121,7 +121,7 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
     try:
         target = build_target(config, encoder.patch_embed.patch_size[0] ** 2 * config.channels)
         decoder = _build_decoder(config, encoder, target.outputs)
-    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes beyond all memory
+    except (RuntimeError, OverflowError, MemoryError) as error:  # sizes too large for memory
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"the decoder cannot be built: {first}") from error
     model = MaskedAutoencoder(

@@ -52,7 +52,7 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
         raise InputError(f"unknown model {name!r}{hint}")
     try:
         encoder: Any = timm.create_model(name, pretrained=False, **timm_arguments(config))
-    except Exception as error:  # whatever impossible sizes lead to
+    except Exception as error:  # impossible sizes can raise anything
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"timm cannot build {name} with {timm_arguments(config)}: {first}") from error
     _check_maskable(name, encoder)

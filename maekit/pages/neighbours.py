@@ -277,11 +277,9 @@ def _pictures(
 
 
 def _open(record: CommitRecord, parts: Sequence[Part], remote: RemoteCache) -> Images | None:
-    """Open the images that a shard's embeddings were made of: the part of the same name, or one with the same digest."""
+    """Open the images that a shard's embeddings were made of: the part of its name, or one with the same digest."""
     same = [part for part in parts if part.name == record.shard]
-    others = [
-        part for part in parts if part.name != record.shard and not part.is_remote
-    ]  # remote parts are not fetched on trial
+    others = [part for part in parts if part.name != record.shard and not part.is_remote]  # no trial downloads
     for part in (*same, *others):
         try:
             images = part.open(remote)
