@@ -25,7 +25,7 @@ def command(config: EmbedConfig, as_json: Json = False) -> None:
         stages = ", ".join(f"{stage} {rate:.1f}" for stage, rate in result.rates.items())
         print(
             f"{result.images_per_second:.1f} img/s on {result.provider}, {result.limit_share:.0%} of the limit "
-            f"(alone: {stages} img/s); {result.binds} binds"
+            f"(alone: {stages} img/s); bottleneck: {result.binds}"
         )
     if result.verified is not None and not result.verified.problems:
         verified = result.verified

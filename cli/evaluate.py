@@ -88,7 +88,7 @@ def retrieval(config: EvaluateConfig, as_json: Json = False) -> None:
     instead={"model.from_scratch": training_from_scratch},
 )
 def finetune(config: FinetuneConfig, as_json: Json = False) -> None:
-    """Train the encoder, or its last blocks, with labels; the same command goes on where it was stopped.
+    """Train the encoder, or its last blocks, with labels; the same command resumes a stopped run.
 
     The published fine-tuning: layer-wise decay of the learning rate, stochastic depth, RandAugment, mixup, cutmix,
     erasing, label smoothing. OUT gets the weights: OUT/encoder.safetensors can be exported as any other.
@@ -109,8 +109,8 @@ def probe(config: FinetuneConfig, as_json: Json = False) -> None:
     """Linear probing as published: SGD with LARS on random resized crops, the encoder frozen.
 
     A BatchNorm without affine parameters, then a linear layer; batches of 16,384, a base rate of 0.1, 90 epochs. It
-    sees each crop through the whole encoder; `maekit evaluate linear` is the quick answer. The same command goes on
-    where it was stopped.
+    sees each crop through the whole encoder; `maekit evaluate linear` is the quick answer. The same command
+    resumes a stopped run.
     """
     _train(config, as_json)
 

@@ -11,7 +11,7 @@ def command(config: PackConfig, as_json: Json = False) -> None:
     Image bytes go in unchanged, in sorted order, the same bytes every time. The key is the path without its extension,
     dots in the name turned into underscores; a .json, .txt or .cls file of the same name rides along. Links are
     followed, hidden names are not. Labels go in as .cls members, class names into classes.txt. Beside each shard lies
-    its index, with CRC-32s. The same command again goes on after a kill.
+    its index, with CRC-32s. After a kill, the same command resumes.
     """
     import dataclasses
 

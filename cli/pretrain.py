@@ -8,7 +8,7 @@ from maekit.config import PretrainConfig
 def command(config: PretrainConfig, as_json: Json = False) -> None:
     """Pre-train a masked autoencoder on tar shards.
 
-    The same command again goes on after a kill or a stop, exactly; on a finished run it says so. Defaults are the
+    After a kill or a stop, the same command resumes exactly; on a finished run it says so. Defaults are the
     published recipe (He et al. 2021).
     """
     import dataclasses

@@ -148,12 +148,14 @@ def describe(row: dict[str, Any]) -> str:
     if "images_per_second" in row:
         parts.append(f"{row['images_per_second']:.1f} img/s")
     if "data_wait" in row:
-        parts.append(f"data-wait {row['data_wait']:.0%}" + (", the loader binds" if row["data_wait"] > 0.2 else ""))
+        parts.append(
+            f"data-wait {row['data_wait']:.0%}" + (", the loader is the bottleneck" if row["data_wait"] > 0.2 else "")
+        )
     if row.get("rates"):
         known = [f"{stage} {rate:.0f}" for stage, rate in row["rates"].items() if rate]
         parts += [f"({', '.join(known)} alone)"] if known else []
     if row.get("binds"):
-        parts.append(f"{row['binds']} binds")
+        parts.append(f"bottleneck: {row['binds']}")
     if row.get("bad") or row.get("errors"):
         parts.append(f"{row.get('bad') or row.get('errors')} bad samples")
     return "  ".join(parts)

@@ -12,7 +12,7 @@ def command(config: SweepConfig, as_json: Json = False) -> None:
     setting is varied at a time or all combinations are tried (every = "one" or "all"); \[sweep.vary] lists values:
     "model.mask_ratio" = \[0.5, 0.75, 0.9]. OUT/sweep.html shows what is there so far.
 
-    The same command goes on where it was stopped; cells that are added to the file are trained, the others are not
+    The same command resumes a stopped sweep; cells that are added to the file are trained, the others are not
     done again.
     """
     import dataclasses

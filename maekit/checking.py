@@ -289,10 +289,16 @@ def check_shards(
                 progress.advance(round(done))
     finally:
         progress.stop()
-    if hashes:
-        _, counts = np.unique(np.concatenate(hashes), return_counts=True)
-        report.duplicates = int((counts > 1).sum())
+    report.duplicates = _count_repeated(hashes)
     return report
+
+
+def _count_repeated(hashes: list[NDArray[np.uint64]]) -> int:
+    """Return how many keys stand in more than one shard, by their hashes."""
+    if not hashes:
+        return 0
+    _, counts = np.unique(np.concatenate(hashes), return_counts=True)
+    return int((counts > 1).sum())
 
 
 def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple[ShardFile, MaekitError | None]]:

@@ -59,7 +59,7 @@ class Images(Protocol):
     def place(self, ordinal: int) -> Place | None:
         """Return the location of a sample's image; None if it has none."""
 
-    def riding(self, ordinal: int, extension: str) -> bytes | None:
+    def sidecar(self, ordinal: int, extension: str) -> bytes | None:
         """Return a sidecar of a sample; None if it has none.
 
         Raises:
@@ -197,7 +197,7 @@ class TarImages:
         member = self._index.image(ordinal)
         return None if member is None else (member.offset, member.size, member.crc)
 
-    def riding(self, ordinal: int, extension: str) -> bytes | None:
+    def sidecar(self, ordinal: int, extension: str) -> bytes | None:
         """Return the member with this extension; None if there is none."""
         for member in self._index.members(ordinal):
             if member.extension == extension:
@@ -295,7 +295,7 @@ class FolderImages:
         """Return the path of an image."""
         return str(self._part.root / self._part.paths[ordinal])
 
-    def riding(self, ordinal: int, extension: str) -> bytes | None:
+    def sidecar(self, ordinal: int, extension: str) -> bytes | None:
         """Return the file of the same name with this extension; None if there is none."""
         path = Path(str(self.place(ordinal))).with_suffix(f".{extension}")
         return read_file(str(path)) if path.is_file() else None
@@ -355,7 +355,7 @@ def content_of(
 def riding_crc(images: Images, ordinal: int, extension: str) -> int:
     """Return the CRC-32 of a sidecar; 0 if there is none or it cannot be read."""
     try:
-        return zlib.crc32(images.riding(ordinal, extension) or b"")
+        return zlib.crc32(images.sidecar(ordinal, extension) or b"")
     except ImageError:
         return 0
 

@@ -140,7 +140,7 @@ class Writer:
         good: list[int] = []
         for row, position in enumerate(part.positions):
             try:
-                values = [images.riding(ordinals[position], extension) for extension in keep]
+                values = [images.sidecar(ordinals[position], extension) for extension in keep]
             except ImageError as error:
                 refused.append(Rejected(position, error.reason, f"a member kept: {error}"))
                 continue

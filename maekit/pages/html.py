@@ -7,12 +7,14 @@ import base64
 import html
 import io
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import NamedTuple, NewType
 
 from PIL import Image
 
 from maekit.images import Pixels
 from maekit.sheet import encode_png
+from maekit.system.errors import InputError
 
 Html = NewType("Html", str)
 
@@ -88,6 +90,20 @@ class Captioned(NamedTuple):
 
     caption: str
     images: Sequence[Pixels]
+
+
+def output_path(out: str, *endings: str) -> Path:
+    """Return where a page or picture is to be written.
+
+    Raises:
+        InputError: the name has another ending, or is that of a directory.
+    """
+    path = Path(out)
+    if path.suffix.lower() not in endings:
+        raise InputError(f"`out` {out}: must end in {' or '.join(endings)}")
+    if path.is_dir():
+        raise InputError(f"`out` {out}: is a directory")
+    return path
 
 
 def document(title: str, about: str, parts: Iterable[Html]) -> bytes:

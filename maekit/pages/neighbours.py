@@ -100,14 +100,11 @@ def neighbours(config: NeighboursConfig, progress: Progress | None = None) -> Ne
         InputError: no embeddings, no such row or image, a model or shards that do not belong to the embeddings.
         MaekitError: an embedding cannot be read, or the page cannot be written.
     """
-    progress, out, queries = progress or Silent(), Path(config.out), config.queries
+    progress, queries = progress or Silent(), config.queries
     config.validate()
     if not 1 <= len(queries) <= _MOST_QUERIES:
         raise InputError(f"{len(queries)} queries: give at least 1, and at most {_MOST_QUERIES} (`queries` KEY|IMAGE)")
-    if out.suffix.lower() != ".html":
-        raise InputError(f"`out` {out}: must end in .html")
-    if out.is_dir():
-        raise InputError(f"`out` {out}: is a directory")
+    out = html.output_path(config.out, ".html")
     folder = EmbeddingFolder(Path(config.embeddings))
     parts = find_inputs(config.shards) if config.shards else []
     wanted = _vectors(folder, queries, config.model)

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -78,12 +77,9 @@ def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> 
         InputError: no such model, sample or device, or a model that does not predict pixels.
         MaekitError: the picture cannot be written.
     """
-    progress, out = progress or Silent(), Path(config.out)
+    progress = progress or Silent()
     config.validate()
-    if out.suffix.lower() not in ENDINGS:
-        raise InputError(f"`out` {out}: must end in {' or '.join(ENDINGS)}")
-    if out.is_dir():
-        raise InputError(f"`out` {out}: is a directory")
+    out = html.output_path(config.out, *ENDINGS)
     device = torch.device(choose_device(config.device))
     trained = load_autoencoder(config.source, target=config.target, on_note=progress.note)
     model, preprocess = trained.model, trained.preprocess

@@ -84,11 +84,7 @@ def report(config: ReportConfig, progress: Progress | None = None) -> ReportResu
     if not is_run(path):
         what = "is no run" if path.exists() else "does not exist"
         raise InputError(f"{path} {what}; a run is the `out` of `maekit pretrain`")
-    out = Path(asked.out) if asked.out is not None else path / "report.html"
-    if out.suffix.lower() != ".html":
-        raise InputError(f"`out` {out}: must end in .html")
-    if out.is_dir():
-        raise InputError(f"`out` {out}: is a directory")
+    out = html.output_path(str(path / "report.html") if asked.out is None else asked.out, ".html")
     choose_device(asked.device)
     directory = RunDirectory(path)
     run, rows = directory.config(), directory.metrics()

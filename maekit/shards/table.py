@@ -28,24 +28,8 @@ def read_table(images: Path, config: PackConfig, found: dict[Path, Path]) -> Lab
     Raises:
         InputError: no table that can be read, no such column, or rows that name no image.
     """
-    import pyarrow as pa
-    from pyarrow import csv, parquet
-
     table = Path(str(config.table))
-    if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
-        raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
-    try:
-        if table.suffix.lower() == ".parquet":
-            rows = parquet.read_table(table)
-            names = list(rows.column_names)
-        else:
-            parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-            names = csv.open_csv(table, parse_options=parse).schema.names
-            # Read as text without conversion: 01 and 1 are two names, and NA is a name.
-            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-            rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
-    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
+    rows, names = _load(table)
     path_column = _choose(table, names, config.path_column, _PATH_COLUMNS, "paths", "`path_column`")
     label_column = _choose(table, names, config.label_column, _LABEL_COLUMNS, "labels", "`label_column`")
     if path_column is None:
@@ -81,6 +65,32 @@ def read_table(images: Path, config: PackConfig, found: dict[Path, Path]) -> Lab
     if not wanted:
         raise InputError(f"{table} names no image")
     return wanted
+
+
+def _load(table: Path) -> tuple[Any, list[str]]:
+    """Return the table, as pyarrow reads it, and the names of its columns.
+
+    Raises:
+        InputError: it is no table, or cannot be read.
+    """
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
+        raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
+    try:
+        if table.suffix.lower() == ".parquet":
+            rows = parquet.read_table(table)
+            names = list(rows.column_names)
+        else:
+            parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+            names = csv.open_csv(table, parse_options=parse).schema.names
+            # Read as text without conversion: 01 and 1 are two names, and NA is a name.
+            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+            rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
+    return rows, names
 
 
 def _labels(values: list[Any]) -> list[Any]:

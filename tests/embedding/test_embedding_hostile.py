@@ -63,14 +63,14 @@ def test_shards_of_one_name_in_two_folders(trained: Path, shards: Path, tmp_path
 
 def test_a_member_kept_that_cannot_be_read(trained: Path, shards: Path, tmp_path: Path, monkeypatch) -> None:
     """Its shard is left out, and the others are done."""
-    riding = inputs.TarImages.riding
+    sidecar = inputs.TarImages.sidecar
 
     def failing(self, ordinal, extension):
         if self.name == "a/0.tar" and ordinal == 3:
             raise MaekitError("cannot read a/0.tar: Input/output error")
-        return riding(self, ordinal, extension)
+        return sidecar(self, ordinal, extension)
 
-    monkeypatch.setattr(inputs.TarImages, "riding", failing)
+    monkeypatch.setattr(inputs.TarImages, "sidecar", failing)
     result = embed(embed_config(trained, tmp_path / "out", shards=(str(shards),), keep=("json",), batch_size=2))
     assert (result.rows, result.shards) == (20, 1)
     assert result.damaged == ["cannot read a/0.tar: Input/output error"]
