@@ -66,7 +66,7 @@ def refuse_foreign_directory(out: Path) -> None:
     except (OSError, ValueError, TypeError):
         own = False
     if not own or there - {CONFIG, WEIGHTS}:
-        raise InputError(f"`out` {out}: must be a new directory, or one of an earlier `export --format timm`")
+        raise InputError(f"`out` {out}: must be a new directory, or one of an earlier export with `format=timm`")
 
 
 def _config(trained: TrainedEncoder) -> dict[str, Any]:

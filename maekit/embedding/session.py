@@ -63,7 +63,7 @@ class EncoderSession:
         if path.is_dir():
             raise InputError(f"{path} is a directory; ENCODER.ONNX is the file that `maekit export` wrote")
         if not path.is_file():
-            raise InputError(f"{path}: no such file; `maekit export RUN --out encoder.onnx` writes one")
+            raise InputError(f"{path}: no such file; `maekit export` writes one")
         threads = threads or cores()
         external = check_external_data(path)
         # Hundreds of megabytes: hash them while ONNX Runtime loads the model.

@@ -90,7 +90,9 @@ class EmbeddingFolder:
         paths = [self.path / output["path"] for output in record.outputs]
         for path, output in zip(paths, record.outputs, strict=True):
             if not path.is_file() or files.sha256_file(path) != output["sha256"]:
-                raise MaekitError(f"{path}: missing, or changed since it was embedded; `maekit embed --verify` tells")
+                raise MaekitError(
+                    f"{path}: missing, or changed since it was embedded; `maekit embed` with `verify=true` tells"
+                )
         try:
             table = pq.read_table(paths[-1])
             if len(paths) == 1:

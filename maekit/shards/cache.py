@@ -184,7 +184,8 @@ class RemoteCache:
             if index is None:
                 return InputError(
                     f"{shard.url} has no published index, which pre-training on remote shards needs: "
-                    "`maekit check --write-index --crc` makes NAME.tar.index beside local shards; upload both"
+                    "`maekit check` with `write_index=true` and `crc=true` makes NAME.tar.index beside local shards; "
+                    "upload both"
                 )
             return CatalogueRow.of(index)
 
