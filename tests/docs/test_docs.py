@@ -190,3 +190,14 @@ def test_zsh_completes(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "import sys; sys.argv = ['maekit']; from maekit.cli.app import main; main()"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert '"knn"' in done.stdout, done.stderr
+
+
+def test_every_measurement_is_listed() -> None:
+    """Each script and each result of bench/ stands in its README, which names nothing else."""
+    text = (ROOT / "bench" / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/*.-]+\.(?:py|json|sh))`", text.partition("| script |")[2])
+    for name in named:
+        folder = ROOT / "bench" / ("results" if name.endswith(".json") else "")
+        assert list(folder.glob(name)), name
+    there = [*(ROOT / "bench").glob("*.py"), *(ROOT / "bench" / "results").glob("*.json")]
+    assert [path.name for path in there if not any(path.match(name) for name in named)] == []
