@@ -29,6 +29,7 @@ from maekit.training.crops import WorkerProgress
 from maekit.training.data import BatchLayout, ExactSource, StepBatches, make_loader, stop_workers
 from maekit.training.distributed import DistributedContext
 from maekit.training.image_cache import DecodedSet
+from maekit.training.intervals import Intervals
 from maekit.training.loop import Loop, TrainState
 from maekit.training.optim import Schedule, make_schedule
 from maekit.training.prepare import loader_workers
@@ -67,47 +68,6 @@ class Finished:
         return round((self.steps - self.resumed_from) * batch_size / self.state.seconds, 2)
 
 
-@dataclass(frozen=True)
-class Intervals:
-    """Which steps log, save, validate or draw; 0 means never.
-
-    Attributes:
-        log: steps between rows of metrics.
-        checkpoint: steps between checkpoints.
-        keep: checkpoints at multiples of this step are never deleted.
-        pictures: steps between pictures.
-        validate: steps between held-out losses.
-        last: the last step, at which everything is due.
-    """
-
-    log: int
-    checkpoint: int
-    keep: int
-    pictures: int
-    validate: int
-    last: int
-
-    def logs(self, done: int) -> bool:
-        """Whether a row of metrics ends here."""
-        return done % self.log == 0
-
-    def saves(self, done: int) -> bool:
-        """Whether a checkpoint of this step is due, whatever the time."""
-        return done == self.last or done % self.checkpoint == 0 or self.keeps(done)
-
-    def keeps(self, done: int) -> bool:
-        """Whether the checkpoint of this step is never deleted."""
-        return bool(self.keep) and done % self.keep == 0
-
-    def validates(self, done: int) -> bool:
-        """Whether the model is validated on held-out images here."""
-        return bool(self.validate) and (done == self.last or done % self.validate == 0)
-
-    def draws(self, done: int) -> bool:
-        """Whether a picture is drawn here."""
-        return bool(self.pictures) and (done == self.last or done % self.pictures == 0)
-
-
 class Engine:
     """One process's part of a run.
 
@@ -137,7 +97,7 @@ class Engine:
         self.task, self.config, self.run, self.shards, self.order = task, task.config, run, shards, order
         self.device, self.world, self.progress, self.stop = device, world, progress, stop
         self.steps = total_steps(task.config, shards.samples)
-        self.intervals = self._intervals()
+        self.intervals = Intervals.of(task.config.run, self.steps)
         self.bad_shown = 0
         self.board: TensorBoardLog | None = None
         self.writer: CheckpointWriter | None = None
@@ -353,18 +313,6 @@ class Engine:
             size = files.describe_bytes(decoded.bytes)
             self.progress.note(f"{self.shards.samples} images decoded, {size} of memory in each process")
         return decoded
-
-    def _intervals(self) -> Intervals:
-        run = self.config.run
-        every = run.checkpoint_every or min(1000, -(-self.steps // 10))
-        return Intervals(
-            log=run.log_every or min(50, -(-self.steps // 100)),
-            checkpoint=every,
-            keep=run.keep_every or 0,
-            pictures=every if run.pictures_every is None else run.pictures_every,
-            validate=run.val_every or every,
-            last=self.steps,
-        )
 
     def _advance(self, done: int) -> None:
         """Report a step as done; must not wait for the device."""
