@@ -44,12 +44,6 @@ def require_writable(directory: Path) -> None:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
 
 
-def fsync_file(path: Path) -> None:
-    """Make the bytes of one file durable."""
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-
-
 @contextlib.contextmanager
 def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only when it is whole and durable.
