@@ -27,7 +27,7 @@ from maekit.shards.read import ShardSet
 from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
-from maekit.training.engine import Finished
+from maekit.training.engine import Engine
 from maekit.training.launch import launched
 
 
@@ -85,9 +85,16 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         newest = launch.own()
         # Only rank 0 knows whether a checkpoint exists, so it decides; every rank then enters the same collectives.
         world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
-        finished = launch.train(Pretraining(launch, model.to(launch.device)), newest)
-        result: PretrainResult = world.share(_result(resolved, finished))
-        return result
+        finished = Engine(launch, Pretraining(launch, model.to(launch.device))).go(newest)
+        held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
+        result = PretrainResult(
+            out=str(Path(resolved.out)),
+            val_loss=held_out[-1] if held_out else None,
+            skipped=finished.state.skipped,
+            **finished.summary(resolved.batch_size),
+        )
+        shared: PretrainResult = world.share(result)
+        return shared
 
 
 def resolve(config: PretrainConfig, run: RunDirectory) -> None:
@@ -142,21 +149,3 @@ def _refuse_foreign_directory(run: RunDirectory) -> None:
             raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new `out`")
     elif run.path.exists() and not run.path.is_dir():
         raise InputError(f"{run.path} is a file; `out` names a directory")
-
-
-def _result(config: PretrainConfig, finished: Finished) -> PretrainResult:
-    held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
-    done, first, state = finished.steps, finished.resumed_from, finished.state
-    return PretrainResult(
-        out=str(Path(config.out)),
-        steps=done,
-        samples=done * config.batch_size,
-        loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
-        val_loss=held_out[-1] if held_out else None,
-        images_per_second=finished.images_per_second(config.batch_size),
-        data_wait=round(state.wait / state.seconds, 4) if state.seconds else 0.0,
-        bad=state.bad,
-        skipped=state.skipped,
-        resumed_from=first,
-        already_finished=finished.already_finished,
-    )
