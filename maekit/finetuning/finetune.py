@@ -28,7 +28,7 @@ from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.progress import Progress, Silent
 from maekit.training.engine import Engine, Finished
-from maekit.training.launch import launched
+from maekit.training.launch import launched, refuse_foreign_directory
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         config.epochs = DEFAULT_FINETUNE_EPOCHS
     config.validate()
     run = FinetuneDirectory(Path(config.out))
-    with launched(config, run, progress, lambda: _refuse_foreign_directory(run)) as launch:
+    with launched(config, run, progress, lambda: refuse_foreign_directory(run, "directory of fine-tuning")) as launch:
         resolved, world = launch.config, launch.world
         note = progress.note if world.is_main else Silent().note
         trained = world.together(lambda: _source(resolved, run, note))
@@ -117,17 +117,6 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{run.start_file} is damaged ({error!r}); delete {run.path} to start anew") from error
     return load_encoder(config.model.source, model=config.model.name, on_note=note)
-
-
-def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; `out` names a directory")
-    if run.path.is_dir() and not runs.is_finetuned(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(
-                f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new `out`"
-            )
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:

@@ -28,7 +28,7 @@ from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
 from maekit.training.engine import Engine
-from maekit.training.launch import launched
+from maekit.training.launch import launched, refuse_foreign_directory
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def resolve(config: PretrainConfig, run: RunDirectory) -> None:
     if height == width:
         config.model.image_size = height
     config.model.tokenizer_sha256 = tokenizer_digest(Path(config.model.tokenizer)) if config.model.tokenizer else None
-    _refuse_foreign_directory(run)
+    refuse_foreign_directory(run, "run")
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -140,12 +140,3 @@ def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSe
             patch_size=model.patch_size,
             progress=progress,
         )
-
-
-def _refuse_foreign_directory(run: RunDirectory) -> None:
-    if run.path.is_dir() and not runs.is_run(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new `out`")
-    elif run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; `out` names a directory")

@@ -134,6 +134,20 @@ def launched(
         )
 
 
+def refuse_foreign_directory(run: RunDirectory, kind: str) -> None:
+    """Refuse a directory that holds something other than a run of this kind.
+
+    Raises:
+        InputError: names what it holds.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file; `out` names a directory")
+    if run.path.is_dir() and not run.config_file.is_file():
+        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        if others:
+            raise InputError(f"{run.path} is no {kind} (it holds {others[0]}); choose an empty or new `out`")
+
+
 def _index_shards(config: TrainingConfig, world: DistributedContext, progress: Progress) -> ShardSet:
     """Index the training set, and check that the cache for remote shards is large enough."""
     shards = open_set(config, config.shards, progress, "index shards")
