@@ -94,6 +94,11 @@ class RunDirectory:
         """The final encoder."""
         return self.path / "encoder.safetensors"
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the final files have been written."""
+        return self.encoder_file.exists()
+
     def evaluation(self, task: str, step: int) -> Path:
         """Return the path of the results of `maekit evaluate` for a task and step."""
         return self.path / "evaluations" / f"{task}-step-{step:09d}.json"
@@ -161,6 +166,11 @@ class FinetuneDirectory(RunDirectory):
     def head_file(self) -> Path:
         """The final classifier."""
         return self.path / "head.safetensors"
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the final files have been written."""
+        return super().is_finished and self.head_file.exists()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

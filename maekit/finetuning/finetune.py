@@ -27,8 +27,8 @@ from maekit.runs import FinetuneDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.progress import Progress, Silent
-from maekit.training.engine import Finished
-from maekit.training.launch import launched
+from maekit.training.engine import Engine, Finished
+from maekit.training.launch import launched, refuse_foreign_directory
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         config.epochs = DEFAULT_FINETUNE_EPOCHS
     config.validate()
     run = FinetuneDirectory(Path(config.out))
-    with launched(config, run, progress, lambda: _refuse_foreign_directory(run)) as launch:
+    with launched(config, run, progress, lambda: refuse_foreign_directory(run, "directory of fine-tuning")) as launch:
         resolved, world = launch.config, launch.world
         note = progress.note if world.is_main else Silent().note
         trained = world.together(lambda: _source(resolved, run, note))
@@ -95,7 +95,7 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         resolved.data.mean, resolved.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
         data = Labelled(labels, classes, *test)
         task = world.together(lambda: Supervised(launch, run, trained, data))
-        finished = launch.train(task, launch.own())
+        finished = Engine(launch, task).go(launch.own())
         world.on_main(lambda: task.measure_once(finished))
         found = _result(resolved, finished, task, trained, progress) if world.is_main else None
         result: FinetuneResult = world.share(found)
@@ -117,17 +117,6 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{run.start_file} is damaged ({error!r}); delete {run.path} to start anew") from error
     return load_encoder(config.model.source, model=config.model.name, on_note=note)
-
-
-def _refuse_foreign_directory(run: FinetuneDirectory) -> None:
-    if run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; `out` names a directory")
-    if run.path.is_dir() and not runs.is_finetuned(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(
-                f"{run.path} is no directory of fine-tuning (it holds {others[0]}); choose an empty or new `out`"
-            )
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
@@ -173,21 +162,13 @@ def _result(
 ) -> FinetuneResult:
     tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
     last: dict[str, Any] = tested[-1] if tested else {}
-    state = finished.state
     result = FinetuneResult(
         out=config.out,
-        steps=finished.steps,
-        samples=finished.steps * config.batch_size,
-        loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
         accuracy=last.get("accuracy"),
         test_loss=last.get("test_loss"),
         test_images=last.get("test_images", 0),
         trained=sum(p.numel() for p in task.model.parameters() if p.requires_grad),
-        images_per_second=finished.images_per_second(config.batch_size),
-        data_wait=round(state.wait / state.seconds, 4) if state.seconds else 0.0,
-        bad=state.bad,
-        resumed_from=finished.resumed_from,
-        already_finished=finished.already_finished,
+        **finished.summary(config.batch_size),
     )
     return dataclasses.replace(result, path=_keep(config, result, task, trained, progress))
 

@@ -31,12 +31,10 @@ from maekit.system import files
 from maekit.system.draws import Purpose, random_bits
 from maekit.system.errors import ImageError, InputError, MaekitError
 from maekit.system.parallel import batched
-from maekit.training import distributed, metrics
-from maekit.training.crops import Augmentation, CropLoader, WorkerProgress
-from maekit.training.data import BatchLayout
+from maekit.training import metrics
+from maekit.training.crops import Augmentation, CropLoader
 from maekit.training.distributed import DistributedContext
 from maekit.training.engine import Finished
-from maekit.training.image_cache import DecodedSet
 from maekit.training.launch import Launch
 from maekit.training.task import Task, changed_setting
 
@@ -81,11 +79,13 @@ class Supervised(Task):
         config, device, shards, world = launch.config, launch.device, launch.shards, launch.world
         self.config, self.data = config, data
         self.name = "probe" if config.model.batch_norm and config.model.blocks == 0 else "finetune"
-        self._run, self.shards, self.order, self._world = run, shards, launch.order, world
+        self._run, self.shards, self._world = run, shards, world
         self._trained, self._prepare = trained, trained.preprocess
-        self.size = trained.preprocess.size
-        policy = config.mix.rand_augment
-        self._policy = None if policy == "none" else RandAugment(policy, self.size, self._prepare.mean)
+        name, prepare = config.mix.rand_augment, trained.preprocess
+        policy = None if name == "none" else RandAugment(name, prepare.size, prepare.mean)
+        # Nothing is masked; the smallest mask keeps the cost of the unused noise negligible.
+        nothing, augmentation = MaskShape("random", (1, 2), 0.5), Augmentation.of(config, prepare, policy)
+        self.crops = CropLoader(shards, launch.order, augmentation, nothing, labels=data.labels)
         share = config.batch_size // world.size
         if not self.fits(config.run.micro_batch or share):
             why = "mixup and cutmix mix pairs of images" if self._mixes else "a BatchNorm needs two images at least"
@@ -126,25 +126,6 @@ class Supervised(Task):
         """Whether a micro-batch of `count` images is allowed: mixing needs pairs, a BatchNorm at least two images."""
         return count % 2 == 0 if self._mixes else count > 1 or not self.config.model.batch_norm
 
-    def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return the loader that turns positions in the order into labelled images."""
-        data = self.config.data
-        augmentation = Augmentation(
-            self.size,
-            self._prepare.resize,
-            self.config.seed,
-            data.augmentation,
-            data.crop_scale,
-            data.flip,
-            data.color_jitter,
-            self._policy,
-        )
-        # Nothing is masked; the smallest mask keeps the cost of the unused noise negligible.
-        nothing = MaskShape("random", (1, 2), 0.5)
-        return CropLoader(
-            self.shards, self.order, augmentation, nothing, watch=watch, decoded=decoded, labels=self.data.labels
-        )
-
     def begin_step(self, done: int) -> None:
         """Seed the global generators, which stochastic depth, erasing and mixing draw from."""
         words = random_bits(3, Purpose.STEP, seed=self.config.seed, epoch=done, position=self._world.rank).tolist()
@@ -152,7 +133,7 @@ class Supervised(Task):
         np.random.seed(words[1] & 0xFFFFFFFF)
         random.seed(words[2])
 
-    def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]]:
+    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]]:
         """Return a function that measures the model on the test set, called on all ranks."""
         return lambda: self._measure(self._world)
 
@@ -169,7 +150,7 @@ class Supervised(Task):
     def _measure(self, world: DistributedContext) -> dict[str, Any]:
         """Return accuracy and mean cross-entropy on the test set; the ranks of `world` divide the images."""
         labelled, labels = self.data.test, self.data.test_labels
-        distributed.share_buffers(self.model, world)
+        world.broadcast(self.model.buffers())
         mine = np.arange(len(labels))[world.rank :: world.size]
         right = loss = seen = known_seen = 0.0
         device = next(self.model.parameters()).device
@@ -215,10 +196,6 @@ class Supervised(Task):
             )
         remedy = f"({self._run.config_file} has all of them), or choose another `out`"
         return changed_setting(self._run.path, key, before, now, remedy)
-
-    def is_finished(self) -> bool:
-        """Whether the encoder and the head have been written."""
-        return self._run.encoder_file.exists() and self._run.head_file.exists()
 
     def begin(self) -> None:
         """Record the encoder's architecture, so that the run can resume without the source of the encoder."""

@@ -9,6 +9,7 @@ from maekit.mae.normalize import Normalizer
 from maekit.mae.targets import PcaTarget, patchify
 from maekit.shards.read import ShardSet
 from maekit.system.errors import ImageError, InputError
+from maekit.system.parallel import batched
 from maekit.system.progress import Progress
 
 # 200,000 patches of a ViT-B/16.
@@ -33,18 +34,15 @@ def fit_pca(
     numbers = shards.spread(_IMAGES)
     progress.start("fit the PCA target", len(numbers))
 
-    def patches() -> Iterator[torch.Tensor]:
-        images = []
+    def readable() -> Iterator[torch.Tensor]:
         for done, image in enumerate(shards.images(numbers, prepare), 1):
-            if not isinstance(image, ImageError):  # training counts it as bad
-                images.append(torch.from_numpy(image.copy()).permute(2, 0, 1))
             progress.advance(done)
-            if images and (len(images) == _BATCH or done == len(numbers)):
-                yield patchify(normalizer(torch.stack(images)), patch_size)
-                images.clear()
+            if not isinstance(image, ImageError):  # training counts it as bad
+                yield torch.from_numpy(image.copy()).permute(2, 0, 1)
 
     try:
-        kept = target.fit(patches())
+        batches = (torch.stack(images) for images in batched(readable(), _BATCH))
+        kept = target.fit(patchify(normalizer(images), patch_size) for images in batches)
     except InputError as error:
         raise InputError(f"{error}, those of {len(numbers)} images") from error
     finally:

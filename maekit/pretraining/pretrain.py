@@ -27,8 +27,8 @@ from maekit.shards.read import ShardSet
 from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
-from maekit.training.engine import Finished
-from maekit.training.launch import launched
+from maekit.training.engine import Engine
+from maekit.training.launch import launched, refuse_foreign_directory
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,16 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         newest = launch.own()
         # Only rank 0 knows whether a checkpoint exists, so it decides; every rank then enters the same collectives.
         world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
-        finished = launch.train(Pretraining(launch, model.to(launch.device)), newest)
-        result: PretrainResult = world.share(_result(resolved, finished))
-        return result
+        finished = Engine(launch, Pretraining(launch, model.to(launch.device))).go(newest)
+        held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
+        result = PretrainResult(
+            out=str(Path(resolved.out)),
+            val_loss=held_out[-1] if held_out else None,
+            skipped=finished.state.skipped,
+            **finished.summary(resolved.batch_size),
+        )
+        shared: PretrainResult = world.share(result)
+        return shared
 
 
 def resolve(config: PretrainConfig, run: RunDirectory) -> None:
@@ -101,7 +108,7 @@ def resolve(config: PretrainConfig, run: RunDirectory) -> None:
     if height == width:
         config.model.image_size = height
     config.model.tokenizer_sha256 = tokenizer_digest(Path(config.model.tokenizer)) if config.model.tokenizer else None
-    _refuse_foreign_directory(run)
+    refuse_foreign_directory(run, "run")
 
 
 def tokenizer_digest(path: Path) -> str:
@@ -133,30 +140,3 @@ def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSe
             patch_size=model.patch_size,
             progress=progress,
         )
-
-
-def _refuse_foreign_directory(run: RunDirectory) -> None:
-    if run.path.is_dir() and not runs.is_run(run.path):
-        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
-        if others:
-            raise InputError(f"{run.path} is no run (it holds {others[0]}); choose an empty or new `out`")
-    elif run.path.exists() and not run.path.is_dir():
-        raise InputError(f"{run.path} is a file; `out` names a directory")
-
-
-def _result(config: PretrainConfig, finished: Finished) -> PretrainResult:
-    held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
-    done, first, state = finished.steps, finished.resumed_from, finished.state
-    return PretrainResult(
-        out=str(Path(config.out)),
-        steps=done,
-        samples=done * config.batch_size,
-        loss=next((row["loss"] for row in reversed(finished.rows) if "loss" in row), None),
-        val_loss=held_out[-1] if held_out else None,
-        images_per_second=finished.images_per_second(config.batch_size),
-        data_wait=round(state.wait / state.seconds, 4) if state.seconds else 0.0,
-        bad=state.bad,
-        skipped=state.skipped,
-        resumed_from=first,
-        already_finished=finished.already_finished,
-    )

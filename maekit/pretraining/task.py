@@ -4,7 +4,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from maekit.config import PretrainConfig
 from maekit.images import Pixels, Preprocess
@@ -13,21 +15,24 @@ from maekit.mae.encoder import timm_arguments
 from maekit.mae.kernels import choose_kernels
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
+from maekit.mae.reconstruction import images_of, reconstruct
 from maekit.pretrained.files import encoder_bytes
-from maekit.pretraining.pictures import draw_samples
 from maekit.pretraining.tokenizer import Tokenizer
-from maekit.pretraining.validation import Validation
+from maekit.shards.read import ShardSet
+from maekit.sheet import sheet
 from maekit.system import files
-from maekit.training.crops import Augmentation, CropLoader, WorkerProgress
-from maekit.training.data import BatchLayout, Uploader
-from maekit.training.image_cache import DecodedSet
-from maekit.training.launch import Launch
+from maekit.system.draws import Purpose, uniform_rows, uniforms
+from maekit.system.errors import ImageError, MaekitError
+from maekit.system.parallel import batched
+from maekit.training.crops import Augmentation, CropLoader
+from maekit.training.data import Uploader
+from maekit.training.launch import Launch, open_set
 from maekit.training.optim import make_optimizer
-from maekit.training.prepare import (
-    open_set,
-)
 from maekit.training.step import MaskedObjective
 from maekit.training.task import Task, changed_setting
+
+_PICTURED = 8  # images
+_VALIDATION_BATCH = 64  # images per forward pass, at most
 
 
 class Pretraining(Task):
@@ -39,102 +44,115 @@ class Pretraining(Task):
     """
 
     name = "pretrain"
-    config: PretrainConfig
-    objective: MaskedObjective
 
     def __init__(self, launch: Launch[PretrainConfig], model: MaskedAutoencoder) -> None:
-        config, device = launch.config, launch.device
-        self.config, self.model, self.size = config, model, config.model.size
-        self._run, self._shards, self._order = launch.run, launch.shards, launch.order
-        self._world, self._progress = launch.world, launch.progress
-        normalizer = Normalizer(config.data.mean, config.data.std, device, channels=config.model.channels)
-        self._masks = config.model.masks_per_image
-        self.objective = MaskedObjective(model, normalizer, self._masks)
+        config, device, masks = launch.config, launch.device, launch.config.model.masks_per_image
+        mean, std = config.data.mean, config.data.std
+        self.config, self.model, self._launch, self._shards = config, model, launch, launch.shards
+        self._normalizer = Normalizer(mean, std, device, channels=config.model.channels)
+        self._shape = MaskShape(config.model.masking, model.grid, config.model.mask_ratio)
+        self._prepare = Preprocess.for_size(config.model.size, mean, std)
+        self._tokenizer = launch.world.together(self._open_tokenizer)
+        self.objective = MaskedObjective(model, self._normalizer, masks)
         self.forward = choose_kernels(model, device, launch.precision)
         self.optimizer = make_optimizer(model, config.optimizer)
-        self._shape = MaskShape(config.model.masking, model.grid, config.model.mask_ratio)
-        self._tokenizer = launch.world.together(lambda: self._open_tokenizer(device))
+        augmentation = Augmentation.of(config, self._prepare)
+        self.crops = CropLoader(launch.shards, launch.order, augmentation, self._shape, masks=masks)
         self.upload = Uploader(device, self._tokenizer)
-        self._prepare = Preprocess.for_size(self.size, config.data.mean, config.data.std)
 
-    def _open_tokenizer(self, device: torch.device) -> Tokenizer | None:
+    def _open_tokenizer(self) -> Tokenizer | None:
         model = self.config.model
         if model.tokenizer is None or model.vocabulary is None:
             return None
         return Tokenizer(
             Path(model.tokenizer),
-            size=self.size,
+            size=model.size,
             grid=self.model.grid,
             vocabulary=model.vocabulary,
-            device=device,
+            device=self._launch.device,
             threads=torch.get_num_threads(),
         )
 
-    def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return the loader that turns positions in the order into images."""
-        data = self.config.data
-        return CropLoader(
-            self._shards,
-            self._order,
-            Augmentation(
-                self.size,
-                self._prepare.resize,
-                self.config.seed,
-                data.augmentation,
-                data.crop_scale,
-                data.flip,
-                data.color_jitter,
-            ),
-            self._shape,
-            masks=self._masks,
-            watch=watch,
-            decoded=decoded,
-        )
-
-    def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]] | None:
+    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:
         """Return a function that measures the held-out loss, called on all ranks; None without `data.val`."""
-        data = self.config.data
-        if not data.val:
+        config, launch = self.config, self._launch
+        if not config.data.val:
             return None
-        shards = self._world.in_turn(lambda: open_set(self.config, data.val, self._progress, "index held-out shards"))
-        validation = Validation(
-            shards,
-            images=data.val_images,
-            prepare=self._prepare,
-            batch_size=min(division.micro_batch, 64),
-            threads=self._world.cores,
-            seed=self.config.seed,
-            world=self._world,
-            shape=self._shape,
-            tokenizer=self._tokenizer,
+        shards = launch.world.in_turn(
+            lambda: open_set(config, config.data.val, launch.progress, "index held-out shards")
         )
-        return lambda: validation.measure(self.model, self.objective.normalizer, self.forward)
+        return lambda: self._validate(shards, min(micro_batch, _VALIDATION_BATCH))
+
+    def _validate(self, shards: ShardSet, batch_size: int) -> dict[str, Any]:
+        """Return `val_loss`, the mean over all images on all ranks, and `val_images`, the number of readable images.
+
+        The images are evenly spaced over the set. They and their masks are the same every time.
+
+        Raises:
+            MaekitError: no image could be read.
+        """
+        world, device, seed, draws = self._launch.world, self._launch.device, self.config.seed, self._shape.draws
+        count = min(self.config.data.val_images, shards.samples)
+        positions = range(count)[world.rank :: world.size]
+        numbers = [shards.samples * position // count for position in positions]
+        found = zip(positions, shards.images(numbers, self._prepare, threads=max(1, world.cores)), strict=True)
+        # `val_images` does not count unreadable ones.
+        readable = ((position, image) for position, image in found if not isinstance(image, ImageError))
+        total = seen = 0.0
+        for batch in batched(readable, batch_size):
+            rows = [
+                uniform_rows(1, draws, Purpose.VALIDATION, seed=seed, position=position)[0] for position, _ in batch
+            ]
+            pixels = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2)
+            tokens = None
+            if self._tokenizer is not None:
+                tokens = self._tokenizer(pixels, torch.zeros(len(pixels), dtype=torch.bool)).to(device)
+            with torch.no_grad(), self.forward():
+                loss = self.model(self._normalizer(pixels.to(device)), self._noise(rows), tokens).loss
+            total += float(loss) * len(batch)
+            seen += len(batch)
+        total, seen = world.sum([total, seen])
+        if not seen:
+            raise MaekitError("`val`: none of the held-out images can be read")
+        return {"val_loss": total / seen, "val_images": int(seen)}
 
     def draw(self) -> Pixels | None:
-        """Return a picture of reconstructions; None for tokens, which are not pixels."""
+        """Draw masked | reconstruction | original for eight evenly spaced samples, under the same masks every time.
+
+        None for tokens, which are not pixels, and if none of the samples can be read.
+        """
         if self._tokenizer is not None:
             return None
-        return draw_samples(self.objective, self._shards, self._prepare, self._shape, seed=self.config.seed)
+        # The picture leaves out unreadable images; training counts them as bad.
+        found = self._shards.images(self._shards.spread(_PICTURED), self._prepare)
+        images = [image for image in found if not isinstance(image, ImageError)]
+        if not images:
+            return None
+        pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).to(self._launch.device)
+        originals, seed = self._normalizer(pixels), self.config.seed
+        rows = [uniforms(self._shape.draws, Purpose.PICTURE, seed=seed, position=i) for i in range(len(images))]
+        self.model.eval()
+        shown = reconstruct(self.model, originals, self._noise(rows))
+        self.model.train()
+        return sheet([images_of(self._normalizer.to_pixels(x)) for x in (shown.masked, shown.overlaid, originals)])
+
+    def _noise(self, rows: list[NDArray[np.float64]]) -> torch.Tensor:
+        """Return the noise that selects masks, float32 `[B, N]` on the device, for the numbers drawn for each image."""
+        return torch.from_numpy(self._shape.noise(np.stack(rows))).to(self._launch.device)
 
     def mismatch_message(self, key: str, before: Any, now: Any) -> str:
         """Return the message for a setting that differs from the one the run was started with."""
+        run = self._launch.run
         if key == "model.tokenizer_sha256" and before and now:
             return (
-                f"the tokenizer {self.config.model.tokenizer} is not the one that {self._run.path} was started with; "
+                f"the tokenizer {self.config.model.tokenizer} is not the one that {run.path} was started with; "
                 "go on with that one, or start another `out`"
             )
-        return changed_setting(
-            self._run.path,
-            key,
-            before,
-            now,
-            f"(`config={self._run.config_file}` has all of them), or start another `out` from these weights with "
-            f"`init_from={self._run.path}`",
+        remedy = (
+            f"(`config={run.config_file}` has all of them), or start another `out` from these weights with "
+            f"`init_from={run.path}`"
         )
-
-    def is_finished(self) -> bool:
-        """Whether the encoder has been written."""
-        return self._run.encoder_file.exists()
+        return changed_setting(run.path, key, before, now, remedy)
 
     def finish(self, steps: int) -> None:
         """Write the encoder."""
@@ -145,4 +163,4 @@ class Pretraining(Task):
             "step": steps,
             "data_digest": self._shards.digest,
         }
-        files.write_atomically(self._run.encoder_file, encoder_bytes(self.model.encoder, description))
+        files.write_atomically(self._launch.run.encoder_file, encoder_bytes(self.model.encoder, description))

@@ -45,6 +45,15 @@ def require_writable(directory: Path) -> None:
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Context in which an `OSError` becomes a `write_failure`."""
+    try:
+        yield
+    except OSError as error:
+        raise write_failure(path, error) from error
+
+
+@contextlib.contextmanager
 def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes]]:
     """Write a file that appears under its name only when it is whole and durable.
 

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,7 @@ class CheckpointWriter:
         self._copy(MODEL, self._model.state_dict())
         self._copy(OPTIMIZER, optimizer_tensors(self._optimizer))
         copied: torch.cuda.Event | None = None
-        if torch.cuda.is_available() and next(self._model.parameters()).is_cuda:
+        if next(self._model.parameters()).is_cuda:
             copied = torch.cuda.Event()
             copied.record()
         self._thread = threading.Thread(target=self._write, args=(dict(state), copied), name="checkpoint")
@@ -112,7 +112,7 @@ class CheckpointWriter:
             if copied is not None:
                 copied.synchronize()
             # The last step may have made weights infinite before any loss shows it.
-            broken = [key for part in self._copies.values() for key, copy in part.items() if not _is_finite(copy)]
+            broken = [key for copies in self._copies.values() for key, copy in copies.items() if not _is_finite(copy)]
             if broken:
                 raise MaekitError(
                     f"{broken[0]} is not finite after step {state['step']}; no checkpoint holds it. A lower `lr`, a "
@@ -138,28 +138,27 @@ def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[
     """
     checkpoint = run.checkpoint(state["step"])
     aside = run.checkpoints / f".{checkpoint.path.name}.{os.getpid()}.tmp"
+    contents: dict[str, Iterable[bytes | memoryview]] = {
+        MODEL: serialize(model),
+        OPTIMIZER: serialize(optimizer),
+        STATE: [json.dumps({"maekit": __version__, **state}).encode()],
+    }
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        contents: dict[str, Iterable[bytes | memoryview]] = {
-            MODEL: serialize(model),
-            OPTIMIZER: serialize(optimizer),
-            STATE: [json.dumps({"maekit": __version__, **state}).encode()],
-        }
-        digests = {name: _write_durably(aside / name, parts) for name, parts in contents.items()}
-        _write_durably(aside / MANIFEST, [json.dumps({"sha256": digests}, indent=1).encode()])
-        files.fsync_directory(aside)
-        aside.rename(checkpoint.path)
-        files.fsync_directory(run.checkpoints)
-    except OSError as error:
-        raise files.write_failure(checkpoint.path, error) from error
+        with files.writing(checkpoint.path):
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            digests = {name: _write_durably(aside / name, blocks) for name, blocks in contents.items()}
+            _write_durably(aside / MANIFEST, [json.dumps({"sha256": digests}, indent=1).encode()])
+            files.fsync_directory(aside)
+            aside.rename(checkpoint.path)
+            files.fsync_directory(run.checkpoints)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return checkpoint
 
 
 def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
-    """Yield the parts of a safetensors file (https://github.com/huggingface/safetensors, "Format").
+    """Yield the bytes of a safetensors file, block by block (https://github.com/huggingface/safetensors, "Format").
 
     The library's own writer holds the GIL, which would stop the loop, and reports a full disk only as text.
 
@@ -181,13 +180,13 @@ def serialize(tensors: Tensors) -> Iterable[bytes | memoryview]:
             yield tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _write_durably(path: Path, parts: Iterable[bytes | memoryview]) -> str:
+def _write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     """Write a file and return its SHA-256; writing, hashing and syncing all release the GIL."""
     digest = hashlib.sha256()
     with open(path, "wb", buffering=0) as file:
-        for part in parts:
-            digest.update(part)
-            rest = memoryview(part)
+        for block in blocks:
+            digest.update(block)
+            rest = memoryview(block)
             while rest:
                 rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
@@ -214,10 +213,8 @@ def _delete(checkpoint: Checkpoint) -> None:
     # Renamed first, so that a half-deleted directory is never taken for a checkpoint.
     doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
-    try:
+    with files.writing(checkpoint.path):
         checkpoint.path.rename(doomed)
-    except OSError as error:
-        raise files.write_failure(checkpoint.path, error) from error
     shutil.rmtree(doomed, ignore_errors=True)
 
 
@@ -234,12 +231,11 @@ def load(checkpoint: Checkpoint, model: torch.nn.Module, optimizer: torch.optim.
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> Tensors:
     """Return the optimiser's state as `KIND/PARAMETER` -> tensor."""
-    tensors = {}
-    for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            for kind, value in optimizer.state[parameter].items():
-                tensors[f"{kind}/{name}"] = value
-    return tensors
+    return {
+        f"{kind}/{name}": value
+        for name, parameter in _named_parameters(optimizer)
+        for kind, value in optimizer.state[parameter].items()
+    }
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
@@ -248,8 +244,10 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         by_name.setdefault(name, {})[kind] = tensor
+    for name, parameter in _named_parameters(optimizer):
+        optimizer.state[parameter] = {kind: t.to(parameter.device) for kind, t in by_name.get(name, {}).items()}
+
+
+def _named_parameters(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.nn.Parameter]]:
     for group in optimizer.param_groups:
-        for name, parameter in zip(group["param_names"], group["params"], strict=True):
-            optimizer.state[parameter] = {
-                kind: tensor.to(parameter.device) for kind, tensor in by_name.get(name, {}).items()
-            }
+        yield from zip(group["param_names"], group["params"], strict=True)

@@ -3,6 +3,8 @@
 All randomness here is a function of (seed, epoch, position), never of the worker that does the work.
 """
 
+import contextlib
+import functools
 import itertools
 import mmap
 import os
@@ -17,8 +19,8 @@ from PIL import Image, ImageEnhance
 from torch.nn import functional
 from torch.utils.data import get_worker_info
 
-from maekit.config import DataConfig
-from maekit.images import CROP_DRAWS, Box, Pixels, fixed_crop, open_crop, random_resized_crop, reduction_of
+from maekit.config import DataConfig, TrainingConfig
+from maekit.images import CROP_DRAWS, Box, Pixels, Preprocess, fixed_crop, open_crop, random_resized_crop, reduction_of
 from maekit.mae.mask_shapes import MaskShape
 from maekit.shards.order import SampleOrder, SampleSlice
 from maekit.shards.read import MemberReader, ShardSet
@@ -61,12 +63,21 @@ class Augmentation:
     color_jitter: float = DataConfig.color_jitter
     policy: Callable[[Pixels, int], Pixels] | None = None
 
+    @classmethod
+    def of(
+        cls, config: TrainingConfig, prepare: Preprocess, policy: Callable[[Pixels, int], Pixels] | None = None
+    ) -> "Augmentation":
+        """Return the augmentation that a config describes, for the sizes of its evaluation preprocessing."""
+        data = config.data
+        kind, scale, flip, jitter = data.augmentation, data.crop_scale, data.flip, data.color_jitter
+        return cls(prepare.size, prepare.resize, config.seed, kind, scale, flip, jitter, policy)
+
     def crop(self, width: int, height: int, draws: NDArray[np.float64]) -> Box:
         """Choose the crop of an image from the numbers drawn for its position, float64 `[CROP_DRAWS]`."""
         if self.kind == "random_resized_crop":
             return random_resized_crop(width, height, draws, scale=self.scale, aspect=self.size[1] / self.size[0])
-        place = (0.5, 0.5) if self.kind == "none" else (float(draws[20]), float(draws[21]))
-        return fixed_crop(width, height, self.covered, self.size, place)
+        offset = (0.5, 0.5) if self.kind == "none" else (float(draws[20]), float(draws[21]))
+        return fixed_crop(width, height, self.covered, self.size, offset)
 
 
 @dataclass
@@ -78,7 +89,6 @@ class Chunk:
         flips: bool `[B]`, True = mirror.
         noise: float32 `[B, k·N]`, selects k masks for each image.
         bad: one line for each replaced sample.
-        failure: why the worker stopped; there are no images then.
         labels: labels of the images, int64 `[B]`; None where they are not requested.
     """
 
@@ -86,20 +96,12 @@ class Chunk:
     flips: torch.Tensor
     noise: torch.Tensor
     bad: list[str]
-    failure: str | None = None
     labels: torch.Tensor | None = None
 
     def pin_memory(self) -> "Chunk":
         """Copy into pinned memory, so that the upload overlaps with computation (the DataLoader calls this)."""
         images, flips, noise = (tensor.pin_memory() for tensor in (self.images, self.flips, self.noise))
-        labels = None if self.labels is None else self.labels.pin_memory()
-        return Chunk(images, flips, noise, self.bad, self.failure, labels)
-
-    @classmethod
-    def of_failure(cls, error: MaekitError) -> "Chunk":
-        """Return a chunk that carries an error; an exception would reach the user inside the worker's traceback."""
-        empty = torch.empty(0)
-        return cls(empty, empty, empty, [], str(error))
+        return Chunk(images, flips, noise, self.bad, None if self.labels is None else self.labels.pin_memory())
 
 
 class Draws(NamedTuple):
@@ -120,33 +122,28 @@ class Draws(NamedTuple):
     policy: NDArray[np.uint64]
 
 
-def draw(places: SampleSlice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
+def draw(samples: SampleSlice, augmentation: Augmentation, shape: MaskShape, masks: int = 1) -> Draws:
     """Draw the random numbers of some samples, each from its own epoch and position.
 
     Args:
-        places: the samples, a slice of the order.
+        samples: a slice of the order.
         augmentation: augmentation of their images.
         shape: shape of the masks.
         masks: k, masks per image.
     """
-    parts = []
+    by_epoch = []
     # Positions count up within an epoch; a batch may extend into the next epoch.
-    starts = np.flatnonzero(np.diff(places.epochs, prepend=-1))
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(places.epochs)], strict=True):
-        epoch, position, rows = int(places.epochs[start]), int(places.positions[start]), stop - start
-
-        def numbers(
-            count: int, purpose: Purpose, rows: int = rows, epoch: int = epoch, position: int = position
-        ) -> NDArray[np.float64]:
-            return uniform_rows(rows, count, purpose, seed=augmentation.seed, epoch=epoch, position=position)
-
+    starts = np.flatnonzero(np.diff(samples.epochs, prepend=-1)).tolist()
+    for start, stop in itertools.pairwise([*starts, len(samples.epochs)]):
+        epoch, position, rows = int(samples.epochs[start]), int(samples.positions[start]), stop - start
+        numbers = functools.partial(uniform_rows, rows, seed=augmentation.seed, epoch=epoch, position=position)
         mirrors = augmentation.flip and augmentation.kind != "none"
         flips = numbers(1, Purpose.FLIP)[:, 0] < 0.5 if mirrors else np.zeros(rows, bool)
         noise = shape.noise(numbers(masks * shape.draws, Purpose.MASK).reshape(rows * masks, -1)).reshape(rows, -1)
         jitter = numbers(JITTER_DRAWS, Purpose.JITTER) if augmentation.color_jitter else np.zeros((rows, JITTER_DRAWS))
         seeds = (numbers(1, Purpose.POLICY)[:, 0] * 2.0**53).astype(np.uint64)
-        parts.append((numbers(CROP_DRAWS, Purpose.CROP), flips, noise, jitter, seeds))
-    return Draws(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+        by_epoch.append((numbers(CROP_DRAWS, Purpose.CROP), flips, noise, jitter, seeds))
+    return Draws(*(np.concatenate(column) for column in zip(*by_epoch, strict=True)))
 
 
 class WorkerProgress:
@@ -200,65 +197,62 @@ class CropLoader:
         decoded: DecodedSet | None = None,
         labels: NDArray[np.int64] | None = None,
     ) -> None:
-        self._labels = labels
+        self.size = augmentation.size
+        self.watch, self.decoded = watch or WorkerProgress(1), decoded
         self._shards, self._order, self._augmentation = shards, order, augmentation
-        self._shape, self._masks, self._decoded = shape, masks, decoded
-        self._watch = watch or WorkerProgress(1)
+        self._shape, self._masks, self._labels = shape, masks, labels
 
-    def __call__(self, slices: Iterator[SampleSlice]) -> Iterator[Chunk]:
-        """Yield the chunk of each slice; if an error stops the work, the last chunk carries it."""
-        reader = self._shards.reader()
-        try:
-            for places in self._fetching_ahead(slices) if self._shards.remote else slices:
-                chunk = self._chunk(reader, places)
-                self._watch.pause()
-                yield chunk
-        except MaekitError as error:
-            yield Chunk.of_failure(error)
-        finally:
-            reader.close()
+    def __call__(self, slices: Iterator[SampleSlice]) -> Iterator[Chunk | MaekitError]:
+        """Yield the chunk of each slice; if an error stops the work, the last item is that error.
 
-    def _chunk(self, reader: MemberReader, places: SampleSlice) -> Chunk:
-        augmentation = self._augmentation
-        draws = draw(places, augmentation, self._shape, self._masks)
-        batch = _empty_images(len(places.epochs), augmentation.size)
-        images = batch.numpy()
-        bad = []
-        labels = np.zeros(len(places.epochs), np.int64)
-        columns = zip(*(c.tolist() for c in (places.shards, places.ordinals)), strict=True)
-        for number, (shard, ordinal) in enumerate(columns):
+        Raised in a worker, it would reach the user inside the worker's traceback.
+        """
+        with contextlib.closing(self._shards.reader()) as reader:
             try:
-                labels[number] = self._label(shard, ordinal)
-                images[number] = self._crop(reader, shard, ordinal, draws.crops[number])
+                for samples in self._fetching_ahead(slices) if self._shards.remote else slices:
+                    chunk = self._chunk(reader, samples)
+                    self.watch.pause()
+                    yield chunk
+            except MaekitError as error:
+                yield MaekitError(str(error))
+
+    def _chunk(self, reader: MemberReader, samples: SampleSlice) -> Chunk:
+        augmentation = self._augmentation
+        draws = draw(samples, augmentation, self._shape, self._masks)
+        batch = _empty_images(len(samples.epochs), augmentation.size)
+        images, labels = batch.numpy(), np.zeros(len(samples.epochs), np.int64)
+        bad = []
+        for number, (shard, ordinal) in enumerate(zip(samples.shards.tolist(), samples.ordinals.tolist(), strict=True)):
+            crop = draws.crops[number]
+            try:
+                images[number], labels[number] = self._sample(reader, shard, ordinal, crop)
             except ImageError as error:
-                key = self._shards.index(shard).key(ordinal)
-                bad.append(f"{self._shards.shards[shard].name} {key}: {error.reason}, {error}")
-                place = int(places.epochs[number]), int(places.positions[number])
-                images[number], labels[number] = self._substitute(reader, place, draws.crops[number], bad[-1])
+                bad.append(f"{name_of(self._shards, shard, ordinal)}: {error.reason}, {error}")
+                position = int(samples.epochs[number]), int(samples.positions[number])
+                images[number], labels[number] = self._substitute(reader, position, crop, bad[-1])
             if augmentation.color_jitter:
                 images[number] = jitter_colors(images[number], augmentation.color_jitter, draws.jitter[number])
             if augmentation.policy is not None:
                 images[number] = augmentation.policy(images[number], int(draws.policy[number]))
-        told = None if self._labels is None else torch.from_numpy(labels)
-        return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad, labels=told)
+        wanted = None if self._labels is None else torch.from_numpy(labels)
+        return Chunk(batch, torch.from_numpy(draws.flips), torch.from_numpy(draws.noise), bad, wanted)
 
-    def _label(self, shard: int, ordinal: int) -> int:
-        if self._labels is None:
-            return 0
-        label = int(self._labels[self._shards.number(shard, ordinal)])
+    def _sample(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> tuple[Pixels, int]:
+        """Return crop and label of a sample; the label is 0 if none are requested."""
+        label = 0 if self._labels is None else int(self._labels[self._shards.number(shard, ordinal)])
         if label < 0:
             raise ImageError("no_label", "no label of a known class")
-        return label
+        return self._crop(reader, shard, ordinal, draws), label
 
     def _crop(self, reader: MemberReader, shard: int, ordinal: int, draws: NDArray[np.float64]) -> Pixels:
-        self._watch.at(shard, ordinal)
+        self.watch.at(shard, ordinal)
         size = self._augmentation.size
         at_least = _LEAST * size[0], _LEAST * size[1]
 
         def choose(width: int, height: int) -> Box:
             return self._augmentation.crop(width, height, draws)
 
-        if self._decoded is not None and (pixels := self._decoded.image(shard, ordinal)) is not None:
+        if self.decoded is not None and (pixels := self.decoded.image(shard, ordinal)) is not None:
             left, top, right, bottom = choose(pixels.shape[1], pixels.shape[0])
             # A JPEG that would be decoded at a reduced scale still is; otherwise the cache would change the images.
             if reduction_of((right - left, bottom - top), at_least) == 1:
@@ -267,38 +261,35 @@ class CropLoader:
         return resize(image.crop(box), size)
 
     def _substitute(
-        self, reader: MemberReader, place: tuple[int, int], draws: NDArray[np.float64], first: str
+        self, reader: MemberReader, position: tuple[int, int], draws: NDArray[np.float64], first: str
     ) -> tuple[Pixels, int]:
-        """Return crop and label of a substitute for the sample at (epoch, position), which also determines it."""
-        epoch, position = place
-        bits = random_bits(
-            _SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=self._augmentation.seed, epoch=epoch, position=position
-        )
+        """Return crop and label of a substitute, which depends on the (epoch, position) of the bad sample."""
+        seed, (epoch, within) = self._augmentation.seed, position
+        bits = random_bits(_SUBSTITUTE_ATTEMPTS, Purpose.SUBSTITUTE, seed=seed, epoch=epoch, position=within)
         for number in bits % np.uint64(self._shards.samples):
-            shard, ordinal = self._shards.locate(int(number))
-            try:
-                return self._crop(reader, shard, ordinal, draws), self._label(shard, ordinal)
-            except ImageError:
-                continue
+            with contextlib.suppress(ImageError):
+                return self._sample(reader, *self._shards.locate(int(number)), draws)
         raise MaekitError(f"{_SUBSTITUTE_ATTEMPTS} samples in a row cannot be used, the first: {first}")
 
     def _fetching_ahead(self, slices: Iterator[SampleSlice]) -> Iterator[SampleSlice]:
         """Pass slices on while downloading the remote shards of their window and of the next one."""
         fetcher: FetchAhead | None = None
-        window = 0
         try:
-            for places in slices:
-                first, last = (int(places.epochs[i]) * self._order.samples + int(places.positions[i]) for i in (0, -1))
-                if fetcher is None:
-                    window = self._order.window_number(first)
-                    fetcher = FetchAhead(self._shards.fetch, self._order.windows(first))
-                for _ in range(self._order.window_number(last) - window):
-                    fetcher.go_on()
-                window = self._order.window_number(last)
-                yield places
+            for samples in slices:
+                first, last = (
+                    int(samples.epochs[i]) * self._order.samples + int(samples.positions[i]) for i in (0, -1)
+                )
+                fetcher = fetcher or FetchAhead(self._shards.fetch, self._order, first)
+                fetcher.reach(last)
+                yield samples
         finally:
             if fetcher is not None:
                 fetcher.stop()
+
+
+def name_of(shards: ShardSet, shard: int, ordinal: int) -> str:
+    """Return the name of a sample for messages: its shard and its key."""
+    return f"{shards.shards[shard].name} {shards.index(shard).key(ordinal)}"
 
 
 def _empty_images(count: int, size: tuple[int, int]) -> torch.Tensor:
@@ -313,7 +304,7 @@ def _empty_images(count: int, size: tuple[int, int]) -> torch.Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(count, 3, *size)
 
 
-def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
+def resize(crop: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
     """Resize a crop, antialiased bicubic: RGB image or uint8 `[h, w, 3]` -> uint8 `[3, H, W]`.
 
     The uint8 kernels of PyTorch and Pillow differ from exact arithmetic, and so from each other, only by rounding.
@@ -321,9 +312,9 @@ def resize(part: Image.Image | Pixels, size: tuple[int, int]) -> Pixels:
     """
     height, width = size
     if height * width < _WORTH_TORCH:
-        image = part if isinstance(part, Image.Image) else Image.fromarray(part)
+        image = crop if isinstance(crop, Image.Image) else Image.fromarray(crop)
         return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    pixels = torch.from_numpy(np.array(part)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
+    pixels = torch.from_numpy(np.array(crop)).permute(2, 0, 1)[None]  # [h, w, C] -> [1, C, h, w]
     resized = functional.interpolate(pixels, (height, width), mode="bicubic", antialias=True)
     return resized[0].numpy()  # [1, C, H, W] -> [C, H, W]
 

@@ -11,7 +11,6 @@ decides only which worker decodes what: a sample's crop, flip and mask depend on
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import re
@@ -21,7 +20,6 @@ import threading
 import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import webdataset
@@ -31,7 +29,7 @@ from maekit.shards.order import SampleOrder, SampleSlice
 from maekit.shards.read import ShardSet
 from maekit.system.errors import MaekitError
 from maekit.system.parallel import follow_parent
-from maekit.training.crops import Chunk, CropLoader, WorkerProgress
+from maekit.training.crops import Chunk, CropLoader, WorkerProgress, name_of
 
 _CHUNK_BYTES = 8 << 20
 _CHUNK_IMAGES = 512
@@ -65,8 +63,8 @@ class BatchLayout:
     def chunks(self) -> list[tuple[int, int]]:
         """Return (first, last) of each chunk within this rank's share; no chunk crosses a micro-batch boundary."""
         largest = max(1, min(_CHUNK_IMAGES, _CHUNK_BYTES // self.image_bytes))
-        parts = -(-self.micro_batch // largest)
-        cuts = [self.micro_batch * part // parts for part in range(parts + 1)]
+        count = -(-self.micro_batch // largest)
+        cuts = [self.micro_batch * number // count for number in range(count + 1)]
         return [
             (start + first, start + last)
             for start in range(0, self.share, self.micro_batch)
@@ -79,47 +77,48 @@ class ExactSource(IterableDataset[SampleSlice]):
 
     Args:
         order: order of the samples.
-        division: layout of each step's batch.
+        layout: layout of each step's batch.
         first: steps already done.
         last: total number of steps.
     """
 
-    def __init__(self, order: SampleOrder, division: BatchLayout, *, first: int, last: int) -> None:
-        self._order, self._division, self._first, self._last = order, division, first, last
+    def __init__(self, order: SampleOrder, layout: BatchLayout, *, first: int, last: int) -> None:
+        self._order, self._layout, self._first, self._last = order, layout, first, last
 
     def __iter__(self) -> Iterator[SampleSlice]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        chunks = self._division.chunks()
-        for place in range(number, (self._last - self._first) * len(chunks), workers):
-            step, chunk = divmod(place, len(chunks))
-            start = (self._first + step) * self._division.batch_size + self._division.rank * self._division.share
-            first, last = chunks[chunk]
+        chunks = self._layout.chunks()
+        for chunk in range(number, (self._last - self._first) * len(chunks), workers):
+            step, within_step = divmod(chunk, len(chunks))
+            start = (self._first + step) * self._layout.batch_size + self._layout.rank * self._layout.share
+            first, last = chunks[within_step]
             yield self._order.slice(start + first, start + last)
 
 
 def make_loader(
-    source: ExactSource, crops: CropLoader, division: BatchLayout, *, workers: int, prefetch: int, pin: bool
-) -> DataLoader[Chunk]:
+    source: ExactSource, crops: CropLoader, layout: BatchLayout, *, workers: int, prefetch: int, pin: bool
+) -> DataLoader[Chunk | MaekitError]:
     """Return the DataLoader that runs stages 1 and 2.
 
     Args:
         source: stage 1.
         crops: stage 2.
-        division: layout of each step's batch.
+        layout: layout of each step's batch.
         workers: number of worker processes; 0 loads in this process.
         prefetch: minimum number of whole steps to prefetch.
         pin: return pinned memory.
     """
     _allow_many_files()
-    ahead = max(2, -(-prefetch * len(division.chunks()) // max(1, workers)))
+    parent = os.getpid()
+    ahead = max(2, -(-prefetch * len(layout.chunks()) // max(1, workers)))
     return DataLoader(
         webdataset.DataPipeline(source, crops),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=ahead if workers else None,
         pin_memory=pin,
-        worker_init_fn=functools.partial(_start_worker, os.getpid()),
+        worker_init_fn=lambda worker: follow_parent(parent),
         # Forked workers share the shard indexes and the decoded images.
         multiprocessing_context="fork" if workers else None,
         timeout=_POLL_SECONDS if workers else 0,
@@ -134,11 +133,7 @@ def _allow_many_files() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _start_worker(parent: int, worker: int) -> None:
-    follow_parent(parent)
-
-
-def stop_workers(batches: Iterator[Chunk]) -> None:
+def stop_workers(batches: Iterator[object]) -> None:
     """Stop the workers of a DataLoader's iterator now, not when the iterator is garbage-collected.
 
     Until then, a killed worker makes torch raise in the middle of whatever the main process does next. A hanging worker
@@ -185,8 +180,8 @@ class StepBatches:
     """Stage 3: the micro-batches, step by step.
 
     Args:
-        chunks: chunks from the DataLoader.
-        division: layout of each step's batch.
+        chunks: chunks from the DataLoader, or the error that stopped a worker.
+        layout: layout of each step's batch.
         shards: names the sample at which a worker is stuck.
         watch: the sample each worker is reading.
         patience: seconds to wait without any progress before giving up.
@@ -194,16 +189,16 @@ class StepBatches:
 
     def __init__(
         self,
-        chunks: Iterator[Chunk],
-        division: BatchLayout,
+        chunks: Iterator[Chunk | MaekitError],
+        layout: BatchLayout,
         *,
         shards: ShardSet,
         watch: WorkerProgress,
         patience: float,
     ) -> None:
         self._chunks, self._shards, self._watch, self._patience = chunks, shards, watch, patience
-        self._per_micro_batch = len(division.chunks()) // (division.share // division.micro_batch)
-        self._per_step = len(division.chunks())
+        self._per_micro_batch = len(layout.chunks()) // (layout.share // layout.micro_batch)
+        self._per_step = len(layout.chunks())
         self._ready: list[Chunk] = []
 
     def next(self, give_up: Callable[[], bool] = lambda: False) -> list[list[Chunk]] | None:
@@ -216,13 +211,13 @@ class StepBatches:
             chunk = self._wait(give_up)
             if chunk is None:
                 return None
-            if chunk.failure is not None:
-                raise MaekitError(chunk.failure)
+            if isinstance(chunk, MaekitError):
+                raise chunk
             self._ready.append(chunk)
         ready, self._ready = self._ready, []
         return [ready[start : start + self._per_micro_batch] for start in range(0, len(ready), self._per_micro_batch)]
 
-    def _wait(self, give_up: Callable[[], bool]) -> Chunk | None:
+    def _wait(self, give_up: Callable[[], bool]) -> Chunk | MaekitError | None:
         done, since = self._watch.rows.copy(), time.monotonic()
         while not give_up():
             try:
@@ -262,35 +257,19 @@ class StepBatches:
     def _at(self, processes: Container[int] | None = None) -> str:
         """Name the samples that workers are reading: all workers, or those with the given process ids."""
         names = [
-            f"{self._shards.shards[shard].name} {self._shards.index(shard).key(ordinal)}"
+            name_of(self._shards, shard, ordinal)
             for process, shard, ordinal, _ in self._watch.rows.tolist()
             if ordinal >= 0 and (processes is None or process in processes)
         ]
         return f" (being read: {', '.join(names[:8])})" if names else ""
 
 
-class MicroBatch(NamedTuple):
-    """The input of one forward pass, on the device.
-
-    Attributes:
-        images: uint8 `[B, 3, H, W]`.
-        flips: bool `[B]`, True = mirror.
-        noise: float32 `[B, k·N]`.
-        tokens: tokens of the mirrored images, int64 `[B, N]`; None where they are not the target.
-    """
-
-    images: torch.Tensor
-    flips: torch.Tensor
-    noise: torch.Tensor
-    tokens: torch.Tensor | None = None
-
-
 # Stage 4: from the chunks of a micro-batch to the arguments of the objective.
-Upload = Callable[[list[Chunk]], tuple[torch.Tensor | None, ...]]
+Upload = Callable[[list[Chunk]], tuple[torch.Tensor, ...]]
 
 
 class Uploader:
-    """Stage 4: from chunks on the host to one micro-batch on the device.
+    """Stage 4: from chunks on the host to the arguments of `MaskedObjective.forward`, on the device.
 
     On CUDA the copies run in a separate stream and overlap with queued computation, because the host runs ahead.
 
@@ -307,27 +286,24 @@ class Uploader:
         self._device, self._tokenizer = device, tokenizer
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __call__(self, chunks: list[Chunk]) -> MicroBatch:
-        """Return the images of chunks as one micro-batch."""
+    def __call__(self, chunks: list[Chunk]) -> tuple[torch.Tensor, ...]:
+        """Return images, flips, noise and, where they are the target, tokens of chunks as one micro-batch."""
         if self._stream is None:
             return self._gather(chunks)
         with torch.cuda.stream(self._stream):
             uploaded = self._gather(chunks)
         computing = torch.cuda.current_stream(self._device)
         computing.wait_stream(self._stream)
-        for tensor in filter(torch.is_tensor, uploaded):
+        for tensor in uploaded:
             # Allocated in one stream and used in another: the memory must not be reused before the other has finished.
             tensor.record_stream(computing)
         return uploaded
 
-    def _gather(self, chunks: list[Chunk]) -> MicroBatch:
-        def together(tensors: list[torch.Tensor]) -> torch.Tensor:
-            moved = [tensor.to(self._device, non_blocking=True) for tensor in tensors]
-            return moved[0] if len(moved) == 1 else torch.cat(moved)
-
-        return MicroBatch(
-            together([chunk.images for chunk in chunks]),
-            together([chunk.flips for chunk in chunks]),
-            together([chunk.noise for chunk in chunks]),
-            together([self._tokenizer(c.images, c.flips) for c in chunks]) if self._tokenizer else None,
+    def _gather(self, chunks: list[Chunk]) -> tuple[torch.Tensor, ...]:
+        rows: list[tuple[torch.Tensor, ...]] = [(chunk.images, chunk.flips, chunk.noise) for chunk in chunks]
+        if self._tokenizer is not None:
+            rows = [(*row, self._tokenizer(*row[:2])) for row in rows]
+        columns = (
+            [tensor.to(self._device, non_blocking=True) for tensor in column] for column in zip(*rows, strict=True)
         )
+        return tuple(column[0] if len(column) == 1 else torch.cat(column) for column in columns)

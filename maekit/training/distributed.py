@@ -10,7 +10,7 @@ import datetime
 import os
 import socket
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 # Timeout of collectives: ranks wait while one of them draws, saves or reads. The death of a rank shows without it.
 _PATIENCE = datetime.timedelta(hours=2)
+_SIGNS_OF_A_LOST_RANK = ("gloo", "Connection reset", "Connection closed", "Broken pipe", "NCCL")
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class DistributedContext:
             return [list(numbers)]
         mine = torch.tensor(numbers, dtype=torch.float64)
         gathered = [torch.empty_like(mine) for _ in range(self.size)]
-        with _lost_ranks():
+        with self.lost_ranks():
             dist.all_gather(gathered, mine, group=self.group)
         return [row.tolist() for row in gathered]
 
@@ -66,7 +67,7 @@ class DistributedContext:
         if self.group is None:
             return list(numbers)
         total = torch.tensor(numbers, dtype=torch.float64)
-        with _lost_ranks():
+        with self.lost_ranks():
             dist.all_reduce(total, group=self.group)
         return total.tolist()
 
@@ -75,9 +76,34 @@ class DistributedContext:
         if self.group is None:
             return value
         box = [value]
-        with _lost_ranks():
+        with self.lost_ranks():
             dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def broadcast(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Overwrite each tensor, such as running statistics, with that of rank 0."""
+        if self.group is not None:
+            for tensor in tensors:
+                with self.lost_ranks():
+                    dist.broadcast(tensor, src=0)
+
+    @contextlib.contextmanager
+    def lost_ranks(self) -> Iterator[None]:
+        """Context in which an error caused by a lost rank becomes a one-line `MaekitError`.
+
+        It quotes the original message, because a broken network looks the same.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            said = str(error).strip() or type(error).__name__
+            is_lost = isinstance(error, dist.DistError) or any(sign in said for sign in _SIGNS_OF_A_LOST_RANK)
+            if self.group is None or not is_lost:
+                raise
+            raise MaekitError(
+                "another process of this run is gone (what it said stands above, or in its own log); run the same "
+                f"command again to go on [{said.splitlines()[0]}]"
+            ) from error
 
     def together(self, work: Callable[[], Result]) -> Result:
         """Run `work` on every rank; if it fails on one, fail on all.
@@ -171,8 +197,8 @@ def join(device: str) -> Iterator[DistributedContext]:
 def _own_cores(world: DistributedContext) -> int:
     """Return this process's share of the CPU cores; launchers assign separate cores, or the same ones to all."""
     host = zlib.crc32(socket.gethostname().encode())
-    places = world.gather([host, *first_core_and_count()])
-    return max(1, first_core_and_count()[1] // places.count(places[world.rank]))
+    ranks = world.gather([host, *first_core_and_count()])
+    return max(1, first_core_and_count()[1] // ranks.count(ranks[world.rank]))
 
 
 def _number(name: str, default: int | None = None) -> int:
@@ -188,53 +214,14 @@ def _number(name: str, default: int | None = None) -> int:
         ) from None
 
 
-@contextlib.contextmanager
-def _lost_ranks() -> Iterator[None]:
-    """Turn an error caused by a lost rank into a one-line `MaekitError`."""
-    try:
-        yield
-    except RuntimeError as error:
-        if lost_rank(error):
-            raise rank_is_gone(error) from error
-        raise
-
-
-def rank_is_gone(error: RuntimeError) -> MaekitError:
-    """Return the error for a lost rank; it quotes the original message, because a broken network looks the same."""
-    said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return MaekitError(
-        "another process of this run is gone (what it said stands above, or in its own log); run the same command "
-        f"again to go on [{said}]"
-    )
-
-
-def lost_rank(error: RuntimeError) -> bool:
-    """Whether an error means that another process of the run is gone."""
-    said = str(error)
-    return isinstance(error, dist.DistError) or any(
-        word in said for word in ("gloo", "Connection reset", "Connection closed", "Broken pipe", "NCCL")
-    )
-
-
-def share_buffers(module: torch.nn.Module, world: DistributedContext) -> None:
-    """Broadcast rank 0's buffers, such as running statistics."""
-    if world.group is not None:
-        for buffer in module.buffers():
-            with _lost_ranks():
-                dist.broadcast(buffer, src=0)
-
-
 def share_optimizer(optimizer: torch.optim.Optimizer, world: DistributedContext) -> None:
     """Broadcast the optimiser's state that rank 0 loaded."""
-    if world.group is None:
-        return
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     kinds = world.share([sorted(optimizer.state[parameter]) for parameter in parameters])
-    for parameter, there in zip(parameters, kinds, strict=True):
+    for parameter, loaded in zip(parameters, kinds, strict=True):
         state = optimizer.state[parameter]
-        for kind in there:
+        for kind in loaded:
             if kind not in state:
                 like = torch.zeros((), device=parameter.device) if kind == "step" else torch.zeros_like(parameter)
                 state[kind] = like
-            with _lost_ranks():
-                dist.broadcast(state[kind], src=0)
+        world.broadcast(state[kind] for kind in loaded)

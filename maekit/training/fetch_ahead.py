@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable, Iterator
 
+from maekit.shards.order import SampleOrder
 from maekit.system.errors import MaekitError
 
 
@@ -12,26 +13,30 @@ class FetchAhead:
     Args:
         fetch: `fetch(shard)` brings the shard of that number into the cache; it returns False while another process
             downloads it.
-        windows: the numbers of the shards in reading order, window by window, without end.
+        order: order of the samples.
+        start: position of the first sample in the endless sequence of epochs.
     """
 
-    def __init__(self, fetch: Callable[[int], bool], windows: Iterator[list[int]]) -> None:
-        self._fetch, self._windows = fetch, windows
+    def __init__(self, fetch: Callable[[int], bool], order: SampleOrder, start: int) -> None:
+        self._fetch, self._order, self._window = fetch, order, order.window_number(start)
         self._may_start = threading.Semaphore(2)  # this window and the next
         self._stopped = threading.Event()
-        threading.Thread(target=self._run, name="fetch-ahead", daemon=True).start()
+        threading.Thread(target=self._run, args=(order.windows(start),), name="fetch-ahead", daemon=True).start()
 
-    def go_on(self) -> None:
-        """Report that reading has reached the next window."""
-        self._may_start.release()
+    def reach(self, position: int) -> None:
+        """Report the position that reading has reached; with each new window, one more may be downloaded."""
+        window = self._order.window_number(position)
+        for _ in range(window - self._window):
+            self._may_start.release()
+        self._window = window
 
     def stop(self) -> None:
         """Stop the thread after the current download."""
         self._stopped.set()
         self._may_start.release()
 
-    def _run(self) -> None:
-        for window in self._windows:
+    def _run(self, windows: Iterator[list[int]]) -> None:
+        for window in windows:
             self._may_start.acquire()
             missing = window
             while missing and not self._stopped.is_set():

@@ -5,7 +5,6 @@ The pixels are never modified, so forked workers share the same memory pages; no
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,21 +16,7 @@ from maekit.system.files import describe_bytes
 from maekit.system.machine import available_memory, cores
 from maekit.system.parallel import map_in_threads
 
-_UNIT = 64  # images decoded by a thread at a time
-
-
-@dataclass(frozen=True)
-class _Unit:
-    shard: int
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class _Decoded:
-    pixels: NDArray[np.uint8]  # all images, concatenated
-    starts: NDArray[np.int64]  # `[n]`; -1 where there is no image
-    sizes: NDArray[np.int32]  # (height, width), `[n, 2]`
+_UNIT = 64  # images that a thread decodes at a time and stores as one array
 
 
 class DecodedSet:
@@ -58,28 +43,23 @@ class DecodedSet:
         self._shards = shards
         self._room = available_memory() // 2 // sharing if room is None else room
         self._taken, self._begun, self._lock = 0, 0, threading.Lock()
-        self._units: dict[tuple[int, int], _Decoded] = {}
-        self.bytes, done = 0, 0
-        units = [
-            _Unit(shard, first, min(first + _UNIT, int(count)))
-            for shard, count in enumerate(shards.counts)
-            for first in range(0, int(count), _UNIT)
-        ]
-        threads = max(1, cores() // sharing)
-        for unit, decoded in zip(units, map_in_threads(self._decode, units, threads=threads), strict=True):
-            self._units[unit.shard, unit.first // _UNIT] = decoded
-            self.bytes += decoded.pixels.nbytes
-            done += unit.last - unit.first
-            on_images(done)
+        # By number of the sample: (height, width), and the start of its pixels within its unit; -1 without an image.
+        self._sizes = np.zeros((shards.samples, 2), np.int32)
+        self._starts = np.full(shards.samples, -1, np.int64)
+        self._units: list[NDArray[np.uint8]] = []
+        firsts = range(0, shards.samples, _UNIT)
+        for pixels in map_in_threads(self._decode, firsts, threads=max(1, cores() // sharing)):
+            self._units.append(pixels)
+            on_images(min(len(self._units) * _UNIT, shards.samples))
+        self.bytes = sum(pixels.nbytes for pixels in self._units)
 
     def image(self, shard: int, ordinal: int) -> Pixels | None:
         """Return an image, uint8 `[H, W, 3]`, read-only by convention; None if the sample has no readable image."""
-        decoded = self._units[shard, ordinal // _UNIT]
-        start = int(decoded.starts[ordinal % _UNIT])
+        number = self._shards.number(shard, ordinal)
+        start, (height, width) = int(self._starts[number]), self._sizes[number].tolist()
         if start < 0:
             return None
-        height, width = decoded.sizes[ordinal % _UNIT].tolist()
-        return decoded.pixels[start : start + height * width * 3].reshape(height, width, 3)
+        return self._units[number // _UNIT][start : start + height * width * 3].reshape(height, width, 3)
 
     def _take(self, count: int) -> None:
         """Account for bytes before they are stored, so that the threads together do not exceed the limit."""
@@ -93,17 +73,16 @@ class DecodedSet:
                     f"{describe_bytes(self._room)} of memory may be used; leave `cache=ram` out"
                 )
 
-    def _decode(self, unit: _Unit) -> _Decoded:
-        images: list[Pixels] = []
-        count = unit.last - unit.first
-        starts, sizes = np.full(count, -1, np.int64), np.zeros((count, 2), np.int32)
+    def _decode(self, first: int) -> NDArray[np.uint8]:
+        """Decode the images of one unit; return their pixels, concatenated."""
+        images: list[Pixels] = [np.empty(0, np.uint8)]
         end = 0
-        first = self._shards.number(unit.shard, unit.first)
-        for number, pixels in enumerate(self._shards.images(range(first, first + count), decode)):
+        numbers = range(first, min(first + _UNIT, self._shards.samples))
+        for number, pixels in zip(numbers, self._shards.images(numbers, decode), strict=True):
             if isinstance(pixels, ImageError):
                 continue  # reported and replaced when training reads it
             self._take(pixels.nbytes)
-            starts[number], sizes[number] = end, pixels.shape[:2]
+            self._starts[number], self._sizes[number] = end, pixels.shape[:2]
             end += pixels.size
             images.append(pixels.reshape(-1))
-        return _Decoded(np.concatenate(images) if images else np.empty(0, np.uint8), starts, sizes)
+        return np.concatenate(images)

@@ -1,14 +1,15 @@
-"""The entry to any training: join the other processes, index the shards, own the run directory, and train.
+"""The entry to any training: join the other processes, check batch and data, index the shards, own the run directory.
 
 Each training command runs it as:
 
     with launched(config, run, progress, resolve) as launch:
         task = ...                          # built on launch.device, from launch.shards
         newest = launch.own()
-        finished = launch.train(task, newest)
+        finished = Engine(launch, task).go(newest)
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -19,23 +20,18 @@ import torch
 from maekit.config import TrainingConfig
 from maekit.mae.device import choose_device, device_errors
 from maekit.runs import Checkpoint, RunDirectory
+from maekit.shards.cache import RemoteCache
 from maekit.shards.order import SampleOrder
-from maekit.shards.read import ShardSet
+from maekit.shards.read import ShardSet, open_shards
+from maekit.shards.spec import find_shards
 from maekit.system import files, locks
+from maekit.system.errors import DamagedShard, InputError, OtherRankError
 from maekit.system.progress import Progress
 from maekit.system.signals import stop_on_signal
 from maekit.training import distributed
 from maekit.training.distributed import DistributedContext
-from maekit.training.engine import Engine, Finished
-from maekit.training.prepare import (
-    choose_precision,
-    index_shards,
-    newest_checkpoint,
-    refuse_different_data,
-    refuse_indivisible,
-)
+from maekit.training.step import check_micro_batch
 from maekit.training.stop import Stop
-from maekit.training.task import Task
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -76,21 +72,15 @@ class Launch(Generic[Config]):
         """
         self.world.on_main(lambda: self.stack.enter_context(locks.sole_owner(self.run.path)))
         # Looked up under the lock: a previous process may just have saved its last checkpoint.
-        return self.world.on_main(lambda: newest_checkpoint(self.run, self.progress))
+        return self.world.on_main(self._newest_checkpoint)
 
-    def train(self, task: Task, newest: Checkpoint | None) -> Finished:
-        """Resume from a checkpoint, or start; see `Engine.go`."""
-        engine = Engine(
-            task=task,
-            run=self.run,
-            shards=self.shards,
-            order=self.order,
-            device=self.device,
-            world=self.world,
-            progress=self.progress,
-            stop=self.stop,
-        )
-        return engine.go(newest)
+    def _newest_checkpoint(self) -> Checkpoint | None:
+        newest = self.run.newest_valid(self.progress.note)
+        if newest is None and (lost := self.run.list_checkpoints()):
+            raise InputError(
+                f"none of {len(lost)} checkpoints in {self.run.checkpoints} is valid; delete it to start anew"
+            )
+        return newest
 
 
 @contextlib.contextmanager
@@ -114,27 +104,129 @@ def launched(
     files.require_utf8(run.path)
     stop = Stop(config.run.max_time)
     kind = choose_device(config.run.device)
-    with stop_on_signal(stop.heed) as stop.received_signal, device_errors(), distributed.join(kind) as world:
+    with (
+        stop_on_signal(stop.heed) as stop.received_signal,
+        device_errors(),
+        distributed.join(kind) as world,
+        ExitStack() as stack,
+    ):
         device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
-        world.on_main(lambda: refuse_indivisible(config, world))
+        world.on_main(lambda: _refuse_indivisible(config, world))
         world.on_main(resolve)
         config = world.share(config)
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
-        precision = choose_precision(config, device, world, progress)
-        shards = world.in_turn(lambda: index_shards(config, world, progress))
-        refuse_different_data(shards, world)
+        precision = _choose_precision(config, device, world, progress)
+        shards = world.in_turn(lambda: _index_shards(config, world, progress))
+        _refuse_different_data(shards, world)
         order = SampleOrder(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
-        with ExitStack() as stack:
-            yield Launch(
-                config=config,
-                run=run,
-                device=device,
-                precision=precision,
-                shards=shards,
-                order=order,
-                world=world,
-                stop=stop,
-                progress=progress,
-                stack=stack,
-            )
+        yield Launch(
+            config=config,
+            run=run,
+            device=device,
+            precision=precision,
+            shards=shards,
+            order=order,
+            world=world,
+            stop=stop,
+            progress=progress,
+            stack=stack,
+        )
+
+
+def refuse_foreign_directory(run: RunDirectory, kind: str) -> None:
+    """Refuse a directory that holds something other than a run of this kind.
+
+    Raises:
+        InputError: names what it holds.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise InputError(f"{run.path} is a file; `out` names a directory")
+    if run.path.is_dir() and not run.config_file.is_file():
+        others = sorted(p.name for p in run.path.iterdir() if not p.name.startswith("."))
+        if others:
+            raise InputError(f"{run.path} is no {kind} (it holds {others[0]}); choose an empty or new `out`")
+
+
+def _index_shards(config: TrainingConfig, world: DistributedContext, progress: Progress) -> ShardSet:
+    """Index the training set, and check that the cache for remote shards is large enough."""
+    shards = open_set(config, config.shards, progress, "index shards")
+    if world.is_main:
+        progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
+    if shards.remote is not None:
+        # Two windows of remote shards must fit; otherwise each read would be a download.
+        sizes = [shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url]
+        shards.remote.refuse_if_too_small(min(2 * config.data.window, len(sizes)), max(sizes))
+    return shards
+
+
+def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
+    """Find and index the shards of the input specs; `what` labels the progress.
+
+    Raises:
+        InputError: there are no shards, or damaged ones without `skip_damaged`.
+    """
+    found = find_shards(specs)
+    seen = itertools.count(1)
+
+    def on_damage(damage: DamagedShard) -> None:
+        if config.data.skip_damaged:
+            progress.note(f"left out: {damage}")
+
+    progress.start(what, len(found))
+    try:
+        return open_shards(
+            found,
+            skip_damaged=config.data.skip_damaged,
+            remote=RemoteCache(int(config.data.cache_gb * 1e9)),
+            on_shard=lambda shard: progress.advance(next(seen)),
+            on_damage=on_damage,
+        )
+    finally:
+        progress.stop()
+
+
+def _refuse_different_data(shards: ShardSet, world: DistributedContext) -> None:
+    """Check that all ranks read the same data, by 48 bits of the digest, which a float64 holds exactly."""
+    numbers = [int(number) for (number,) in world.gather([float(int(shards.digest[:12], 16))])]
+    for rank, number in enumerate(numbers):
+        if number != numbers[0]:
+            message = f"rank {rank} reads other shards than rank 0 does: each machine must see the same set"
+            raise InputError(message) if world.is_main else OtherRankError(message, InputError.exit_code)
+
+
+def _refuse_indivisible(config: TrainingConfig, world: DistributedContext) -> None:
+    """Refuse a batch that the number of processes or the micro-batch does not divide.
+
+    Raises:
+        InputError: names the nearest size that fits.
+    """
+    size = config.batch_size
+    if size % world.size:
+        below = size // world.size * world.size
+        nearest = " and ".join(str(n) for n in (below, below + world.size) if n)
+        raise InputError(f"{world.size} processes do not divide a batch of {size}; the nearest are {nearest}")
+    if config.run.micro_batch is not None:
+        check_micro_batch(config.run.micro_batch, size // world.size)
+
+
+def _choose_precision(
+    config: TrainingConfig, device: torch.device, world: DistributedContext, progress: Progress
+) -> str:
+    """Return `fp32` or `bf16`, and report the choice and its reason."""
+    able = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_bf16()
+    precision = config.run.precision
+    if precision == "auto":
+        precision = "bf16" if able else "fp32"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    why = "" if config.run.device != "auto" or device.type == "cuda" else " (no CUDA device found)"
+    no_bf16 = " (no bf16 arithmetic in this hardware)" if config.run.precision == "auto" and not able else ""
+    if world.is_main:
+        many = f"{world.size} processes, each on " if world.size > 1 else ""
+        progress.note(f"device: {many}{name}{why}; precision: {precision}{no_bf16}")
+    return precision
+
+
+def _cpu_has_bf16() -> bool:
+    # Without these instructions, bf16 on a CPU is emulated and slower than fp32.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -11,15 +11,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from maekit.system.errors import MaekitError, OtherRankError
 from maekit.training.crops import Chunk
 from maekit.training.data import StepBatches
-from maekit.training.distributed import DistributedContext
-from maekit.training.optim import Schedule
+from maekit.training.launch import Launch
 from maekit.training.step import Step
 
 # Steps that the host may run ahead of the device: enough that the device never waits, few enough that the uploaded
@@ -93,45 +92,47 @@ class _Since:
     norms: list[torch.Tensor] = field(default_factory=list)
 
 
+class _Next(NamedTuple):
+    """What the ranks agreed on.
+
+    Attributes:
+        micro_batches: this rank's part of the step; None means save and stop.
+        save: whether to save before the step.
+        bad: samples of the step that were replaced, on all ranks.
+        bad_lines: one line for each of those on this rank.
+    """
+
+    micro_batches: list[list[Chunk]] | None
+    save: bool
+    bad: int
+    bad_lines: tuple[str, ...]
+
+
 class Loop:
     """One rank's loop over steps.
 
     Args:
+        launch: the run.
         step: takes one training step.
         batches: the batches of this rank.
-        schedule: the learning-rate schedule, for the rows.
         state: counts over the run; updated.
-        world: the ranks that divide each batch.
-        device: device of the model.
-        batch_size: images per step, over all ranks.
-        epoch_samples: samples per epoch.
-        max_bad: largest allowed fraction of bad samples.
-        checkpoint_seconds: longest time between two checkpoints.
-        stop_requested: whether this rank should save and stop.
         failure: returns the error of a background thread, or None.
     """
 
     def __init__(
         self,
+        launch: Launch[Any],
         *,
         step: Step,
         batches: StepBatches,
-        schedule: Schedule,
         state: TrainState,
-        world: DistributedContext,
-        device: torch.device,
-        batch_size: int,
-        epoch_samples: int,
-        max_bad: float,
-        checkpoint_seconds: float,
-        stop_requested: Callable[[], bool],
         failure: Callable[[], MaekitError | None],
     ) -> None:
-        self.step, self.batches, self.state, self.device = step, batches, state, device
-        self.batch_size = batch_size
-        self._schedule, self._world, self._epoch_samples, self._max_bad = schedule, world, epoch_samples, max_bad
-        self._checkpoint_seconds = checkpoint_seconds
-        self._stop_requested, self._failure = stop_requested, failure
+        self.step, self.batches, self.state = step, batches, state
+        self.device, self.batch_size = launch.device, launch.config.batch_size
+        self._world, self._stop, self._failure = launch.world, launch.stop, failure
+        self._epoch_samples, self._max_bad = launch.shards.samples, launch.config.data.max_bad
+        self._checkpoint_seconds = 60 * launch.config.run.checkpoint_minutes
         self._since = _Since(0, 0.0, 0.0)
         self._saved = 0.0
 
@@ -146,9 +147,7 @@ class Loop:
         done = first
         ahead = _Throttle(self.device)
         while done < last:
-            before = time.perf_counter()
-            batch = self._agree_on_next(overdue=before - self._saved > self._checkpoint_seconds)
-            self.state.wait += time.perf_counter() - before - batch.agreeing
+            batch = self._agree_on_next()
             if batch.micro_batches is None or batch.save:
                 yield Boundary(done, must_save=True)
             if batch.micro_batches is None:
@@ -160,7 +159,7 @@ class Loop:
             self._since.norms.append(norm)
             done += 1
             self._count_bad(batch, done)
-            yield Boundary(done, bad=tuple(batch.bad_lines))
+            yield Boundary(done, bad=batch.bad_lines)
         self.state.seconds = time.perf_counter() - started
 
     def saved(self) -> None:
@@ -189,24 +188,26 @@ class Loop:
         self._since = _Since(done, time.perf_counter(), self.state.wait)
         return row, broken
 
-    def _agree_on_next(self, *, overdue: bool) -> "_Next":
+    def _agree_on_next(self) -> _Next:
         """Get the next step's batch, and agree with the other ranks whether to take the step, save, or stop."""
+        before = time.perf_counter()
+        # Only the clock of rank 0 decides when a checkpoint is overdue.
+        overdue = self._world.is_main and before - self._saved > self._checkpoint_seconds
         error: MaekitError | None = self._failure()
         micro_batches: list[list[Chunk]] | None = None
         if error is None:
             try:
-                micro_batches = self.batches.next(self._stop_requested)
+                micro_batches = self.batches.next(self._stop.is_due)
             except MaekitError as raised:
                 error = raised
-        before = time.perf_counter()
-        bad = [line for chunks in micro_batches or [] for chunk in chunks for line in chunk.bad]
-        stop = error is None and (micro_batches is None or self._stop_requested())
-        # Only the clock of rank 0 decides when a checkpoint is overdue.
-        votes = [bool(error), stop, overdue and self._world.is_main, len(bad)]
+        self.state.wait += time.perf_counter() - before
+        bad = tuple(line for chunks in micro_batches or [] for chunk in chunks for line in chunk.bad)
+        stop = error is None and (micro_batches is None or self._stop.is_due())
+        votes = [error is not None, stop, overdue, len(bad)]
         failed, stops, saves, all_bad = self._world.sum([float(vote) for vote in votes])
         if failed:
             raise error or OtherRankError("another rank failed", MaekitError.exit_code)
-        return _Next(None if stops else micro_batches, bool(saves), int(all_bad), bad, time.perf_counter() - before)
+        return _Next(None if stops else micro_batches, bool(saves), int(all_bad), bad)
 
     def _count_bad(self, batch: "_Next", done: int) -> None:
         self.state.bad += batch.bad
@@ -241,31 +242,12 @@ class Loop:
             "epoch": round(done * self.batch_size / self._epoch_samples, 4),
             "samples": done * self.batch_size,
             "loss": math.fsum(finite) / len(finite) if finite else None,
-            "lr": self._schedule.at(done - 1),
+            "lr": self.step.schedule.at(done - 1),
             "grad_norm": norms[-1] if norms and math.isfinite(norms[-1]) else None,
             "bad": self.state.bad,
             "skipped": self.state.skipped,
         }
         return row, broken
-
-
-@dataclass
-class _Next:
-    """What the ranks agreed on.
-
-    Attributes:
-        micro_batches: this rank's part of the step; None means save and stop.
-        save: whether to save before the step.
-        bad: samples of the step that were replaced, on all ranks.
-        bad_lines: one line for each of those on this rank.
-        agreeing: seconds that the collective took.
-    """
-
-    micro_batches: list[list[Chunk]] | None
-    save: bool
-    bad: int
-    bad_lines: list[str]
-    agreeing: float
 
 
 class _Throttle:

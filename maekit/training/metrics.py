@@ -14,11 +14,8 @@ def append(path: Path, row: dict[str, Any]) -> None:
     Raises:
         MaekitError: the file cannot be written.
     """
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-    except OSError as error:
-        raise files.write_failure(path, error) from error
+    with files.writing(path), open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def cut_back(path: Path, step: int) -> None:

@@ -105,9 +105,9 @@ class Step:
         compile: bool = False,
         begin: Callable[[int], None] = lambda done: None,
     ) -> None:
-        self._begin = begin
-        self._optimizer, self._schedule, self._forward, self._upload = optimizer, schedule, forward, upload
-        self._clip = clip
+        self.schedule = schedule
+        self._optimizer, self._forward, self._upload = optimizer, forward, upload
+        self._clip, self._begin = clip, begin
         self._parameters = [p for p in objective.parameters() if p.requires_grad]
         self._wrapped: nn.Module = objective
         if world.size > 1:
@@ -136,7 +136,7 @@ class Step:
         """
         self._begin(done)
         for group in self._optimizer.param_groups:
-            group["lr"] = self._schedule.at(done) * group.get("lr_scale", 1.0)
+            group["lr"] = self.schedule.at(done) * group.get("lr_scale", 1.0)
         # ---- one training step; nothing in here waits for the device --------------------------------------------
         self._optimizer.zero_grad(set_to_none=True)
         losses = []
@@ -167,6 +167,7 @@ def choose_micro_batch(
     share: int,
     image_shape: tuple[int, int],
     forward: Callable[[], AbstractContextManager[Any]],
+    *,
     moments: int = 0,
     fits: Callable[[int], bool] = lambda count: True,
 ) -> int:
@@ -199,8 +200,12 @@ def choose_micro_batch(
     else:
         room = _CPU_ACTIVATIONS
     largest = max(1, min(_LARGEST_MICRO_BATCH, int(room / per_image)))
-    parts = [part for part in range(1, share + 1) if share % part == 0 and fits(part)]
-    return max((part for part in parts if part <= largest), default=parts[0])
+    fitting = [count for count in _divisors(share) if fits(count)]
+    return max((count for count in fitting if count <= largest), default=fitting[0])
+
+
+def _divisors(share: int) -> list[int]:
+    return [count for count in range(1, share + 1) if share % count == 0]
 
 
 def _saved_bytes(
@@ -231,8 +236,7 @@ def check_micro_batch(micro_batch: int, share: int) -> None:
         InputError: names the nearest divisor.
     """
     if share % micro_batch:
-        fitting = [part for part in range(1, share + 1) if share % part == 0]
-        nearest = min(fitting, key=lambda part: abs(part - micro_batch))
+        nearest = min(_divisors(share), key=lambda count: abs(count - micro_batch))
         raise InputError(
             f"`micro_batch` {micro_batch} does not divide the {share} images of a step that each process takes; "
             f"{nearest} does"

@@ -39,3 +39,7 @@ class Stop:
         if self.has_stepped and time.monotonic() > self._until:
             return f"`max_time` {self._max_time}"
         return self.received_signal()
+
+    def is_due(self) -> bool:
+        """Whether to stop at the next step boundary."""
+        return self.reason() is not None

@@ -7,11 +7,9 @@ from typing import Any
 
 import torch
 
-from maekit.config import TrainingConfig
 from maekit.images import Pixels
-from maekit.training.crops import CropLoader, WorkerProgress
-from maekit.training.data import BatchLayout, Upload
-from maekit.training.image_cache import DecodedSet
+from maekit.training.crops import CropLoader
+from maekit.training.data import Upload
 from maekit.training.step import Objective
 
 
@@ -20,29 +18,19 @@ class Task(abc.ABC):
 
     Attributes:
         name: name of the work, for progress updates.
-        config: settings of the run.
-        objective: the training objective; its `model` is saved in checkpoints.
+        objective: the training objective; its `model` is saved in checkpoints, buffers (such as a queue) included.
         optimizer: optimiser over the objective's parameters.
         forward: returns a fresh context for the forward pass.
+        crops: from positions in the order to chunks of images, in the workers.
         upload: from chunks on the host to the arguments of the objective.
-        size: (height, width) of the images, in pixels.
     """
 
     name: str
-    config: TrainingConfig
     objective: Objective
     optimizer: torch.optim.Optimizer
     forward: Callable[[], AbstractContextManager[Any]]
+    crops: CropLoader
     upload: Upload
-    size: tuple[int, int]
-
-    @abc.abstractmethod
-    def crops(self, watch: WorkerProgress, decoded: DecodedSet | None) -> CropLoader:
-        """Return the loader that turns positions in the order into images."""
-
-    @abc.abstractmethod
-    def is_finished(self) -> bool:
-        """Whether the final files of the run have been written."""
 
     @abc.abstractmethod
     def finish(self, steps: int) -> None:
@@ -64,8 +52,12 @@ class Task(abc.ABC):
         """Prepare the step that follows `done` steps, by default a no-op; called on every rank."""
         return None
 
-    def open_validation(self, division: BatchLayout) -> Callable[[], dict[str, Any]] | None:
-        """Return a function that validates on held-out images, called on all ranks; None if there is no validation."""
+    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:
+        """Return a function that validates on held-out images, called on all ranks; None if there is no validation.
+
+        Args:
+            micro_batch: images that fit into memory in training.
+        """
         return None
 
     def draw(self) -> Pixels | None:

@@ -30,10 +30,8 @@ class TensorBoardLog:
         # TensorBoard's thread passes a full-disk error to the caller, then raises it again uncaught; hide the second.
         self._excepthook = threading.excepthook
         threading.excepthook = self._heed
-        try:
+        with files.writing(folder):
             self._writer = SummaryWriter(str(folder), purge_step=first + 1 if first else None, flush_secs=30)
-        except OSError as error:
-            raise files.write_failure(folder, error) from error
 
     def _heed(self, failed: threading.ExceptHookArgs) -> None:
         if not isinstance(failed.exc_value, OSError):
@@ -41,25 +39,20 @@ class TensorBoardLog:
 
     def row(self, row: dict[str, Any]) -> None:
         """Add a row of metrics."""
-        try:
+        with files.writing(self._folder):
             for name, value in row.items():
                 if name not in _NO_CURVES and isinstance(value, int | float):  # skips the digest of a test set
                     self._writer.add_scalar(name, value, row["step"])
-        except OSError as error:
-            raise files.write_failure(self._folder, error) from error
 
     def picture(self, pixels: NDArray[np.uint8], step: int) -> None:
         """Add a picture, uint8 `[H, W, 3]`."""
-        try:
+        with files.writing(self._folder):
             self._writer.add_image("reconstructions", pixels, step, dataformats="HWC")
-        except OSError as error:
-            raise files.write_failure(self._folder, error) from error
 
     def close(self) -> None:
         """Write what is left."""
         try:
-            self._writer.close()
-        except OSError as error:
-            raise files.write_failure(self._folder, error) from error
+            with files.writing(self._folder):
+                self._writer.close()
         finally:
             threading.excepthook = self._excepthook

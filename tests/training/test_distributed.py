@@ -141,13 +141,13 @@ def test_a_signal_while_starting_exits_75_at_once(make_shards, tmp_path: Path) -
 
 
 def slow_start(here: Path) -> None:
-    from maekit.training import prepare
+    from maekit.training import launch
 
     def never(*arguments) -> None:
         here.touch()
         time.sleep(600)
 
-    prepare.find_shards = never
+    launch.find_shards = never
 
 
 def wait_for_steps(trace: Path, steps: int, processes) -> None:
