@@ -58,10 +58,12 @@ def configured(
     # What a config requires is required of the command line, and set after the config is made.
     preset = {key: MISSING for key, _, _, default in settings_of(cls) if default is MISSING} | dict(defaults or {})
     fields = {
-        field.key: field._replace(about=replace(field.about, help=(help or {}).get(field.key, field.about.help)))
+        field.key: field
         for field in _with_defaults(cls, config(**preset), required)
         if field.key not in without and not field.about.only_set
     }
+    for key, text in (help or {}).items():
+        fields[key] = fields[key]._replace(about=replace(fields[key].about, help=text))
 
     def decorate(function: Callable[..., Summary]) -> Callable[..., None]:
         flags = _flags_of(fields.values())
