@@ -13,7 +13,6 @@ from maekit.config.pretrain import OptimizerConfig as OptimizerConfig
 from maekit.config.pretrain import PretrainConfig as PretrainConfig
 from maekit.config.pretrain import RunConfig as RunConfig
 from maekit.config.pretrain import TrainingConfig as TrainingConfig
-from maekit.config.pretrain import check_training as check_training
 from maekit.config.pretrain import load_config as load_config
 from maekit.config.pretrain import parse_duration as parse_duration
 from maekit.config.pretrain import total_steps as total_steps

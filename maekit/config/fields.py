@@ -80,6 +80,7 @@ def setting(default: Any = MISSING, help: str = "", *, factory: Any = MISSING, *
     return field(default=default, default_factory=factory, metadata={"setting": Setting(help, **about)})
 
 
+# A setting that is an argument of its command, and one without an option, which only `--set` and TOML files reach.
 argument = functools.partial(setting, positional=True)
 unlisted = functools.partial(setting, only_set=True)
 
