@@ -55,11 +55,12 @@ def configured(
         instead: presets by the key of a flag; if the flag is given, its preset replaces `config`.
     """
     cls = config if isinstance(config, type) else typing.get_type_hints(config)["return"]
+    settings = settings_of(cls)
     # What a config requires is required of the command line, and set after the config is made.
-    preset = {key: MISSING for key, _, _, default in settings_of(cls) if default is MISSING} | dict(defaults or {})
+    preset = {key: MISSING for key, _, _, default in settings if default is MISSING} | dict(defaults or {})
     fields = {
         field.key: field
-        for field in _with_defaults(cls, config(**preset), required)
+        for field in _with_defaults(settings, config(**preset), required)
         if field.key not in without and not field.about.only_set
     }
     for key, text in (help or {}).items():
@@ -99,9 +100,9 @@ def configured(
     return decorate
 
 
-def _with_defaults(cls: type, config: Any, required: Sequence[str]) -> Iterator[Field]:
-    """Yield the settings of a class with the values of a config as defaults, MISSING for those that are required."""
-    for field in settings_of(cls):
+def _with_defaults(settings: Iterable[Field], config: Any, required: Sequence[str]) -> Iterator[Field]:
+    """Yield settings with the values of a config as defaults, MISSING for those that are required."""
+    for field in settings:
         yield field._replace(default=MISSING if field.key in required else attrgetter(field.key)(config))
 
 
@@ -139,8 +140,10 @@ def _name(key: str) -> str:
 def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
     """Return a Typer parameter; without a default, that is with Parameter.empty, it is required."""
     option.show_default = False
-    annotation = Annotated[kind | None if default is None else kind, option]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+    accepted = kind | None if default is None else kind
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[accepted, option]
+    )
 
 
 def _toml_parameters(toml: str, panel: str | None) -> Iterator[inspect.Parameter]:

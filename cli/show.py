@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 from maekit.cli.options import with_flags
@@ -16,7 +16,7 @@ _PLAIN_SECONDS = 15.0
 
 def print_json(summary: Any) -> None:
     """Print one object, a dictionary or a dataclass, as the last line of standard output."""
-    print(json.dumps(asdict(summary) if is_dataclass(summary) else summary), flush=True)
+    print(json.dumps(summary if isinstance(summary, dict) else asdict(summary)), flush=True)
 
 
 def is_main_process() -> bool:

@@ -130,7 +130,6 @@ class Field(NamedTuple):
     default: Any
 
 
-@functools.cache
 def settings_of(cls: type) -> tuple[Field, ...]:
     """Return all settings of a config class, those of the configs in it included."""
     hints = typing.get_type_hints(cls)
