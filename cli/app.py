@@ -2,30 +2,22 @@
 
 import sys
 import warnings
-from collections.abc import Callable
+from importlib import import_module
 from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from maekit.cli import (
-    check,
-    demo,
-    doctor,
-    embed,
-    evaluate,
-    export,
-    inspect,
-    neighbours,
-    pack,
-    pretrain,
-    reconstruct,
-    report,
-    sweep,
-)
 from maekit.cli.options import with_flags
 from maekit.system.errors import MaekitError, OtherRankError
 from maekit.version import __version__
+
+# The panels of `maekit --help` and their commands. Each is the function `command` of its module; `evaluate` is an app.
+_PANELS = {
+    "Data": ("pack", "check"),
+    "Workflow": ("pretrain", "export", "embed", "evaluate", "sweep"),
+    "Look": ("reconstruct", "neighbours", "report", "inspect", "doctor", "demo"),
+}
 
 app = typer.Typer(
     name="maekit",
@@ -37,26 +29,20 @@ app = typer.Typer(
 )
 
 
-def _add(name: str, panel: str, function: Callable[..., None]) -> None:
+def _add(name: str, panel: str) -> None:
     """Add a command. Its help is its docstring with each paragraph as one line, for the terminal to fold."""
-    paragraphs = cleandoc(function.__doc__ or "").split("\n\n")
+    module = import_module(f"maekit.cli.{name}")
+    if name == "evaluate":
+        app.add_typer(module.app, name=name, rich_help_panel=panel)
+        return
+    paragraphs = cleandoc(module.command.__doc__).split("\n\n")
     text = "\n\n".join(paragraph.replace("\n", " ") for paragraph in paragraphs)
-    app.command(name, help=text, rich_help_panel=panel)(function)
+    app.command(name, help=text, rich_help_panel=panel)(module.command)
 
 
-_add("pack", "Data", pack.command)
-_add("check", "Data", check.command)
-_add("pretrain", "Workflow", pretrain.command)
-_add("export", "Workflow", export.command)
-_add("embed", "Workflow", embed.command)
-app.add_typer(evaluate.app, name="evaluate", rich_help_panel="Workflow")
-_add("sweep", "Workflow", sweep.command)
-_add("reconstruct", "Look", reconstruct.command)
-_add("neighbours", "Look", neighbours.command)
-_add("report", "Look", report.command)
-_add("inspect", "Look", inspect.command)
-_add("doctor", "Look", doctor.command)
-_add("demo", "Look", demo.command)
+for _panel, _names in _PANELS.items():
+    for _name in _names:
+        _add(_name, _panel)
 
 
 def _version(wanted: bool) -> None:

@@ -1,30 +1,36 @@
 """`maekit check`."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import typer
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress, print_table
 from maekit.config.check import CheckConfig
 
 if TYPE_CHECKING:
     from maekit.checking import CheckReport, ImageReport, ShardReport
 
 _ROWS = 20  # a longer table is cut to what needs looking at
+_REMARKS = {
+    "duplicates": "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)",
+    "without_image": "samples hold no image",
+    "unused_images": "images are not used: the first of a sample is, and a whole extension goes before a.jpg",
+    "ignored": "members belong to no sample (no extension, hidden, or metadata)",
+    "stale_indexes": "indexes beside shards are of other files (--write-index renews them)",
+}
 
 
-@configured(CheckConfig, arguments=["shards"])
-def command(config: CheckConfig, as_json: Json = False) -> None:
+@configured(CheckConfig)
+def command(config: CheckConfig) -> Summary:
     """Scan shards strictly: samples, bytes, damage, duplicate keys.
 
     Every tar header is checked and every byte accounted for. Where an index with CRC-32s lies beside a shard, every
     member is compared with it. Exits 1 when any shard is damaged, or with --images any image, with one line for each
     damaged shard that says where and why.
     """
-    import sys
-
     from maekit.checking import check
-    from maekit.cli.show import make_progress, print_json
 
     report = check(config, make_progress())
     for shard in report.damaged:
@@ -32,18 +38,17 @@ def command(config: CheckConfig, as_json: Json = False) -> None:
         what = "unreadable  {}:" if shard.unreadable else "damaged  {}  at byte {}:"
         print(what.format(shard.name, shard.damage.offset), shard.damage.reason, file=sys.stderr)
     _print_shards(report)
-    if report.images is not None and config.images:
-        _print_images(report.images)
-    if report.images is not None and config.stats and report.images.decoded:
-        _print_stats(report.images)
-    if as_json:
-        summary = report.summary()
-        if not config.stats:
-            summary.pop("stats", None)
-        if not config.images:
-            summary.pop("images", None)
-        print_json(summary)
-    if report.damaged or (config.images and report.images is not None and report.images.failed):
+    summary, images = report.summary(), report.images
+    if images is not None and config.images:
+        _print_images(images)
+    else:
+        summary.pop("images", None)
+    if images is not None and config.stats and images.decoded:
+        _print_stats(images)
+    else:
+        summary.pop("stats", None)
+    yield summary
+    if report.damaged or (images is not None and config.images and images.failed):
         raise typer.Exit(1)
 
 
@@ -52,20 +57,18 @@ def _remark(shard: "ShardReport") -> str:
     parts = ["unreadable" if shard.unreadable else "damaged"] if shard.damage else []
     if not shard.samples and not shard.damage:
         parts.append("no sample")
-    for count, what in (
-        (shard.without_image, "without image"),
-        (shard.unused_images, "further images"),
-        (shard.ignored, "members ignored"),
-    ):
-        if count:
-            parts.append(f"{count} {what}")
+    counts = {
+        "without image": shard.without_image,
+        "further images": shard.unused_images,
+        "members ignored": shard.ignored,
+    }
+    parts += [f"{count} {what}" for what, count in counts.items() if count]
     if shard.stale_index:
         parts.append("stale index")
     return ", ".join(parts)
 
 
 def _print_shards(report: "CheckReport") -> None:
-    from maekit.cli.show import print_table
     from maekit.system.files import describe_bytes
 
     shown = report.shards
@@ -74,7 +77,7 @@ def _print_shards(report: "CheckReport") -> None:
     rows = [
         (
             shard.name,
-            str(shard.samples),
+            shard.samples,
             describe_bytes(shard.bytes),
             _counts(shard.extensions),
             _remark(shard) or ("CRC-32s verified" if shard.verified else ""),
@@ -93,36 +96,21 @@ def _print_shards(report: "CheckReport") -> None:
         f"{len(report.damaged) - unreadable} damaged" + (f", {unreadable} unreadable" if unreadable else "")
     )
     summary = report.summary()
-    for key, what in (
-        ("duplicates", "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)"),
-        ("without_image", "samples hold no image"),
-        (
-            "unused_images",
-            "images are not used: the first of a sample is, and a whole extension goes before a.jpg",
-        ),
-        ("ignored", "members belong to no sample (no extension, hidden, or metadata)"),
-        ("stale_indexes", "indexes beside shards are of other files (--write-index renews them)"),
-    ):
+    for key, what in _REMARKS.items():
         if summary[key]:
             print(f"{summary[key]} {what}")
 
 
 def _print_images(images: "ImageReport") -> None:
-    from maekit.cli.show import print_table
-
-    summary = images.summary()
-
-    def spread(value: object) -> str:
-        return "{min} to {max}, median {median}".format(**value) if isinstance(value, dict) else ""
-
     rows = [
-        ("decoded", str(images.decoded)),
+        ("decoded", images.decoded),
         ("formats", _counts(images.formats)),
         ("modes", _counts(images.modes)),
-        ("width", spread(summary["width"])),
-        ("height", spread(summary["height"])),
-        ("failed", f"{images.failed}  {_counts(images.failures)}".rstrip()),
     ]
+    for name in ("width", "height"):
+        spread = images.summary()[name]
+        rows.append((name, "{min} to {max}, median {median}".format(**spread) if isinstance(spread, dict) else ""))
+    rows.append(("failed", f"{images.failed}  {_counts(images.failures)}".rstrip()))
     print_table(("images", ""), rows)
     for failure in images.examples[:_ROWS]:
         print(f"  {failure.shard}  {failure.key}  {failure.reason}: {failure.detail}")

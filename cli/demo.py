@@ -1,28 +1,30 @@
 """`maekit demo`."""
 
 from pathlib import Path
-from typing import Annotated
 
-import typer
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
+from maekit.config.fields import Config, setting
 
 
-def command(
-    out: Annotated[Path, typer.Option(help="A folder for everything the demo makes.")] = Path("demo"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")] = False,
-) -> None:
+class DemoConfig(Config):
+    """Where the demo works."""
+
+    out: str = setting("demo", "A folder for everything the demo makes.")
+
+
+@configured(DemoConfig)
+def command(config: DemoConfig) -> Summary:
     """Run the whole loop on pictures it draws itself, in under 3 minutes on a CPU.
 
     Draws a small labelled set, packs and checks it, pre-trains a tiny ViT, exports it, embeds every picture, and
     compares how well neighbours tell the class: by raw pixels, by the untrained encoder, by the trained one, and by
     the trained one with whitened embeddings. The report of the run shows all of it on one page.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json
     from maekit.demo.run import run_demo
 
-    result = run_demo(out, make_progress())
-    print(f"\nin {out}: pictures, shards, run (pictures in run/pictures), encoder.onnx, embeddings")
+    result = run_demo(Path(config.out), make_progress())
+    print(f"\nin {config.out}: pictures, shards, run (pictures in run/pictures), encoder.onnx, embeddings")
     print(f"loss {result.loss_first:.3f} -> {result.loss_last:.3f}; file and PyTorch differ by {result.parity:.1e}")
     print("\nnearest neighbours (k = 20, cosine) tell the class of a test picture:")
     for name, accuracy in (
@@ -34,5 +36,4 @@ def command(
     ):
         print(f"  {name:<18} {accuracy:6.1%}  {'█' * round(accuracy * 40)}")
     print(f"\n{result.seconds:.0f} seconds; look at {result.report}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result

@@ -1,18 +1,20 @@
 """`maekit doctor`."""
 
+import sys
 from typing import TYPE_CHECKING
 
 import typer
 
-from maekit.cli.options import Json, configured, with_flags
+from maekit.cli.options import Summary, configured, with_flags
+from maekit.cli.show import print_table
 from maekit.config.check import DoctorConfig
 
 if TYPE_CHECKING:
     from maekit.diagnosis import Finding, Rates
 
 
-@configured(DoctorConfig, arguments=["model", "shards"])
-def command(config: DoctorConfig, as_json: Json = False) -> None:
+@configured(DoctorConfig)
+def command(config: DoctorConfig) -> Summary:
     """Say what this machine has, what does not work on it, and what fixes that.
 
     Runs a small model on every provider of ONNX Runtime and compares the numbers, and writes into every folder that
@@ -21,51 +23,33 @@ def command(config: DoctorConfig, as_json: Json = False) -> None:
     """
     from rich.console import Console
 
-    from maekit.cli.show import print_json
     from maekit.diagnosis import doctor
 
     # On a terminal alone, and gone with the result.
     with Console(stderr=True).status("looking"):
         diagnosis = doctor(config)
-    _print_findings(diagnosis.findings)
+    rows = [(finding.subject, finding.value, "problem" if finding.problem else "") for finding in diagnosis.findings]
+    print_table(("this machine", "", ""), rows)
+    print()
     if diagnosis.rates:
         _print_rates(diagnosis.rates)
     _print_problems(diagnosis.problems)
-    if as_json:
-        print_json(diagnosis.summary())
+    yield diagnosis.summary()
     if diagnosis.problems:
         raise typer.Exit(1)
 
 
-def _print_findings(findings: "list[Finding]") -> None:
-    from maekit.cli.show import print_table
-
-    print_table(
-        ("this machine", "", ""),
-        [(finding.subject, finding.value, "problem" if finding.problem else "") for finding in findings],
-    )
-    print()
-
-
 def _print_rates(rates: "Rates") -> None:
-    from maekit.cli.show import print_table
-
-    def of(cores: object) -> str:
-        return f"{cores} core{'' if cores == 1 else 's'}"
-
-    model = f"{rates['model']}, batches of {rates['batch_size']}"
-    rows = [("model", "session", of(rates["cores"]), model)]
+    cores = f"{rates['cores']} core{'' if rates['cores'] == 1 else 's'}"
+    rows = [("model", "session", cores, f"{rates['model']}, batches of {rates['batch_size']}")]
     if "limit" in rates:
         rows += [
-            ("decode", "decode_one_core", of(1), ""),
-            ("decode", "decode_all_cores", of(rates["cores"]), ""),
-            ("embed at most", "limit", of(rates["cores"]), "this model on this CPU, decoding included"),
+            ("decode", "decode_one_core", "1 core", ""),
+            ("decode", "decode_all_cores", cores, ""),
+            ("embed at most", "limit", cores, "this model on this CPU, decoding included"),
         ]
-    print_table(
-        ("images per second", "", "", ""),
-        [(what, _number(float(rates[key])), where, remark) for what, key, where, remark in rows],
-        right=(1,),
-    )
+    shown = [(what, _number(float(rates[key])), where, remark) for what, key, where, remark in rows]
+    print_table(("images per second", "", "", ""), shown, right=(1,))
     print()
 
 
@@ -74,8 +58,6 @@ def _number(rate: float) -> str:
 
 
 def _print_problems(problems: "list[Finding]") -> None:
-    import sys
-
     from rich.console import Console
 
     if not problems:

@@ -1,19 +1,17 @@
 """`maekit embed`."""
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
 from maekit.config.embed import EmbedConfig
 
 
-@configured(EmbedConfig, arguments=["model", "shards"])
-def command(config: EmbedConfig, as_json: Json = False) -> None:
+@configured(EmbedConfig)
+def command(config: EmbedConfig) -> Summary:
     """Embed every image of every shard: one row for each key, or a line that says why not.
 
     A shard counts when its commit record is written; the same command again does what is left, and new shards in the
     input are simply added. Keys without a readable image are listed with the reason in OUT/_maekit/errors.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json
     from maekit.embedding.embed import embed, raise_if_incomplete
 
     result = embed(config, make_progress())
@@ -30,6 +28,5 @@ def command(config: EmbedConfig, as_json: Json = False) -> None:
     if result.verified is not None and not result.verified.problems:
         verified = result.verified
         print(f"verified: {verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result
     raise_if_incomplete(result)

@@ -1,12 +1,12 @@
 """`maekit evaluate`."""
 
-import dataclasses
+from functools import partial
 from typing import Any
 
 import typer
 
-from maekit.cli.options import Json, configured
-from maekit.cli.show import make_progress, print_json, print_table
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import is_main_process, make_progress, print_table
 from maekit.config.evaluate import EvaluateConfig
 from maekit.config.finetune import FinetuneConfig, finetuning, linear_probing, training_from_scratch
 
@@ -19,104 +19,84 @@ _ONLY_PRETRAINING = (
     *("run.checkpoint_every", "run.checkpoint_minutes", "run.keep_checkpoints", "run.keep_every", "run.log_every"),
     *("run.skip_nonfinite", "run.tensorboard"),
 )
-_HELP = {"data.max_bad": "Largest share of training samples without readable image or label."}
 _NOT_PROBED = (
     *("model.from_scratch", "model.blocks", "model.drop_path", "optimizer.weight_decay", "optimizer.layer_decay"),
     *("mix.rand_augment", "mix.mixup", "mix.cutmix", "mix.label_smoothing", "mix.erase", "run.precision"),
 )
+_evaluation = partial(configured, EvaluateConfig)
+_training = partial(
+    configured,
+    required=["shards", "test", "out"],
+    toml="finetune.toml",
+    help={"data.max_bad": "Largest share of training samples without readable image or label."},
+)
 
 
 @app.command("knn")
-@configured(
-    EvaluateConfig,
-    arguments=["model"],
-    defaults={"task": "knn"},
-    required=["test"],
-    help={"test": "Likewise, held out."},
-)
-def knn(config: EvaluateConfig, as_json: Json = False) -> None:
+@_evaluation(defaults={"task": "knn"}, required=["test"], help={"test": "Likewise, held out."})
+def knn(config: EvaluateConfig) -> Summary:
     """Classify test images by their nearest training images: the quickest answer.
 
     The k nearest by cosine vote, weighted; accuracy is that of --k, and columns tell of other numbers of neighbours.
     """
-    _evaluate(config, as_json)
+    return _evaluate(config)
 
 
 @app.command("linear")
-@configured(
-    EvaluateConfig,
-    arguments=["model"],
+@_evaluation(
     defaults={"task": "linear"},
     required=["test"],
     without=["k", "temperature", "whiten", "whiten_dims"],
     help={"test": "Likewise, held out."},
 )
-def linear(config: EvaluateConfig, as_json: Json = False) -> None:
+def linear(config: EvaluateConfig) -> Summary:
     """Fit a linear classifier on embeddings that are computed once.
 
     Multinomial logistic regression by L-BFGS on standardised embeddings; its regularisation C is chosen on a tenth of
     the training images, then all of them are fitted. `maekit evaluate probe` is the published, slower protocol.
     """
-    _evaluate(config, as_json)
+    return _evaluate(config)
 
 
 @app.command("retrieval")
-@configured(
-    EvaluateConfig,
-    arguments=["model"],
+@_evaluation(
     defaults={"task": "retrieval"},
     without=["k", "temperature"],
     help={"test": "The queries; without them, each image of `train` searches for the others of its class."},
 )
-def retrieval(config: EvaluateConfig, as_json: Json = False) -> None:
+def retrieval(config: EvaluateConfig) -> Summary:
     """Search the training images by cosine: does a query find those of its class first?
 
     map: mean average precision over the whole ranking. r_precision: share of the class among the first R, R being its
     size. recall@k: share of queries with one of their class among the first k.
     """
-    _evaluate(config, as_json)
+    return _evaluate(config)
 
 
 @app.command("finetune")
-@configured(
-    finetuning,
-    arguments=["model.source"],
-    required=["shards", "test", "out"],
-    without=_ONLY_PRETRAINING,
-    toml="finetune.toml",
-    help=_HELP,
-    instead={"model.from_scratch": training_from_scratch},
-)
-def finetune(config: FinetuneConfig, as_json: Json = False) -> None:
+@_training(finetuning, without=_ONLY_PRETRAINING, instead={"model.from_scratch": training_from_scratch})
+def finetune(config: FinetuneConfig) -> Summary:
     """Train the encoder, or its last blocks, with labels; the same command resumes a stopped run.
 
     The published fine-tuning: layer-wise decay of the learning rate, stochastic depth, RandAugment, mixup, cutmix,
     erasing, label smoothing. OUT gets the weights: OUT/encoder.safetensors can be exported as any other.
     """
-    _train(config, as_json)
+    return _train(config)
 
 
 @app.command("probe")
-@configured(
-    linear_probing,
-    arguments=["model.source"],
-    required=["shards", "test", "out"],
-    without=(*_ONLY_PRETRAINING, *_NOT_PROBED),
-    toml="finetune.toml",
-    help=_HELP,
-)
-def probe(config: FinetuneConfig, as_json: Json = False) -> None:
+@_training(linear_probing, without=(*_ONLY_PRETRAINING, *_NOT_PROBED))
+def probe(config: FinetuneConfig) -> Summary:
     """Linear probing as published: SGD with LARS on random resized crops, the encoder frozen.
 
     A BatchNorm without affine parameters, then a linear layer; batches of 16,384, a base rate of 0.1, 90 epochs. It
     sees each crop through the whole encoder; `maekit evaluate linear` is the quick answer. The same command
     resumes a stopped run.
     """
-    _train(config, as_json)
+    return _train(config)
 
 
-def _train(config: FinetuneConfig, as_json: bool) -> None:
-    from maekit.cli.show import is_main_process
+def _train(config: FinetuneConfig) -> Summary:
     from maekit.finetuning.finetune import finetune
 
     result = finetune(config, make_progress())
@@ -128,11 +108,10 @@ def _train(config: FinetuneConfig, as_json: bool) -> None:
     )
     if result.path:
         print(f"kept in {result.path}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result
 
 
-def _evaluate(config: EvaluateConfig, as_json: bool) -> None:
+def _evaluate(config: EvaluateConfig) -> Summary:
     from maekit.evaluation.evaluate import evaluate
 
     result = evaluate(config, make_progress())
@@ -144,8 +123,7 @@ def _evaluate(config: EvaluateConfig, as_json: bool) -> None:
     print(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
     if result.path:
         print(f"kept in {result.path}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result
 
 
 def _shown(key: str, value: Any) -> str:

@@ -1,43 +1,27 @@
 """`maekit export`."""
 
-import dataclasses
-from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-
-from maekit.cli.options import Json, configured
-from maekit.cli.show import make_progress, print_json
-from maekit.config.export import ExportConfig
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
+from maekit.config.export import ExportConfig, proves
 from maekit.config.poolings import UNPOOLED
+from maekit.system.errors import InputError, MaekitError
 
-_PROVES = "What it is held against"
+
+class Options(ExportConfig):
+    """An export, or the verification of a file."""
+
+    verify: str | None = proves(
+        None,
+        "Write nothing: hold an exported file, on this machine, against what it gave when it was exported, and against "
+        "PyTorch where SOURCE is named.",
+        metavar="FILE",
+    )
+    device: str | None = proves(None, "For --verify: auto, cpu, cuda or cuda:N.", shown="auto")
 
 
 # Neither is needed to verify a file.
-@configured(ExportConfig, arguments=["source"], defaults={"source": "", "out": ""})
-def command(
-    config: ExportConfig,
-    verify: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write nothing: hold an exported file, on this machine, against what it gave when it was exported, "
-            "and against PyTorch where SOURCE is named.",
-            show_default=False,
-            rich_help_panel=_PROVES,
-        ),
-    ] = None,
-    device: Annotated[
-        str | None,
-        typer.Option(
-            help="For --verify: auto, cpu, cuda or cuda:N. [dim]\\[default: auto][/dim]",
-            show_default=False,
-            rich_help_panel=_PROVES,
-        ),
-    ] = None,
-    as_json: Json = False,
-) -> None:
+@configured(Options, defaults={"source": "", "out": ""})
+def command(config: Options) -> Summary:
     r"""Export an encoder to one ONNX file, verified against PyTorch.
 
     Input `images`, uint8 \[batch, height, width, 3]; output `embeddings`, float32 \[batch, dim] (or `tokens`,
@@ -45,24 +29,16 @@ def command(
     in fp32: fp32 within 1e-4 of the largest value, fp16 with a cosine of at least 0.999 for each image, int8 with one
     of 0.99 on average. Its metadata hold the figures, the preprocessing and where the weights come from.
     """
-    from maekit.system.errors import InputError
-
-    if verify is not None:
-        given = [
-            name for name in config.changed() if name not in ("source", "parity", "model") and getattr(config, name)
-        ]
-        if given:
-            raise InputError(f"`{given[0]}` does not go with `verify`, which writes nothing")
-        _verify(verify, config.source or None, device or "auto", config.parity, config.model, as_json)
-        return
+    if config.verify is not None:
+        return _verify(config, config.verify)
     if not config.source or not config.out:
         raise InputError("export needs a source and `out`: maekit export RUN --out encoder.onnx")
-    if device is not None:
+    if config.device is not None:
         raise InputError("`device` is for `verify`")
-    _export(config, as_json)
+    return _export(config)
 
 
-def _export(config: ExportConfig, as_json: bool) -> None:
+def _export(config: Options) -> Summary:
     from maekit.exporters.export import export
     from maekit.system.files import describe_bytes
     from maekit.system.signals import stop_on_signal
@@ -85,8 +61,7 @@ def _export(config: ExportConfig, as_json: bool) -> None:
             print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
     if result.parity and not result.whitening and config.pool != UNPOOLED:
         progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result
 
 
 def _interrupt() -> None:
@@ -94,11 +69,21 @@ def _interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def _verify(file: Path, source: str | None, device: str, parity: Any, model: str | None, as_json: bool) -> None:
+def _verify(config: Options, file: str) -> Summary:
     from maekit.exporters.verify import verify
-    from maekit.system.errors import MaekitError
 
-    result = verify(file, source, device=device, parity=parity, model=model, progress=make_progress())
+    used = ("source", "parity", "model", "verify", "device")
+    for key in config.changed():
+        if key not in used and getattr(config, key):
+            raise InputError(f"`{key}` does not go with `verify`, which writes nothing")
+    result = verify(
+        file,
+        config.source or None,
+        device=config.device or "auto",
+        parity=config.parity,
+        model=config.model,
+        progress=make_progress(),
+    )
     for name, figures in (("as exported", result.probe), ("as PyTorch", result.parity)):
         if figures is not None:
             print(
@@ -107,7 +92,6 @@ def _verify(file: Path, source: str | None, device: str, parity: Any, model: str
             )
     if not result.problems:
         print(f"{file} is sound on {result.provider}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result
     if result.problems:
         raise MaekitError(f"{file} on {result.provider}: {'; '.join(result.problems)}")

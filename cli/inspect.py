@@ -6,27 +6,25 @@ from typing import Any
 import typer
 
 from maekit.cli.curve import draw
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
 from maekit.config.check import InspectConfig
 
 
-@configured(InspectConfig, arguments=["thing"])
-def command(config: InspectConfig, as_json: Json = False) -> None:
+@configured(InspectConfig)
+def command(config: InspectConfig, as_json: bool) -> Summary:
     """Say what a run, a checkpoint, an ONNX file, embeddings or shards are; exits 1 where shards are damaged.
 
     Of a run, the loss is drawn as well. Of an ONNX file: input, output, preprocessing, where its weights come from, how
     close to PyTorch it was measured, and its nodes.
     """
-    from maekit.cli.show import print_json
     from maekit.inspection import inspect
 
     description = inspect(config)
-    if as_json:
-        print_json(description)
-    else:
+    if not as_json:
         _print(description)
         if description["kind"] == "run":
             _print_curves(config.thing)
+    yield description
     if description.get("damaged"):
         raise typer.Exit(1)
 

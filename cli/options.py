@@ -7,27 +7,27 @@ is passed to the command. Messages of the library name settings by their keys in
 
 import inspect
 import re
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, replace
 from functools import cache
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from maekit.config.fields import Setting, choices_of, is_union, settings_of, shown
-from maekit.config.settings import load_toml, parse_setting, set_value
+from maekit.config.fields import Field, Setting, choices_of, settings_of, shown, without_none
+from maekit.config.settings import load_settings, parse_setting, set_value
+from maekit.system.errors import InputError
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.")]
+Summary = Iterator[Any]  # of one object, a dataclass or a dict: what a command yields for --json
 _KEY = re.compile(r"`([a-z_][a-z0-9_.]*)(?:=([^`\s]+))?`( = )?")
 
 
 def configured(
     config: Callable[..., Any],
     *,
-    arguments: Sequence[str] = (),
     without: Sequence[str] = (),
     required: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
@@ -35,15 +35,17 @@ def configured(
     panel: str | None = None,
     help: Mapping[str, str] | None = None,
     instead: Mapping[str, Callable[[], Any]] | None = None,
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a Typer command from a function whose first parameter is a config; its other parameters are extra options.
+) -> Callable[[Callable[..., Summary]], Callable[..., None]]:
+    """Make a Typer command from a generator function that takes a config and yields its summary, for `--json`.
+
+    What the function does after it has yielded, such as to raise, happens after the summary is printed. A function
+    with a parameter `as_json` is told whether `--json` was given.
 
     An option that is not given stays unset, so the values of presets and TOML files apply. Later sources override
     earlier ones: the config's defaults, `--config FILE`, options, `--set key=value`.
 
     Args:
         config: the config class, or a preset that returns a config.
-        arguments: keys of positional arguments, in order.
         without: keys that this command does not offer.
         required: keys that must be given although the config has a default, which means "none yet".
         defaults: values that replace the config's defaults.
@@ -52,201 +54,151 @@ def configured(
         help: help texts that replace those of the config, by key.
         instead: presets by the key of a flag; if the flag is given, its preset replaces `config`.
     """
-    preset = dict(defaults or {})
     cls = config if isinstance(config, type) else typing.get_type_hints(config)["return"]
+    settings = settings_of(cls)
+    # What a config requires is required of the command line, and set after the config is made.
+    preset = {key: MISSING for key, _, _, default in settings if default is MISSING} | dict(defaults or {})
     fields = {
-        key: (kind, about, default)
-        for key, kind, about, default in _with_instance(cls, config, preset)
-        if key not in without and (not about.only_set or key in arguments)
+        field.key: field
+        for field in _with_defaults(settings, config(**preset), required)
+        if field.key not in without and not field.about.only_set
     }
+    for key, text in (help or {}).items():
+        fields[key] = fields[key]._replace(about=replace(fields[key].about, help=text))
 
-    def decorate(function: Callable[..., None]) -> Callable[..., None]:
-        flags = _flags_of(fields)
-
-        def texts(key: str, about: Setting) -> str:
-            return with_flags((help or {}).get(key, about.help), flags)
-
-        own = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        parameters = [_parameter(key, *fields[key], positional=True, required=True, texts=texts) for key in arguments]
-        parameters += [
-            _parameter(key, *fields[key], positional=False, required=key in required, texts=texts)
-            for key in fields
-            if key not in arguments
-        ]
-        if toml == "config.toml":
-            parameters.append(_toml_parameter(panel))
+    def decorate(function: Callable[..., Summary]) -> Callable[..., None]:
+        flags = _flags_of(fields.values())
+        told = "as_json" in inspect.signature(function).parameters
+        arguments_first = sorted(fields.values(), key=lambda field: not field.about.positional)
+        parameters = [_of_field(field, flags) for field in arguments_first]
         if toml:
-            parameters.append(_set_parameter(toml, panel))
+            parameters += _toml_parameters(toml, panel)
+        option = typer.Option("--json", help="Print one JSON object as the last line.")
+        parameters.append(_parameter("as_json", bool, option, default=False))
 
-        def command(**given: Any) -> None:
-            values = {key: given.pop(_name(key)) for key in fields}
-            file, texts = given.pop("config", None), given.pop("settings", None)
-            chosen = next((other for key, other in (instead or {}).items() if values[key]), config)
-            function(_made(chosen, preset, fields, values, file, texts or ()), **given)
+        def command(
+            as_json: bool = False, config_file: Path | None = None, changes: Sequence[str] | None = None, **values: Any
+        ) -> None:
+            from maekit.cli.show import print_json
+
+            given = {
+                key: _read(field, values[_name(key)])
+                for key, field in fields.items()
+                if values[_name(key)] not in (None, [])
+            }
+            make = next((other for key, other in (instead or {}).items() if key in given), config)
+            chosen = _filled(make(**preset), given, config_file, changes or ())
+            for summary in function(chosen, **({"as_json": as_json} if told else {})):
+                if as_json:
+                    print_json(summary)
 
         command.__doc__ = function.__doc__
-        command.__name__ = function.__name__
-        command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [*parameters, *(p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own)]
-        )
-        command.__annotations__ = {p.name: p.annotation for p in (*parameters, *own)}
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
 
     return decorate
 
 
-def _with_instance(cls: type, make: Callable[..., Any], preset: Mapping[str, Any]) -> Iterator[Any]:
-    """Yield the rows of `settings_of`, with the values of a preset as defaults."""
-    rows = list(settings_of(cls))
-    needed = [key for key, _, _, default in rows if default is MISSING]
-    whole = None if needed else make()
-    for key, kind, about, default in rows:
-        value = default
-        if whole is not None:
-            value = whole
-            for part in key.split("."):
-                value = getattr(value, part)
-        yield key, kind, about, preset.get(key, value)
+def _with_defaults(settings: Iterable[Field], config: Any, required: Sequence[str]) -> Iterator[Field]:
+    """Yield settings with the values of a config as defaults, MISSING for those that are required."""
+    for field in settings:
+        yield field._replace(default=MISSING if field.key in required else attrgetter(field.key)(config))
 
 
-def _made(
-    make: Callable[..., Any],
-    preset: Mapping[str, Any],
-    fields: Mapping[str, tuple[Any, Setting, Any]],
-    values: Mapping[str, Any],
-    file: Path | None,
-    texts: Sequence[str],
-) -> Any:
-    """Build the config from the given values."""
-    chosen = {key: _read(fields[key], value) for key, value in values.items() if value not in (None, [])}
-    needed = {key: chosen.pop(key) for key in list(chosen) if "." not in key and fields[key][2] is MISSING}
-    config = make(**preset, **needed)
-    for key, value in (load_toml(file) if file else {}).items():
+def _filled(config: Any, given: Mapping[str, Any], file: Path | None, changes: Sequence[str]) -> Any:
+    """Set what the file, the options and `--set` say, in this order, and return the config."""
+    if file:
+        load_settings(config, file)
+    # Steps on the command line replace epochs in the file, and the reverse.
+    for key, other in (("steps", "epochs"), ("epochs", "steps")):
+        if key in given and other not in given:
+            setattr(config, other, None)
+    # A target on the command line resets the settings of the file's target.
+    if "model.target" in given and given["model.target"] != config.model.target:
+        for name in ("pca_components", "tokenizer", "vocabulary"):
+            setattr(config.model, name, getattr(type(config.model), name))
+    for key, value in (*given.items(), *map(parse_setting, changes)):
         set_value(config, key, value)
-    _make_room(config, chosen)
-    for key, value in chosen.items():
-        set_value(config, key, value)
-    for text in texts:
-        set_value(config, *parse_setting(text))
     return config
 
 
-def _make_room(config: Any, chosen: Mapping[str, Any]) -> None:
-    """Reset settings of the file that conflict with a given option."""
-    # Steps on the command line replace epochs in the file, and the reverse.
-    for given, other in (("steps", "epochs"), ("epochs", "steps")):
-        if given in chosen and other not in chosen:
-            setattr(config, other, None)
-    # A target on the command line resets the settings of the file's target.
-    if "model.target" in chosen and chosen["model.target"] != config.model.target:
-        for name in ("pca_components", "tokenizer", "vocabulary"):
-            setattr(config.model, name, getattr(type(config.model), name))
-
-
-def _read(field: tuple[Any, Setting, Any], value: Any) -> Any:
+def _read(field: Field, value: Any) -> Any:
     """Convert a command-line value to the field's type."""
-    kind, about, _ = field
-    if about.parse is not None:
-        return about.parse(value)
-    return tuple(value) if _is_list(kind) else value
+    if field.about.parse is None:
+        return tuple(value) if isinstance(value, list) else value
+    try:
+        return field.about.parse(value)
+    except ValueError as error:
+        raise InputError(f"`{field.key}` {error}") from None
 
 
 def _name(key: str) -> str:
     return key.replace(".", "__")
 
 
-def _parameter(
-    key: str,
-    kind: Any,
-    about: Setting,
-    default: Any,
-    *,
-    positional: bool,
-    required: bool,
-    texts: Callable[[str, Setting], str],
-) -> inspect.Parameter:
-    """Return the Typer parameter of a field."""
-    text = texts(key, about)
-    must = default is MISSING or required
-    annotation = _annotation(kind, about)
-    common: dict[str, Any] = {"show_default": False, "metavar": about.metavar}
-    made: Any
-    if positional:
-        made = typer.Argument(help=text, **common)
-    else:
-        shown_default = _shown_default(about, default)
-        note = f" [dim]\\[default: {shown_default}][/dim]" if shown_default and not must else ""
-        made = typer.Option(*_flags(key, kind, about, default), help=text + note, rich_help_panel=about.panel, **common)
-    optional = positional and default is not MISSING
+def _parameter(name: str, kind: Any, option: Any, default: Any = None) -> inspect.Parameter:
+    """Return a Typer parameter; without a default, that is with Parameter.empty, it is required."""
+    option.show_default = False
+    accepted = kind | None if default is None else kind
     return inspect.Parameter(
-        _name(key),
-        inspect.Parameter.KEYWORD_ONLY,
-        annotation=Annotated[annotation if must and not optional else annotation | None, made],
-        default=inspect.Parameter.empty if must and not optional else None,
+        name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[accepted, option]
     )
 
 
-def _toml_parameter(panel: str | None) -> inspect.Parameter:
-    text = "Settings from a TOML file, as a run writes it to config.toml."
-    option = typer.Option("--config", help=text, rich_help_panel=panel, show_default=False)
-    return inspect.Parameter(
-        "config", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[Path | None, option], default=None
-    )
-
-
-def _set_parameter(toml: str, panel: str | None) -> inspect.Parameter:
+def _toml_parameters(toml: str, panel: str | None) -> Iterator[inspect.Parameter]:
+    """Yield `--config`, for config.toml alone, and `--set`."""
+    if toml == "config.toml":
+        text = "Settings from a TOML file, as a run writes it to config.toml."
+        yield _parameter("config_file", Path, typer.Option("--config", help=text, rich_help_panel=panel))
     text = f"Any setting of {toml}, as in --set run.threads=4; may be repeated."
-    option = typer.Option("--set", metavar="KEY=VALUE", help=text, rich_help_panel=panel, show_default=False)
-    return inspect.Parameter(
-        "settings", inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[list[str] | None, option], default=None
-    )
+    option = typer.Option("--set", metavar="KEY=VALUE", help=text, rich_help_panel=panel)
+    yield _parameter("changes", list[str], option)
 
 
-def _plain(kind: Any) -> Any:
-    """Return a type without its None."""
-    if is_union(kind):
-        kinds = [part for part in typing.get_args(kind) if part is not types.NoneType]
-        return kinds[0] if len(kinds) == 1 else str
-    return kind
+def _of_field(field: Field, flags: Mapping[str, str]) -> inspect.Parameter:
+    """Return the Typer parameter of a setting; `flags` are the options of its command."""
+    about, required = field.about, field.default is MISSING
+    text = with_flags(about.help, flags)
+    if about.positional:
+        option = typer.Argument(help=text, metavar=about.metavar)
+    else:
+        default = "" if required else _shown_default(about, field.default)
+        text += f" [dim]\\[default: {default}][/dim]" if default else ""
+        option = typer.Option(*_flags(field), help=text, metavar=about.metavar, rich_help_panel=about.panel)
+    return _parameter(_name(field.key), _annotation(field), option, inspect.Parameter.empty if required else None)
 
 
-def _is_list(kind: Any) -> bool:
-    return typing.get_origin(_plain(kind)) is tuple
-
-
-def _annotation(kind: Any, about: Setting) -> Any:
+def _annotation(field: Field) -> Any:
     """Return the type that Typer parses; the config checks choices and bounds, with one-line errors."""
-    if about.parse is not None:
-        return list[str] if typing.get_origin(kind) is not tuple and "Mapping" in str(kind) else str
-    plain = _plain(kind)
-    if choices := choices_of(plain):
-        return list[str] if _is_list(kind) else type(choices[0])
-    if _is_list(kind):
-        return list[typing.get_args(plain)[0]]  # type: ignore[misc]
-    return plain
+    kind, *others = without_none(field.kind)
+    is_list = typing.get_origin(kind) is tuple
+    if field.about.parse is not None or others:
+        return list[str] if typing.get_origin(kind) is Mapping else str
+    if choices := choices_of(kind):
+        return list[str] if is_list else type(choices[0])
+    return list[typing.get_args(kind)[0]] if is_list else kind  # type: ignore[misc]
 
 
-def _flags(key: str, kind: Any, about: Setting, default: Any) -> list[str]:
+def _flags(field: Field) -> list[str]:
     """Return the names of an option in Typer's form."""
-    flag = about.flag or f"--{key.rpartition('.')[2].replace('_', '-')}"
+    flag = field.about.flag or f"--{field.key.rpartition('.')[2].replace('_', '-')}"
     if "/" in flag:
         return flag.split("/")
-    if _plain(kind) is bool and default is not False:
+    if without_none(field.kind) == (bool,) and field.default is not False:
         return [f"{flag}/--no-{flag[2:]}"]
     return [flag]
 
 
-def _shown_default(about: Setting, default: Any) -> str | None:
+def _shown_default(about: Setting, default: Any) -> str:
     if about.shown is not None:
         return about.shown
-    if default is None or default is MISSING or default is False or default in ((), {}):
-        return None
-    return shown(default)
+    return "" if default is None or default is False or default in ((), {}) else shown(default)
 
 
-def _flags_of(fields: Mapping[str, tuple[Any, Setting, Any]]) -> dict[str, str]:
+def _flags_of(fields: Iterable[Field]) -> dict[str, str]:
     """Return the option of each field, by its full key and by the key's last part."""
-    names = {key: _flags(key, kind, about, default)[0].split("/")[0] for key, (kind, about, default) in fields.items()}
+    names = {field.key: _flags(field)[0].split("/")[0] for field in fields}
     return {**{key.rpartition(".")[2]: flag for key, flag in names.items()}, **names}
 
 
@@ -276,20 +228,11 @@ def with_flags(text: str, flags: Mapping[str, str] | None = None) -> str:
 @cache
 def _all_flags() -> dict[str, str]:
     """Return the option of each key of all configs, by its full key and by the key's last part."""
-    from maekit.config.check import CheckConfig, DoctorConfig, InspectConfig
-    from maekit.config.embed import EmbedConfig
-    from maekit.config.evaluate import EvaluateConfig
-    from maekit.config.export import ExportConfig
-    from maekit.config.finetune import FinetuneConfig
-    from maekit.config.pack import PackConfig
-    from maekit.config.pages import NeighboursConfig, ReconstructConfig, ReportConfig
-    from maekit.config.pretrain import PretrainConfig
-    from maekit.config.sweep import SweepConfig
+    import maekit
 
-    configs = (EvaluateConfig, ExportConfig, EmbedConfig, PackConfig, CheckConfig, InspectConfig, DoctorConfig)
-    more = (NeighboursConfig, ReconstructConfig, ReportConfig, SweepConfig, PretrainConfig, FinetuneConfig)
-    flags = {"config": "--config", "verify": "--verify"}
-    for cls in (*configs, *more):
-        offered = {key: (kind, about, default) for key, kind, about, default in settings_of(cls) if not about.only_set}
-        flags = {**_flags_of(offered), **flags}
+    flags: dict[str, str] = {}
+    for name in maekit.__all__:
+        if name.endswith("Config"):
+            offered = [field for field in settings_of(getattr(maekit, name)) if not field.about.only_set]
+            flags = {**_flags_of(offered), **flags}
     return flags

@@ -1,11 +1,14 @@
 """`maekit pack`."""
 
-from maekit.cli.options import Json, configured
+from dataclasses import asdict
+
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
 from maekit.config.pack import PackConfig
 
 
-@configured(PackConfig, arguments=["images", "out"])
-def command(config: PackConfig, as_json: Json = False) -> None:
+@configured(PackConfig)
+def command(config: PackConfig) -> Summary:
     """Pack a folder of images into tar shards.
 
     Image bytes go in unchanged, in sorted order, the same bytes every time. The key is the path without its extension,
@@ -13,9 +16,6 @@ def command(config: PackConfig, as_json: Json = False) -> None:
     followed, hidden names are not. Labels go in as .cls members, class names into classes.txt. Beside each shard lies
     its index, with CRC-32s. After a kill, the same command resumes.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json
     from maekit.shards.pack import pack
     from maekit.system.files import describe_bytes
 
@@ -32,5 +32,4 @@ def command(config: PackConfig, as_json: Json = False) -> None:
         if counts:
             print(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
     print(f"next: maekit check {config.out} --images")
-    if as_json:
-        print_json({**dataclasses.asdict(report), "shards": len(report.shards)})
+    yield {**asdict(report), "shards": len(report.shards)}

@@ -1,20 +1,19 @@
 """`maekit pretrain`."""
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import is_main_process, make_progress
 from maekit.config import PretrainConfig
 
 
-@configured(PretrainConfig, arguments=["shards"], toml="config.toml", panel="Output")
-def command(config: PretrainConfig, as_json: Json = False) -> None:
+@configured(PretrainConfig, toml="config.toml", panel="Output")
+def command(config: PretrainConfig) -> Summary:
     """Pre-train a masked autoencoder on tar shards.
 
     After a kill or a stop, the same command resumes exactly; on a finished run it says so. Defaults are the
     published recipe (He et al. 2021).
     """
-    import dataclasses
     import math
 
-    from maekit.cli.show import is_main_process, make_progress, print_json
     from maekit.pretraining.pretrain import pretrain
 
     result = pretrain(config, make_progress())
@@ -26,5 +25,4 @@ def command(config: PretrainConfig, as_json: Json = False) -> None:
             f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}: {result.out}/encoder.safetensors"
         )
     print(f"next: maekit export {result.out} --out encoder.onnx --whiten SHARDS")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result

@@ -1,22 +1,19 @@
 """`maekit reconstruct`."""
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
 from maekit.config.pages import ReconstructConfig
 
 
-@configured(ReconstructConfig, arguments=["source", "shards"])
-def command(config: ReconstructConfig, as_json: Json = False) -> None:
+@configured(ReconstructConfig)
+def command(config: ReconstructConfig) -> Summary:
     """Draw masked | reconstruction | original of some samples.
 
     A model of normalised patches predicts no brightness and contrast: those are taken from the true patches.
     Kept patches are shown as predicted, which no training ever asked for; --overlay-visible shows them as they are.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json
     from maekit.pages.reconstruct import reconstruct
 
     result = reconstruct(config, make_progress())
     print(f"{result.path}: {len(result.samples)} samples, mean loss {result.loss:.4f}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result

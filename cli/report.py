@@ -1,23 +1,20 @@
 """`maekit report`."""
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress
 from maekit.config.pages import ReportConfig
 
 
-@configured(ReportConfig, arguments=["run"])
-def command(config: ReportConfig, as_json: Json = False) -> None:
+@configured(ReportConfig)
+def command(config: ReportConfig) -> Summary:
     """Write a run as one HTML page that needs no other file.
 
     Settings, curves, reconstructions over time, nearest neighbours, a map of the embeddings, and the tables of
     `maekit evaluate`. What cannot be shown any more (shards that are gone) is said in its place.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json
     from maekit.pages.report import report
     from maekit.system.files import describe_bytes
 
     result = report(config, make_progress())
     print(f"{result.path}: {describe_bytes(result.bytes)}, {result.samples} samples, {result.evaluations} evaluations")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result

@@ -1,11 +1,12 @@
 """`maekit sweep`."""
 
-from maekit.cli.options import Json, configured
+from maekit.cli.options import Summary, configured
+from maekit.cli.show import make_progress, print_table
 from maekit.config.sweep import SweepConfig
 
 
-@configured(SweepConfig, arguments=["plan"])
-def command(config: SweepConfig, as_json: Json = False) -> None:
+@configured(SweepConfig)
+def command(config: SweepConfig) -> Summary:
     r"""Pre-train a small grid of settings, judge each run alike, and draw the curves.
 
     \[sweep] names the labelled shards to judge with (train, test), how (judge = \["knn", "linear"]), and whether one
@@ -15,9 +16,6 @@ def command(config: SweepConfig, as_json: Json = False) -> None:
     The same command resumes a stopped sweep; cells that are added to the file are trained, the others are not
     done again.
     """
-    import dataclasses
-
-    from maekit.cli.show import make_progress, print_json, print_table
     from maekit.sweeping import measures_of, sweep
 
     result = sweep(config, make_progress())
@@ -28,5 +26,4 @@ def command(config: SweepConfig, as_json: Json = False) -> None:
     ]
     print_table(["", *measures, "loss"], table, right=range(1, len(measures) + 2))
     print(f"{len(result.rows)} cells, {result.trained} trained now: {result.page}")
-    if as_json:
-        print_json(dataclasses.asdict(result))
+    yield result

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from maekit.config import PretrainConfig
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, check, setting
 from maekit.config.poolings import check_pool
 from maekit.config.settings import fields_of, load_toml, set_value
 from maekit.config.sweep import SweepConfig
@@ -40,9 +40,7 @@ _BASE = "base"
 _MOST_CELLS = 200
 
 
-@config_class
-@dataclass
-class SweepSettings:
+class SweepSettings(Config):
     """The table `[sweep]` of the file: how cells are formed and evaluated."""
 
     train: tuple[str, ...] = setting((), "Labelled shards to judge with.")

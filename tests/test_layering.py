@@ -39,8 +39,8 @@ ROOMS = {
     "demo": "checking config embedding exporters images pages pretraining runs shards system vectors",
     "maekit": "checking config diagnosis embedding evaluation exporters finetuning inspection pages pretraining shards "
     "sweeping system version",
-    "cli": "checking config demo diagnosis embedding evaluation exporters finetuning inspection pages pretraining runs "
-    "shards sweeping system version",
+    "cli": "checking config demo diagnosis embedding evaluation exporters finetuning inspection maekit pages "
+    "pretraining runs shards sweeping system version",
     "__main__": "cli",
 }
 HEAVY = {"numpy", "PIL", "torch", "timm", "onnx", "onnxruntime", "pyarrow", "webdataset"}

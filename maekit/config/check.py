@@ -1,17 +1,13 @@
 """The settings of `maekit check` and `maekit inspect`."""
 
-from dataclasses import dataclass
-
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, argument, check, setting, unlisted
 from maekit.system.errors import InputError
 
 
-@config_class
-@dataclass
-class CheckConfig:
+class CheckConfig(Config):
     """How to scan shards."""
 
-    shards: tuple[str, ...] = setting(help="Directories, .tar files, globs, brace patterns or URLs.")
+    shards: tuple[str, ...] = argument(help="Directories, .tar files, globs, brace patterns or URLs.")
     write_index: bool = setting(False, "Write NAME.tar.index beside each sound shard.")
     crc: bool = setting(False, "Put the CRC-32 of every member into it.")
     images: bool = setting(False, "Decode every image: formats, modes, sizes, failures by reason.")
@@ -30,29 +26,23 @@ class CheckConfig:
         check(self)
 
 
-@config_class
-@dataclass
-class InspectConfig:
+class InspectConfig(Config):
     """What to inspect."""
 
-    thing: str = setting(help="A run, a checkpoint, an .onnx file, or shards.")
+    thing: str = argument(help="A run, a checkpoint, an .onnx file, or shards.")
     providers: bool = setting(False, "Of an .onnx file: which provider takes which nodes on this machine.")
 
 
-@config_class
-@dataclass
-class DoctorConfig:
+class DoctorConfig(Config):
     """What to measure on this machine besides listing its properties."""
 
-    model: str | None = setting(
-        None,
-        "Measure this model on this machine; what `maekit export` wrote.",
-        metavar="ENCODER.ONNX",
+    model: str | None = argument(
+        None, "Measure this model on this machine; what `maekit export` wrote.", metavar="ENCODER.ONNX"
     )
-    shards: tuple[str, ...] = setting(
+    shards: tuple[str, ...] = argument(
         (), "Measure decoding on images of these shards, too; the model's input size decides.", metavar="SHARDS"
     )
-    seconds: float = setting(5.0, "About how long to measure.", only_set=True, above=0)
+    seconds: float = unlisted(5.0, "About how long to measure.", above=0)
 
     def validate(self) -> None:
         """Check every value.

@@ -2,28 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, argument, check, count_or_auto, setting
 from maekit.system.errors import InputError
 
-_OUTPUT, _INPUT, _HARDWARE, _MACHINES = "Output", "Input", "Hardware", "Many machines"
 _COLUMNS = ("key", "shard", "index", "embedding")
-
-
-def parse_count(text: str) -> int | None:
-    """Parse a number, or `auto`, which is None.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if text == "auto":
-        return None
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"{text}: must be a number or auto") from None
+_output = partial(setting, panel="Output")
+_input = partial(setting, panel="Input")
+_hardware = partial(setting, panel="Hardware")
+_machines = partial(setting, panel="Many machines")
 
 
 def parse_extensions(text: str) -> tuple[str, ...]:
@@ -41,96 +30,75 @@ def parse_provider_options(pairs: Sequence[str]) -> dict[str, str]:
     """Parse options of an execution provider, each KEY=VALUE.
 
     Raises:
-        InputError: an option has another form.
+        ValueError: an option has another form.
     """
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not key or not equals:
-            raise InputError(f"`provider_options` {pair}: must be KEY=VALUE")
+            raise ValueError(f"{pair}: must be KEY=VALUE")
         options[key] = value
     return options
 
 
-@config_class
-@dataclass
-class EmbedConfig:
+class EmbedConfig(Config):
     """One embedding job."""
 
-    model: str = setting(help="What `maekit export` wrote.", metavar="ENCODER.ONNX")
-    shards: tuple[str, ...] = setting(
+    model: str = argument(help="What `maekit export` wrote.", metavar="ENCODER.ONNX")
+    shards: tuple[str, ...] = argument(
         help="Directories, .tar files, globs, brace patterns or URLs; or one directory of images."
     )
-    out: str = setting(help="The output directory.", panel=_OUTPUT)
-    device: str = setting(
-        "auto", "auto, cpu, cuda or cuda:N. cuda means on CUDA, or exit 2 with the fix.", panel=_HARDWARE
+    out: str = _output(help="The output directory.")
+    device: str = _hardware("auto", "auto, cpu, cuda or cuda:N. cuda means on CUDA, or exit 2 with the fix.")
+    devices: tuple[str, ...] = _hardware(
+        (), "Several GPUs (or cpu,cpu), one process each, which share the work.", metavar="0,1,…", parse=parse_devices
     )
-    devices: tuple[str, ...] = setting(
-        (),
-        "Several GPUs (or cpu,cpu), one process each, which share the work.",
-        panel=_HARDWARE,
-        metavar="0,1,…",
-        parse=parse_devices,
-    )
-    provider_options: Mapping[str, str] = setting(
+    provider_options: Mapping[str, str] = _hardware(
         factory=dict,
         help="Of ONNX Runtime's CUDA provider, such as gpu_mem_limit=8000000000; may be repeated.",
-        panel=_HARDWARE,
         flag="--provider-option",
         metavar="KEY=VALUE",
         parse=parse_provider_options,
     )
-    format: Literal["parquet", "npy"] = setting(
-        "parquet",
-        "parquet: one file per shard. npy: img_emb/*.npy and metadata/*.parquet, as clip-retrieval writes.",
-        panel=_OUTPUT,
+    format: Literal["parquet", "npy"] = _output(
+        "parquet", "parquet: one file per shard. npy: img_emb/*.npy and metadata/*.parquet, as clip-retrieval writes."
     )
-    dtype: Literal["float32", "float16"] = setting(
-        "float32", "Of the stored embeddings: float32 or float16.", panel=_OUTPUT
-    )
-    keep: tuple[str, ...] = setting(
+    dtype: Literal["float32", "float16"] = _output("float32", "Of the stored embeddings: float32 or float16.")
+    keep: tuple[str, ...] = _output(
         (),
         "Members of each sample that become columns, such as json,cls.",
-        panel=_OUTPUT,
         metavar="EXTENSIONS",
         parse=parse_extensions,
     )
-    limit: int | None = setting(None, "Only the first N samples of the input.", panel=_INPUT, at_least=1)
-    select: str | None = setting(None, "Only samples whose key matches.", panel=_INPUT, metavar="GLOB")
-    batch_size: int | None = setting(
+    limit: int | None = _input(None, "Only the first N samples of the input.", at_least=1)
+    select: str | None = _input(None, "Only samples whose key matches.", metavar="GLOB")
+    batch_size: int | None = _hardware(
         None,
         "Images per run of the model. auto: what `out` has; else 8 on a CPU, where more only fall out of the caches, "
         "and as many pixels as 256 images of 224 x 224 on a GPU. Halved where memory is short.",
-        panel=_HARDWARE,
         metavar="N|auto",
         shown="auto",
-        parse=parse_count,
+        parse=count_or_auto,
         at_least=1,
     )
-    workers: int | None = setting(
+    workers: int | None = _hardware(
         None,
         "Decoding processes, over all devices. auto: one per core; on a CPU they only take the time that the model "
         "leaves.",
-        panel=_HARDWARE,
         metavar="N|auto",
         shown="auto",
-        parse=parse_count,
+        parse=count_or_auto,
         at_least=1,
     )
-    num_splits: int | None = setting(
-        None,
-        "Divide the input among N runs on one `out`.",
-        panel=_MACHINES,
-        shown="as SLURM or torchrun says",
+    num_splits: int | None = _machines(
+        None, "Divide the input among N runs on one `out`.", shown="as SLURM or torchrun says"
     )
-    split: int | None = setting(None, "Which of them this is, from 0.", panel=_MACHINES)
-    overwrite: bool = setting(False, "Delete what is in `out` and make it anew.", panel=_OUTPUT)
-    verify: bool = setting(
-        False,
-        "At the end, read everything again: digests, keys, lengths, values. Exit 1 if anything is wrong.",
-        panel=_OUTPUT,
+    split: int | None = _machines(None, "Which of them this is, from 0.")
+    overwrite: bool = _output(False, "Delete what is in `out` and make it anew.")
+    verify: bool = _output(
+        False, "At the end, read everything again: digests, keys, lengths, values. Exit 1 if anything is wrong."
     )
-    cache_gb: float = setting(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", panel=_INPUT, above=0)
+    cache_gb: float = _input(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
 
     def validate(self) -> None:
         """Check every value that needs neither the model nor the input.

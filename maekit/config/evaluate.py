@@ -1,67 +1,55 @@
 """The settings of `maekit evaluate knn`, `linear` and `retrieval`."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, argument, check, setting, unlisted
 from maekit.config.poolings import CHOICES, check_pool
 from maekit.config.pretrain import Device
 from maekit.system.errors import InputError
 
-_JUDGED, _IMAGES = "What is judged", "Labelled images"
+judged = partial(setting, panel="What is judged")
+labelled = partial(setting, panel="Labelled images")
 
 
-@config_class
-@dataclass
-class EvaluateConfig:
+class EvaluateConfig(Config):
     """How embeddings are evaluated, and on which labelled images."""
 
-    task: Literal["knn", "linear", "retrieval"] = setting(help="knn, linear or retrieval.", only_set=True)
-    model: str = setting(
+    task: Literal["knn", "linear", "retrieval"] = unlisted(help="knn, linear or retrieval.")
+    model: str = argument(
         help="A run, a checkpoint, timm:NAME, a file of weights, an exported .onnx, or a directory of embeddings.",
         metavar="MODEL",
     )
-    train: tuple[str, ...] = setting(help="With a .cls member each.", panel=_IMAGES, metavar="SHARDS")
-    test: tuple[str, ...] = setting(
+    train: tuple[str, ...] = labelled(help="With a .cls member each.", metavar="SHARDS")
+    test: tuple[str, ...] = labelled(
         (),
         "Likewise, held out. In a retrieval these are the queries; without them, each image of `train` searches for "
         "the others of its class.",
-        panel=_IMAGES,
         metavar="SHARDS",
     )
-    k: int = setting(20, "Neighbours that vote.", above=0)
-    temperature: float = setting(0.07, "Each votes with exp(cosine / temperature).", above=0)
-    pool: tuple[str, ...] = setting(
-        (), f"{CHOICES}; may be repeated.", panel=_JUDGED, shown="all of avg and cls that the model has"
-    )
-    whiten: bool = setting(True, "Also whitened by a PCA, fitted without labels on the training images.", panel=_JUDGED)
-    whiten_dims: tuple[int, ...] = setting(
+    # From here on, the order is part of the digest that names the file of an evaluation in a run: see `options`.
+    pool: tuple[str, ...] = judged((), f"{CHOICES}; may be repeated.", shown="all of avg and cls that the model has")
+    whiten: bool = judged(True, "Also whitened by a PCA, fitted without labels on the training images.")
+    whiten_dims: tuple[int, ...] = judged(
         (),
         "Length of a whitened embedding; may be repeated.",
-        panel=_JUDGED,
         flag="--whiten-dim",
         shown="all directions; 64 for raw pixels",
         above=0,
     )
-    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = setting(
-        ("fp32",),
-        "fp32, fp16 or int8, the last two as exported; may be repeated.",
-        panel=_JUDGED,
-        flag="--precision",
+    baselines: bool = judged(True, "Beside it, raw pixels and the encoder as initialised.")
+    train_images: int | None = labelled(None, "At most this many, drawn at random.", shown="all", above=0)
+    test_images: int | None = labelled(None, "At most this many, drawn at random.", shown="all", above=0)
+    precisions: tuple[Literal["fp32", "fp16", "int8"], ...] = judged(
+        ("fp32",), "fp32, fp16 or int8, the last two as exported; may be repeated.", flag="--precision"
     )
-    architecture: str | None = setting(
-        None,
-        "timm's name of the architecture, for a file of weights that does not tell.",
-        panel=_JUDGED,
-        flag="--model",
+    k: int = setting(20, "Neighbours that vote.", above=0)
+    ks: tuple[int, ...] = unlisted((1, 5, 10, 20, 50, 100, 200), "Other numbers of neighbours to report.", above=0)
+    temperature: float = setting(0.07, "Each votes with exp(cosine / temperature).", above=0)
+    recalls: tuple[int, ...] = unlisted((1, 5, 10), "The k of recall@k.", above=0)
+    architecture: str | None = judged(
+        None, "timm's name of the architecture, for a file of weights that does not tell.", flag="--model"
     )
-    baselines: bool = setting(True, "Beside it, raw pixels and the encoder as initialised.", panel=_JUDGED)
-    train_images: int | None = setting(None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", above=0)
-    test_images: int | None = setting(None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", above=0)
-    ks: tuple[int, ...] = setting(
-        (1, 5, 10, 20, 50, 100, 200), "Other numbers of neighbours to report.", only_set=True, above=0
-    )
-    recalls: tuple[int, ...] = setting((1, 5, 10), "The k of recall@k.", only_set=True, above=0)
     seed: int = setting(0, "Of the untrained encoder, and of the part held out.", at_least=0, below=1 << 63)
     device: Device = setting("auto", "auto, cpu or cuda.")
 
@@ -81,19 +69,5 @@ class EvaluateConfig:
 
     def options(self) -> dict[str, Any]:
         """Return the settings that affect the results besides model and images, as JSON values stored with them."""
-        return {
-            "pool": self.pool,
-            "whiten": self.whiten,
-            "whiten_dims": self.whiten_dims,
-            "baselines": self.baselines,
-            "train_images": self.train_images,
-            "test_images": self.test_images,
-            "precisions": self.precisions,
-            "k": self.k,
-            "ks": self.ks,
-            "temperature": self.temperature,
-            "recalls": self.recalls,
-            "model": self.architecture,
-            "seed": self.seed,
-            "device": self.device,
-        }
+        options = {key: value for key, value in vars(self).items() if key not in ("task", "model", "train", "test")}
+        return {"model" if key == "architecture" else key: value for key, value in options.items()}

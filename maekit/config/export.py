@@ -1,72 +1,54 @@
 """The settings of `maekit export`."""
 
-from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from maekit.config.fields import check, config_class, setting, settings_of
+from maekit.config.fields import Config, argument, check, setting, settings_of
 from maekit.config.poolings import UNPOOLED, check_pool
 from maekit.system.errors import InputError
 
 OPSET_WITH_ATTENTION = 23  # the first that has the operator
-_COMPUTES, _PROVES = "What it computes", "What it is held against"
+_computes = partial(setting, panel="What it computes")
+proves = partial(setting, panel="What it is held against")
 
 
-@config_class
-@dataclass
-class ExportConfig:
+class ExportConfig(Config):
     """One export: what the file computes, and what it is compared with."""
 
-    source: str = setting(
+    source: str = argument(
         help="A run, one of its checkpoints, timm:NAME, a file of weights (under timm's names, or the reference "
         "implementation's .pth), or a directory of transformers' ViTMAE."
     )
     out: str = setting(help="The ONNX file.")
-    pool: str = setting(
+    pool: str = _computes(
         "avg",
         "avg: mean of the patch tokens; cls: the class token; std: standard deviation of the patch tokens; avg2x2: "
         "mean of each quarter of the image; several joined by +; or tokens: all patch tokens.",
-        panel=_COMPUTES,
     )
-    whiten: tuple[str, ...] = setting(
-        (),
-        "Fit a whitening on images of these shards and bake it in: recommended for cosine search.",
-        panel=_COMPUTES,
-        metavar="SHARDS",
+    whiten: tuple[str, ...] = _computes(
+        (), "Fit a whitening on images of these shards and bake it in: recommended for cosine search.", metavar="SHARDS"
     )
-    whiten_dim: int | None = setting(
-        None,
-        "Length of a whitened embedding; by default as many as the images vary in.",
-        panel=_COMPUTES,
-        at_least=1,
+    whiten_dim: int | None = _computes(
+        None, "Length of a whitened embedding; by default as many as the images vary in.", at_least=1
     )
-    whiten_images: int = setting(5000, "Images to fit the whitening on, evenly spread.", panel=_COMPUTES, at_least=2)
-    normalize: bool = setting(True, "Divide each embedding by its L2 norm.", panel=_COMPUTES)
-    precision: Literal["fp32", "fp16", "int8"] = setting(
-        "fp32", "fp32; fp16, for CUDA; int8, for CPUs.", panel=_COMPUTES
+    whiten_images: int = _computes(5000, "Images to fit the whitening on, evenly spread.", at_least=2)
+    normalize: bool = _computes(True, "Divide each embedding by its L2 norm.")
+    precision: Literal["fp32", "fp16", "int8"] = _computes("fp32", "fp32; fp16, for CUDA; int8, for CPUs.")
+    opset: Literal[18, 19, 20, 21, 22, 23] = _computes(
+        23, "Of ONNX, 18 to 23; below 23 attention is written in older operators, for older runtimes."
     )
-    opset: Literal[18, 19, 20, 21, 22, 23] = setting(
-        23,
-        "Of ONNX, 18 to 23; below 23 attention is written in older operators, for older runtimes.",
-        panel=_COMPUTES,
+    format: Literal["onnx", "timm"] = _computes(
+        "onnx", "onnx; or timm: a directory that timm.create_model('local-dir:DIR') loads, the encoder alone."
     )
-    format: Literal["onnx", "timm"] = setting(
-        "onnx",
-        "onnx; or timm: a directory that timm.create_model('local-dir:DIR') loads, the encoder alone.",
-        panel=_COMPUTES,
-    )
-    model: str | None = setting(
+    model: str | None = _computes(
         None,
         "timm's name of the architecture, for a file of weights that does not tell; with a tag "
         "(vit_base_patch16_224.mae), also its normalisation.",
-        panel=_COMPUTES,
     )
-    parity: tuple[str, ...] = setting(
-        (),
-        "Images to compare on, and to calibrate int8 on; those of the training by default.",
-        panel=_PROVES,
-        metavar="SHARDS",
+    parity: tuple[str, ...] = proves(
+        (), "Images to compare on, and to calibrate int8 on; those of the training by default.", metavar="SHARDS"
     )
-    force: bool = setting(False, "Keep a file that differs too much.", panel=_PROVES)
+    force: bool = proves(False, "Keep a file that differs too much.")
 
     def changed(self) -> list[str]:
         """Return the names of the settings that differ from their default."""

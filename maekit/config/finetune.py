@@ -4,139 +4,106 @@ Three published schedules (He et al. 2021, appendix A.1, tables 9 to 11): fine-t
 probing.
 """
 
-from dataclasses import dataclass
+from functools import partial
 
-from maekit.config.fields import check, config_class, setting
+from maekit.config.evaluate import judged, labelled
+from maekit.config.fields import Config, argument, check, setting, unlisted
 from maekit.config.poolings import CHOICES, check_pool
 from maekit.config.pretrain import DataConfig, OptimizerConfig, RunConfig, check_training
 from maekit.system.errors import InputError
 
 DEFAULT_FINETUNE_EPOCHS = 100.0
 RAND_AUGMENT = "rand-m9-mstd0.5-inc1"
-_JUDGED, _IMAGES = "What is judged", "Labelled images"
-_TRAINING, _AUGMENTED = "Training", "Augmentation and regularisation"
+_training = partial(setting, panel="Training")
+_augmented = partial(setting, panel="Augmentation and regularisation")
 
 
 def parse_blocks(text: str) -> float | None:
     """Parse a number of blocks, or `all`, which is None.
 
     Raises:
-        InputError: it is neither.
+        ValueError: it is neither.
     """
     try:
         return None if text == "all" else float(text)
     except ValueError:
-        raise InputError(f"`model.blocks` = {text}: must be all, 0, 0.5, or a whole number") from None
+        raise ValueError(f"{text}: must be all, 0, 0.5, or a whole number") from None
 
 
-@config_class
-@dataclass
-class ClassifierConfig:
+class ClassifierConfig(Config):
     """The model."""
 
     # The path of the weights may change on resuming; their contents may not.
-    source: str = setting(
+    source: str = argument(
         "",
         "A run, a checkpoint, timm:NAME, a file of weights, or the `out` of another fine-tuning.",
         metavar="MODEL",
         free=True,
     )
-    name: str | None = setting(
-        None,
-        "timm's name of the architecture, for a file of weights that does not tell.",
-        panel=_JUDGED,
-        flag="--model",
+    name: str | None = judged(
+        None, "timm's name of the architecture, for a file of weights that does not tell.", flag="--model"
     )
-    sha256: str | None = setting(None, "Names the weights; found by itself.", only_set=True)
-    from_scratch: bool = setting(
-        False,
-        "For comparison: the same architecture, trained from nothing by its published schedule.",
-        panel=_JUDGED,
+    sha256: str | None = unlisted(None, "Names the weights; found by itself.")
+    from_scratch: bool = judged(
+        False, "For comparison: the same architecture, trained from nothing by its published schedule."
     )
-    pool: str = setting("avg", f"{CHOICES}.", panel=_JUDGED)
-    blocks: float | None = setting(
+    pool: str = judged("avg", f"{CHOICES}.")
+    blocks: float | None = judged(
         None,
         "Train the last N blocks only: all, 12, 4, 1, 0.5 (the MLP of the last), 0 (the head).",
-        panel=_JUDGED,
         shown="all",
         parse=parse_blocks,
     )
-    batch_norm: bool = setting(False, "Normalise features before the head, without affine parameters.", only_set=True)
-    drop_path: float = setting(
-        0.1,
-        "Largest rate of stochastic depth; it grows with the layers from 0.",
-        panel=_AUGMENTED,
-        at_least=0,
-        below=1,
+    batch_norm: bool = unlisted(False, "Normalise features before the head, without affine parameters.")
+    drop_path: float = _augmented(
+        0.1, "Largest rate of stochastic depth; it grows with the layers from 0.", at_least=0, below=1
     )
 
 
-@config_class
-@dataclass
-class MixConfig:
+class MixConfig(Config):
     """Augmentation of labelled images besides cropping."""
 
-    rand_augment: str = setting(RAND_AUGMENT, "RandAugment as timm writes it, or none.", panel=_AUGMENTED)
-    mixup: float = setting(0.8, "α of mixup; 0 is none.", panel=_AUGMENTED, at_least=0)
-    cutmix: float = setting(1.0, "α of cutmix; 0 is none.", panel=_AUGMENTED, at_least=0)
-    label_smoothing: float = setting(
-        0.1, "Share of each target that goes to all classes alike.", panel=_AUGMENTED, at_least=0, below=1
+    rand_augment: str = _augmented(RAND_AUGMENT, "RandAugment as timm writes it, or none.")
+    mixup: float = _augmented(0.8, "α of mixup; 0 is none.", at_least=0)
+    cutmix: float = _augmented(1.0, "α of cutmix; 0 is none.", at_least=0)
+    label_smoothing: float = _augmented(
+        0.1, "Share of each target that goes to all classes alike.", at_least=0, below=1
     )
-    erase: float = setting(0.25, "Probability that a rectangle is erased.", panel=_AUGMENTED, at_least=0, at_most=1)
+    erase: float = _augmented(0.25, "Probability that a rectangle is erased.", at_least=0, at_most=1)
 
 
-@config_class
-@dataclass
 class SupervisedOptimizer(OptimizerConfig):
     """The optimiser and its schedule."""
 
-    lr: float = setting(1e-3, "Base learning rate, per 256 images.", panel=_TRAINING, shown="as published", above=0)
-    min_lr: float = setting(1e-6, "Learning rate at the end, absolute.", only_set=True, at_least=0)
-    warmup_epochs: float = setting(
-        5.0, "Length of the warm-up; at most a tenth of the run.", panel=_TRAINING, shown="as published", at_least=0
+    lr: float = _training(1e-3, "Base learning rate, per 256 images.", shown="as published", above=0)
+    min_lr: float = unlisted(1e-6, "Learning rate at the end, absolute.", at_least=0)
+    warmup_epochs: float = _training(
+        5.0, "Length of the warm-up; at most a tenth of the run.", shown="as published", at_least=0
     )
-    weight_decay: float = setting(0.05, "On parameters of two or more dimensions.", panel=_TRAINING, at_least=0)
-    beta2: float = setting(0.999, "AdamW's β₂.", only_set=True, at_least=0, below=1)
-    kind: str = setting("adamw", "adamw or lars.", only_set=True)
-    layer_decay: float = setting(
-        0.75,
-        "Each layer's learning rate is that of the next one times this (AdamW).",
-        panel=_TRAINING,
-        above=0,
-        at_most=1,
+    weight_decay: float = _training(0.05, "On parameters of two or more dimensions.", at_least=0)
+    beta2: float = unlisted(0.999, "AdamW's β₂.", at_least=0, below=1)
+    kind: str = unlisted("adamw", "adamw or lars.")
+    layer_decay: float = _training(
+        0.75, "Each layer's learning rate is that of the next one times this (AdamW).", above=0, at_most=1
     )
-    momentum: float = setting(0.9, "Of LARS.", only_set=True, at_least=0, below=1)
+    momentum: float = unlisted(0.9, "Of LARS.", at_least=0, below=1)
 
 
-@config_class
-@dataclass
-class FinetuneConfig:
+class FinetuneConfig(Config):
     """A whole run of supervised training."""
 
-    shards: tuple[str, ...] = setting(
-        (), "With a .cls member each.", panel=_IMAGES, flag="--train", metavar="SHARDS", free=True
-    )
+    shards: tuple[str, ...] = labelled((), "With a .cls member each.", flag="--train", metavar="SHARDS", free=True)
     out: str = setting("", "The directory of this training.", free=True)
-    test: tuple[str, ...] = setting((), "Likewise, held out.", panel=_IMAGES, metavar="SHARDS", free=True)
-    test_images: int | None = setting(
-        None, "At most this many, drawn at random.", panel=_IMAGES, shown="all", free=True, above=0
+    test: tuple[str, ...] = labelled((), "Likewise, held out.", metavar="SHARDS", free=True)
+    test_images: int | None = labelled(None, "At most this many, drawn at random.", shown="all", free=True, above=0)
+    epochs: float | None = _training(
+        None, "Passes over the training images.", shown="100; 300 from scratch; 90 to probe", above=0
     )
-    epochs: float | None = setting(
-        None,
-        "Passes over the training images.",
-        panel=_TRAINING,
-        shown="100; 300 from scratch; 90 to probe",
-        above=0,
-    )
-    steps: int | None = setting(None, "Optimiser steps, instead of epochs.", panel=_TRAINING, above=0)
-    batch_size: int = setting(
-        1024, "Images per step, over all devices.", panel=_TRAINING, shown="as published", above=0
-    )
+    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0)
+    batch_size: int = _training(1024, "Images per step, over all devices.", shown="as published", above=0)
     seed: int = setting(0, "Of the head, order, crops, and all that is mixed.", at_least=0, below=1 << 63)
-    classes: int | None = setting(None, "Of the training set; found by itself.", only_set=True)
-    labels_sha256: str | None = setting(
-        None, "Names classes and labels of the training set; found by itself.", only_set=True
-    )
+    classes: int | None = unlisted(None, "Of the training set; found by itself.")
+    labels_sha256: str | None = unlisted(None, "Names classes and labels of the training set; found by itself.")
     model: ClassifierConfig = setting(factory=ClassifierConfig)
     data: DataConfig = setting(factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
     mix: MixConfig = setting(factory=MixConfig)

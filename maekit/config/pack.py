@@ -1,34 +1,29 @@
 """The settings of `maekit pack`."""
 
-from dataclasses import dataclass
+from functools import partial
 
-from maekit.config.fields import config_class, setting
+from maekit.config.fields import Config, argument, setting
 
-_TABLE = "Table"
+_table = partial(setting, panel="Table")
 
 
-@config_class
-@dataclass
-class PackConfig:
+class PackConfig(Config):
     """How a folder of images is packed."""
 
-    images: str = setting(help="A folder of images, searched to any depth.")
-    out: str = setting(help="A folder for the shards: new or empty.", metavar="SHARDS")
+    images: str = argument(help="A folder of images, searched to any depth.")
+    out: str = argument(help="A folder for the shards: new or empty.", metavar="SHARDS")
     samples_per_shard: int = setting(1000, "Images in each shard at most.", at_least=1)
     shard_mb: float | None = setting(
         None, "Megabytes in each shard at most; one image larger than that has a shard to itself.", above=0
     )
     classes: bool = setting(True, "Take the first folder of each path for the class, where all images lie in folders.")
-    table: str | None = setting(
-        None, "A CSV, TSV or parquet file that says which images, in what order, and with what label.", panel=_TABLE
+    table: str | None = _table(
+        None, "A CSV, TSV or parquet file that says which images, in what order, and with what label."
     )
-    path_column: str | None = setting(
-        None, "Its column of paths.", panel=_TABLE, shown="one named path, file, filename or image"
-    )
-    label_column: str | None = setting(
+    path_column: str | None = _table(None, "Its column of paths.", shown="one named path, file, filename or image")
+    label_column: str | None = _table(
         None,
         "Its column of labels, whole numbers or text; an empty one gives no .cls.",
-        panel=_TABLE,
         shown="one named label, cls, class or target",
     )
     workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1)

@@ -1,9 +1,8 @@
 """The settings of the commands that draw pages: `maekit reconstruct`, `report` and `neighbours`."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, argument, check, setting
 from maekit.config.pretrain import Device, Masking
 from maekit.system.errors import InputError
 
@@ -13,16 +12,14 @@ _MOST_SAMPLES = 5000
 _SHARDS = "Directories, .tar files, globs, brace patterns or URLs."
 
 
-@config_class
-@dataclass
-class ReconstructConfig:
+class ReconstructConfig(Config):
     """Which samples to draw, and under which masks."""
 
-    source: str = setting(
+    source: str = argument(
         help="A run, a checkpoint, or others' weights with a decoder: a .pth of the reference implementation, a "
         "directory of transformers' ViTMAE."
     )
-    shards: tuple[str, ...] = setting(help=_SHARDS)
+    shards: tuple[str, ...] = argument(help=_SHARDS)
     out: str = setting("reconstruction.png", "The picture: .png, or .html with keys and losses as well.")
     keys: tuple[str, ...] = setting(
         (), "A sample, KEY or SHARD:KEY; may be repeated. Without it, a random set.", flag="--key"
@@ -48,37 +45,22 @@ class ReconstructConfig:
             raise InputError(f"{len(self.keys)} keys: at most {_MOST_ROWS} fit into a picture")
 
 
-@config_class
-@dataclass
-class ReportConfig:
+class ReportConfig(Config):
     """The subject of a run's report."""
 
-    run: str = setting(help="What `maekit pretrain` wrote, finished or not.", metavar="RUN")
+    run: str = argument(help="What `maekit pretrain` wrote, finished or not.", metavar="RUN")
     out: str | None = setting(None, "The page.", shown="RUN/report.html")
     shards: tuple[str, ...] = setting((), "Whose images are shown; may be repeated.", shown="those of the training")
     samples: int = setting(
-        600,
-        "How many are embedded for the neighbours and the map, evenly spread.",
-        at_least=2,
-        at_most=_MOST_SAMPLES,
+        600, "How many are embedded for the neighbours and the map, evenly spread.", at_least=2, at_most=_MOST_SAMPLES
     )
     device: Device = setting("auto", "auto, cpu or cuda.")
 
-    def validate(self) -> None:
-        """Check every value.
 
-        Raises:
-            InputError: names the first impossible value.
-        """
-        check(self)
-
-
-@config_class
-@dataclass
-class NeighboursConfig:
+class NeighboursConfig(Config):
     """Whose neighbours to find, and how to show them."""
 
-    embeddings: str = setting(help="What `maekit embed` wrote: its `out`.", metavar="EMBEDDINGS")
+    embeddings: str = argument(help="What `maekit embed` wrote: its `out`.", metavar="EMBEDDINGS")
     queries: tuple[str, ...] = setting(
         help="KEY or SHARD:KEY of a row, or an image file; may be repeated.", flag="--query", metavar="KEY|IMAGE"
     )
@@ -88,11 +70,3 @@ class NeighboursConfig:
     model: str | None = setting(
         None, "The file that made the embeddings, for queries that are images.", metavar="ENCODER.ONNX"
     )
-
-    def validate(self) -> None:
-        """Check every value.
-
-        Raises:
-            InputError: names the first impossible value.
-        """
-        check(self)

@@ -6,11 +6,11 @@ Values come from, later ones overriding earlier ones: defaults, `--config FILE.t
 
 import math
 import re
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
-from maekit.config.fields import check, config_class, setting
+from maekit.config.fields import Config, argument, check, count_or_auto, setting, unlisted
 from maekit.config.settings import load_settings
 from maekit.system.errors import InputError
 
@@ -20,109 +20,79 @@ Masking = Literal["random", "block", "grid"]
 Device = Literal["auto", "cpu", "cuda"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-_TRAINING, _MODEL, _MACHINE, _OUTPUT = "Training", "Encoder", "Machine", "Output"
-_DECODER, _MASKING, _TARGET, _IMAGES = "Decoder", "Masking", "Target", "Images"
+_training = partial(setting, panel="Training")
+_encoder = partial(setting, panel="Encoder")
+_decoder = partial(setting, panel="Decoder")
+_masking = partial(setting, panel="Masking")
+_target = partial(setting, panel="Target")
+_images = partial(setting, panel="Images")
+_machine = partial(setting, panel="Machine", free=True)
+_output = partial(setting, panel="Output", free=True)
 
 
 def parse_image_size(text: str) -> int | tuple[int, int]:
     """Parse a number of pixels, or HEIGHTxWIDTH.
 
     Raises:
-        InputError: it is neither.
+        ValueError: it is neither.
     """
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise InputError(f"`image_size` {text!r}: must be a number of pixels, or two as in 192x256 (height x width)")
+        raise ValueError(f"{text!r}: must be a number of pixels, or two as in 192x256 (height x width)")
     return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
-def parse_micro_batch(text: str) -> int | None:
-    """Parse a number of images, or `auto`, which is None.
-
-    Raises:
-        InputError: it is neither.
-    """
-    if text == "auto":
-        return None
-    if not text.isdecimal() or not int(text):
-        raise InputError(f"`micro_batch` {text!r}: must be a whole number greater than 0, or auto")
-    return int(text)
-
-
-@config_class
-@dataclass
-class ModelConfig:
+class ModelConfig(Config):
     """The encoder (a timm VisionTransformer by its timm name), the decoder, and the task.
 
     The name is taken from `init_from` if that names a model; a size of None means the named model's own size.
     """
 
-    name: str | None = setting(
-        None, "Encoder, by its timm name.", panel=_MODEL, flag="--model", shown="vit_base_patch16_224"
+    name: str | None = _encoder(None, "Encoder, by its timm name.", flag="--model", shown="vit_base_patch16_224")
+    image_size: int | tuple[int, int] = _encoder(
+        224, "Side of the input in pixels, or HEIGHTxWIDTH.", parse=parse_image_size, above=0
     )
-    image_size: int | tuple[int, int] = setting(
-        224, "Side of the input in pixels, or HEIGHTxWIDTH.", panel=_MODEL, parse=parse_image_size, above=0
+    channels: Literal[1, 3] = _encoder(3, "3 for RGB, 1 for grey (the luma).")
+    patch_size: int | None = _encoder(None, "Side of a patch, in pixels; the model's own by default.", above=0)
+    width: int | None = unlisted(None, "Width of the encoder.", above=0)
+    depth: int | None = unlisted(None, "Number of its blocks.", above=0)
+    heads: int | None = unlisted(None, "Number of its attention heads.", above=0)
+    class_token: bool | None = _encoder(None, "Whether the encoder has a class token; the model's own way by default.")
+    positions: Literal["sincos", "learned"] = _encoder("sincos", "Positions of the encoder: sincos (fixed) or learned.")
+    masking: Masking = _masking("random", "Which patches are removed: random, block (BEiT's) or grid.")
+    mask_ratio: float = _masking(0.75, "Share of patches removed.", above=0, below=1)
+    masks_per_image: int = _masking(
+        1, "Masks of each image in a step: one decoding serves them all.", at_least=1, at_most=64
     )
-    channels: Literal[1, 3] = setting(3, "3 for RGB, 1 for grey (the luma).", panel=_MODEL)
-    patch_size: int | None = setting(
-        None, "Side of a patch, in pixels; the model's own by default.", panel=_MODEL, above=0
+    mask_tokens: Literal["decoder", "encoder"] = _masking(
+        "decoder", "Where they stand for removed patches: in the decoder, or already in the encoder (slow)."
     )
-    width: int | None = setting(None, "Width of the encoder.", only_set=True, above=0)
-    depth: int | None = setting(None, "Number of its blocks.", only_set=True, above=0)
-    heads: int | None = setting(None, "Number of its attention heads.", only_set=True, above=0)
-    class_token: bool | None = setting(
-        None, "Whether the encoder has a class token; the model's own way by default.", panel=_MODEL
+    decoder: Literal["self", "cross"] = _decoder(
+        "self", "self: blocks of self-attention; cross: of cross-attention to the encoder alone (CrossMAE)."
     )
-    positions: Literal["sincos", "learned"] = setting(
-        "sincos", "Positions of the encoder: sincos (fixed) or learned.", panel=_MODEL
-    )
-    masking: Masking = setting("random", "Which patches are removed: random, block (BEiT's) or grid.", panel=_MASKING)
-    mask_ratio: float = setting(0.75, "Share of patches removed.", panel=_MASKING, above=0, below=1)
-    masks_per_image: int = setting(
-        1, "Masks of each image in a step: one decoding serves them all.", panel=_MASKING, at_least=1, at_most=64
-    )
-    mask_tokens: Literal["decoder", "encoder"] = setting(
-        "decoder",
-        "Where they stand for removed patches: in the decoder, or already in the encoder (slow).",
-        panel=_MASKING,
-    )
-    decoder: Literal["self", "cross"] = setting(
-        "self",
-        "self: blocks of self-attention; cross: of cross-attention to the encoder alone (CrossMAE).",
-        panel=_DECODER,
-    )
-    decoder_width: int = setting(512, "Width.", panel=_DECODER, above=0)
-    decoder_depth: int = setting(8, "Blocks.", panel=_DECODER, above=0)
-    decoder_heads: int = setting(16, "Attention heads.", panel=_DECODER, above=0)
-    predict_ratio: float = setting(
-        1.0, "Share of the removed patches that are predicted.", panel=_DECODER, above=0, at_most=1
-    )
-    target: Literal["norm_pixel", "pixel", "pca", "tokens"] = setting(
+    decoder_width: int = _decoder(512, "Width.", above=0)
+    decoder_depth: int = _decoder(8, "Blocks.", above=0)
+    decoder_heads: int = _decoder(16, "Attention heads.", above=0)
+    predict_ratio: float = _decoder(1.0, "Share of the removed patches that are predicted.", above=0, at_most=1)
+    target: Literal["norm_pixel", "pixel", "pca", "tokens"] = _target(
         "norm_pixel",
         "What is predicted: norm_pixel (pixels, each patch normalised by its own mean and variance), pixel, pca "
         "(coefficients) or tokens.",
-        panel=_TARGET,
     )
-    pca_components: int = setting(
-        96,
-        "Coefficients of `target=pca`; their basis is fitted on the shards before the training.",
-        panel=_TARGET,
-        above=0,
+    pca_components: int = _target(
+        96, "Coefficients of `target=pca`; their basis is fitted on the shards before the training.", above=0
     )
     # The path of the file may change on resuming; its contents may not.
-    tokenizer: str | None = setting(
+    tokenizer: str | None = _target(
         None,
         "Of `target=tokens`: an ONNX file, images in, a whole number for each patch out.",
-        panel=_TARGET,
         metavar="FILE.onnx",
         free=True,
     )
-    tokenizer_sha256: str | None = setting(None, "Digest of the tokenizer; found by itself.", only_set=True)
-    vocabulary: int | None = setting(None, "How many different tokens there are.", panel=_TARGET, above=0)
-    init_from: str | None = setting(
-        None,
-        "Start from timm:NAME (published weights), a run, a file of weights, or transformers' ViTMAE directory.",
-        panel=_MODEL,
+    tokenizer_sha256: str | None = unlisted(None, "Digest of the tokenizer; found by itself.")
+    vocabulary: int | None = _target(None, "How many different tokens there are.", above=0)
+    init_from: str | None = _encoder(
+        None, "Start from timm:NAME (published weights), a run, a file of weights, or transformers' ViTMAE directory."
     )
 
     @property
@@ -147,154 +117,106 @@ class ModelConfig:
             raise InputError("`model.tokenizer` and `model.vocabulary` are for `model.target=tokens`")
 
 
-@config_class
-@dataclass
-class DataConfig:
+class DataConfig(Config):
     """How samples become training images."""
 
-    augmentation: Literal["random_resized_crop", "fixed_crop", "none"] = setting(
+    augmentation: Literal["random_resized_crop", "fixed_crop", "none"] = _images(
         "random_resized_crop",
         "random_resized_crop; fixed_crop, of fixed size at a random place; or none: the evaluation's centre crop, "
         "never mirrored.",
-        panel=_IMAGES,
     )
-    crop_scale: tuple[float, float] = setting(
-        (0.2, 1.0), "Bounds of a random resized crop's share of the image area.", only_set=True
-    )
-    flip: bool = setting(True, "Mirror half of the images.", only_set=True)
-    color_jitter: float = setting(
+    crop_scale: tuple[float, float] = unlisted((0.2, 1.0), "Bounds of a random resized crop's share of the image area.")
+    flip: bool = unlisted(True, "Mirror half of the images.")
+    color_jitter: float = _images(
         0.0,
         "Change brightness, contrast and saturation by random factors within 1 ± this.",
-        panel=_IMAGES,
         shown="0: not at all",
         at_least=0,
         at_most=1,
     )
-    mean: tuple[float, float, float] = setting(IMAGENET_MEAN, "Per channel, of values in [0, 1].", only_set=True)
-    std: tuple[float, float, float] = setting(IMAGENET_STD, "Per channel, of values in [0, 1].", only_set=True, above=0)
-    window: int = setting(
-        WINDOW_SHARDS, "How many shards are mixed with each other in the order of samples.", only_set=True, above=0
-    )
-    skip_damaged: bool = setting(False, "Leave damaged shards out.", panel=_IMAGES)
-    max_bad: float = setting(
+    mean: tuple[float, float, float] = unlisted(IMAGENET_MEAN, "Per channel, of values in [0, 1].")
+    std: tuple[float, float, float] = unlisted(IMAGENET_STD, "Per channel, of values in [0, 1].", above=0)
+    window: int = unlisted(WINDOW_SHARDS, "How many shards are mixed with each other in the order of samples.", above=0)
+    skip_damaged: bool = _images(False, "Leave damaged shards out.")
+    max_bad: float = _images(
         0.01,
         "Stop when a larger share of samples, of at least an epoch or 1,000, has no readable image.",
-        panel=_IMAGES,
         free=True,
         at_least=0,
         at_most=1,
     )
-    workers: int | None = setting(
-        None,
-        "Processes that read and decode.",
-        panel=_MACHINE,
-        shown="on CUDA one per core, at most 16; on a CPU 1",
-        free=True,
-        at_least=0,
+    workers: int | None = _machine(
+        None, "Processes that read and decode.", shown="on CUDA one per core, at most 16; on a CPU 1", at_least=0
     )
-    prefetch: int = setting(2, "Steps whose batches are kept ready, at least.", only_set=True, free=True, above=0)
-    cache: Literal["off", "ram"] = setting(
-        "off",
-        "ram: keep the images of a small set decoded in memory; or off.",
-        panel=_MACHINE,
-        free=True,
+    prefetch: int = unlisted(2, "Steps whose batches are kept ready, at least.", free=True, above=0)
+    cache: Literal["off", "ram"] = _machine("off", "ram: keep the images of a small set decoded in memory; or off.")
+    cache_gb: float = _machine(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
+    patience: float = unlisted(
+        600.0, "Seconds without any progress in reading after which the run stops.", free=True, above=0
     )
-    cache_gb: float = setting(
-        50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", panel=_MACHINE, free=True, above=0
-    )
-    patience: float = setting(
-        600.0, "Seconds without any progress in reading after which the run stops.", only_set=True, free=True, above=0
-    )
-    val: tuple[str, ...] = setting(
+    val: tuple[str, ...] = _training(
         (),
         "Held-out shards: the loss on 2000 of their images at every checkpoint (data.val_images, run.val_every).",
-        panel=_TRAINING,
         free=True,
     )
-    val_images: int = setting(2000, "At most this many of them, evenly spread.", only_set=True, free=True, above=0)
+    val_images: int = unlisted(2000, "At most this many of them, evenly spread.", free=True, above=0)
 
 
-@config_class
-@dataclass
-class OptimizerConfig:
+class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up, then half a cosine to `min_lr`, per step."""
 
-    lr: float = setting(1.5e-4, "Base learning rate, per 256 images.", panel=_TRAINING, above=0)
-    min_lr: float = setting(0.0, "Learning rate at the end, absolute.", only_set=True, at_least=0)
-    warmup_epochs: float = setting(
-        40.0, "Length of the warm-up; at most a tenth of the run.", panel=_TRAINING, at_least=0
-    )
-    weight_decay: float = setting(0.05, "On parameters of two or more dimensions.", only_set=True, at_least=0)
-    beta1: float = setting(0.9, "AdamW's β₁.", only_set=True, at_least=0, below=1)
-    beta2: float = setting(0.95, "AdamW's β₂.", only_set=True, at_least=0, below=1)
-    clip_grad: float | None = setting(
-        None, "Scale longer gradients down to this norm.", panel=_TRAINING, shown="none, as published", above=0
+    lr: float = _training(1.5e-4, "Base learning rate, per 256 images.", above=0)
+    min_lr: float = unlisted(0.0, "Learning rate at the end, absolute.", at_least=0)
+    warmup_epochs: float = _training(40.0, "Length of the warm-up; at most a tenth of the run.", at_least=0)
+    weight_decay: float = unlisted(0.05, "On parameters of two or more dimensions.", at_least=0)
+    beta1: float = unlisted(0.9, "AdamW's β₁.", at_least=0, below=1)
+    beta2: float = unlisted(0.95, "AdamW's β₂.", at_least=0, below=1)
+    clip_grad: float | None = _training(
+        None, "Scale longer gradients down to this norm.", shown="none, as published", above=0
     )
 
 
-@config_class
-@dataclass
-class RunConfig:
+class RunConfig(Config):
     """How a run is executed; every setting may change on resuming."""
 
-    device: Device = setting("auto", "auto, cpu or cuda.", panel=_MACHINE, free=True)
-    precision: Literal["auto", "fp32", "bf16"] = setting(
-        "auto", "auto (bf16 where the hardware has it), fp32 or bf16.", panel=_MACHINE, free=True
+    device: Device = _machine("auto", "auto, cpu or cuda.")
+    precision: Literal["auto", "fp32", "bf16"] = _machine(
+        "auto", "auto (bf16 where the hardware has it), fp32 or bf16."
     )
-    threads: int | None = setting(
-        None, "CPU threads of the model; torch's own choice by default.", only_set=True, free=True, above=0
-    )
-    compile: bool | None = setting(None, "Compile the step.", panel=_MACHINE, shown="on CUDA only", free=True)
-    micro_batch: int | None = setting(
+    threads: int | None = unlisted(None, "CPU threads of the model; torch's own choice by default.", free=True, above=0)
+    compile: bool | None = _machine(None, "Compile the step.", shown="on CUDA only")
+    micro_batch: int | None = _machine(
         None,
         "Images that go through the model at a time on each device, or auto.",
-        panel=_MACHINE,
         shown="auto: as memory allows",
-        parse=parse_micro_batch,
-        free=True,
+        parse=count_or_auto,
         above=0,
     )
-    checkpoint_every: int | None = setting(
-        None,
-        "Steps between checkpoints.",
-        panel=_OUTPUT,
-        shown="a tenth of the run, at most 1000",
-        free=True,
-        above=0,
+    checkpoint_every: int | None = _output(
+        None, "Steps between checkpoints.", shown="a tenth of the run, at most 1000", above=0
     )
-    checkpoint_minutes: float = setting(30.0, "Longest time between checkpoints.", panel=_OUTPUT, free=True, above=0)
-    keep_checkpoints: int = setting(2, "How many of the newest are kept.", panel=_OUTPUT, free=True, above=0)
-    keep_every: int | None = setting(
-        None, "Also write a checkpoint every N steps, and never delete it.", panel=_OUTPUT, free=True, above=0
-    )
-    log_every: int | None = setting(
-        None, "Steps between rows of metrics.", panel=_OUTPUT, shown="a hundredth, at most 50", free=True, above=0
-    )
-    pictures_every: int | None = setting(
+    checkpoint_minutes: float = _output(30.0, "Longest time between checkpoints.", above=0)
+    keep_checkpoints: int = _output(2, "How many of the newest are kept.", above=0)
+    keep_every: int | None = _output(None, "Also write a checkpoint every N steps, and never delete it.", above=0)
+    log_every: int | None = _output(None, "Steps between rows of metrics.", shown="a hundredth, at most 50", above=0)
+    pictures_every: int | None = unlisted(
         None,
         "Steps between pictures of reconstructions; at every checkpoint by default, 0 is never.",
-        only_set=True,
         free=True,
         at_least=0,
     )
-    val_every: int | None = setting(
-        None, "Steps between held-out losses; at every checkpoint by default.", only_set=True, free=True, above=0
+    val_every: int | None = unlisted(
+        None, "Steps between held-out losses; at every checkpoint by default.", free=True, above=0
     )
-    max_time: str | None = setting(
-        None,
-        "Save and exit with 75 after a time such as 3h50m; the same command goes on.",
-        panel=_OUTPUT,
-        free=True,
-    )
-    skip_nonfinite: int = setting(
+    max_time: str | None = _output(None, "Save and exit with 75 after a time such as 3h50m; the same command goes on.")
+    skip_nonfinite: int = _training(
         0,
         "Leave out up to this many steps, over the whole run, whose gradient is not finite.",
-        panel=_TRAINING,
         shown="0: stop",
         free=True,
         at_least=0,
     )
-    tensorboard: bool = setting(True, "Write RUN/tensorboard.", panel=_OUTPUT, free=True)
+    tensorboard: bool = _output(True, "Write RUN/tensorboard.")
 
 
 class TrainingConfig(Protocol):
@@ -314,18 +236,16 @@ class TrainingConfig(Protocol):
         """The optimiser's settings; a subclass may have more."""
 
 
-@config_class
-@dataclass
-class PretrainConfig:
+class PretrainConfig(Config):
     """A whole pre-training run."""
 
     # The paths of the shards may change on resuming; their contents may not (the run stores their digest).
-    shards: tuple[str, ...] = setting((), "Directories, .tar files, globs, brace patterns or URLs.", free=True)
-    out: str = setting("", "The run directory.", panel=_OUTPUT, free=True)
-    epochs: float | None = setting(None, "Passes over the data.", panel=_TRAINING, shown=f"{DEFAULT_EPOCHS:g}", above=0)
-    steps: int | None = setting(None, "Optimiser steps, instead of epochs.", panel=_TRAINING, above=0)
-    batch_size: int = setting(256, "Images per step, over all devices.", panel=_TRAINING, above=0)
-    seed: int = setting(0, "Of weights, order, crops, flips and masks.", panel=_TRAINING, at_least=0, below=1 << 63)
+    shards: tuple[str, ...] = argument((), "Directories, .tar files, globs, brace patterns or URLs.", free=True)
+    out: str = _output("", "The run directory.")
+    epochs: float | None = _training(None, "Passes over the data.", shown=f"{DEFAULT_EPOCHS:g}", above=0)
+    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0)
+    batch_size: int = _training(256, "Images per step, over all devices.", above=0)
+    seed: int = _training(0, "Of weights, order, crops, flips and masks.", at_least=0, below=1 << 63)
     model: ModelConfig = setting(factory=ModelConfig)
     data: DataConfig = setting(factory=DataConfig)
     optimizer: OptimizerConfig = setting(factory=OptimizerConfig)

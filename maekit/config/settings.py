@@ -4,30 +4,27 @@ Imports only the standard library, like `maekit.config`.
 """
 
 import contextlib
-import dataclasses
 import difflib
+import functools
 import json
 import tomllib
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
-from maekit.config.fields import is_union
+from maekit.config.fields import Config, settings_of, shown, without_none
 from maekit.system.errors import InputError
 
-Config = TypeVar("Config")
+AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
-def fields_of(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, bool]]:
+def fields_of(config: Any) -> Iterator[tuple[str, Any, bool]]:
     """Yield (dotted key, value, whether it may change on resuming) of every value in a config."""
-    for f in dataclasses.fields(config):
-        value = getattr(config, f.name)
-        if dataclasses.is_dataclass(value):
-            yield from fields_of(value, f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", value, f.metadata["setting"].free
+    for key, _, about, _ in settings_of(type(config)):
+        yield key, attrgetter(key)(config), about.free
 
 
 def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
@@ -36,20 +33,15 @@ def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
     Raises:
         InputError: no such key (names the nearest), or a value of the wrong type.
     """
-    types_by_key = dict(_types_of(type(config)))
+    types_by_key = {field.key: field.kind for field in settings_of(type(config))}
+    *path, leaf = key.split(".")
     if key not in types_by_key:
-        nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or _same_leaf(key, types_by_key)
+        same_leaf = [name for name in types_by_key if name.rpartition(".")[2] == leaf]
+        nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or same_leaf
         hint = f"; did you mean {nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
         raise InputError(f"unknown setting {key!r}{hint}")
-    *path, leaf = key.split(".")
-    owner = config
-    for part in path:
-        owner = getattr(owner, part)
+    owner = functools.reduce(getattr, path, config)
     setattr(owner, leaf, _convert(prefix + key, value, types_by_key[key]))
-
-
-def _same_leaf(key: str, known: Iterable[str]) -> list[str]:
-    return [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
 
 
 def parse_setting(text: str) -> tuple[str, Any]:
@@ -79,7 +71,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no valid TOML: {error}") from error
 
 
-def load_settings(config: Config, path: Path) -> Config:
+def load_settings(config: AnyConfig, path: Path) -> AnyConfig:
     """Apply the settings of a TOML file to a config, a dataclass, and return the config.
 
     Raises:
@@ -123,61 +115,45 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{key}", value
 
 
-def _types_of(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        kind = hints[f.name]
-        if dataclasses.is_dataclass(kind):
-            yield from _types_of(typing.cast(type, kind), f"{prefix}{f.name}.")
-        else:
-            yield f"{prefix}{f.name}", kind
-
-
 def _convert(key: str, value: Any, kind: Any) -> Any:
     wrong = InputError(f"`{key}` = {value!r}: must be {_describe(kind)}")
-    if is_union(kind):
-        kinds = typing.get_args(kind)
-        if value is None and types.NoneType in kinds:
-            return None
-        if len(kinds) == 2 and kinds[1] is types.NoneType:
-            return _convert(key, value, kinds[0])
-        for possible in kinds:
+    if value is None and types.NoneType in typing.get_args(kind):
+        return None
+    kind, *others = without_none(kind)
+    if others:
+        for possible in (kind, *others):
             with contextlib.suppress(InputError):
                 return _convert(key, value, possible)
         raise wrong
-    if typing.get_origin(kind) is Mapping:
-        if not isinstance(value, Mapping):
-            raise wrong
-        return value
-    if typing.get_origin(kind) is typing.Literal:
-        if value is None and "none" in typing.get_args(kind):
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Literal:
+        if value is None and "none" in items:
             return "none"  # `--set` parses it as None
-        if value not in typing.get_args(kind):
-            raise InputError(f"`{key}` = {value}: must be one of {', '.join(map(str, typing.get_args(kind)))}")
+        if value not in items:
+            raise InputError(f"`{key}` = {value}: must be {_describe(kind)}")
         return value
     if value is None and kind is str:
         return "none"  # this setting cannot be unset, so `--set KEY=none` means the text
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
+    if origin is tuple:
         if not isinstance(value, (list, tuple)) or (items[-1] is not Ellipsis and len(value) != len(items)):
             raise wrong
         return tuple(_convert(key, v, items[0]) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+    if not isinstance(value, origin or kind) or (kind is int and isinstance(value, bool)):
         raise wrong
     return value
 
 
 def _describe(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    if is_union(kind):
-        return " or ".join(_describe(k) for k in typing.get_args(kind) if k is not types.NoneType)
-    if typing.get_origin(kind) is Mapping:
+    kind, *others = without_none(kind)
+    if others:
+        return " or ".join(map(_describe, (kind, *others)))
+    origin, items = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Mapping:
         return "a table of names and texts"
-    if typing.get_origin(kind) is typing.Literal:
-        return f"one of {', '.join(map(str, typing.get_args(kind)))}"
-    if typing.get_origin(kind) is tuple:
-        items = typing.get_args(kind)
+    if origin is typing.Literal:
+        return f"one of {shown(items)}"
+    if origin is tuple:
         return f"a list of {'' if items[-1] is Ellipsis else f'{len(items)} '}values, each {_describe(items[0])}"
-    return names.get(kind, str(kind))
+    return {int: "a whole number", float: "a number", str: "text", bool: "true or false"}[kind]

@@ -7,13 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.errors import raises
 from support.shards import jpeg, write_shard
 
 import maekit
-from maekit.config import PretrainConfig, load_config
-from maekit.config.settings import dump_toml, fields_of, parse_setting, set_value
-from maekit.system.errors import InputError
+from maekit.config import load_config
 
 pytestmark = pytest.mark.whole
 
@@ -219,34 +216,6 @@ heavy = {"torch", "timm", "onnx", "onnxruntime", "pyarrow", "webdataset"} & set(
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
-
-
-def test_config_round_trip(tmp_path: Path) -> None:
-    config = PretrainConfig(shards=("a b", 'quo"te', "ünï"), out="run", steps=7)
-    set_value(config, "optimizer.lr", 1)
-    set_value(config, "model.init_from", "timm:x")
-    set_value(config, "data.crop_scale", [0.5, 1])
-    (tmp_path / "c.toml").write_text(dump_toml(config))
-    assert list(fields_of(load_config(tmp_path / "c.toml"))) == list(fields_of(config))
-
-
-def test_settings_are_typed() -> None:
-    config = PretrainConfig()
-    for key, value in (
-        ("batch_size", 2.5),
-        ("batch_size", True),
-        ("model.target", 1),
-        ("data.crop_scale", [0.1]),
-        ("data.mean", 3),
-        ("model.name", 3),
-    ):
-        with raises(InputError, match=key):
-            set_value(config, key, value)
-    assert parse_setting("a=1e-3") == ("a", 1e-3)
-    assert parse_setting("a = vit") == ("a", "vit")
-    assert parse_setting("a=none") == ("a", None)
-    with raises(InputError, match="key=value"):
-        parse_setting("a")
 
 
 def test_config_file_then_options_then_set(make_shards, tmp_path: Path) -> None:

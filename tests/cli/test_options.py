@@ -1,6 +1,7 @@
 """Options made of configs, and messages with settings shown as options."""
 
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,12 @@ def parsed(config: Any, line: list[str], **options: Any) -> Any:
     """Return the config that a command line makes."""
     seen: list[Any] = []
     app = typer.Typer()
-    app.command()(configured(config, **options)(seen.append))
+
+    def command(config: Any) -> Iterator[Any]:
+        seen.append(config)
+        yield {}
+
+    app.command()(configured(config, **options)(command))
     result = CliRunner().invoke(app, line)
     if result.exception and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -28,14 +34,14 @@ def parsed(config: Any, line: list[str], **options: Any) -> Any:
 
 
 def test_what_is_not_given_is_the_default() -> None:
-    assert parsed(PretrainConfig, [], arguments=["shards"], toml="config.toml") == PretrainConfig()
+    assert parsed(PretrainConfig, [], toml="config.toml") == PretrainConfig()
 
 
 def test_file_then_options_then_set(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     file.write_text("steps = 9\nseed = 1\nbatch_size = 2\n[optimizer]\nlr = 0.5\n")
     arguments = ["a", "b", "--config", str(file), "--epochs", "3", "--seed", "2", "--set", "batch_size=4"]
-    config = parsed(PretrainConfig, arguments, arguments=["shards"], toml="config.toml")
+    config = parsed(PretrainConfig, arguments, toml="config.toml")
     assert (config.shards, config.epochs, config.steps) == (("a", "b"), 3, None)
     assert (config.seed, config.batch_size, config.optimizer.lr) == (2, 4, 0.5)
 
@@ -43,7 +49,7 @@ def test_file_then_options_then_set(tmp_path: Path) -> None:
 def test_kinds_of_values() -> None:
     arguments = ["m.onnx", "s", "--out", "o", "--keep", ".json,CLS", "--devices", "0,cpu", "--batch-size", "auto"]
     arguments += ["--provider-option", "a=1", "--provider-option", "b=2", "--verify", "--limit", "5"]
-    config = parsed(EmbedConfig, arguments, arguments=["model", "shards"])
+    config = parsed(EmbedConfig, arguments)
     assert config == EmbedConfig(
         *("m.onnx", ("s",), "o"),
         keep=("json", "cls"),
@@ -59,7 +65,7 @@ def test_kinds_of_values() -> None:
         ["--class-token"],
         ["--no-compile"],
     ]
-    made = [parsed(PretrainConfig, some, arguments=["shards"]) for some in shapes]
+    made = [parsed(PretrainConfig, some) for some in shapes]
     assert [c.model.image_size for c in made[:2]] == [(192, 256), 64]
     assert [c.model.class_token for c in made[2:4]] == [False, True]
     assert made[4].run.compile is False
