@@ -15,17 +15,16 @@ The bytes determine the format; a file's extension is only a hint.
 import contextlib
 import io
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.system.errors import ImageError, InputError
+from maekit.system.errors import ImageError, InputError, MaekitError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -56,7 +55,6 @@ LUMA = (0.299, 0.587, 0.114)
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
-Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -214,8 +212,7 @@ def reduction_of(crop: tuple[int, int], at_least: tuple[int, int]) -> int:
     return next((scale for scale in (8, 4, 2) if room >= scale), 1)
 
 
-@dataclass(frozen=True)
-class Examined:
+class Examined(NamedTuple):
     """A decoded image, with the format and pixel mode of its file.
 
     Attributes:
@@ -263,16 +260,13 @@ def _refusals(data: bytes) -> Iterator[None]:
     """Convert any exception of decoding to an ImageError."""
     try:
         yield
-    except ImageError:
+    except MaekitError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
-    # Pillow's decoders raise no documented set of exceptions on damaged files; each of these has occurred.
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
-        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
-    except (struct.error, OverflowError, MemoryError, RuntimeError, AttributeError, ZeroDivisionError) as error:
+    except Exception as error:  # Pillow's decoders raise no documented set of exceptions on damaged files
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
 
 
@@ -340,7 +334,9 @@ def _over_white(layer: Image.Image) -> Image.Image:
     return result
 
 
-def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[int, int], place: Place) -> Box:
+def fixed_crop(
+    width: int, height: int, covered: tuple[int, int], size: tuple[int, int], offset: tuple[float, float]
+) -> Box:
     """Choose the box equivalent to resizing an image to cover a rectangle, then cropping (Krizhevsky et al. 2012).
 
     Args:
@@ -348,14 +344,14 @@ def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[in
         height: height of the image, in pixels.
         covered: (height, width) in pixels that the resized image would just cover.
         size: (height, width) in pixels of the crop within the resized image.
-        place: (horizontal, vertical) offset of the box as a fraction of the free space, in [0, 1].
+        offset: (horizontal, vertical) offset of the box as a fraction of the free space, in [0, 1].
 
     Returns:
         (left, top, right, bottom) in pixels of the original image.
     """
     scale = min(height / covered[0], width / covered[1])
     w, h = min(width, max(1, round(size[1] * scale))), min(height, max(1, round(size[0] * scale)))
-    left, top = round(place[0] * (width - w)), round(place[1] * (height - h))
+    left, top = round(offset[0] * (width - w)), round(offset[1] * (height - h))
     return left, top, left + w, top + h
 
 
