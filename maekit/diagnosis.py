@@ -143,7 +143,8 @@ def _text(path: Path) -> str:
 
 def _machine() -> list[Finding]:
     # The first core of several; its lines are `name : value`.
-    about = dict(re.findall(r"^(.*?)\s*: (.*)$", _text(Path("/proc/cpuinfo")).partition("\n\n")[0], re.MULTILINE))
+    first = _text(Path("/proc/cpuinfo")).partition("\n\n")[0]
+    about: dict[str, str] = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
     units = [unit for unit in about.get("flags", about.get("Features", "")).split() if unit in _VECTOR_UNITS]
     load = os.getloadavg()[0]
     remark = "; other work lowers the rates" if load > _BUSY * cores() else ""
@@ -201,7 +202,7 @@ def _driver() -> _Driver:
     except OSError:
         return _Driver()
     version, count, device, memory = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_size_t(0)
-    name, error = ctypes.create_string_buffer(256), ctypes.c_char_p(b"")
+    name, error = ctypes.create_string_buffer(256), ctypes.c_char_p()
     library.cuDriverGetVersion(ctypes.byref(version))
     code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
     library.cuGetErrorString(code, ctypes.byref(error))
@@ -212,7 +213,7 @@ def _driver() -> _Driver:
         library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
         gpus.append((name.value.decode(errors="replace"), memory.value))
     cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
-    return _Driver(_text(Path("/sys/module/nvidia/version")), cuda, tuple(gpus), code, str(error.value, "utf-8"))
+    return _Driver(_text(Path("/sys/module/nvidia/version")), cuda, tuple(gpus), code, (error.value or b"").decode())
 
 
 def _major(version: str) -> int:

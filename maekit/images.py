@@ -85,12 +85,10 @@ class Preprocess:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("interpolation", self.interpolation, _RESAMPLING),
-            ("crop mode", self.crop_mode, ("center", "squash")),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+        if self.interpolation not in _RESAMPLING:
+            raise InputError(f"interpolation {self.interpolation!r}: must be one of {', '.join(_RESAMPLING)}")
+        if self.crop_mode not in ("center", "squash"):
+            raise InputError(f"crop mode {self.crop_mode!r}: must be one of center, squash")
         if not all(0 < side <= covered <= _LARGEST_SIDE for side, covered in zip(self.size, self.resize, strict=True)):
             raise InputError(f"images resized to {self.resize} and cut to {self.size}: impossible sizes")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -162,8 +160,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
     Raises:
         ImageError: the bytes cannot be decoded; its `reason` is one of `ImageError.REASONS`.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         if image.format == "JPEG" and at_least is not None:
             # EXIF orientation may swap the sides later, so both must keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
@@ -185,8 +182,7 @@ def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         width, height = image.size
         if image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
             width, height = height, width
@@ -232,34 +228,21 @@ def examine(data: bytes) -> Examined:
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         image.load()
         return Examined(str(image.format), image.mode, upright_rgb(image))
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read an image file's header and refuse images that must not be decoded."""
-    if not data:
-        raise ImageError("empty", "zero bytes")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
-    _refuse_without_rule(image)
-    if image.format == "JPEG":
-        # Each scan of a progressive JPEG covers all pixels: a small file with thousands of scans would take hours.
-        pixels = image.width * image.height
-        scans = data.count(_START_OF_SCAN) if len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED else 1
-        if scans * pixels > _MAX_SCANNED:
-            raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
-    return image
-
-
 @contextlib.contextmanager
-def _refusals(data: bytes) -> Iterator[None]:
-    """Convert any exception of decoding to an ImageError."""
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Read an image file's header, and convert any exception until the block ends to an ImageError."""
     try:
-        yield
+        if not data:
+            raise ImageError("empty", "zero bytes")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_too_large(image, data)
+        _refuse_without_rule(image)
+        yield image
     except MaekitError:
         raise
     except Image.DecompressionBombError as error:
@@ -268,6 +251,17 @@ def _refusals(data: bytes) -> Iterator[None]:
         raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
     except Exception as error:  # Pillow's decoders raise no documented set of exceptions on damaged files
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _refuse_too_large(image: Image.Image, data: bytes) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
+    # Each scan of a progressive JPEG covers all pixels: a small file with thousands of scans would take hours.
+    if image.format == "JPEG" and len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED:
+        scans = data.count(_START_OF_SCAN)
+        if scans * pixels > _MAX_SCANNED:
+            raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -356,12 +350,7 @@ def fixed_crop(
 
 
 def random_resized_crop(
-    width: int,
-    height: int,
-    draws: NDArray[np.float64],
-    *,
-    scale: tuple[float, float],
-    aspect: float = 1.0,
+    width: int, height: int, draws: NDArray[np.float64], *, scale: tuple[float, float], aspect: float = 1.0
 ) -> Box:
     """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
 

@@ -207,6 +207,6 @@ def _quiet() -> Iterator[None]:
         ort.set_default_logger_severity(_USUAL)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type's name."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,6 +8,7 @@ RUN/encoder.safetensors             the final encoder under timm's parameter nam
 RUN/evaluations/knn-3f2a9c-step-000001000.json   what `maekit evaluate` found
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -149,17 +150,13 @@ class FinetuneDirectory(RunDirectory):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file up to the first damaged line."""
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 
