@@ -36,81 +36,45 @@ if TYPE_CHECKING:
     from maekit.sweeping import sweep
     from maekit.system.errors import ImageError, InputError, MaekitError, Stopped
 
-# Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers and for `--help`.
-_HOMES = {
-    "CheckConfig": "maekit.config.check",
-    "DoctorConfig": "maekit.config.check",
-    "EmbedConfig": "maekit.config.embed",
-    "Embedder": "maekit.embedding.embedder",
-    "EvaluateConfig": "maekit.config.evaluate",
-    "ExportConfig": "maekit.config.export",
-    "FinetuneConfig": "maekit.config.finetune",
-    "ImageError": "maekit.system.errors",
-    "InputError": "maekit.system.errors",
-    "InspectConfig": "maekit.config.check",
-    "MaekitError": "maekit.system.errors",
-    "NeighboursConfig": "maekit.config.pages",
-    "PackConfig": "maekit.config.pack",
-    "PretrainConfig": "maekit.config",
-    "ReconstructConfig": "maekit.config.pages",
-    "ReportConfig": "maekit.config.pages",
-    "Stopped": "maekit.system.errors",
-    "SweepConfig": "maekit.config.sweep",
-    "check": "maekit.checking",
-    "check_shards": "maekit.checking",
-    "doctor": "maekit.diagnosis",
-    "embed": "maekit.embedding.embed",
-    "evaluate": "maekit.evaluation.evaluate",
-    "export": "maekit.exporters.export",
-    "find_shards": "maekit.shards.spec",
-    "finetune": "maekit.finetuning.finetune",
-    "inspect": "maekit.inspection",
-    "neighbours": "maekit.pages.neighbours",
-    "pack": "maekit.shards.pack",
-    "pretrain": "maekit.pretraining.pretrain",
-    "reconstruct": "maekit.pages.reconstruct",
-    "report": "maekit.pages.report",
-    "sweep": "maekit.sweeping",
-    "verify": "maekit.exporters.verify",
-}
+# Type checkers read this list, so it must be of literals.
+__all__ = ["Embedder", "__version__", "check_shards", "find_shards"]
+__all__ += ["ImageError", "InputError", "MaekitError", "Stopped"]
+__all__ += ["CheckConfig", "DoctorConfig", "EmbedConfig", "EvaluateConfig", "ExportConfig", "FinetuneConfig"]
+__all__ += ["InspectConfig", "NeighboursConfig", "PackConfig", "PretrainConfig", "ReconstructConfig", "ReportConfig"]
+__all__ += ["SweepConfig", "check", "doctor", "embed", "evaluate", "export", "finetune", "inspect", "neighbours"]
+__all__ += ["pack", "pretrain", "reconstruct", "report", "sweep", "verify"]
 
-__all__ = [
-    "CheckConfig",
-    "DoctorConfig",
-    "EmbedConfig",
-    "Embedder",
-    "EvaluateConfig",
-    "ExportConfig",
-    "FinetuneConfig",
-    "ImageError",
-    "InputError",
-    "InspectConfig",
-    "MaekitError",
-    "NeighboursConfig",
-    "PackConfig",
-    "PretrainConfig",
-    "ReconstructConfig",
-    "ReportConfig",
-    "Stopped",
-    "SweepConfig",
-    "__version__",
-    "check",
-    "check_shards",
-    "doctor",
-    "embed",
-    "evaluate",
-    "export",
-    "find_shards",
-    "finetune",
-    "inspect",
-    "neighbours",
-    "pack",
-    "pretrain",
-    "reconstruct",
-    "report",
-    "sweep",
-    "verify",
-]
+# The names of each module. Nothing heavy loads before it is used: `import maekit` must stay cheap for embedding workers
+# and for `--help`.
+_NAMES = {
+    "checking": ["check", "check_shards"],
+    "config": ["PretrainConfig"],
+    "config.check": ["CheckConfig", "DoctorConfig", "InspectConfig"],
+    "config.embed": ["EmbedConfig"],
+    "config.evaluate": ["EvaluateConfig"],
+    "config.export": ["ExportConfig"],
+    "config.finetune": ["FinetuneConfig"],
+    "config.pack": ["PackConfig"],
+    "config.pages": ["NeighboursConfig", "ReconstructConfig", "ReportConfig"],
+    "config.sweep": ["SweepConfig"],
+    "diagnosis": ["doctor"],
+    "embedding.embed": ["embed"],
+    "embedding.embedder": ["Embedder"],
+    "evaluation.evaluate": ["evaluate"],
+    "exporters.export": ["export"],
+    "exporters.verify": ["verify"],
+    "finetuning.finetune": ["finetune"],
+    "inspection": ["inspect"],
+    "pages.neighbours": ["neighbours"],
+    "pages.reconstruct": ["reconstruct"],
+    "pages.report": ["report"],
+    "pretraining.pretrain": ["pretrain"],
+    "shards.pack": ["pack"],
+    "shards.spec": ["find_shards"],
+    "sweeping": ["sweep"],
+    "system.errors": ["ImageError", "InputError", "MaekitError", "Stopped"],
+}
+_HOMES = {name: f"maekit.{module}" for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

@@ -6,11 +6,13 @@ Processes scan and decode a bounded number of shards ahead; results arrive in or
 """
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.config.check import CheckConfig
-from maekit.images import examine
+from maekit.images import Examined, examine
 from maekit.shards.cache import RemoteCache
-from maekit.shards.index import (
-    ShardIndex,
-    build_index,
-    cache_index,
-    index_path,
-    load_index,
-    read_index,
-    write_index,
-)
-from maekit.shards.read import MemberReader, worth_processes
+from maekit.shards.catalogue import CatalogueRow
+from maekit.shards.index import ShardIndex, build_index, cache_index, index_path, read_index, write_index
+from maekit.shards.read import ShardSet, worth_processes
 from maekit.shards.spec import ShardFile, find_shards
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.system.machine import cores
@@ -39,6 +34,7 @@ from maekit.system.progress import Progress, Silent
 _CHUNK = 64  # images per work item of a process
 _FETCH_THREADS = 4
 _FAILURES_KEPT = 1000
+_LEVELS = np.arange(256) / 255
 
 
 @dataclass
@@ -58,6 +54,7 @@ class ShardReport:
         damage: what is wrong, or None; a shard that cannot be read counts as damaged at byte 0.
         unreadable: whether it could not be fetched or read at all.
         digest: digest of its index.
+        key_hashes: a 64-bit hash of each key, uint64 `[samples]`: 8 bytes per key, whatever its length.
     """
 
     name: str
@@ -72,6 +69,7 @@ class ShardReport:
     damage: DamagedShard | None = None
     unreadable: bool = False
     digest: str = ""
+    key_hashes: NDArray[np.uint64] = field(default_factory=lambda: np.empty(0, np.uint64), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +124,17 @@ class ImageReport:
         mean = self.sums / self.decoded
         return [float(value) for value in np.sqrt(np.maximum(self.squares / self.decoded - mean**2, 0))]
 
+    def add_image(self, image: Examined) -> None:
+        """Add an image that was decoded."""
+        self.decoded += 1
+        self.formats[image.format] += 1
+        self.modes[image.mode] += 1
+        self.widths[image.rgb.width] += 1
+        self.heights[image.rgb.height] += 1
+        counts = np.array(image.rgb.histogram(), np.float64).reshape(3, 256) / (image.rgb.width * image.rgb.height)
+        self.sums += counts @ _LEVELS
+        self.squares += counts @ _LEVELS**2
+
     def add(self, other: "ImageReport") -> None:
         """Add the report of another process."""
         self.decoded += other.decoded
@@ -136,17 +145,14 @@ class ImageReport:
 
     def summary(self) -> dict[str, object]:
         """Return the object that `--json` prints under `images`."""
+        counters = {"failures": self.failures, "formats": self.formats, "modes": self.modes}
         return {
             "decoded": self.decoded,
             "failed": self.failed,
-            "failures": dict(self.failures.most_common()),
-            "formats": dict(self.formats.most_common()),
-            "modes": dict(self.modes.most_common()),
+            **{name: dict(counts.most_common()) for name, counts in counters.items()},
             "width": _spread(self.widths),
             "height": _spread(self.heights),
-            "examples": [
-                {"shard": f.shard, "key": f.key, "reason": f.reason, "detail": f.detail} for f in self.examples
-            ],
+            "examples": [asdict(failure) for failure in self.examples],
         }
 
 
@@ -186,18 +192,15 @@ class CheckReport:
 
     def summary(self) -> dict[str, object]:
         """Return the object that `--json` prints."""
+        totals = {"stale_indexes": "stale_index"}
+        names = ("without_image", "unused_images", "ignored", "unreadable", "stale_indexes", "verified")
         summary: dict[str, object] = {
             "samples": self.samples,
             "shards": len(self.shards),
             "bytes": self.bytes,
             "damaged": len(self.damaged),
             "duplicates": self.duplicates,
-            "without_image": sum(shard.without_image for shard in self.shards),
-            "unused_images": sum(shard.unused_images for shard in self.shards),
-            "ignored": sum(shard.ignored for shard in self.shards),
-            "unreadable": sum(shard.unreadable for shard in self.shards),
-            "stale_indexes": sum(shard.stale_index for shard in self.shards),
-            "verified": sum(shard.verified for shard in self.shards),
+            **{name: sum(getattr(shard, totals.get(name, name)) for shard in self.shards) for name in names},
             "extensions": dict(self.extensions.most_common()),
             "damage": [
                 {"shard": shard.name, "offset": shard.damage.offset, "reason": shard.damage.reason}
@@ -263,79 +266,55 @@ def check_shards(
     if write_indexes and are_remote:
         raise InputError("`write_index` writes beside local shards; index a local copy, then upload both")
     remote = remote or RemoteCache()
-    weights = {shard: 1 if are_remote else _size(shard.path) for shard in shards}
+    weights = [1 if are_remote else _size(shard.path) for shard in shards]
     report = CheckReport(images=ImageReport() if images else None)
-    hashes: list[NDArray[np.uint64]] = []
     workers = workers or cores()
     count = workers if are_remote else worth_processes([shard.path for shard in shards], workers)
+    scan = functools.partial(_scan, crc=crc, write=write_indexes, cache_limit=remote.limit)
+    decode = functools.partial(_decode, cache_limit=remote.limit)
     done, started = 0.0, time.perf_counter()
-    progress.start("check", sum(weights.values()), unit="" if are_remote else "bytes")
+    progress.start("check", sum(weights), unit="" if are_remote else "bytes")
     try:
         with Workers(count) as pool:
-            tasks = (
-                _Task(shard, failure, remote.limit, crc, write_indexes) for shard, failure in _fetched(shards, remote)
-            )
             # Few remote shards ahead, because they must still be in the cache when their images are decoded.
-            scanned = pool.map(_scan, tasks, ahead=2 if are_remote else None)
-            chunks = _chunks(scanned, report, hashes, remote.limit)
-            for chunk, found in pool.map(_decode, chunks) if images else ((chunk, None) for chunk in chunks):
+            scanned = pool.map(scan, _fetched(shards, remote), ahead=2 if are_remote else None)
+            chunks = _chunks(zip(shards, scanned, strict=True), report)
+            for chunk, found in pool.map(decode, chunks) if images else ((chunk, ImageReport()) for chunk in chunks):
                 if isinstance(found, str):
                     shard = report.shards[chunk.number]
                     shard.damage, shard.unreadable = DamagedShard(shard.name, 0, found), True
-                elif found is not None and report.images is not None:
+                elif report.images is not None:
                     report.images.add(found)
                     progress.figures({"images_per_second": report.images.decoded / (time.perf_counter() - started)})
-                done += chunk.share * weights[shards[chunk.number]]
+                done += chunk.share * weights[chunk.number]
                 progress.advance(round(done))
     finally:
         progress.stop()
-    report.duplicates = _count_repeated(hashes)
+    keys = np.concatenate([np.empty(0, np.uint64), *(shard.key_hashes for shard in report.shards)])
+    _, counts = np.unique(keys, return_counts=True)
+    report.duplicates = int((counts > 1).sum())
     return report
-
-
-def _count_repeated(hashes: list[NDArray[np.uint64]]) -> int:
-    """Return how many keys stand in more than one shard, by their hashes."""
-    if not hashes:
-        return 0
-    _, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    return int((counts > 1).sum())
 
 
 def _fetched(shards: Sequence[ShardFile], remote: RemoteCache) -> Iterator[tuple[ShardFile, MaekitError | None]]:
     """Yield each shard once it is on this machine, with None or with the error of its download."""
-    largest = 0
+    sizes = [0]
 
     def fetch(shard: ShardFile) -> MaekitError | None:
-        nonlocal largest
         try:
             if shard.url is not None:
                 remote.fetch(shard)
-                largest = max(largest, _size(shard.path))
-                remote.refuse_if_too_small(min(len(shards), 2 * _FETCH_THREADS), largest)
+                sizes.append(_size(shard.path))
+                remote.refuse_if_too_small(min(len(shards), 2 * _FETCH_THREADS), max(sizes))
         except InputError:
             raise
         except MaekitError as error:
             return error
         return None
 
-    if any(shard.url is not None for shard in shards):
-        yield from zip(shards, map_in_threads(fetch, shards, threads=_FETCH_THREADS), strict=True)
-    else:
-        yield from ((shard, None) for shard in shards)
-
-
-_Scanned = tuple[ShardFile, ShardReport, NDArray[np.uint64]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """One shard to scan; `failure` says why it could not be fetched."""
-
-    shard: ShardFile
-    failure: MaekitError | None
-    cache_limit: int
-    crc: bool
-    write: bool
+    are_remote = any(shard.url is not None for shard in shards)
+    failures = map_in_threads(fetch, shards, threads=_FETCH_THREADS) if are_remote else itertools.repeat(None)
+    return zip(shards, failures, strict=are_remote)
 
 
 def _have(shard: ShardFile, cache_limit: int) -> None:
@@ -345,52 +324,56 @@ def _have(shard: ShardFile, cache_limit: int) -> None:
             RemoteCache(cache_limit).fetch(shard)
 
 
-def _scan(task: _Task) -> _Scanned:
+def _scan(fetched: tuple[ShardFile, MaekitError | None], *, crc: bool, write: bool, cache_limit: int) -> ShardReport:
     """Scan one shard; its damage becomes part of the report."""
-    shard = task.shard
+    shard, failure = fetched
     report = ShardReport(shard.name)
-    none: NDArray[np.uint64] = np.empty(0, np.uint64)
     try:
-        if task.failure is not None:
-            raise task.failure
-        _have(shard, task.cache_limit)
-        report.bytes = _size(shard.path)
-        beside = read_index(shard.path, index_path(shard.path))
-        with_crc = task.crc or (beside is not None and beside.has_crc)
-        try:
-            index = build_index(shard.path, crc=with_crc)
-        except DamagedShard:
-            if shard.url is None:
-                raise
-            RemoteCache(task.cache_limit).fetch_anew(shard)  # perhaps only the cached copy is damaged
-            report.bytes = _size(shard.path)
-            index = build_index(shard.path, crc=with_crc)
-        report.stale_index = index_path(shard.path).exists() and (
-            beside is None or (beside.size, beside.digest) != (index.size, index.digest)
-        )
-        if beside is not None and beside.has_crc:
-            if (damage := beside.difference(index)) is not None:
-                hint = f"if it was made anew on purpose, delete {index_path(shard.path).name}"
-                if shard.url is not None:
-                    hint = "publish shards and their indexes together"
-                raise DamagedShard(damage.path, damage.offset, f"{damage.reason}; {hint}")
-            report.verified = True
-    except DamagedShard as damage:
-        report.damage = damage
-        return shard, report, none
+        if failure is not None:
+            raise failure
+        _have(shard, cache_limit)
+        index = _verified_index(shard, report, crc=crc, cache_limit=cache_limit)
     except MaekitError as error:  # an unreadable shard counts as damaged; the others are still checked
-        report.damage, report.unreadable = DamagedShard(str(shard.url or shard.path), 0, str(error)), True
-        return shard, report, none
-    if task.write:
+        report.unreadable = not isinstance(error, DamagedShard)
+        whole = DamagedShard(str(shard.url or shard.path), 0, str(error))
+        report.damage = error if isinstance(error, DamagedShard) else whole
+        return report
+    finally:
+        report.bytes = _size(shard.path)
+    if write:
         write_index(index)
         report.stale_index = False
     else:
         cache_index(index)
-    report.samples, report.digest = index.samples, index.digest
-    report.extensions = index.extensions()
+    report.samples, report.digest, report.key_hashes = index.samples, index.digest, _key_hashes(index)
+    report.extensions, report.ignored = index.extensions(), index.ignored_count
     report.without_image, report.unused_images = index.count_images()
-    report.ignored = index.ignored_count
-    return shard, report, _key_hashes(index)
+    return report
+
+
+def _verified_index(shard: ShardFile, report: ShardReport, *, crc: bool, cache_limit: int) -> ShardIndex:
+    """Build the index of a shard, and compare it with the one beside the shard."""
+    file = index_path(shard.path)
+    beside = read_index(shard.path, file)
+    verified = beside if beside is not None and beside.has_crc else None
+    with_crc = crc or verified is not None
+    try:
+        index = build_index(shard.path, crc=with_crc)
+    except DamagedShard:
+        if shard.url is None:
+            raise
+        RemoteCache(cache_limit).fetch_anew(shard)  # perhaps only the cached copy is damaged
+        index = build_index(shard.path, crc=with_crc)
+    is_current = beside is not None and (beside.size, beside.digest) == (index.size, index.digest)
+    report.stale_index = file.exists() and not is_current
+    if verified is not None:
+        if (damage := verified.difference(index)) is not None:
+            hint = f"if it was made anew on purpose, delete {file.name}"
+            if shard.url is not None:
+                hint = "publish shards and their indexes together"
+            raise DamagedShard(damage.path, damage.offset, f"{damage.reason}; {hint}")
+        report.verified = True
+    return index
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,69 +382,46 @@ class _Chunk:
 
     number: int
     shard: ShardFile
+    row: CatalogueRow
     start: int
     stop: int
     share: float
-    digest: str
-    cache_limit: int
 
 
-def _chunks(
-    scanned: Iterator[_Scanned], report: CheckReport, hashes: list[NDArray[np.uint64]], cache_limit: int
-) -> Iterator[_Chunk]:
+def _chunks(scanned: Iterable[tuple[ShardFile, ShardReport]], report: CheckReport) -> Iterator[_Chunk]:
     """Add each shard to the report and yield its chunks of samples; a shard without samples yields an empty one."""
-    for shard, found, keys in scanned:
-        number = len(report.shards)
+    for number, (shard, found) in enumerate(scanned):
         report.shards.append(found)
-        hashes.append(keys)
-        if not found.samples:
-            yield _Chunk(number, shard, 0, 0, 1.0, "", cache_limit)
-        for start in range(0, found.samples, _CHUNK):
+        row = CatalogueRow(found.bytes, 0, found.samples, found.digest)
+        for start in range(0, found.samples or 1, _CHUNK):
             stop = min(start + _CHUNK, found.samples)
-            yield _Chunk(number, shard, start, stop, (stop - start) / found.samples, found.digest, cache_limit)
+            share = (stop - start) / found.samples if found.samples else 1.0
+            yield _Chunk(number, shard, row, start, stop, share)
 
 
-def _decode(chunk: _Chunk) -> tuple[_Chunk, ImageReport | str]:
+def _decode(chunk: _Chunk, *, cache_limit: int) -> tuple[_Chunk, ImageReport | str]:
     """Decode the images of one chunk; return the report, or why the shard can no longer be read."""
     report = ImageReport()
-    if chunk.start == chunk.stop:
+    numbers = range(chunk.start, chunk.stop)
+    if not numbers:
         return chunk, report
     try:
-        _have(chunk.shard, chunk.cache_limit)
-        index = load_index(chunk.shard.path)  # just cached by the scan
-        if index.digest != chunk.digest:
-            return chunk, "changed since it was scanned; run the command again"
-        with contextlib.closing(MemberReader()) as reader:
-            for ordinal in range(chunk.start, chunk.stop):
-                _examine(report, chunk.shard.name, index, ordinal, reader)
+        _have(chunk.shard, cache_limit)
+        # Its index was just cached by the scan, and a remote shard is a local file now.
+        shards = ShardSet([ShardFile(chunk.shard.name, chunk.shard.path)], [chunk.row])
+        for number, image in zip(numbers, shards.images(numbers, examine), strict=True):
+            if isinstance(image, ImageError):
+                report.failures[image.reason] += 1
+                report.examples.append(ImageFailure(*shards.name(number), image.reason, str(image)))
+            else:
+                report.add_image(image)
     except MaekitError as error:
         return chunk, str(error)
     return chunk, report
 
 
-def _examine(report: ImageReport, shard: str, index: ShardIndex, ordinal: int, reader: MemberReader) -> None:
-    """Decode one image and add the result to the report."""
-    try:
-        image = examine(reader.read_image(index, ordinal))
-    except ImageError as error:
-        report.failures[error.reason] += 1
-        report.examples.append(ImageFailure(shard, index.key(ordinal), error.reason, str(error)))
-        return
-    report.decoded += 1
-    report.formats[image.format] += 1
-    report.modes[image.mode] += 1
-    report.widths[image.rgb.width] += 1
-    report.heights[image.rgb.height] += 1
-    counts = np.array(image.rgb.histogram(), np.float64).reshape(3, 256) / (image.rgb.width * image.rgb.height)
-    report.sums += counts @ _LEVELS
-    report.squares += counts @ _LEVELS**2
-
-
-_LEVELS = np.arange(256) / 255
-
-
 def _key_hashes(index: ShardIndex) -> NDArray[np.uint64]:
-    """Return a 64-bit hash of each key, uint64 `[samples]`: 8 bytes per key, whatever its length."""
+    """Return a 64-bit hash of each key: uint64 `[samples]`."""
     keys = map(index.key, range(index.samples))
     digests = b"".join(hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys)
     return np.frombuffer(digests, np.uint64)

@@ -1,34 +1,35 @@
-"""What this machine is and what does not work on it, each problem with the command that mends it; and how fast it is.
+"""What this machine is and what does not work on it, each problem with the command that fixes it; and how fast it is.
 
 Nothing is believed from a list: a provider of ONNX Runtime counts when it has run nodes and the numbers are right, a
 disk when it has taken a write.
 """
 
-import contextlib
+import ctypes
+import functools
 import importlib.metadata
+import itertools
 import math
 import os
 import platform
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit.config.check import DoctorConfig
-from maekit.images import Preprocess
-from maekit.shards.read import open_shards
+from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError
@@ -49,25 +50,27 @@ _VECTOR_UNITS = {
 _LEAST_SHARED = 256_000_000  # bytes; Docker gives 64 MB
 _LEAST_DISK = 1_000_000_000  # bytes
 _LEAST_FILES = 1024
-_NVIDIA, _DISPLAY = "0x10de", "0x03"  # PCI: the vendor, and how the class of a graphics or compute card begins
-_NO_DEVICE = 100  # of the CUDA driver
+_NVIDIA_CARD = "0x10de 0x03"  # PCI: the vendor, and how the class of a graphics or compute card begins
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _TORCH_SECONDS = 120  # a first import of torch from a slow disk
 _DECODE_SHARE, _SESSION_SHARE = 0.16, 0.4  # of the time for measuring; the rest is loading
-_BATCH, _IMAGES = 16, 64
+_BATCH = 16  # images in one call of the model
+_DECODED = 32  # images that a thread decodes before it looks at the clock
 _BUSY = 0.75  # running threads per core
-# Names both: pip only warns of one that is not installed.
+# Names both packages: pip only warns of one that is not installed.
 _REINSTALL = "pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'maekit[cuda]'"
+_REINSTALL_TORCH = "pip uninstall -y torch torchvision; pip install 'maekit[train]'"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """One thing that was examined.
 
     Attributes:
-        subject: what.
+        subject: what was examined.
         value: what was found.
-        problem: what does not work; None where all is well.
-        fix: what mends the problem.
+        problem: what does not work; None if all is well.
+        fix: what fixes the problem.
     """
 
     subject: str
@@ -105,243 +108,203 @@ class Diagnosis:
 
 
 def doctor(config: DoctorConfig | None = None) -> Diagnosis:
-    """Look at this machine and run a few nodes on every provider; with a model, measure how fast it embeds here.
+    """Examine this machine and run a few nodes on every provider; with a model, measure how fast it embeds here.
 
     Raises:
         InputError: `model` is no file that `maekit export` wrote, or `shards` hold no readable image.
     """
     config = config or DoctorConfig()
     config.validate()
-    runtime, finding = _runtime()
-    # A wrong path is told before anything takes its time.
-    session = _session(config.model) if config.model and runtime else None
-    images = _first_images(config.shards)
+    failure, session = _failure_of_runtime(), None
+    # A wrong path is reported before anything takes its time.
+    if config.model and not failure:
+        from maekit.embedding.session import EncoderSession
+
+        session = EncoderSession(Path(config.model), device="cpu")
+    shards = _shards(config.shards) if config.shards else None
     driver = _driver()
-    findings = [*_machine(), *_gpu(driver), finding]
-    if runtime:
-        findings += [_cpu_provider(runtime), _cuda_provider(runtime, driver)]
-    findings += [_torch(driver), _shared_memory(), *_disks(), _open_files()]
-    return Diagnosis(findings, _rates(session, images, config.seconds) if session else {})
+    runtime = [failure] if failure else _runtime(driver)
+    findings = [*_machine(), *_gpus(driver), *runtime, _torch(driver), _shared_memory(), *_disks(), _open_files()]
+    return Diagnosis(findings, _rates(session, shards, config.seconds) if session else {})
+
+
+def _unless(is_fine: bool, finding: Finding) -> Finding:
+    """Return a finding that is no problem after all if `is_fine`."""
+    return Finding(finding.subject, finding.value) if is_fine else finding
+
+
+def _text(path: Path) -> str:
+    """Return the text of a file of the kernel; empty if there is none."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
 
 
 def _machine() -> list[Finding]:
-    here = f"{platform.python_version()}, maekit {__version__}"
-    system = f"{platform.system()} {platform.release()} on {platform.machine()}"
-    name, units = _cpu()
+    # The first core of several; its lines are `name : value`.
+    first = _text(Path("/proc/cpuinfo")).partition("\n\n")[0]
+    about: dict[str, str] = dict(re.findall(r"^(.*?)\s*: (.*)$", first, re.MULTILINE))
+    units = [unit for unit in about.get("flags", about.get("Features", "")).split() if unit in _VECTOR_UNITS]
+    load = os.getloadavg()[0]
+    remark = "; other work lowers the rates" if load > _BUSY * cores() else ""
     return [
-        Finding("Python", here),
-        Finding("system", system),
-        _cores(name),
+        Finding("Python", f"{platform.python_version()}, maekit {__version__}"),
+        Finding("system", f"{platform.system()} {platform.release()} on {platform.machine()}"),
+        _cores(about.get("model name") or platform.processor() or platform.machine()),
         Finding("vector units", " ".join(units) or "none that matters here"),
         Finding("memory", f"{files.describe_bytes(available_memory())} available"),
-        _load(),
+        Finding("load", f"{load:.1f} in the last minute{remark}"),
     ]
 
 
-def _cpu() -> tuple[str, list[str]]:
-    """Return the name of the CPU and its vector units."""
-    lines: dict[str, str] = {}
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            lines.setdefault(key.strip(), value.strip())
-    except OSError:
-        pass
-    units = (lines.get("flags") or lines.get("Features") or "").split()
-    name = lines.get("model name") or platform.processor() or platform.machine()
-    return name, [unit for unit in units if unit in _VECTOR_UNITS]
-
-
 def _cores(name: str) -> Finding:
-    count = cores()
+    count, quota = cores(), _cpu_quota()
     value = f"{name}, {count} of {os.cpu_count()} cores"
-    quota = _cpu_quota()
-    if quota is None or math.ceil(quota) >= count:
+    if quota > count - 1:
         return Finding("CPU", value)
     several = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[: math.ceil(quota)])
-    return Finding(
-        "CPU",
-        f"{value}, with the time of {quota:g}",
-        f"the control group grants the time of {quota:g} of {count} cores, so threads for all of them are held up",
-        f"taskset -c {several} maekit ..., or give a container whole cores: docker run --cpuset-cpus",
-    )
+    problem = f"the control group grants the time of {quota:g} of {count} cores, so threads for all of them are held up"
+    fix = f"taskset -c {several} maekit ..., or give a container whole cores: docker run --cpuset-cpus"
+    return Finding("CPU", f"{value}, with the time of {quota:g}", problem, fix)
 
 
-def _load() -> Finding:
-    load = os.getloadavg()[0]
-    remark = "; other work lowers the rates" if load > _BUSY * cores() else ""
-    return Finding("load", f"{load:.1f} in the last minute{remark}")
+def _cpu_quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
+    """Return how many cores' time the control groups (version 2) of this process grant; infinite without a limit."""
+    path = re.search(r"^0::/(.*)$", _text(own), re.MULTILINE)
+    folder = root / (path[1] if path else "")
+    limits = (re.match(r"(\d+) (\d+)", _text(group / "cpu.max")) for group in (folder, *folder.parents))
+    return min((int(limit[1]) / int(limit[2]) for limit in limits if limit), default=math.inf)
 
 
-def _cpu_quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Return how many cores' time the control groups (version 2) of this process grant, or None for no limit."""
-    try:
-        (path,) = [line.split("::")[1] for line in own.read_text().splitlines() if "::" in line]
-    except (OSError, ValueError):
-        return None
-    quotas = []
-    folder = root / path.lstrip("/")
-    for group in (folder, *folder.parents):
-        try:
-            quota, period = (group / "cpu.max").read_text().split()
-            quotas.append(int(quota) / int(period))
-        except (OSError, ValueError):  # no such group; or `max`, which is no number
-            continue
-    return min(quotas, default=None)
-
-
-@dataclass(frozen=True)
-class _Driver:
-    """The NVIDIA driver.
+class _Driver(NamedTuple):
+    """The NVIDIA driver; without arguments, that there is none.
 
     Attributes:
-        release: its version, empty where it is not told.
-        cuda: the newest (major, minor) version of CUDA that it can serve.
+        release: its version, empty if unknown.
+        cuda: the newest version of CUDA that it can serve, such as 12.4; empty if there is no driver.
         gpus: (name, bytes of memory) of each GPU that it lets this process see.
-        code: what its start gave, 0 for success.
+        code: what its start returned, 0 for success.
         error: the same in words.
     """
 
-    release: str
-    cuda: tuple[int, int]
-    gpus: list[tuple[str, int]]
+    release: str = ""
+    cuda: str = ""
+    gpus: tuple[tuple[str, int], ...] = ()
     code: int = 0
     error: str = ""
 
 
-def _driver() -> _Driver | None:
-    """Ask the NVIDIA driver itself, since nvidia-smi is missing in many containers; None where there is no driver."""
-    import ctypes
-
+def _driver() -> _Driver:
+    """Ask the NVIDIA driver itself, because nvidia-smi is missing in many containers."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
     except OSError:
-        return None
-    version, count = ctypes.c_int(0), ctypes.c_int(0)
+        return _Driver()
+    version, count, device, memory = ctypes.c_int(0), ctypes.c_int(0), ctypes.c_int(0), ctypes.c_size_t(0)
+    name, error = ctypes.create_string_buffer(256), ctypes.c_char_p()
     library.cuDriverGetVersion(ctypes.byref(version))
-    cuda = (version.value // 1000, version.value % 1000 // 10)
     code = library.cuInit(0) or library.cuDeviceGetCount(ctypes.byref(count))
-    if code:
-        said = ctypes.c_char_p()
-        library.cuGetErrorString(code, ctypes.byref(said))
-        return _Driver(_driver_release(), cuda, [], code, (said.value or b"").decode(errors="replace"))
+    library.cuGetErrorString(code, ctypes.byref(error))
     gpus = []
     for number in range(count.value):
-        device, name, memory = ctypes.c_int(0), ctypes.create_string_buffer(256), ctypes.c_size_t(0)
         library.cuDeviceGet(ctypes.byref(device), number)
         library.cuDeviceGetName(name, len(name), device)
         library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
         gpus.append((name.value.decode(errors="replace"), memory.value))
-    return _Driver(_driver_release(), cuda, gpus)
+    cuda = f"{version.value // 1000}.{version.value % 1000 // 10}"
+    return _Driver(_text(Path("/sys/module/nvidia/version")), cuda, tuple(gpus), code, (error.value or b"").decode())
 
 
-def _driver_release() -> str:
-    try:
-        return Path("/sys/module/nvidia/version").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
+def _major(version: str) -> int:
+    return int(version.partition(".")[0] or 0)
+
+
+def _gpus(driver: _Driver) -> list[Finding]:
+    if not driver.gpus:
+        return [_no_gpu(driver, _cards())]
+    found = {f"{name}, {files.describe_bytes(memory)}": count for (name, memory), count in Counter(driver.gpus).items()}
+    rows = [f"{count} x {gpu} each" if count > 1 else gpu for gpu, count in found.items()]
+    about = ", ".join(filter(None, [driver.release, f"CUDA up to {driver.cuda}"]))
+    return [*(Finding("NVIDIA GPU", row) for row in rows), Finding("NVIDIA driver", about)]
 
 
 def _cards() -> int:
     """Return how many NVIDIA cards are on the PCI bus, whether or not a driver serves them."""
-    count = 0
-    for folder in Path("/sys/bus/pci/devices").glob("*"):
-        try:
-            vendor, kind = ((folder / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
-        except OSError:
-            continue
-        count += vendor == _NVIDIA and kind.startswith(_DISPLAY)
-    return count
+    devices = Path("/sys/bus/pci/devices").glob("*")
+    kinds = [_text(folder / "vendor") + " " + _text(folder / "class") for folder in devices]
+    return sum(kind.startswith(_NVIDIA_CARD) for kind in kinds)
 
 
-def _gpu(driver: _Driver | None) -> list[Finding]:
-    if driver is None or not driver.gpus:
-        return [_no_gpu(driver, _cards())]
-    rows = [
-        f"{count} x {name}, {files.describe_bytes(memory)} each"
-        if count > 1
-        else f"{name}, {files.describe_bytes(memory)}"
-        for (name, memory), count in Counter(driver.gpus).items()
-    ]
-    about = f"CUDA up to {driver.cuda[0]}.{driver.cuda[1]}"
-    value = f"{driver.release}, {about}" if driver.release else about
-    return [*(Finding("NVIDIA GPU", row) for row in rows), Finding("NVIDIA driver", value)]
-
-
-def _no_gpu(driver: _Driver | None, cards: int) -> Finding:
+def _no_gpu(driver: _Driver, cards: int) -> Finding:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if driver is not None and driver.code not in (0, _NO_DEVICE):
+    if driver.code not in (0, _NO_DEVICE):
         problem = f"the NVIDIA driver does not start: error {driver.code}, {driver.error}"
         return Finding("NVIDIA GPU", "out of reach", problem, "see nvidia-smi; after an update of the driver, reboot")
-    if driver is not None and hidden is not None:
+    if driver.cuda and hidden is not None:
         return Finding("NVIDIA GPU", f"none to be seen, CUDA_VISIBLE_DEVICES is {hidden!r}")
     if not cards:
         return Finding("NVIDIA GPU", "none here")
-    what = "no driver (libcuda.so.1)" if driver is None else "the driver sees none of them"
+    what = "the driver sees none of them" if driver.cuda else "no driver (libcuda.so.1)"
     fix = "install the NVIDIA driver; a container gets GPUs and driver by docker run --gpus all"
     return Finding("NVIDIA GPU", f"{cards} out of reach", f"NVIDIA cards on the PCI bus: {cards}, but {what}", fix)
 
 
-def _runtime() -> tuple[ModuleType | None, Finding]:
-    """Return maekit's module of providers, or None where ONNX Runtime does not load, and what was found."""
+def _failure_of_runtime() -> Finding | None:
     try:
-        import onnxruntime
+        import maekit.providers  # noqa: F401
+    except Exception as error:  # a broken installation raises anything, AttributeError included
+        said = traceback.format_exception_only(error)[-1].splitlines()[0]
+        return Finding("ONNX Runtime", "does not load", f"import onnxruntime fails: {said}", _REINSTALL)
+    return None
 
-        from maekit import providers
-    except Exception as error:  # a torn installation fails in whatever way it likes, AttributeError included
-        said = f"import onnxruntime fails: {type(error).__name__}: {_first_line(error)}"
-        return None, Finding("ONNX Runtime", "does not load", said, _REINSTALL)
+
+def _runtime(driver: _Driver) -> list[Finding]:
+    """Examine the installed ONNX Runtime, and run nodes on its providers."""
+    import onnxruntime
+
+    from maekit import providers
+
     installed = providers.installed_runtimes()
-    build = [*installed, *([f"for CUDA {cuda}"] if (cuda := _cuda_of_runtime()) else [])]
-    value = f"{onnxruntime.__version__} ({', '.join(build)})" if build else str(onnxruntime.__version__)
-    if len(installed) < 2:
-        return providers, Finding("ONNX Runtime", value)
+    build = installed + [f"for CUDA {onnxruntime.cuda_version}"] * bool(onnxruntime.cuda_version)
+    value = f"{onnxruntime.__version__} ({', '.join(build)})" if build else onnxruntime.__version__
     problem = f"{' and '.join(installed)} are installed together and overwrite each other's files"
-    return providers, Finding("ONNX Runtime", value, problem, providers.reinstall_command(installed))
+    fix = providers.reinstall_command(installed)
+    cpu_fix = f"pip install --force-reinstall --no-deps {(installed or ['onnxruntime'])[0]}"
+    return [
+        _unless(len(installed) < 2, Finding("ONNX Runtime", value, problem, fix)),
+        _provider("CPU provider", lambda model: providers.open_cpu(model, threads=1), cpu_fix),
+        _cuda_provider(driver, onnxruntime.cuda_version),
+    ]
 
 
-def _cuda_of_runtime() -> str:
-    """Return the version of CUDA that ONNX Runtime was built for, empty where it was built for none."""
-    try:
-        from onnxruntime.capi import build_and_package_info
-    except ImportError:
-        return ""
-    return str(getattr(build_and_package_info, "cuda_version", "") or "")
+def _cuda_provider(driver: _Driver, cuda: str) -> Finding:
+    """Examine the CUDA provider of an ONNX Runtime that was built for a version of CUDA; empty if for none."""
+    from maekit import providers
 
-
-def _cpu_provider(runtime: ModuleType) -> Finding:
-    installed = runtime.installed_runtimes() or ["onnxruntime"]
-    fix = f"pip install --force-reinstall --no-deps {installed[0]}"
-    return _provider("CPU provider", lambda model: runtime.open_cpu(model, threads=1), fix)
-
-
-def _cuda_provider(runtime: ModuleType, driver: _Driver | None) -> Finding:
-    subject = "CUDA provider"
-    has_gpu = driver is not None and bool(driver.gpus)
-    if problem := runtime.cuda_problem():
-        if has_gpu:
-            return Finding(subject, "does not work", problem.what, problem.fix)
-        return Finding(subject, f"not tried, {problem.what}")
-    fix = "update the NVIDIA driver, or use `device=cpu`"
-    finding = _provider(subject, lambda model: runtime.open_cuda(model, "cuda", threads=1), fix)
-    needs = int(_cuda_of_runtime().partition(".")[0] or 0)
-    if finding.problem and driver is not None and driver.cuda[0] < needs:
-        offered = f"{driver.cuda[0]}.{driver.cuda[1]}"
-        problem = f"it was built for CUDA {_cuda_of_runtime()}, and the NVIDIA driver ends at {offered}"
-        return Finding(subject, finding.value, problem, f"update the NVIDIA driver to one for CUDA {needs}")
-    return finding
+    subject, fix = "CUDA provider", "update the NVIDIA driver, or use `device=cpu`"
+    if problem := providers.cuda_problem():
+        value = "does not work" if driver.gpus else f"not tried, {problem.what}"
+        return _unless(not driver.gpus, Finding(subject, value, problem.what, problem.fix))
+    finding = _provider(subject, lambda model: providers.open_cuda(model, "cuda", threads=1), fix)
+    if not finding.problem or not driver.cuda or _major(driver.cuda) >= _major(cuda):
+        return finding
+    what = f"it was built for CUDA {cuda}, and the NVIDIA driver ends at {driver.cuda}"
+    return Finding(subject, finding.value, what, f"update the NVIDIA driver to one for CUDA {_major(cuda)}")
 
 
 def _provider(subject: str, open_model: Callable[[bytes], "Opened"], fix: str) -> Finding:
     """Run a convolution and a matrix product on a provider and compare the numbers."""
-    model, images, expected = _probe()
+    from maekit.providers import first_line
+
+    model, inputs, expected = _probe()
     try:
         opened = open_model(model)
         if opened.problem:
             return Finding(subject, "does not work", opened.problem.what, opened.problem.fix)
-        (got,) = opened.session.run(None, {"images": images})
+        (got,) = opened.session.run(None, inputs)
     except Exception as error:  # onnxruntime's own exception types have no common base
-        return Finding(subject, "does not work", _first_line(error.__cause__ or error), fix)
+        return Finding(subject, "does not work", first_line(error.__cause__ or error), fix)
     # TF32, which CUDA may use, has three digits.
     if not np.allclose(got, expected, rtol=0, atol=0.01 * np.abs(expected).max()):
         return Finding(subject, "gives wrong numbers", f"{opened.provider} gives wrong numbers", fix)
@@ -349,64 +312,43 @@ def _provider(subject: str, open_model: Callable[[bytes], "Opened"], fix: str) -
     return Finding(subject, f"works: ran {nodes} node{'s' if nodes != 1 else ''}, the numbers are right")
 
 
-def _probe() -> tuple[bytes, NDArray[np.float32], NDArray[np.float32]]:
-    """Return a model of a few nodes, an input, and the expected output, computed without ONNX Runtime."""
-    from onnx import TensorProto, helper, numpy_helper
+def _probe() -> tuple[bytes, dict[str, NDArray[np.float32]], NDArray[np.float32]]:
+    """Return a model of two nodes, its inputs, and the expected output, computed without ONNX Runtime."""
+    from onnx import parser
 
-    random = np.random.default_rng(0)
-    images, kernels, matrix = (
-        random.integers(-4, 5, shape).astype(np.float32) for shape in ((2, 3, 32, 32), (8, 3, 32, 32), (8, 5))
-    )
-    expected = np.einsum("bchw,kchw->bk", images, kernels) @ matrix
-    nodes = [
-        helper.make_node("Conv", ["images", "kernels"], ["patches"]),
-        helper.make_node("Reshape", ["patches", "shape"], ["tokens"]),
-        helper.make_node("MatMul", ["tokens", "matrix"], ["out"]),
-    ]
-    constants: dict[str, NDArray[Any]] = {"kernels": kernels, "matrix": matrix, "shape": np.array([-1, 8], np.int64)}
-    graph = helper.make_graph(
-        nodes,
-        "probe",
-        [helper.make_tensor_value_info("images", TensorProto.FLOAT, images.shape)],
-        [helper.make_tensor_value_info("out", TensorProto.FLOAT, expected.shape)],
-        [numpy_helper.from_array(values, name) for name, values in constants.items()],
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    return bytes(model.SerializeToString()), images, expected
+    # A kernel covers a column of the image: [2, 3, 32, 32] -> [2, 8, 1, 32], then [32, 5] -> [2, 8, 1, 5].
+    model = parser.parse_model("""<ir_version: 10, opset_import: ["" : 20]>
+        probe (float[2, 3, 32, 32] images, float[8, 3, 32, 1] kernels, float[32, 5] matrix) => (float[2, 8, 1, 5] out)
+        { columns = Conv(images, kernels)  out = MatMul(columns, matrix) }""")
+    random, shapes = np.random.default_rng(0), {"images": (2, 3, 32, 32), "kernels": (8, 3, 32, 1), "matrix": (32, 5)}
+    inputs = {name: random.integers(-4, 5, shape).astype(np.float32) for name, shape in shapes.items()}
+    return model.SerializeToString(), inputs, np.einsum("bchw,kchi,wn->bkin", *inputs.values())
 
 
-def _torch(driver: _Driver | None) -> Finding:
+def _torch(driver: _Driver) -> Finding:
+    """Ask torch for CUDA, in a process of its own: embedding loads no torch, and a broken one may end the process."""
     try:
         version = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
         return Finding("torch", "not installed: pretrain and export need pip install 'maekit[train]'")
-    if driver is None or not driver.gpus:
+    if not driver.gpus:
         return Finding("torch", version)
-    # In a process of its own: maekit's embedding loads no torch, and a torn installation may end the process.
-    script = "import torch; print(torch.cuda.is_available(), torch.version.cuda)"
-    command = [sys.executable, "-c", script]
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available(), torch.version.cuda)"]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         problem = f"importing torch takes more than {_TORCH_SECONDS} s"
         return Finding("torch", version, problem, "see whether nvidia-smi answers; reboot if it does not")
-    return _torch_on_gpu(version, driver, ran)
-
-
-def _torch_on_gpu(version: str, driver: _Driver, ran: "subprocess.CompletedProcess[str]") -> Finding:
-    """Return what the process that asked torch for CUDA found."""
-    anew = "pip uninstall -y torch torchvision; pip install 'maekit[train]'"
     if ran.returncode:
         said = (ran.stderr.strip().splitlines() or [f"exit {ran.returncode}"])[-1]
-        return Finding("torch", version, f"it does not load: {said}", anew)
+        return Finding("torch", version, f"it does not load: {said}", _REINSTALL_TORCH)
     works, cuda = ran.stdout.split()[-2:]
     if works == "True":
         return Finding("torch", f"{version}, works on CUDA")
     if cuda == "None":
-        return Finding("torch", version, "a build without CUDA, so pretrain would run on the CPU", anew)
-    offered = f"{driver.cuda[0]}.{driver.cuda[1]}"
-    problem = f"it was built for CUDA {cuda} and finds no GPU; the NVIDIA driver ends at {offered}"
-    return Finding("torch", version, problem, f"update the NVIDIA driver to one for CUDA {cuda.partition('.')[0]}")
+        return Finding("torch", version, "a build without CUDA, so pretrain would run on the CPU", _REINSTALL_TORCH)
+    problem = f"it was built for CUDA {cuda} and finds no GPU; the NVIDIA driver ends at {driver.cuda}"
+    return Finding("torch", version, problem, f"update the NVIDIA driver to one for CUDA {_major(cuda)}")
 
 
 def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
@@ -417,129 +359,85 @@ def _shared_memory(folder: Path = Path("/dev/shm")) -> Finding:
         if sys.platform != "linux":
             return Finding("shared memory", "not as a folder here")
         return Finding("shared memory", "none", f"{folder}: {error.strerror}; training's data workers need it", fix)
-    free, total = files.describe_bytes(room.free), files.describe_bytes(room.total)
-    value = f"{free} free of {total}"
-    if room.free >= _LEAST_SHARED:
-        return Finding("shared memory", value)
+    value = f"{files.describe_bytes(room.free)} free of {files.describe_bytes(room.total)}"
     if room.total >= _LEAST_SHARED:
         fix = f"see what lies in {folder}; a run that was killed may have left it"
-    return Finding("shared memory", value, f"{value} is too little for training's data workers", fix)
+    problem = f"{value} is too little for training's data workers"
+    return _unless(room.free >= _LEAST_SHARED, Finding("shared memory", value, problem, fix))
 
 
 def _disks() -> list[Finding]:
-    findings = [_disk("disk, this folder", Path("."), "work in a folder that has room")]
-    try:
-        folder = Path(tempfile.gettempdir())
-        findings.append(_disk("disk, temporary", folder, "point TMPDIR to a folder that has room"))
-    except OSError as error:
-        problem = f"there is no folder for temporary files: {error.strerror}"
-        findings.append(Finding("disk, temporary", "none", problem, "point TMPDIR to a folder that can be written"))
-    cache = files.cache_directory().absolute()
-    existing = next(folder for folder in (cache, *cache.parents) if folder.is_dir())
-    findings.append(_disk("disk, cache", existing, "point MAEKIT_CACHE to a folder that has room", shown=cache))
-    return findings
+    return [
+        _disk("disk, this folder", Path.cwd, "work in a folder that has room"),
+        _disk("disk, temporary", tempfile.gettempdir, "point TMPDIR to a folder that has room"),
+        _disk("disk, cache", files.cache_directory, "point MAEKIT_CACHE to a folder that has room"),
+    ]
 
 
-def _disk(subject: str, folder: Path, fix: str, *, shown: Path | None = None) -> Finding:
-    """Look at the room in a folder by writing into it; the file has no name and is gone at once."""
+def _disk(subject: str, find: Callable[[], str | Path], fix: str) -> Finding:
+    """Write into a folder, or into the one where it would be created; the file has no name and is gone at once."""
+    name = "none"
     try:
-        name = str(shown or folder.absolute())
-        room = shutil.disk_usage(folder)
-        with tempfile.TemporaryFile(dir=folder) as file:
+        folder = Path(find()).absolute()
+        name = str(folder)
+        existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+        free = shutil.disk_usage(existing).free
+        with tempfile.TemporaryFile(dir=existing) as file:
             file.write(b"maekit")
     except OSError as error:
-        return Finding(subject, f"{shown or folder}", f"{shown or folder} cannot be written: {error.strerror}", fix)
-    value = f"{files.describe_bytes(room.free)} free in {name}"
-    if room.free < _LEAST_DISK:
-        return Finding(subject, value, f"only {value}", fix)
-    return Finding(subject, value)
+        return Finding(subject, name, f"{name} cannot be written: {error.strerror}", fix)
+    value = f"{files.describe_bytes(free)} free in {name}"
+    return _unless(free >= _LEAST_DISK, Finding(subject, value, f"only {value}", fix))
 
 
 def _open_files() -> Finding:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return Finding("open files", "no limit")
-    value = f"{soft} at most"
-    if soft >= _LEAST_FILES:
-        return Finding("open files", value)
-    reach = 4 * _LEAST_FILES if hard == resource.RLIM_INFINITY else min(hard, 4 * _LEAST_FILES)
-    fix = f"ulimit -n {reach}"
-    if reach < _LEAST_FILES:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = (math.inf if limit == resource.RLIM_INFINITY else limit for limit in limits)
+    value = "no limit" if soft == math.inf else f"{soft} at most"
+    fix = f"ulimit -n {min(hard, 4 * _LEAST_FILES)}"
+    if hard < _LEAST_FILES:
         fix = "raise the hard limit: docker run --ulimit nofile=4096, or /etc/security/limits.conf"
-    return Finding("open files", value, f"{value}: shards, workers and sockets need more", fix)
+    problem = f"{value}: shards, workers and sockets need more"
+    return _unless(soft >= _LEAST_FILES, Finding("open files", value, problem, fix))
 
 
-def _session(model: str) -> "EncoderSession":
-    """Load a file that `maekit export` wrote, for the CPU.
-
-    Raises:
-        InputError: it is none.
-    """
-    from maekit.embedding.session import EncoderSession
-
-    return EncoderSession(Path(model), device="cpu")
-
-
-def _first_images(specs: Sequence[str]) -> list[bytes]:
-    """Return the bytes of a few images, evenly spread over shards.
+def _shards(specs: tuple[str, ...]) -> ShardSet:
+    """Open shards to measure decoding on.
 
     Raises:
         InputError: no shards there, or no image in them.
     """
-    if not specs:
-        return []
-    shards = open_shards(find_shards(tuple(specs)), skip_damaged=True)
-    found = shards.images(shards.spread(_IMAGES), bytes)
-    images = [image for image in found if not isinstance(image, ImageError)]
-    if not images:
+    shards = open_shards(find_shards(specs), skip_damaged=True)
+    if all(isinstance(image, ImageError) for image in shards.images(shards.spread(_DECODED), bytes)):
         raise InputError(f"{', '.join(specs)}: no image to measure decoding on")
-    return images
+    return shards
 
 
-def _rates(session: "EncoderSession", images: list[bytes], seconds: float) -> Rates:
-    """Measure the session, and with images also decoding and what both leave of the cores together."""
+def _rates(session: "EncoderSession", shards: ShardSet | None, seconds: float) -> Rates:
+    """Measure the session, and with shards also decoding and what both leave of the cores together."""
     preprocess, count = session.description.preprocess, cores()
     height, width = preprocess.size
-    rate, batch = _session_rate(session, preprocess, _SESSION_SHARE * seconds)
-    rates: Rates = {"cores": count, "model": f"{session.description.path.name} at {height} x {width}"}
-    rates |= {"batch_size": batch, "session": rate}
-    if images:
-        one = _decode_rate(images, preprocess, 1, _DECODE_SHARE * seconds)
-        every = _decode_rate(images, preprocess, count, _DECODE_SHARE * seconds) if count > 1 else one
-        rates |= {"decode_one_core": one, "decode_all_cores": every, "limit": 1 / (1 / every + 1 / rate)}
-    return rates
-
-
-def _decode_rate(images: list[bytes], preprocess: Preprocess, threads: int, seconds: float) -> float:
-    """Return the images a second that some threads decode and prepare; what cannot be decoded takes its time, too."""
-    started = time.perf_counter()
-
-    def work() -> int:
-        count = 0
-        while not count or time.perf_counter() < started + seconds:
-            with contextlib.suppress(ImageError):
-                preprocess(images[count % len(images)])
-            count += 1
-        return count
-
-    with ThreadPoolExecutor(threads) as pool:
-        counts = [future.result() for future in [pool.submit(work) for _ in range(threads)]]
-    return sum(counts) / (time.perf_counter() - started)
-
-
-def _session_rate(session: "EncoderSession", preprocess: Preprocess, seconds: float) -> tuple[float, int]:
-    """Return the images a second that a session embeds, and its batch size: smaller where it is slow."""
-    images = np.random.default_rng(0).integers(0, 256, (_BATCH, *preprocess.size, 3), np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (_BATCH, height, width, 3), np.uint8)
     session(images[:1])  # the first run allocates
-    before = time.perf_counter()
-    session(images[:1])
-    batch = max(1, min(_BATCH, int(seconds / (time.perf_counter() - before))))
-    count, started = 0, time.perf_counter()
-    while not count or time.perf_counter() < started + seconds:
-        session(images[:batch])
-        count += batch
-    return count / (time.perf_counter() - started), batch
+    speed = _per_second(lambda: len(session(images[:1])), 0)
+    batch = max(1, min(_BATCH, int(_SESSION_SHARE * seconds * speed)))  # smaller if the model is slow
+    rate = _per_second(lambda: len(session(images[:batch])), _SESSION_SHARE * seconds)
+    model = f"{session.description.path.name} at {height} x {width}"
+    rates: Rates = {"cores": count, "model": model, "batch_size": batch, "session": rate}
+    if shards is None:
+        return rates
+
+    def decode(threads: int) -> int:
+        numbers = itertools.islice(itertools.cycle(shards.spread(_DECODED)), threads * _DECODED)
+        return len(list(shards.images(numbers, preprocess, threads=threads)))
+
+    one, every = (_per_second(functools.partial(decode, threads), _DECODE_SHARE * seconds) for threads in (1, count))
+    return rates | {"decode_one_core": one, "decode_all_cores": every, "limit": 1 / (1 / every + 1 / rate)}
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _per_second(work: Callable[[], int], seconds: float) -> float:
+    """Repeat `work`, which returns its number of images, for some time and at least once; return images per second."""
+    started, count = time.perf_counter(), work()
+    while time.perf_counter() < started + seconds:
+        count += work()
+    return count / (time.perf_counter() - started)

@@ -15,17 +15,16 @@ The bytes determine the format; a file's extension is only a hint.
 import contextlib
 import io
 import math
-import struct
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.system.errors import ImageError, InputError
+from maekit.system.errors import ImageError, InputError, MaekitError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -56,7 +55,6 @@ LUMA = (0.299, 0.587, 0.114)
 
 Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
-Place = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,10 @@ class Preprocess:
     crop_mode: str = "center"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("interpolation", self.interpolation, _RESAMPLING),
-            ("crop mode", self.crop_mode, ("center", "squash")),
-        ):
-            if value not in allowed:
-                raise InputError(f"{name} {value!r}: must be one of {', '.join(allowed)}")
+        if self.interpolation not in _RESAMPLING:
+            raise InputError(f"interpolation {self.interpolation!r}: must be one of {', '.join(_RESAMPLING)}")
+        if self.crop_mode not in ("center", "squash"):
+            raise InputError(f"crop mode {self.crop_mode!r}: must be one of center, squash")
         if not all(0 < side <= covered <= _LARGEST_SIDE for side, covered in zip(self.size, self.resize, strict=True)):
             raise InputError(f"images resized to {self.resize} and cut to {self.size}: impossible sizes")
         for name, values in (("mean", self.mean), ("std", self.std)):
@@ -164,8 +160,7 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
     Raises:
         ImageError: the bytes cannot be decoded; its `reason` is one of `ImageError.REASONS`.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         if image.format == "JPEG" and at_least is not None:
             # EXIF orientation may swap the sides later, so both must keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
@@ -187,8 +182,7 @@ def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         width, height = image.size
         if image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
             width, height = height, width
@@ -214,8 +208,7 @@ def reduction_of(crop: tuple[int, int], at_least: tuple[int, int]) -> int:
     return next((scale for scale in (8, 4, 2) if room >= scale), 1)
 
 
-@dataclass(frozen=True)
-class Examined:
+class Examined(NamedTuple):
     """A decoded image, with the format and pixel mode of its file.
 
     Attributes:
@@ -235,45 +228,40 @@ def examine(data: bytes) -> Examined:
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _refusals(data):
-        image = _open(data)
+    with _opened(data) as image:
         image.load()
         return Examined(str(image.format), image.mode, upright_rgb(image))
 
 
-def _open(data: bytes) -> Image.Image:
-    """Read an image file's header and refuse images that must not be decoded."""
-    if not data:
-        raise ImageError("empty", "zero bytes")
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
-    _refuse_without_rule(image)
-    if image.format == "JPEG":
-        # Each scan of a progressive JPEG covers all pixels: a small file with thousands of scans would take hours.
-        pixels = image.width * image.height
-        scans = data.count(_START_OF_SCAN) if len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED else 1
-        if scans * pixels > _MAX_SCANNED:
-            raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
-    return image
-
-
 @contextlib.contextmanager
-def _refusals(data: bytes) -> Iterator[None]:
-    """Convert any exception of decoding to an ImageError."""
+def _opened(data: bytes) -> Iterator[Image.Image]:
+    """Read an image file's header, and convert any exception until the block ends to an ImageError."""
     try:
-        yield
-    except ImageError:
+        if not data:
+            raise ImageError("empty", "zero bytes")
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        _refuse_too_large(image, data)
+        _refuse_without_rule(image)
+        yield image
+    except MaekitError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
         raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
-    # Pillow's decoders raise no documented set of exceptions on damaged files; each of these has occurred.
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, EOFError) as error:
+    except Exception as error:  # Pillow's decoders raise no documented set of exceptions on damaged files
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
-    except (struct.error, OverflowError, MemoryError, RuntimeError, AttributeError, ZeroDivisionError) as error:
-        raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _refuse_too_large(image: Image.Image, data: bytes) -> None:
+    pixels = image.width * image.height
+    if pixels > MAX_PIXELS:
+        raise ImageError("too_large", f"{image.width} x {image.height} pixels (at most {MAX_PIXELS} are decoded)")
+    # Each scan of a progressive JPEG covers all pixels: a small file with thousands of scans would take hours.
+    if image.format == "JPEG" and len(data) // _SMALLEST_SCAN * pixels > _MAX_SCANNED:
+        scans = data.count(_START_OF_SCAN)
+        if scans * pixels > _MAX_SCANNED:
+            raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
@@ -340,7 +328,9 @@ def _over_white(layer: Image.Image) -> Image.Image:
     return result
 
 
-def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[int, int], place: Place) -> Box:
+def fixed_crop(
+    width: int, height: int, covered: tuple[int, int], size: tuple[int, int], offset: tuple[float, float]
+) -> Box:
     """Choose the box equivalent to resizing an image to cover a rectangle, then cropping (Krizhevsky et al. 2012).
 
     Args:
@@ -348,24 +338,19 @@ def fixed_crop(width: int, height: int, covered: tuple[int, int], size: tuple[in
         height: height of the image, in pixels.
         covered: (height, width) in pixels that the resized image would just cover.
         size: (height, width) in pixels of the crop within the resized image.
-        place: (horizontal, vertical) offset of the box as a fraction of the free space, in [0, 1].
+        offset: (horizontal, vertical) offset of the box as a fraction of the free space, in [0, 1].
 
     Returns:
         (left, top, right, bottom) in pixels of the original image.
     """
     scale = min(height / covered[0], width / covered[1])
     w, h = min(width, max(1, round(size[1] * scale))), min(height, max(1, round(size[0] * scale)))
-    left, top = round(place[0] * (width - w)), round(place[1] * (height - h))
+    left, top = round(offset[0] * (width - w)), round(offset[1] * (height - h))
     return left, top, left + w, top + h
 
 
 def random_resized_crop(
-    width: int,
-    height: int,
-    draws: NDArray[np.float64],
-    *,
-    scale: tuple[float, float],
-    aspect: float = 1.0,
+    width: int, height: int, draws: NDArray[np.float64], *, scale: tuple[float, float], aspect: float = 1.0
 ) -> Box:
     """Choose a crop of random area and aspect (Szegedy et al. 2015; the procedure of torchvision).
 

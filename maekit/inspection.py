@@ -1,17 +1,19 @@
 """`maekit inspect`: describes a run, a checkpoint, a fine-tuning, an ONNX file, embeddings or a set of shards."""
 
 import json
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maekit import runs
-from maekit.checking import CheckReport, check_shards
+from maekit.checking import check_shards
 from maekit.config.check import InspectConfig
 from maekit.config.settings import fields_of, load_toml
 from maekit.embedding.commit_record import BOOKKEEPING, read_record, record_path, recorded_shards
 from maekit.embedding.stored import is_embeddings
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
-from maekit.runs import RunDirectory
+from maekit.runs import FinetuneDirectory, RunDirectory
 from maekit.shards.spec import TAR, find_shards
 from maekit.system.errors import InputError
 from maekit.system.machine import cores
@@ -35,7 +37,7 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
     if runs.is_run(path):
         return _inspect_run(RunDirectory(path))
     if runs.is_finetuned(path):
-        return _inspect_finetuned(runs.FinetuneDirectory(path))
+        return _inspect_finetuned(FinetuneDirectory(path))
     if (path / runs.MANIFEST).is_file():
         run, checkpoint = runs.find_checkpoint(path)
         return {"kind": "checkpoint", "path": thing, "run": str(run.path), **checkpoint.state(), "valid": True}
@@ -43,33 +45,28 @@ def inspect(config: InspectConfig) -> dict[str, Any]:
         return _inspect_embeddings(path)
     if path.is_file() and not path.name.endswith(TAR):
         raise InputError(f"{thing} is none of the things maekit knows: a run, a checkpoint, an .onnx file, or shards")
-    report: CheckReport = check_shards(find_shards(thing))
-    return {"kind": "shards", "path": thing, **report.summary()}
+    return {"kind": "shards", "path": thing, **check_shards(find_shards(thing)).summary()}
 
 
 def _inspect_embeddings(path: Path) -> dict[str, Any]:
     """Summarise the commit records of an output directory."""
-    totals = {"shards": 0, "rows": 0, "errors": 0, "bytes": 0}
-    damaged = []
-    for shard in recorded_shards(path):
-        record = read_record(path, shard)
-        if record is None:
-            damaged.append(str(record_path(path, shard)))
-            continue
-        totals["shards"] += 1
-        totals["rows"] += record.rows
-        totals["errors"] += record.errors
-        totals["bytes"] += sum(output["bytes"] for output in record.outputs)
-    options = _parsed((path / BOOKKEEPING / ".output.json").read_text(encoding="utf-8"))
-    return {"kind": "embeddings", "path": str(path), **totals, "without_embeddings": damaged, "made_with": options}
+    found = {shard: read_record(path, shard) for shard in recorded_shards(path)}
+    records = [record for record in found.values() if record is not None]
+    return {
+        "kind": "embeddings",
+        "path": str(path),
+        "shards": len(records),
+        "rows": sum(record.rows for record in records),
+        "errors": sum(record.errors for record in records),
+        "bytes": sum(output["bytes"] for record in records for output in record.outputs),
+        "without_embeddings": [str(record_path(path, shard)) for shard, record in found.items() if record is None],
+        "made_with": _parsed((path / BOOKKEEPING / ".output.json").read_text(encoding="utf-8")),
+    }
 
 
 def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
     external = check_external_data(path)
     proto = load_graph(path)
-    counts: dict[str, int] = {}
-    for node in proto.graph.node:
-        counts[node.op_type] = counts.get(node.op_type, 0) + 1
     metadata = {entry.key: entry.value for entry in proto.metadata_props}.get(METADATA_KEY)
     own = _parsed(metadata) if metadata else None
     if isinstance(own, dict):
@@ -82,7 +79,7 @@ def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
         "opset": {entry.domain or "ai.onnx": entry.version for entry in proto.opset_import},
         "inputs": {value.name: _tensor_type(value) for value in proto.graph.input},
         "outputs": {value.name: _tensor_type(value) for value in proto.graph.output},
-        "nodes": dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))),
+        "nodes": _most_common(node.op_type for node in proto.graph.node),
         "maekit": own if isinstance(own, dict) or own is None else f"damaged: {str(own)[:60]!r}",
     }
     return {**description, "providers": _providers(path)} if providers else description
@@ -92,22 +89,24 @@ def _providers(path: Path) -> dict[str, Any]:
     """Return, per provider, the nodes of the optimised graph that it runs on this machine, or why it does not work."""
     from maekit.providers import CPU, CUDA, open_cpu, open_cuda
 
-    threads = cores()
-    cuda = open_cuda(path, "cuda", threads=threads)
-    found: dict[str, Any] = {CPU: _by_provider(open_cpu(path, threads=threads))}
+    cpu = open_cpu(path, threads=cores())
+    cuda = open_cuda(path, "cuda", threads=cores())
     problem = cuda.problem
-    found[CUDA] = f"does not work here: {problem.what}; {problem.fix}" if problem else _by_provider(cuda)
-    return found
+    said = f"does not work here: {problem.what}; {problem.fix}" if problem else _by_provider(cuda)
+    return {CPU: _by_provider(cpu), CUDA: said}
 
 
 def _by_provider(opened: "Opened") -> dict[str, dict[str, int]]:
-    nodes: dict[str, dict[str, int]] = {}
-    for part in opened.session.get_provider_graph_assignment_info():
-        counts = nodes.setdefault(part.ep_name, {})
-        for node in part.get_nodes():
-            name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-            counts[name] = counts.get(name, 0) + 1
-    return {name: dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))) for name, counts in nodes.items()}
+    nodes: dict[str, list[str]] = {}
+    for subgraph in opened.session.get_provider_graph_assignment_info():
+        names = (".".join(filter(None, [node.domain, node.op_type])) for node in subgraph.get_nodes())
+        nodes.setdefault(subgraph.ep_name, []).extend(names)
+    return {provider: _most_common(names) for provider, names in nodes.items()}
+
+
+def _most_common(names: Iterable[str]) -> dict[str, int]:
+    """Return how often each name occurs, the most frequent first."""
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _parsed(text: str) -> Any:
@@ -121,40 +120,37 @@ def _tensor_type(value: Any) -> str:
     import onnx
 
     tensor = value.type.tensor_type
-    known = onnx.TensorProto.DataType.values()
-    name = onnx.TensorProto.DataType.Name(tensor.elem_type).lower() if tensor.elem_type in known else "unknown"
-    shape = [d.dim_param or str(d.dim_value) for d in tensor.shape.dim]
-    return f"{name} [{', '.join(shape)}]"
+    names = {number: name.lower() for name, number in onnx.TensorProto.DataType.items()}
+    shape = ", ".join(d.dim_param or str(d.dim_value) for d in tensor.shape.dim)
+    return f"{names.get(tensor.elem_type, 'unknown')} [{shape}]"
 
 
 def _last(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return the newest metrics; a held-out loss has its own row, which is merged with the row before it."""
-    merged: dict[str, Any] = {}
-    for row in rows[-1:] if rows and "loss" in rows[-1] else rows[-2:]:
-        merged |= row
+    *before, newest = rows or [{}]
+    merged = newest if "loss" in newest or not before else before[-1] | newest
     return merged or None
 
 
-def _inspect_finetuned(run: runs.FinetuneDirectory) -> dict[str, Any]:
+def _inspect_finetuned(run: FinetuneDirectory) -> dict[str, Any]:
     tested = [row for row in run.metrics() if "accuracy" in row]
-    return {
-        "kind": "finetune",
-        "path": str(run.path),
-        "finished": run.encoder_file.is_file(),
-        "settings": load_toml(run.config_file),
-        "checkpoints": [{"step": c.step, "problem": c.problem()} for c in run.list_checkpoints()],
-        "tested": {key: tested[-1][key] for key in ("step", "accuracy", "test_loss")} if tested else None,
-    }
+    found = {key: tested[-1][key] for key in ("step", "accuracy", "test_loss")} if tested else None
+    return _described(run, "finetune", settings=load_toml(run.config_file)) | {"tested": found}
 
 
 def _inspect_run(run: RunDirectory) -> dict[str, Any]:
-    checkpoints = [{"step": checkpoint.step, "problem": checkpoint.problem()} for checkpoint in run.list_checkpoints()]
-    rows = run.metrics()
+    config = {key: value for key, value, _ in fields_of(run.config()) if value is not None}
+    return _described(run, "run", config=config) | {"last": _last(run.metrics())}
+
+
+def _described(run: RunDirectory, kind: str, **settings: dict[str, Any]) -> dict[str, Any]:
+    """Return what the two kinds of training have in common."""
     return {
-        "kind": "run",
+        "kind": kind,
         "path": str(run.path),
         "finished": run.encoder_file.is_file(),
-        "config": {key: value for key, value, _ in fields_of(run.config()) if value is not None},
-        "checkpoints": checkpoints,
-        "last": _last(rows),
+        **settings,
+        "checkpoints": [
+            {"step": checkpoint.step, "problem": checkpoint.problem()} for checkpoint in run.list_checkpoints()
+        ],
     }

@@ -9,8 +9,9 @@ import ctypes
 import importlib.metadata
 import io
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,10 +57,10 @@ class Opened:
         problem: why the session is not on the requested provider; None if it is.
     """
 
-    session: Any
-    provider: str
-    registered: tuple[str, ...]
-    nodes: dict[str, int]
+    session: Any = None
+    provider: str = CPU
+    registered: tuple[str, ...] = ()
+    nodes: dict[str, int] = field(default_factory=dict)
     problem: Problem | None = None
 
 
@@ -96,7 +97,7 @@ def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mappin
     """
     number = int(device.partition(":")[2] or 0)
     if problem := cuda_problem(number):
-        return Opened(None, CPU, (), {}, problem)
+        return Opened(problem=problem)
     chosen = {"device_id": str(number), **_CUDA_OPTIONS, **(options or {})}
     try:
         with _quiet():
@@ -107,17 +108,15 @@ def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mappin
         if options and any(key in str(error) for key in options):
             raise
         said = str(error).rpartition("load this file: ")[2]
-        return Opened(None, CPU, (), {}, Problem(f"the CUDA provider fails: {said}", "update the NVIDIA driver"))
-    if opened.registered[0] != CUDA:
+        return Opened(problem=Problem(f"the CUDA provider fails: {said}", "update the NVIDIA driver"))
+    if opened.provider != CUDA:
         library = _missing_library()
         is_driver = "libcuda.so" in library or "undefined symbol: cu" in library
         fix = "update the NVIDIA driver" if is_driver else "pip install 'maekit[cuda]' brings the CUDA libraries"
-        problem = Problem(f"the CUDA provider does not load ({library})", fix)
-    elif not opened.nodes.get(CUDA):
-        problem = Problem("the CUDA provider loads but takes no node of this model", "use `device=cpu`")
-    else:
-        return opened
-    return Opened(None, CPU, opened.registered, opened.nodes, problem)
+        return Opened(problem=Problem(f"the CUDA provider does not load ({library})", fix))
+    if not opened.nodes.get(CUDA):
+        return Opened(problem=Problem("the CUDA provider loads but takes no node of this model", "use `device=cpu`"))
+    return opened
 
 
 def cuda_problem(number: int = 0) -> Problem | None:
@@ -183,10 +182,10 @@ def _load(model: Path | bytes, providers: list[Any], threads: int) -> Any:
 
 def _opened(session: Any) -> Opened:
     registered = tuple(session.get_providers())
-    nodes: dict[str, int] = {}
-    for part in session.get_provider_graph_assignment_info():
-        nodes[part.ep_name] = nodes.get(part.ep_name, 0) + len(part.get_nodes())
-    return Opened(session, registered[0], registered, nodes)
+    nodes: Counter[str] = Counter()
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes[subgraph.ep_name] += len(subgraph.get_nodes())
+    return Opened(session, registered[0], registered, dict(nodes))
 
 
 def _missing_library() -> str:
@@ -208,6 +207,6 @@ def _quiet() -> Iterator[None]:
         ort.set_default_logger_severity(_USUAL)
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type's name."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

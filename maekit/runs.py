@@ -8,6 +8,7 @@ RUN/encoder.safetensors             the final encoder under timm's parameter nam
 RUN/evaluations/knn-3f2a9c-step-000001000.json   what `maekit evaluate` found
 """
 
+import contextlib
 import json
 import re
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 
 MODEL, OPTIMIZER, STATE, MANIFEST = "model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
-FINETUNE_CONFIG = "finetune.toml"
+CONFIG, FINETUNE_CONFIG = "config.toml", "finetune.toml"
 _STEP = re.compile(r"step-(\d{9})")
 
 
@@ -68,31 +69,23 @@ class Checkpoint:
         return str(json.loads((self.path / MANIFEST).read_text(encoding="utf-8"))["sha256"][MODEL])
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """The paths of one run."""
+    """The paths of one run.
 
-    path: Path
+    Attributes:
+        path: the run directory.
+        config_file: the resolved config.
+        metrics_file: one JSON row per logging step.
+        checkpoints: the folder of checkpoints.
+        encoder_file: the final encoder.
+    """
 
-    @property
-    def config_file(self) -> Path:
-        """The resolved config."""
-        return self.path / "config.toml"
-
-    @property
-    def metrics_file(self) -> Path:
-        """One JSON row per logging step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def encoder_file(self) -> Path:
-        """The final encoder."""
-        return self.path / "encoder.safetensors"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / CONFIG
+        self.metrics_file = path / "metrics.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.encoder_file = path / "encoder.safetensors"
 
     @property
     def is_finished(self) -> bool:
@@ -113,16 +106,13 @@ class RunDirectory:
 
     def list_checkpoints(self) -> list[Checkpoint]:
         """Return all checkpoints, valid or not, newest first."""
-        if not self.checkpoints.is_dir():
-            return []
-        steps = [int(m[1]) for p in self.checkpoints.iterdir() if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+        steps = [int(m[1]) for p in self.checkpoints.glob("*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
         return [self.checkpoint(step) for step in sorted(steps, reverse=True)]
 
     def newest_valid(self, on_damage: Callable[[str], None] = lambda text: None) -> Checkpoint | None:
         """Return the newest checkpoint whose files match their digests; report each damaged one to `on_damage`."""
         for checkpoint in self.list_checkpoints():
-            problem = checkpoint.problem()
-            if problem is None:
+            if (problem := checkpoint.problem()) is None:
                 return checkpoint
             on_damage(f"{checkpoint.path} is damaged ({problem}); looking for the one before it")
         return None
@@ -140,9 +130,19 @@ class RunDirectory:
         return load_config(self.config_file)
 
 
-@dataclass(frozen=True)
 class FinetuneDirectory(RunDirectory):
-    """A directory of supervised training: like a run directory, but with fine-tuning settings."""
+    """A directory of supervised training: like a run directory, but with fine-tuning settings.
+
+    Attributes:
+        start_file: description of the encoder before the training: source, name, arguments, preprocessing; no weights.
+        head_file: the final classifier.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.config_file = path / FINETUNE_CONFIG
+        self.start_file = path / "start.json"
+        self.head_file = path / "head.safetensors"
 
     def config(self) -> FinetuneConfig:  # type: ignore[override]
         """Return the settings that the training was started with.
@@ -153,21 +153,6 @@ class FinetuneDirectory(RunDirectory):
         return load_settings(FinetuneConfig(), self.config_file)
 
     @property
-    def config_file(self) -> Path:
-        """The resolved settings."""
-        return self.path / FINETUNE_CONFIG
-
-    @property
-    def start_file(self) -> Path:
-        """Description of the encoder before the training: source, name, arguments, preprocessing; no weights."""
-        return self.path / "start.json"
-
-    @property
-    def head_file(self) -> Path:
-        """The final classifier."""
-        return self.path / "head.safetensors"
-
-    @property
     def is_finished(self) -> bool:
         """Whether the final files have been written."""
         return super().is_finished and self.head_file.exists()
@@ -175,23 +160,19 @@ class FinetuneDirectory(RunDirectory):
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file up to the first damaged line."""
-    if not path.exists():
-        return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                break
+            rows.append(row)
     return rows
 
 
 def is_run(path: Path) -> bool:
     """Whether `path` is a run directory."""
-    return (path / "config.toml").is_file()
+    return (path / CONFIG).is_file()
 
 
 def is_finetuned(path: Path) -> bool:
@@ -209,10 +190,9 @@ def find_checkpoint(
     """
     if is_run(path):
         run = RunDirectory(path)
-        newest = run.newest_valid(on_damage)
-        if newest is None:
-            raise InputError(f"{path} is a run without a valid checkpoint; run `maekit pretrain` on it first")
-        return run, newest
+        if newest := run.newest_valid(on_damage):
+            return run, newest
+        raise InputError(f"{path} is a run without a valid checkpoint; run `maekit pretrain` on it first")
     if (match := _STEP.fullmatch(path.name)) and path.is_dir() and is_run(path.parent.parent):
         checkpoint = Checkpoint(path, int(match[1]))
         if problem := checkpoint.problem():

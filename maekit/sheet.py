@@ -25,22 +25,19 @@ def sheet(columns: list[list[Pixels]], titles: Sequence[str] = ()) -> Pixels:
     """
     height, width, _ = columns[0][0].shape
     factor = max(1, -(-_SMALLEST // min(height, width)))
-    height, width = height * factor, width * factor
-    rows, head = len(columns[0]), _TITLE if titles else 0
-    canvas = np.full((head + rows * (height + _GAP) + _GAP, len(columns) * (width + _GAP) + _GAP, 3), 255, np.uint8)
-    for x, column in enumerate(columns):
-        for y, image in enumerate(column):
-            top, left = head + _GAP + y * (height + _GAP), _GAP + x * (width + _GAP)
-            canvas[top : top + height, left : left + width] = image.repeat(factor, 0).repeat(factor, 1)
-    return _with_titles(canvas, titles, width + _GAP) if titles else canvas
-
-
-def _with_titles(canvas: Pixels, titles: Sequence[str], step: int) -> Pixels:
-    image = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(image)
+    rows = [np.concatenate([_cell(image, factor) for image in row], axis=1) for row in zip(*columns, strict=True)]
+    head = _TITLE if titles else 0
+    canvas = np.pad(np.concatenate(rows), ((head, _GAP), (0, _GAP), (0, 0)), constant_values=255)
+    picture = Image.fromarray(canvas)
     for number, title in enumerate(titles):
-        draw.text((_GAP + number * step, 2), title, fill="black", font=ImageFont.load_default(_TITLE - 6))
-    return np.asarray(image)
+        corner = (_GAP + number * (width * factor + _GAP), 2)
+        ImageDraw.Draw(picture).text(corner, title, fill="black", font=ImageFont.load_default(_TITLE - 6))
+    return np.asarray(picture)
+
+
+def _cell(image: Pixels, factor: int) -> Pixels:
+    """Return an enlarged image with a gap above and on its left: uint8 `[H, W, 3]`."""
+    return np.pad(image.repeat(factor, 0).repeat(factor, 1), ((_GAP, 0), (_GAP, 0), (0, 0)), constant_values=255)
 
 
 def encode_png(picture: Pixels) -> bytes:

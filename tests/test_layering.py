@@ -27,7 +27,7 @@ ROOMS = {
     "mae": "config images system",
     "embedding": "config encoder_file images providers shards system",
     "pretrained": "config images mae runs system vectors",
-    "diagnosis": "config embedding images providers shards system version",
+    "diagnosis": "config embedding providers shards system version",
     "inspection": "checking config embedding encoder_file providers runs shards system",
     "training": "config images mae pretrained runs shards sheet system version",
     "exporters": "config encoder_file images mae pretrained providers shards system vectors version",
