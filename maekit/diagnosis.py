@@ -376,7 +376,7 @@ def _disks() -> list[Finding]:
 
 def _disk(subject: str, find: Callable[[], str | Path], fix: str) -> Finding:
     """Write into a folder, or into the one where it would be created; the file has no name and is gone at once."""
-    name = "none"
+    name = "its folder"
     try:
         folder = Path(find()).absolute()
         name = str(folder)
