@@ -39,8 +39,8 @@ def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
     types_by_key = dict(_types_of(type(config)))
     if key not in types_by_key:
         nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or _same_leaf(key, types_by_key)
-        hint = f"; did you mean {nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
-        raise InputError(f"unknown setting {key!r}{hint}")
+        hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
+        raise InputError(f"unknown setting {prefix + key!r}{hint}")
     *path, leaf = key.split(".")
     owner = config
     for part in path:
