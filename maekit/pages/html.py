@@ -1,6 +1,7 @@
 """Building blocks of the HTML pages. Each page is one self-contained file, with a phone layout and a dark mode.
 
 Text is `str`, and every function that takes text escapes it. Finished HTML has the type `Html`.
+The style of all pages stands in `style.css` beside this file; `document` puts it into the page.
 """
 
 import base64

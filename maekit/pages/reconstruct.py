@@ -9,13 +9,12 @@ import torch
 from maekit.config.pages import ENDINGS, ReconstructConfig
 from maekit.images import Pixels, Preprocess
 from maekit.mae import reconstruction
-from maekit.mae.autoencoder import MaskedAutoencoder
 from maekit.mae.device import choose_device
 from maekit.mae.mask_shapes import MaskShape, kept_patches
 from maekit.mae.normalize import Normalizer
 from maekit.mae.reconstruction import images_of, refuse_unpicturable
 from maekit.pages import html
-from maekit.pretrained.load import load_autoencoder
+from maekit.pretrained.load import TrainedAutoencoder, load_autoencoder
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.sheet import encode_png, sheet
@@ -81,7 +80,7 @@ def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> 
     out = html.output_path(config.out, *ENDINGS)
     device = torch.device(choose_device(config.device))
     trained = load_autoencoder(config.source, target=config.target, on_note=progress.note)
-    model, preprocess = trained.model, trained.preprocess
+    model = trained.model
     refuse_unpicturable(model)
     if config.mask_ratio is not None:
         model.mask_ratio = config.mask_ratio
@@ -92,9 +91,10 @@ def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> 
         find_shards(config.shards), skip_damaged=True, on_damage=lambda damage: progress.note(f"left out: {damage}")
     )
     files.require_writable(out.parent)
-    numbers, pixels = _read(shards, config, preprocess, progress)
-    columns, losses = _draw(model.to(device), preprocess, shape, numbers, pixels, config=config, progress=progress)
-    samples = tuple(Drawn(*shards.name(number), loss) for number, loss in zip(numbers, losses, strict=True))
+    chosen = _read(shards, config, trained.preprocess, progress)
+    model.to(device)
+    columns, losses = _draw(trained, shape, chosen, config=config, progress=progress)
+    samples = tuple(Drawn(*shards.name(number), loss) for (number, _), loss in zip(chosen, losses, strict=True))
     loss = float(np.mean(losses))
     if out.suffix.lower() == ".png":
         data = encode_png(sheet(columns, TITLES))
@@ -108,26 +108,30 @@ def reconstruct(config: ReconstructConfig, progress: Progress | None = None) -> 
 
 
 def _draw(
-    model: MaskedAutoencoder,
-    preprocess: Preprocess,
+    trained: TrainedAutoencoder,
     shape: MaskShape,
-    numbers: Sequence[int],
-    pixels: Sequence[Pixels],
+    chosen: Sequence[tuple[int, Pixels]],
     *,
     config: ReconstructConfig,
     progress: Progress,
 ) -> tuple[list[list[Pixels]], list[float]]:
     """Return the images masked, reconstructed and original, and their losses.
 
-    The mask of an image depends only on seed and sample number.
+    Args:
+        trained: the model, on the device it should run on, and its preprocessing.
+        shape: shape of the masks; the mask of an image depends only on the seed and the sample's number.
+        chosen: number and image of each sample.
+        config: seed, and whether kept patches are shown as they are.
+        progress: receives progress updates.
     """
+    model, preprocess = trained.model, trained.preprocess
     device = next(model.parameters()).device
     channels = model.encoder.patch_embed.proj.weight.shape[1]
     normalizer = Normalizer(preprocess.mean, preprocess.std, device, channels=channels)
     columns: list[list[Pixels]] = [[] for _ in TITLES]
     losses: list[float] = []
-    progress.start("reconstruct", len(numbers))
-    for batch in batched(zip(numbers, pixels, strict=True), _BATCH):
+    progress.start("reconstruct", len(chosen))
+    for batch in batched(chosen, _BATCH):
         draws = [uniforms(shape.draws, Purpose.PICTURE, seed=config.seed, position=number) for number, _ in batch]
         noise = torch.from_numpy(shape.noise(np.stack(draws))).to(device)
         originals = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2)
@@ -144,25 +148,24 @@ def _draw(
 
 def _read(
     shards: ShardSet, config: ReconstructConfig, preprocess: Preprocess, progress: Progress
-) -> tuple[list[int], list[Pixels]]:
-    """Read the chosen samples, or up to `count` readable random ones."""
-    chosen = [_find(shards, key) for key in config.keys]
-    numbers, pixels = [], []
-    wanted = chosen or _random_numbers(shards, config)
+) -> list[tuple[int, Pixels]]:
+    """Return number and image of the chosen samples, or of up to `count` readable random ones."""
+    named = [_find(shards, key) for key in config.keys]
+    wanted = named or _random_numbers(shards, config)
+    chosen: list[tuple[int, Pixels]] = []
     for number, image in zip(wanted, shards.images(wanted, preprocess), strict=False):
         if isinstance(image, ImageError):
             said = f"{' '.join(shards.name(number))} holds no readable image: {image.reason}, {image}"
-            if chosen:
+            if named:
                 raise InputError(said) from image
             progress.note(f"left out: {said}")
             continue
-        numbers.append(number)
-        pixels.append(image)
-        if not chosen and len(numbers) == config.count:
+        chosen.append((number, image))
+        if not named and len(chosen) == config.count:
             break
-    if not numbers:
+    if not chosen:
         raise InputError("none of the samples drawn holds a readable image")
-    return numbers, pixels
+    return chosen
 
 
 def _random_numbers(shards: ShardSet, config: ReconstructConfig) -> list[int]:

@@ -113,12 +113,12 @@ def report(config: ReportConfig, progress: Progress | None = None) -> ReportResu
     ]
     data = html.document("Pre-training report", f"The run {path}", parts)
     files.write_atomically(out, data)
-    step, loss = (_series(rows, "loss") or [(None, None)])[-1]
+    losses = _series(rows, "loss")
     return ReportResult(
         path=str(out),
         bytes=len(data),
-        step=None if step is None else int(step),
-        loss=loss,
+        step=int(losses[-1][0]) if losses else None,
+        loss=losses[-1][1] if losses else None,
         samples=len(samples.pictures) if samples else 0,
         evaluations=len(tables),
         missing=tuple(missing),
