@@ -16,20 +16,27 @@ Each cell is a separate run below OUT. A repeated call resumes a stopped cell an
 evaluated.
 """
 
+import contextlib
 import copy
 import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
 from maekit.config import PretrainConfig
+from maekit.config.evaluate import EvaluateConfig
 from maekit.config.fields import Config, check, setting
 from maekit.config.poolings import check_pool
 from maekit.config.settings import fields_of, load_toml, set_value
 from maekit.config.sweep import SweepConfig
+from maekit.pages import html
+from maekit.pages.chart import Line, line_chart
+from maekit.pages.html import Html
+from maekit.runs import RunDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError, OtherRankError, Stopped
 from maekit.system.progress import Progress, Silent
@@ -74,10 +81,12 @@ class Cell:
     Attributes:
         name: name of its directory.
         changes: settings that differ from the base, by dotted key.
+        config: its training.
     """
 
     name: str
-    changes: dict[str, Any] = field(default_factory=dict)
+    changes: dict[str, Any]
+    config: PretrainConfig
 
 
 @dataclass(frozen=True)
@@ -117,22 +126,20 @@ class SweepPlan:
         Raises:
             InputError: nothing is varied, or there are too many cells.
         """
-        there = {key: value for key, value, _ in fields_of(self.base)}
+        base = _values(self.base)
         if self.settings.every == "one":
             chosen = [{key: value} for key, values in self.vary.items() for value in values]
         else:
-            keys = list(self.vary)
-            chosen = [dict(zip(keys, values, strict=True)) for values in itertools.product(*self.vary.values())]
-        cells = {_BASE: Cell(_BASE)}
+            chosen = [dict(zip(self.vary, values, strict=True)) for values in itertools.product(*self.vary.values())]
+        cells = {_BASE: Cell(_BASE, {}, copy.deepcopy(self.base))}
         for changes in chosen:
             config = copy.deepcopy(self.base)
             for key, value in changes.items():
                 set_value(config, key, value)
-            now = {key: value for key, value, _ in fields_of(config)}
-            differing = {key: now[key] for key in changes if now[key] != there[key]}
-            if differing:
+            now = _values(config)
+            if differing := {key: now[key] for key in changes if now[key] != base[key]}:
                 name = _slug(differing)
-                cells[name] = Cell(name, differing)
+                cells[name] = Cell(name, differing, config)
         if len(cells) > _MOST_CELLS:
             raise InputError(f"this sweep has {len(cells)} cells; at most {_MOST_CELLS} are trained")
         if len(cells) == 1:
@@ -148,7 +155,6 @@ def read_plan(path: Path) -> SweepPlan:
     """
     base, settings = PretrainConfig(), SweepSettings()
     vary: dict[str, list[Any]] = {}
-    known = {f.name for f in fields(SweepSettings)}
     for key, value in load_toml(path).items():
         if key.startswith(_VARY):
             name = key.removeprefix(_VARY)
@@ -158,10 +164,7 @@ def read_plan(path: Path) -> SweepPlan:
                 set_value(copy.deepcopy(base), name, one)  # an unknown setting, or a value of the wrong type
             vary[name] = value
         elif key.startswith(_TABLE):
-            name = key.removeprefix(_TABLE)
-            if name not in known:
-                raise InputError(f"unknown setting {key!r} (there are {', '.join(sorted(known))}, and [sweep.vary])")
-            set_value(settings, name, value, _TABLE)
+            set_value(settings, key.removeprefix(_TABLE), value, _TABLE)
         else:
             set_value(base, key, value)
     settings.validate()
@@ -189,21 +192,20 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
     if config.device is not None:
         plan.base.run.device = config.device
     cells = plan.cells()
-    runs = [_config(plan.base, cell, out) for cell in cells]
-    for cell, run in zip(cells, runs, strict=True):
-        _check_cell(plan.settings, cell, run)
-    _check_judges(plan.settings, progress)
+    for cell in cells:
+        cell.config.out = str(out / cell.name)
+    _check(cells, plan.settings, progress)
     files.require_writable(out)
     rows: list[dict[str, Any]] = []
     trained = 0
     page = out / "sweep.html"
-    for number, (cell, run) in enumerate(zip(cells, runs, strict=True), 1):
+    for number, cell in enumerate(cells, 1):
         progress.note(f"cell {number} of {len(cells)}: {cell.name}")
         row: dict[str, Any] = {"name": cell.name, "changes": cell.changes}
         try:
-            result = pretrain(run, progress)
+            result = pretrain(cell.config, progress)
             trained += not result.already_finished
-            row |= {"loss": result.loss, **_judged(plan, cell, run, progress)}
+            row |= {"loss": result.loss, **_scores(plan.settings, cell, progress)}
         except (InputError, Stopped, OtherRankError):
             raise
         except MaekitError as error:  # for example, a diverging learning rate must not stop the other cells
@@ -219,47 +221,32 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
     return SweepResult(str(out), str(page), rows, trained)
 
 
-def _check_cell(settings: SweepSettings, cell: Cell, config: PretrainConfig) -> None:
-    """Refuse a cell that cannot be trained or evaluated, before any training.
+def _check(cells: Sequence[Cell], settings: SweepSettings, progress: Progress) -> None:
+    """Refuse, before any training, cells that cannot be trained and shards that cannot be judged with.
 
     Raises:
-        InputError: names the cell.
+        InputError: names the first impossible cell, or the labelled shards that are missing or have no labels.
     """
     import torch
 
+    from maekit.evaluation.labelled import open_labelled
     from maekit.mae.autoencoder import build_autoencoder
     from maekit.mae.pooling import check_pooling
 
-    try:
-        config.validate()
-        if config.model.init_from is None:  # otherwise the weights determine the model
-            with torch.device("meta"):  # takes no memory and no time
-                check_pooling(build_autoencoder(config.model, seed=config.seed).encoder, settings.pool)
-    except InputError as error:
-        raise InputError(f"{cell.name}: {error}") from error
+    for cell in cells:
+        try:
+            cell.config.validate()
+            if cell.config.model.init_from is None:  # otherwise the weights determine the model
+                with torch.device("meta"):  # takes no memory and no time
+                    check_pooling(build_autoencoder(cell.config.model, seed=cell.config.seed).encoder, settings.pool)
+        except InputError as error:
+            raise InputError(f"{cell.name}: {error}") from error
+    open_labelled(settings.train, "sweep.train", progress, images=settings.train_images)
+    open_labelled(settings.test, "sweep.test", progress, images=settings.test_images)
 
 
-def _check_judges(settings: SweepSettings, progress: Progress) -> None:
-    """Check that the labelled shards exist and have labels.
-
-    Raises:
-        InputError: they are missing or have no labels.
-    """
-    from maekit.evaluation.labelled import open_labelled
-
-    for specs, option, images in (
-        (settings.train, "sweep.train", settings.train_images),
-        (settings.test, "sweep.test", settings.test_images),
-    ):
-        open_labelled(specs, option, progress, images=images)
-
-
-def _config(base: PretrainConfig, cell: Cell, out: Path) -> PretrainConfig:
-    config = copy.deepcopy(base)
-    for key, value in cell.changes.items():
-        set_value(config, key, value)
-    config.out = str(out / cell.name)
-    return config
+def _values(config: PretrainConfig) -> dict[str, Any]:
+    return {key: value for key, value, _ in fields_of(config)}
 
 
 def _slug(changes: Mapping[str, Any]) -> str:
@@ -274,90 +261,79 @@ def _text(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _judged(plan: SweepPlan, cell: Cell, config: PretrainConfig, progress: Progress) -> dict[str, Any]:
+def _scores(settings: SweepSettings, cell: Cell, progress: Progress) -> dict[str, Any]:
     """Return the scores of a cell; stored scores are reused if step and evaluation settings are the same."""
-    from maekit.config.evaluate import EvaluateConfig
     from maekit.evaluation.evaluate import evaluate
-    from maekit.runs import RunDirectory
 
-    settings = plan.settings
+    run = RunDirectory(Path(cell.config.out))
+    path = run.path / "evaluations" / ".sweep.json"
     asked = {**asdict(settings), "shards": [settings.train, settings.test]}
-    path = Path(config.out) / "evaluations" / ".sweep.json"
-    step = RunDirectory(Path(config.out)).list_checkpoints()[0].step
-    kept = _read(path)
+    step = run.list_checkpoints()[0].step
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # missing or damaged
+        kept = json.loads(path.read_text(encoding="utf-8"))
     if kept.get("asked") == json.loads(json.dumps(asked)) and kept.get("step") == step:
-        scores: dict[str, Any] = kept["scores"]
-        return scores
-    scores = {}
+        return dict(kept["scores"])
+    scores: dict[str, Any] = {}
     for task in settings.judge:
-        asked_of_task = EvaluateConfig(
+        names = {settings.pool: task, f"{settings.pool}, whitened": f"{task}, whitened"}
+        config = EvaluateConfig(
             task,
-            config.out,
+            cell.config.out,
             settings.train,
             settings.test,
             pool=(settings.pool,),
             baselines=cell.name == _BASE,
             train_images=settings.train_images,
             test_images=settings.test_images,
-            device=config.run.device,
+            device=cell.config.run.device,
         )
-        found = evaluate(asked_of_task, progress)
-        for row in found.rows:
-            name = row["name"]
-            if name == settings.pool:
-                scores[task] = row["accuracy"]
-            elif name == f"{settings.pool}, whitened":
-                scores[f"{task}, whitened"] = row["accuracy"]
+        for row in evaluate(config, progress).rows:
+            if row["name"] in names:
+                scores[names[row["name"]]] = row["accuracy"]
             else:
-                scores.setdefault("baselines", {})[f"{task}: {name}"] = row["accuracy"]
+                scores.setdefault("baselines", {})[f"{task}: {row['name']}"] = row["accuracy"]
     files.write_atomically(path, json.dumps({"asked": asked, "step": step, "scores": scores}).encode())
     return scores
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        there = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return there if isinstance(there, dict) else {}
-
-
 def _page(plan: SweepPlan, rows: Sequence[dict[str, Any]], cells: int) -> bytes:
     """Return the page: a curve for each varied numeric setting, and one table of all cells."""
-    from maekit.pages import html
-    from maekit.pages.chart import Line, line_chart
-
     measures = measures_of(rows)
-    there = {key: value for key, value, _ in fields_of(plan.base)}
-    charts = []
-    for key, values in plan.vary.items():
-        if plan.settings.every != "one" or not all(type(value) in (int, float) for value in values):
-            continue
-        points = [(there[key], row) for row in rows if not row["changes"]] if _is_number(there[key]) else []
-        points += [(row["changes"][key], row) for row in rows if key in row["changes"]]
-        if len(points) > 1:
-            points.sort(key=lambda point: point[0])
-            across = key.rpartition(".")[2]
-            for task in plan.settings.judge:
-                named = [name for name in measures if name.split(", ")[0] == task]
-                lines = [Line(name, [(float(x), row[name]) for x, row in points if name in row]) for name in named]
-                if any(line.points for line in lines):
-                    charts.append(line_chart(f"{key}: {task}", lines, unit="accuracy", share=True, across=across))
-    baselines = rows[0].get("baselines", {})
-    body = [[row["name"], *(_share(row, name) for name in measures), _loss(row)] for row in rows]
-    numbers = range(1, len(measures) + 2)
-    judged_rows = [number for number, row in enumerate(rows) if "failed" not in row]
-    best = [(max(judged_rows, key=lambda n: rows[n][name]), column) for column, name in enumerate(measures, 1)]
     heads = ["", *(f"{name}, %" for name in measures), "loss"]
-    parts = [html.section("One setting at a time", html.group("charts", charts))] if charts else []
-    parts.append(html.section("Cells", html.table(heads, body, numbers=numbers, best=best if len(rows) > 1 else [])))
-    if baselines:
-        beside = [[name, f"{100 * value:.1f}"] for name, value in baselines.items()]
+    body = [[row["name"], *(_percent(row.get(name)) for name in measures), _loss(row)] for row in rows]
+    judged = [number for number, row in enumerate(rows) if "failed" not in row] if len(rows) > 1 else []
+    best = [(max(judged, key=lambda n: rows[n][name]), column) for column, name in enumerate(measures, 1) if judged]
+    parts = [html.section("Cells", html.table(heads, body, numbers=range(1, len(heads)), best=best))]
+    if charts := _charts(plan, rows, measures):
+        parts.insert(0, html.section("One setting at a time", html.group("charts", charts)))
+    if baselines := rows[0].get("baselines"):
+        beside = [[name, _percent(value)] for name, value in baselines.items()]
         parts.append(html.section("Beside them", html.table(["", "accuracy, %"], beside, numbers=[1])))
     if len(rows) < cells:
         parts.append(html.note(f"{len(rows)} of {cells} cells are there so far."))
-    judged = f"{len(rows)} runs, judged by their {plan.settings.pool} embeddings"
-    return html.document("Sweep", f"{judged}; losses under different masks or targets do not compare", parts)
+    about = f"{len(rows)} runs, judged by their {plan.settings.pool} embeddings"
+    return html.document("Sweep", f"{about}; losses under different masks or targets do not compare", parts)
+
+
+def _charts(plan: SweepPlan, rows: Sequence[dict[str, Any]], measures: Sequence[str]) -> list[Html]:
+    """Return a chart for each varied numeric setting and task; none where several settings change at once."""
+    charts = []
+    base = _values(plan.base)
+    for key, values in plan.vary.items() if plan.settings.every == "one" else ():
+        if not all(map(_is_number, values)):
+            continue
+        beside = [(row["changes"].get(key, base[key]), row) for row in rows if row["changes"].keys() <= {key}]
+        points = sorted((point for point in beside if _is_number(point[0])), key=itemgetter(0))
+        if len(points) < 2:
+            continue
+        for task in plan.settings.judge:
+            named = [name for name in measures if name.split(", ")[0] == task]
+            lines = [Line(name, [(float(x), row[name]) for x, row in points if name in row]) for name in named]
+            if any(line.points for line in lines):
+                across = key.rpartition(".")[2]
+                charts.append(line_chart(f"{key}: {task}", lines, unit="accuracy", share=True, across=across))
+    return charts
 
 
 def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -366,8 +342,8 @@ def measures_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     return list(dict.fromkeys(key for row in rows for key in row if key not in others))
 
 
-def _share(row: dict[str, Any], name: str) -> str:
-    return f"{100 * row[name]:.1f}" if name in row else "–"
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.1f}"
 
 
 def _is_number(value: Any) -> bool:

@@ -38,8 +38,8 @@ def set_value(config: Any, key: str, value: Any, prefix: str = "") -> None:
     if key not in types_by_key:
         same_leaf = [name for name in types_by_key if name.rpartition(".")[2] == leaf]
         nearest = difflib.get_close_matches(key, types_by_key, n=1, cutoff=0.4) or same_leaf
-        hint = f"; did you mean {nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
-        raise InputError(f"unknown setting {key!r}{hint}")
+        hint = f"; did you mean {prefix}{nearest[0]}?" if nearest else f" (there are {', '.join(types_by_key)})"
+        raise InputError(f"unknown setting {prefix + key!r}{hint}")
     owner = functools.reduce(getattr, path, config)
     setattr(owner, leaf, _convert(prefix + key, value, types_by_key[key]))
 

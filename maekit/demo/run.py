@@ -3,12 +3,11 @@
 import json
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from maekit.checking import check_shards
@@ -86,7 +85,7 @@ def demo_config(out: Path) -> PretrainConfig:
         ),
         data=DataConfig(crop_scale=(0.8, 1.0)),
         optimizer=OptimizerConfig(lr=1.2e-2),
-        run=RunConfig(device="cpu", precision="fp32", log_every=20),
+        run=RunConfig(device="cpu", precision="fp32", log_every=20, checkpoint_every=STEPS),
     )
 
 
@@ -96,68 +95,48 @@ def run_demo(out: Path, progress: Progress | None = None) -> DemoResult:
     Raises:
         InputError: `out` holds files that no demo made, or is not writable.
     """
-    from maekit.config.embed import EmbedConfig
-    from maekit.config.export import ExportConfig
     from maekit.config.pages import ReportConfig
-    from maekit.embedding.embed import embed
-    from maekit.exporters.export import export
     from maekit.pages.report import report
     from maekit.pretraining.pretrain import pretrain
 
     progress = progress or Silent()
     started = time.monotonic()
     _make_room(out)
-    shards = {}
-    for split, count, seed in (("train", TRAIN_PICTURES, 1), ("test", TEST_PICTURES, 2)):
-        progress.note(f"drawing {count} pictures of {len(CLASSES)} classes: {out}/pictures/{split}")
-        write_pictures(out / "pictures" / split, count, seed=seed)
-        packed = pack(PackConfig(str(out / "pictures" / split), str(out / "shards" / split), samples_per_shard=500))
-        progress.note(f"packed into {len(packed.shards)} shards: {out}/shards/{split}")
-        found = find_shards(str(out / "shards" / split))
-        checked = check_shards(found)
-        if checked.damaged or checked.samples != count:
-            raise MaekitError(f"{out}/shards/{split}: {checked.summary()} where {count} sound samples should be")
-        progress.note(f"checked: {checked.samples} samples, 0 damaged")
-        shards[split] = open_shards(found)
-
-    config = demo_config(out)
-    config.run.checkpoint_every = STEPS
+    sets = {
+        "train": _labelled_shards(out, "train", TRAIN_PICTURES, seed=1, progress=progress),
+        "test": _labelled_shards(out, "test", TEST_PICTURES, seed=2, progress=progress),
+    }
+    config, untrained = demo_config(out), demo_config(out)
     # One step at a vanishing learning rate makes a run whose encoder is as initialised.
-    untrained = demo_config(out)
     untrained.out, untrained.steps, untrained.run.pictures_every = str(out / "run-untrained"), 1, 0
     untrained.optimizer.lr = 1e-30
     pretrain(untrained)
-    trained = pretrain(config, progress)
+    pretrain(config, progress)
 
-    accuracy = {"raw pixels": _accuracy(shards, _pixels)}
+    labels = {name: np.array([int(label) for label in s.labels(range(s.samples))]) for name, s in sets.items()}
+    pixels = _accuracy({name: _pixels(shards) for name, shards in sets.items()}, labels)
+    accuracy = {"guessing": 1 / len(CLASSES), "raw pixels": pixels}
     parity = 0.0
-    whitening = (str(out / "shards" / "train"),)
-    for name, run, ending, whiten in (
-        ("untrained encoder", untrained.out, "-untrained", ()),
-        ("trained encoder", trained.out, "", ()),
-        ("trained, whitened", trained.out, "-whitened", whitening),
+    for name, run, ending in (
+        ("untrained encoder", untrained.out, "-untrained"),
+        ("trained encoder", config.out, ""),
+        ("trained, whitened", config.out, "-whitened"),
     ):
-        exported = export(ExportConfig(run, str(out / f"encoder{ending}.onnx"), pool="cls", whiten=whiten))
-        assert exported.parity is not None
-        parity = exported.parity.max_relative_difference
-        folder = out / f"embeddings{ending}"
-        for split in shards:
-            embed(EmbedConfig(exported.path, (str(out / "shards" / split),), str(folder / split), device="cpu"))
-        accuracy[name] = _accuracy(shards, _embeddings(folder))
-        progress.note(f"exported {exported.path} (parity {parity:.1e}) and embedded {folder}")
-    run_directory = RunDirectory(Path(config.out))
-    _write_evaluation(run_directory, shards, accuracy)
+        rows, parity = _embeddings(out, run, ending, progress)
+        accuracy[name] = _accuracy(rows, labels)
+    directory = RunDirectory(Path(config.out))
+    _write_evaluation(directory, sets, accuracy)
     page = report(ReportConfig(config.out, str(out / "report.html"), samples=_REPORT_SAMPLES), progress)
-    rows = run_directory.metrics()
+    losses = [row["loss"] for row in directory.metrics()]
     return DemoResult(
         out=str(out),
         knn_pixels=accuracy["raw pixels"],
         knn_untrained=accuracy["untrained encoder"],
         knn_trained=accuracy["trained encoder"],
         knn_whitened=accuracy["trained, whitened"],
-        chance=1 / len(CLASSES),
-        loss_first=rows[0]["loss"],
-        loss_last=rows[-1]["loss"],
+        chance=accuracy["guessing"],
+        loss_first=losses[0],
+        loss_last=losses[-1],
         parity=parity,
         report=page.path,
         seconds=round(time.monotonic() - started, 1),
@@ -171,42 +150,61 @@ def _make_room(out: Path) -> None:
         if not (out / _MARK).is_file():
             raise InputError(f"{out} holds files that no demo made; choose another `out`")
         shutil.rmtree(out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / _MARK).touch()
-    except OSError as error:
-        raise InputError(f"cannot write to {out}: {error.strerror}; choose another `out`") from error
+    files.require_writable(out)
+    (out / _MARK).touch()
 
 
-def _accuracy(shards: dict[str, ShardSet], rows_of: Callable[[str, ShardSet], Rows]) -> float:
-    train, test = (rows_of(split, shards[split]) for split in ("train", "test"))
-    return knn_accuracy(train, _labels(shards["train"]), test, _labels(shards["test"]))
+def _labelled_shards(out: Path, name: str, count: int, *, seed: int, progress: Progress) -> ShardSet:
+    """Draw pictures, pack them into shards and check these."""
+    pictures, shards = out / "pictures" / name, out / "shards" / name
+    progress.note(f"drawing {count} pictures of {len(CLASSES)} classes: {pictures}")
+    write_pictures(pictures, count, seed=seed)
+    packed = pack(PackConfig(str(pictures), str(shards), samples_per_shard=500))
+    progress.note(f"packed into {len(packed.shards)} shards: {shards}")
+    found = find_shards(str(shards))
+    checked = check_shards(found)
+    if checked.damaged or checked.samples != count:
+        raise MaekitError(f"{shards}: {checked.summary()} where {count} sound samples should be")
+    progress.note(f"checked: {checked.samples} samples, 0 damaged")
+    return open_shards(found)
 
 
-def _write_evaluation(run: RunDirectory, shards: dict[str, ShardSet], accuracy: dict[str, float]) -> None:
-    """Store the comparison in the format of `maekit evaluate`, for the report."""
-    sides = {
-        split: {"shards": len(s.shards), "samples": s.samples, "images": s.samples, "classes": len(CLASSES)}
-        for split, s in shards.items()
-    }
-    rows = [{"name": name, "accuracy": share} for name, share in {"guessing": 1 / len(CLASSES), **accuracy}.items()]
-    table = {"task": "knn", "model": str(run.path), "step": STEPS, **sides, "rows": rows}
-    files.write_atomically(run.path / "evaluations" / "knn.json", json.dumps(table, indent=1).encode())
-
-
-def _labels(shards: ShardSet) -> NDArray[np.int64]:
-    return np.array([int(label) for label in shards.labels(range(shards.samples))])
-
-
-def _pixels(split: str, shards: ShardSet) -> Rows:
+def _pixels(shards: ShardSet) -> Rows:
     images = shards.images(range(shards.samples), decode)
     return np.stack([np.asarray(image).astype(np.float32).ravel() / 127.5 - 1 for image in images])
 
 
-def _embeddings(folder: Path) -> Callable[[str, ShardSet], Rows]:
-    def rows_of(split: str, shards: ShardSet) -> Rows:
-        tables = [pq.read_table(folder / split / f"{shard.path.stem}.parquet") for shard in shards.shards]
-        parts = [table["embedding"].combine_chunks().flatten().to_numpy() for table in tables]
-        return np.concatenate([part.reshape(table.num_rows, -1) for part, table in zip(parts, tables, strict=True)])
+def _embeddings(out: Path, run: str, ending: str, progress: Progress) -> tuple[dict[str, Rows], float]:
+    """Export the encoder of a run, embed both sets with it, and return the embeddings and the parity of the file."""
+    from maekit.config.embed import EmbedConfig
+    from maekit.config.export import ExportConfig
+    from maekit.embedding.embed import embed
+    from maekit.embedding.stored import EmbeddingFolder
+    from maekit.exporters.export import export
 
-    return rows_of
+    whiten = (str(out / "shards" / "train"),) if ending == "-whitened" else ()
+    exported = export(ExportConfig(run, str(out / f"encoder{ending}.onnx"), pool="cls", whiten=whiten))
+    assert exported.parity is not None
+    parity = exported.parity.max_relative_difference
+    folder = out / f"embeddings{ending}"
+    rows = {}
+    for name in ("train", "test"):
+        embed(EmbedConfig(exported.path, (str(out / "shards" / name),), str(folder / name), device="cpu"))
+        rows[name] = np.concatenate([shard.vectors for shard in EmbeddingFolder(folder / name).shards()])
+    progress.note(f"exported {exported.path} (parity {parity:.1e}) and embedded {folder}")
+    return rows, parity
+
+
+def _accuracy(rows: Mapping[str, Rows], labels: Mapping[str, NDArray[np.int64]]) -> float:
+    return knn_accuracy(rows["train"], labels["train"], rows["test"], labels["test"])
+
+
+def _write_evaluation(run: RunDirectory, sets: Mapping[str, ShardSet], accuracy: Mapping[str, float]) -> None:
+    """Store the comparison in the format of `maekit evaluate`, for the report."""
+    sides = {
+        name: {"shards": len(s.shards), "samples": s.samples, "images": s.samples, "classes": len(CLASSES)}
+        for name, s in sets.items()
+    }
+    rows = [{"name": name, "accuracy": share} for name, share in accuracy.items()]
+    table = {"task": "knn", "model": str(run.path), "step": STEPS, **sides, "rows": rows}
+    files.write_atomically(run.path / "evaluations" / "knn.json", json.dumps(table, indent=1).encode())

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from maekit.pages.html import Html
+from maekit.pages.html import Html, legend
 
 Points = Sequence[tuple[float, float]]
 
@@ -70,12 +70,13 @@ def thin(points: Points, bins: int = _BINS) -> list[tuple[float, float]]:
     """Return at most two points per bin, its lowest and its highest, so that no spike is lost."""
     if len(points) <= 2 * bins:
         return list(points)
-    kept = []
-    for number in range(bins):
-        part = points[len(points) * number // bins : len(points) * (number + 1) // bins]
-        chosen = {min(range(len(part)), key=lambda i: part[i][1]), max(range(len(part)), key=lambda i: part[i][1])}
-        kept += [part[i] for i in sorted(chosen)]
-    return kept
+
+    def value(number: int) -> float:
+        return points[number][1]
+
+    bounds = [len(points) * number // bins for number in range(bins + 1)]
+    spans = itertools.starmap(range, itertools.pairwise(bounds))
+    return [points[i] for span in spans for i in sorted({min(span, key=value), max(span, key=value)})]
 
 
 def line_chart(
@@ -98,34 +99,25 @@ def line_chart(
         share: whether values are shares, shown in percent.
         across: label of the x axis.
     """
-    thinned = [Line(line.name, thin(line.points)) for line in lines if line.points]
-    every = [point for line in thinned for point in line.points]
-    level = _scale([x for x, _ in every])
-    upright = _scale([y for _, y in every], from_zero=from_zero, may_be_logarithmic=not from_zero)
-    unit = f"{unit}, logarithmic" if upright.logarithmic else unit
-
-    def place(point: tuple[float, float]) -> tuple[float, float]:
-        x = _LEFT + level.share(point[0]) * (_WIDTH - _LEFT - _RIGHT)
-        return round(x, 1), round(_HEIGHT - _BOTTOM - upright.share(point[1]) * (_HEIGHT - _TOP - _BOTTOM), 1)
-
-    drawn = [_axes(level, upright, place, (across, unit), _percent if share else tick_label)]
-    for number, line in enumerate(thinned):
-        places = [place(point) for point in line.points]
-        path = "".join(f"{'ML'[i > 0]}{x:g} {y:g}" for i, (x, y) in enumerate(places))
-        drawn.append(f'<path class="line line-{number}" d="{path}"/>')
-        if len(places) <= _FEW:
-            drawn += [f'<circle class="dot-{number}" cx="{x:g}" cy="{y:g}" r="2.4"/>' for x, y in places]
-    form = _percent if share else "{:.4g}".format
-    said = "; ".join(_in_words(line, form, across) for line in lines if line.points)
-    colours = "".join(
-        f'<li><i style="background: var(--{name})"></i>{html.escape(line.name)}</li>'
-        for name, line in zip(("first", "second"), thinned, strict=False)
-    )
+    lines = [line for line in lines if line.points]
+    thinned = [thin(line.points) for line in lines]
+    xs, ys = zip(*itertools.chain(*thinned), strict=True)
+    x_scale, y_scale = _scale(xs), _scale(ys, from_zero=from_zero, may_be_logarithmic=not from_zero)
+    unit = f"{unit}, logarithmic" if y_scale.logarithmic else unit
+    drawn = [_axes(x_scale, y_scale, _percent if share else tick_label), _text(4, 14, unit)]
+    drawn.append(_text((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, across, anchor="middle"))
+    for number, points in enumerate(thinned):
+        positions = [(_x(x_scale, x), _y(y_scale, y)) for x, y in points]
+        path = "L".join(f"{x:g} {y:g}" for x, y in positions)
+        drawn.append(f'<path class="line line-{number}" d="M{path}"/>')
+        if len(points) <= _FEW:
+            drawn += [f'<circle class="dot-{number}" cx="{x:g}" cy="{y:g}" r="2.4"/>' for x, y in positions]
+    in_words = html.escape("; ".join(_in_words(line, _percent if share else "{:.4g}".format, across) for line in lines))
+    names = zip(("var(--first)", "var(--second)"), (line.name for line in lines), strict=False)
     return Html(
         f'<figure><h3>{html.escape(title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{html.escape(said)}">{"".join(drawn)}</svg>'
-        + (f'<ul class="legend">{colours}</ul>' if len(thinned) > 1 else "")
-        + f"<figcaption>{html.escape(said)}</figcaption></figure>"
+        f'aria-label="{in_words}">{"".join(drawn)}</svg>{legend(names) if len(lines) > 1 else ""}'
+        f"<figcaption>{in_words}</figcaption></figure>"
     )
 
 
@@ -140,28 +132,32 @@ def _scale(values: Sequence[float], *, from_zero: bool = False, may_be_logarithm
     return Scale(low, high)
 
 
-def _axes(
-    across: Scale,
-    upright: Scale,
-    place: Callable[[tuple[float, float]], tuple[float, float]],
-    names: tuple[str, str],
-    label: Callable[[float], str],
-) -> str:
+def _x(scale: Scale, value: float) -> float:
+    return round(_LEFT + scale.share(value) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+
+def _y(scale: Scale, value: float) -> float:
+    return round(_HEIGHT - _BOTTOM - scale.share(value) * (_HEIGHT - _TOP - _BOTTOM), 1)
+
+
+def _axes(x_scale: Scale, y_scale: Scale, label: Callable[[float], str]) -> str:
+    """Draw both axes with their ticks; `label` is for values of y."""
     bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-    drawn = []
-    for value in upright.ticks():
-        _, y = place((across.low, value))
-        drawn.append(f'<path class="axis" d="M{_LEFT} {y:g}H{right}"/>')
-        drawn.append(f'<text x="{_LEFT - 6}" y="{y + 4:g}" text-anchor="end">{label(value)}</text>')
-    for value in across.ticks():
-        x, _ = place((value, upright.low))
-        drawn.append(f'<path class="axis" d="M{x:g} {bottom}v4"/>')
-        drawn.append(f'<text x="{x:g}" y="{bottom + 17}" text-anchor="middle">{tick_label(value)}</text>')
-    drawn.append(f'<path class="axis" d="M{_LEFT} {_TOP}V{bottom}H{right}"/>')
-    drawn.append(f'<text x="4" y="14">{html.escape(names[1])}</text>')
-    middle = (_LEFT + right) / 2
-    drawn.append(f'<text x="{middle:g}" y="{_HEIGHT - 4}" text-anchor="middle">{html.escape(names[0])}</text>')
-    return "".join(drawn)
+    paths = [f"M{_LEFT} {_TOP}V{bottom}H{right}"]
+    texts = []
+    for value in y_scale.ticks():
+        y = _y(y_scale, value)
+        paths.append(f"M{_LEFT} {y:g}H{right}")
+        texts.append(_text(_LEFT - 6, y + 4, label(value), anchor="end"))
+    for value in x_scale.ticks():
+        x = _x(x_scale, value)
+        paths.append(f"M{x:g} {bottom}v4")
+        texts.append(_text(x, bottom + 17, tick_label(value), anchor="middle"))
+    return f'<path class="axis" d="{"".join(paths)}"/>{"".join(texts)}'
+
+
+def _text(x: float, y: float, text: str, *, anchor: str = "start") -> str:
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
 def tick_label(value: float) -> str:
@@ -185,9 +181,3 @@ def _in_words(line: Line, said: Callable[[float], str], across: str) -> str:
     between = [f"{name} {said(y)}" for name, y in (("lowest", low), ("highest", high)) if y not in (start, end)]
     ends = f"{line.name} {said(start)} at {across} {first:.12g}, {said(end)} at {across} {last:.12g}"
     return ", ".join([ends, *between])
-
-
-def by_step(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return points by ascending step, keeping the last of several at one step."""
-    ordered = sorted(pairs, key=lambda pair: pair[0])
-    return [list(same)[-1] for _, same in itertools.groupby(ordered, key=lambda pair: pair[0])]

@@ -1,6 +1,7 @@
 """Building blocks of the HTML pages. Each page is one self-contained file, with a phone layout and a dark mode.
 
 Text is `str`, and every function that takes text escapes it. Finished HTML has the type `Html`.
+The style of all pages stands in `style.css` beside this file; `document` puts it into the page.
 """
 
 import base64
@@ -8,12 +9,11 @@ import html
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, NewType
+from typing import Any, NewType
 
 from PIL import Image
 
 from maekit.images import Pixels
-from maekit.sheet import encode_png
 from maekit.system.errors import InputError
 
 Html = NewType("Html", str)
@@ -22,74 +22,9 @@ Html = NewType("Html", str)
 _SMALLEST = 96  # pixels
 # Up to this side an image is kept as PNG. Larger images are photographs, and a JPEG takes a tenth of the size.
 _EXACT = 64  # pixels
-_QUALITY = 85
+_JPEG: dict[str, Any] = {"quality": 85, "subsampling": 0, "optimize": True}
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1d2024; --soft: #5c636c; --line: #d9dde2; --back: #ffffff; --card: #f4f5f7;
-  --first: #2060c0; --second: #b8500f; }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e6e9; --soft: #9ba3ad; --line: #3a3f46; --back: #15171a;
-  --card: #1e2125; --first: #79adff; --second: #ffa366; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 20px 16px 56px; font: 16px/1.5 system-ui, sans-serif;
-  color: var(--text); background: var(--back); overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 4px; }
-h2 { font-size: 1.2rem; margin: 44px 0 10px; padding-top: 12px; border-top: 1px solid var(--line); }
-h3 { font-size: 1rem; margin: 24px 0 4px; }
-p { margin: 0 0 12px; max-width: 75ch; }
-p.about, p.note, figcaption, caption { color: var(--soft); }
-p.note { border-left: 3px solid var(--second); padding-left: 10px; }
-figure { margin: 0; }
-figcaption { font-size: .8rem; line-height: 1.35; padding-top: 3px; }
-img, svg { display: block; max-width: 100%; height: auto; }
-.exact { image-rendering: pixelated; }
-dl.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 148px), 1fr)); gap: 8px;
-  margin: 0; }
-dl.facts div { background: var(--card); border-radius: 8px; padding: 8px 12px; }
-dl.facts dt { color: var(--soft); font-size: .8rem; }
-dl.facts dd { margin: 0; font-weight: 600; }
-.scroll { overflow-x: auto; margin-bottom: 12px; }
-table { border-collapse: collapse; font-size: .9rem; }
-caption { text-align: left; padding-bottom: 6px; }
-th, td { text-align: left; padding: 5px 18px 5px 0; border-bottom: 1px solid var(--line); vertical-align: top;
-  overflow-wrap: normal; }
-.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.scroll td:first-child { min-width: 7.5em; }
-summary { cursor: pointer; font-weight: 600; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 330px), 1fr)); gap: 20px; }
-.charts svg { width: 100%; }
-.charts text { fill: var(--soft); font-size: 12px; }
-.axis { stroke: var(--line); stroke-width: 1; fill: none; }
-.line { fill: none; stroke-width: 1.6; stroke-linejoin: round; }
-.line-0 { stroke: var(--first); } .line-1 { stroke: var(--second); }
-.dot-0 { fill: var(--first); } .dot-1 { fill: var(--second); }
-.row { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(46%, 170px), 1fr)); gap: 16px; }
-.row img { width: 100%; max-width: 300px; }
-.queries { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 28px 32px; }
-.near { display: grid; grid-template-columns: repeat(auto-fill, minmax(70px, 1fr)); gap: 6px; list-style: none;
-  margin: 0; padding: 0; }
-.near.named { grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 10px 8px; }
-.near img { width: 100%; border-radius: 4px; aspect-ratio: 1; object-fit: contain; }
-.near .first { grid-column: span 2; grid-row: span 2; }
-.near .first img { outline: 3px solid var(--first); outline-offset: -1px; }
-.blank { aspect-ratio: 1; border: 1px dashed var(--line); border-radius: 4px; display: grid; place-items: center;
-  color: var(--soft); font-size: .75rem; text-align: center; }
-.wide img { min-width: min(720px, 200%); max-width: none; width: 100%; border-radius: 8px; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 16px; list-style: none; padding: 0; margin: 6px 0;
-  font-size: .85rem; }
-.legend i { display: inline-block; width: .8em; height: .8em; border-radius: 2px; margin-right: .4em; }
-table.images { width: 100%; table-layout: fixed; }
-table.images td, table.images th { border: 0; padding: 0 4px 0 0; }
-table.images th { font-size: .7rem; }
-table.images img { width: 100%; }
-table.images .caption { color: var(--soft); font-size: .8rem; padding: 2px 0 14px; overflow-wrap: anywhere; }
-"""
-
-
-class Captioned(NamedTuple):
-    """A row of images, uint8 `[H, W, 3]` each, and its caption."""
-
-    caption: str
-    images: Sequence[Pixels]
+_STYLE = Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def output_path(out: str, *endings: str) -> Path:
@@ -117,7 +52,7 @@ def document(title: str, about: str, parts: Iterable[Html]) -> bytes:
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f"<title>{_text(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
         f'<h1>{_text(title)}</h1>\n<p class="about">{_text(about)}</p>\n' + "\n".join(parts) + "\n</main>\n</body>\n"
         "</html>\n"
     )
@@ -180,23 +115,16 @@ def table(
     """
     right, bold = set(numbers), set(best)
 
-    def cell(row: int, column: int, text: str) -> str:
-        name = ' class="number"' if column in right else ""
-        return f"<td{name}>{f'<b>{_text(text)}</b>' if (row, column) in bold else _text(text)}</td>"
+    def align(column: int) -> str:
+        return ' class="number"' if column in right else ""
 
     above = f"<caption>{_text(caption)}</caption>" if caption else ""
-    head = "".join(
-        f'<th scope="col"{" class=number" if column in right else ""}>{_text(text)}</th>'
-        for column, text in enumerate(heads)
-    )
-    body = "\n".join(
-        f"<tr>{''.join(cell(number, column, text) for column, text in enumerate(row))}</tr>"
-        for number, row in enumerate(rows)
-    )
-    return Html(
-        f'<div class="scroll" tabindex="0"><table>{above}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
-        "</tbody></table></div>"
-    )
+    head = "".join(f'<th scope="col"{align(column)}>{_text(text)}</th>' for column, text in enumerate(heads))
+    body = []
+    for number, row in enumerate(rows):
+        texts = [f"<b>{_text(t)}</b>" if (number, column) in bold else _text(t) for column, t in enumerate(row)]
+        body.append(f"<tr>{''.join(f'<td{align(column)}>{text}</td>' for column, text in enumerate(texts))}</tr>")
+    return Html(f'<div class="scroll" tabindex="0">{_table(f"<table>{above}", head, body)}</div>')
 
 
 def picture(pixels: Pixels, alt: str, *, exact: bool | None = None) -> Html:
@@ -210,10 +138,12 @@ def picture(pixels: Pixels, alt: str, *, exact: bool | None = None) -> Html:
     height, width, _ = pixels.shape
     is_exact = max(height, width) <= _EXACT if exact is None else exact
     factor = max(1, -(-_SMALLEST // min(height, width))) if is_exact else 1
-    kind, data = ("png", encode_png(pixels)) if is_exact else ("jpeg", encode_jpeg(pixels))
+    kind, options = ("png", {}) if is_exact else ("jpeg", _JPEG)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, kind, **options)
     return Html(
         f'<img{" class=exact" if is_exact else ""} width="{width * factor}" height="{height * factor}" '
-        f'alt="{_text(alt)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
+        f'alt="{_text(alt)}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
     )
 
 
@@ -247,31 +177,26 @@ def legend(entries: Iterable[tuple[str, str]]) -> Html:
     return Html('<ul class="legend">' + "".join(items) + "</ul>")
 
 
-def image_rows(titles: Sequence[str], rows: Sequence[Captioned]) -> Html:
-    """Return rows of images under column titles; each row has one image per title."""
-    widest = max((max(_SMALLEST, row.images[0].shape[1]) for row in rows), default=_SMALLEST)
-    head = "".join(f'<th scope="col">{_text(text)}</th>' for text in titles)
-    body = "\n".join(
-        "<tr>"
-        + "".join(
-            f"<td>{picture(pixels, f'{title}: {row.caption}', exact=True)}</td>"
-            for title, pixels in zip(titles, row.images, strict=True)
-        )
-        + f'</tr>\n<tr><td class="caption" colspan="{len(titles)}">{_text(row.caption)}</td></tr>'
-        for row in rows
-    )
-    width = len(titles) * (widest + 4)
-    return Html(
-        f'<table class="images" style="max-width: {width}px">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n'
-        "</tbody></table>"
-    )
+def image_rows(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Pixels]]]) -> Html:
+    """Return rows of images, uint8 `[H, W, 3]` each, under column titles.
+
+    Args:
+        titles: column titles.
+        rows: caption and images of each row, one image per title.
+    """
+    widest = max((max(_SMALLEST, images[0].shape[1]) for _, images in rows), default=_SMALLEST)
+    head = "".join(f'<th scope="col">{_text(title)}</th>' for title in titles)
+    body = []
+    for caption, images in rows:
+        named = zip(titles, images, strict=True)
+        cells = [f"<td>{picture(pixels, f'{title}: {caption}', exact=True)}</td>" for title, pixels in named]
+        body.append(f"<tr>{''.join(cells)}</tr>")
+        body.append(f'<tr><td class="caption" colspan="{len(titles)}">{_text(caption)}</td></tr>')
+    return _table(f'<table class="images" style="max-width: {len(titles) * (widest + 4)}px">', head, body)
 
 
-def encode_jpeg(pixels: Pixels) -> bytes:
-    """Encode a picture, uint8 `[H, W, 3]`, as JPEG without chroma subsampling."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", quality=_QUALITY, subsampling=0, optimize=True)
-    return buffer.getvalue()
+def _table(start: str, head: str, body: Iterable[str]) -> Html:
+    return Html(f"{start}\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table>")
 
 
 def _text(text: str) -> str:

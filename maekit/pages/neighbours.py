@@ -1,10 +1,11 @@
 """`maekit neighbours`: the nearest neighbours of some queries by their embeddings, as one HTML page."""
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +19,15 @@ from maekit.embedding.stored import EmbeddedShard, EmbeddingFolder, is_made_from
 from maekit.images import Pixels, open_rgb
 from maekit.pages import html
 from maekit.pages.html import Html
-from maekit.pages.thumbnails import thumbnail, without
+from maekit.pages.thumbnails import nearest_others, thumbnail
 from maekit.shards.cache import RemoteCache
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError, MaekitError
 from maekit.system.progress import Progress, Silent
-from maekit.vectors.nearest import nearest
 
 _SIDE = 192  # pixels of a picture, the longer side
 _MOST_QUERIES = 100
 _SHOWN = 3  # keys in a message
-_CACHE_BYTES = 50 * 10**9
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,11 @@ class Row:
     shard: str
     key: str
     index: int
+
+    @property
+    def name(self) -> str:
+        """SHARD:KEY."""
+        return f"{self.shard}:{self.key}"
 
 
 @dataclass(frozen=True)
@@ -107,32 +111,17 @@ def neighbours(config: NeighboursConfig, progress: Progress | None = None) -> Ne
     out = html.output_path(config.out, ".html")
     folder = EmbeddingFolder(Path(config.embeddings))
     parts = find_inputs(config.shards) if config.shards else []
-    wanted = _vectors(folder, queries, config.model)
+    wanted = _find_queries(folder, queries, config.model)
     files.require_writable(out.parent)
-    progress.start("search", folder.rows)
-    vectors = np.stack([query.vector for query in wanted])
-    cosines, numbers = nearest(vectors, _advancing(folder, progress), config.k + 1)
-    progress.stop()
-    found = [
-        without(query.number, near, cosine, config.k)
-        for query, near, cosine in zip(wanted, numbers, cosines, strict=True)
-    ]
-    named = _rows(folder, {number for near in found for number, _ in near})
-    results = tuple(
-        Query(
-            query.text,
-            query.row,
-            tuple(Neighbour(row.shard, row.key, row.index, cosine) for row, cosine in _rows_of(near, named)),
-        )
-        for query, near in zip(wanted, found, strict=True)
-    )
+    results = _search(folder, wanted, config.k, progress)
     pictures = _pictures(folder, parts, results, progress) if parts else {}
     if parts and not pictures:
         raise InputError(f"`shards` {', '.join(config.shards)}: {folder.path} was made of none of these")
     about = f"{folder.path}: {folder.rows:,} embeddings, exact search by cosine"
-    body = [_shown(query, given.image, pictures, bool(parts)) for query, given in zip(results, wanted, strict=True)]
-    if not parts:
-        body.insert(0, html.note("Without pictures: the shards that were embedded were not named."))
+    if parts:
+        body = [_drawn(query, given.image, pictures) for query, given in zip(results, wanted, strict=True)]
+    else:
+        body = [html.note("Without pictures: the shards that were embedded were not named."), *map(_listed, results)]
         progress.note("no `shards` were given: the page shows names and no pictures")
     files.write_atomically(out, html.document("Nearest neighbours", about, body))
     return NeighboursResult(str(out), folder.rows, results)
@@ -149,7 +138,7 @@ class _Wanted:
     image: Pixels | None = None
 
 
-def _vectors(folder: EmbeddingFolder, queries: Sequence[str], model: str | None) -> list[_Wanted]:
+def _find_queries(folder: EmbeddingFolder, queries: Sequence[str], model: str | None) -> list[_Wanted]:
     """Return the queries with their embeddings; a query that names no row is read as an image file.
 
     Raises:
@@ -160,70 +149,83 @@ def _vectors(folder: EmbeddingFolder, queries: Sequence[str], model: str | None)
     start = 0
     for shard in folder.shards():
         name = shard.record.shard
-        if len(first) < _SHOWN:
-            first += [f"{name}:{key}" for key in shard.keys[: _SHOWN - len(first)]]
-        places = {key: i for i, key in enumerate(shard.keys)}
+        first += [f"{name}:{key}" for key in shard.keys[: _SHOWN - len(first)]]
+        positions = {key: i for i, key in enumerate(shard.keys)}
         for query, rows in found.items():
-            for key in {query, query.removeprefix(f"{name}:")}:
-                if (i := places.get(key)) is not None:
-                    rows.append(_Wanted(query, shard.vectors[i].copy(), _row(shard, i), start + i))
+            for key in {query, query.removeprefix(f"{name}:")} & positions.keys():
+                i = positions[key]
+                rows.append(_Wanted(query, shard.vectors[i].copy(), _row(shard, i), start + i))
         start += shard.record.rows
-    embed = _ImageEmbedder(folder, model)
-    wanted = []
-    for query in queries:
-        rows = found[query]
+    embedder: Embedder | None = None
+    for query, rows in found.items():
         if len(rows) > 1:
-            names = [f"{w.row.shard}:{w.row.key}" for w in rows[:_SHOWN] if w.row]
+            names = [row.row.name for row in rows if row.row]
             raise InputError(f"`queries` {query}: {len(rows)} rows have this key; name one, as in `queries` {names[0]}")
-        if not rows and not os.path.isfile(query):
-            raise InputError(f"`queries` {query}: no such row, and no such file; the first rows are {', '.join(first)}")
-        wanted.append(rows[0] if rows else embed(query))
-    return wanted
+        if not rows:
+            if not os.path.isfile(query):
+                raise InputError(
+                    f"`queries` {query}: no such row, and no such file; the first rows are {', '.join(first)}"
+                )
+            embedder = embedder or _load_embedder(folder, model)
+            rows.append(_embedded(query, embedder))
+    return [found[query][0] for query in queries]
 
 
-class _ImageEmbedder:
-    """Embeds image files with the model that made the embeddings; loads it on first use."""
+def _load_embedder(folder: EmbeddingFolder, model: str | None) -> Embedder:
+    """Load the model that made the embeddings.
 
-    def __init__(self, folder: EmbeddingFolder, model: str | None) -> None:
-        self._folder, self._model = folder, model
-
-    @cached_property
-    def _embedder(self) -> Embedder:
-        if self._model is None:
-            raise InputError("a query is an image: name the file that made the embeddings, `model` ENCODER.ONNX")
-        try:
-            digest = files.sha256_file(Path(self._model))
-        except OSError as error:
-            raise InputError(f"`model` {self._model}: cannot be read: {error.strerror or error}") from error
-        if digest != self._folder.model:
-            raise InputError(
-                f"`model` {self._model} is not the file that made {self._folder.path}: the SHA-256 of the one begins "
-                f"with {digest[:12]}, of the other with {self._folder.model[:12]}"
-            )
-        return Embedder(self._model, device="cpu")  # a few images do not justify the start-up time of a GPU
-
-    def __call__(self, path: str) -> _Wanted:
-        try:
-            data = Path(path).read_bytes()
-            vector = self._embedder(data)[0]
-            image = thumbnail(np.asarray(open_rgb(data, at_least=(_SIDE, _SIDE))), _SIDE)
-        except OSError as error:
-            raise InputError(f"`queries` {path}: cannot be read: {error.strerror or error}") from error
-        except ImageError as error:
-            raise InputError(f"`queries` {path} is no readable image: {error.reason}, {error}") from error
-        return _Wanted(path, vector, image=image)
+    Raises:
+        InputError: it was not given, cannot be read, or is another model.
+    """
+    if model is None:
+        raise InputError("a query is an image: name the file that made the embeddings, `model` ENCODER.ONNX")
+    try:
+        digest = files.sha256_file(Path(model))
+    except OSError as error:
+        raise InputError(f"`model` {model}: cannot be read: {error.strerror or error}") from error
+    if digest != folder.model:
+        raise InputError(
+            f"`model` {model} is not the file that made {folder.path}: the SHA-256 of the one begins "
+            f"with {digest[:12]}, of the other with {folder.model[:12]}"
+        )
+    return Embedder(model, device="cpu")  # a few images do not justify the start-up time of a GPU
 
 
-def _advancing(folder: EmbeddingFolder, progress: Progress) -> Iterator[NDArray[np.float32]]:
-    done = 0
-    for shard in folder.shards():
-        yield shard.vectors
-        done += len(shard.vectors)
-        progress.advance(done)
+def _embedded(path: str, embedder: Embedder) -> _Wanted:
+    """Embed an image file.
+
+    Raises:
+        InputError: it cannot be read, or is no image.
+    """
+    try:
+        data = Path(path).read_bytes()
+        image = thumbnail(np.asarray(open_rgb(data, at_least=(_SIDE, _SIDE))), _SIDE)
+        return _Wanted(path, embedder(data)[0], image=image)
+    except OSError as error:
+        raise InputError(f"`queries` {path}: cannot be read: {error.strerror or error}") from error
+    except ImageError as error:
+        raise InputError(f"`queries` {path} is no readable image: {error.reason}, {error}") from error
 
 
-def _row(shard: EmbeddedShard, i: int) -> Row:
-    return Row(shard.record.shard, shard.keys[i], int(shard.ordinals[i]))
+def _search(folder: EmbeddingFolder, wanted: Sequence[_Wanted], k: int, progress: Progress) -> tuple[Query, ...]:
+    """Return the k nearest rows of each query."""
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        done = 0
+        for shard in folder.shards():
+            yield shard.vectors
+            done += len(shard.vectors)
+            progress.advance(done)
+
+    progress.start("search", folder.rows)
+    vectors, own = np.stack([query.vector for query in wanted]), [query.number for query in wanted]
+    found = nearest_others(vectors, own, blocks(), k)
+    progress.stop()
+    rows = _rows(folder, {number for near in found for number, _ in near})
+    return tuple(
+        Query(query.text, query.row, tuple(Neighbour(**vars(rows[number]), cosine=cosine) for number, cosine in near))
+        for query, near in zip(wanted, found, strict=True)
+    )
 
 
 def _rows(folder: EmbeddingFolder, numbers: set[int]) -> dict[int, Row]:
@@ -239,28 +241,25 @@ def _rows(folder: EmbeddingFolder, numbers: set[int]) -> dict[int, Row]:
     return found
 
 
-def _rows_of(near: list[tuple[int, float]], named: Mapping[int, Row]) -> Iterator[tuple[Row, float]]:
-    return ((named[number], cosine) for number, cosine in near)
+def _row(shard: EmbeddedShard, i: int) -> Row:
+    return Row(shard.record.shard, shard.keys[i], int(shard.ordinals[i]))
 
 
 def _pictures(
     folder: EmbeddingFolder, parts: Sequence[Part], queries: Sequence[Query], progress: Progress
 ) -> dict[tuple[str, int], Pixels]:
     """Return the picture of each shown row by (shard, position), for the shards that are among `parts`."""
-    rows: dict[str, set[int]] = {}
-    for query in queries:
-        for row in (*query.neighbours, *([query.row] if query.row else [])):
-            rows.setdefault(row.shard, set()).add(row.index)
+    shown = {(row.shard, row.index) for query in queries for row in (query.row, *query.neighbours) if row}
     found: dict[tuple[str, int], Pixels] = {}
-    remote = RemoteCache(_CACHE_BYTES)
+    remote = RemoteCache()
     records = {record.shard: record for record in folder.records}
-    for shard, ordinals in rows.items():
+    for shard, samples in itertools.groupby(sorted(shown), key=itemgetter(0)):
         images = _open(records[shard], parts, remote)
         if images is None:
             progress.note(f"{shard}: not among `shards`, or no longer what was embedded; shown without pictures")
             continue
         with contextlib.closing(images):
-            for ordinal in sorted(ordinals):
+            for _, ordinal in samples:
                 place = images.place(ordinal) if 0 <= ordinal < images.samples else None
                 if place is None:
                     continue
@@ -288,18 +287,26 @@ def _open(record: CommitRecord, parts: Sequence[Part], remote: RemoteCache) -> I
     return None
 
 
-def _shown(query: Query, image: Pixels | None, pictures: Mapping[tuple[str, int], Pixels], with_pictures: bool) -> Html:
-    title = f"{query.row.shard}:{query.row.key}" if query.row else query.query
-    if not with_pictures:
-        rows = [(f"{n.cosine:.4f}", n.key, n.shard, str(n.index)) for n in query.neighbours]
-        return html.section(title, html.table(("cosine", "key", "shard", "place"), rows, numbers=(0, 3)))
+def _listed(query: Query) -> Html:
+    """Return a query and its neighbours as a table."""
+    rows = [(f"{n.cosine:.4f}", n.key, n.shard, str(n.index)) for n in query.neighbours]
+    return html.section(_title(query), html.table(("cosine", "key", "shard", "place"), rows, numbers=(0, 3)))
+
+
+def _drawn(query: Query, image: Pixels | None, pictures: Mapping[tuple[str, int], Pixels]) -> Html:
+    """Return a query, whose image is given unless it is a row, and its neighbours as pictures."""
     if query.row:
         image = pictures.get((query.row.shard, query.row.index))
     near = [
-        (_image(pictures.get((n.shard, n.index)), f"{n.shard}:{n.key}"), f"{n.cosine:.4f} {n.key} ({n.shard})")
+        (_image(pictures.get((n.shard, n.index)), n.name), f"{n.cosine:.4f} {n.key} ({n.shard})")
         for n in query.neighbours
     ]
+    title = _title(query)
     return html.section(title, html.neighbours(_image(image, f"query: {title}"), "the query", near, named=True))
+
+
+def _title(query: Query) -> str:
+    return query.row.name if query.row else query.query
 
 
 def _image(pixels: Pixels | None, alt: str) -> Html:

@@ -1,6 +1,5 @@
 """`maekit report`: one HTML page about a run, with curves, reconstructions, nearest neighbours, map and evaluations."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,18 +11,18 @@ import numpy as np
 from PIL import Image
 
 from maekit.config import PretrainConfig, total_steps
+from maekit.config.fields import shown
 from maekit.config.pages import ReportConfig
 from maekit.config.settings import fields_of
 from maekit.images import open_rgb
 from maekit.mae.device import choose_device
 from maekit.pages import embedding_map, html
-from maekit.pages.chart import Line, by_step, line_chart
+from maekit.pages.chart import Line, line_chart
 from maekit.pages.html import Html
-from maekit.pages.samples import Samples, embed_samples, neighbours_within
+from maekit.pages.samples import Samples, embed_samples
 from maekit.pages.score_tables import evaluation_parts
 from maekit.pretrained.load import load_encoder
 from maekit.runs import Checkpoint, RunDirectory, is_run
-from maekit.shards.cache import RemoteCache
 from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.system import files
@@ -34,15 +33,15 @@ _QUERIES, _NEIGHBOURS = 8, 8
 _PICTURES = 6
 _PICTURE_WIDTH = 480  # pixels
 _CLASSES = 12
-_CACHE_BYTES = 50 * 10**9
+_NO_EVALUATION = "Nothing was measured yet: maekit evaluate puts its tables into the run."
 # Larger values come from a damaged file, and arithmetic with them overflows.
 _LARGEST = 1e100
 # Distinguishable from each other and on both backgrounds; _OTHER is for all classes that are not named.
 _COLOURS = (
-    (230, 75, 60), (60, 130, 230), (60, 175, 90), (240, 160, 30), (150, 90, 210), (30, 185, 195),
-    (235, 110, 175), (150, 110, 60), (170, 200, 50), (100, 110, 240), (255, 215, 70), (0, 125, 110),
+    "#e64b3c", "#3c82e6", "#3caf5a", "#f0a01e", "#965ad2", "#1eb9c3",
+    "#eb6eaf", "#966e3c", "#aac832", "#646ef0", "#ffd746", "#007d6e",
 )  # fmt: skip
-_OTHER = (140, 145, 152)
+_OTHER = "#8c9198"
 
 
 @dataclass(frozen=True)
@@ -89,28 +88,27 @@ def report(config: ReportConfig, progress: Progress | None = None) -> ReportResu
     directory = RunDirectory(path)
     run, rows = directory.config(), directory.metrics()
     files.require_writable(out.parent)
+    pictures, damaged = _reconstructions(path / "pictures")
+    tables, unread = evaluation_parts(path / "evaluations")
+    missing = [*damaged, *unread]
     checkpoint: Checkpoint | None = None
     samples: Samples | None = None
-    missing = []
     try:
         checkpoint = directory.newest_valid(progress.note)
         samples = _samples(run, checkpoint, asked, progress)
+        neighbours, map_ = _neighbours(samples), _map(samples)
     except MaekitError as error:
-        missing.append(f"neighbours and map: {error}")
-        progress.note(f"left out: {missing[-1]}")
-    pictures, damaged = _reconstructions(path / "pictures")
-    tables, unread = evaluation_parts(path / "evaluations")
-    missing += [*damaged, *unread]
-    for said in (*damaged, *unread):
+        missing.insert(0, f"neighbours and map: {error}")
+        neighbours = map_ = [html.note(f"Not shown: {missing[0]}")]
+    for said in missing:
         progress.note(f"left out: {said}")
-    why = missing[0] if samples is None else ""
     parts = [
         html.facts(_summary(directory, run, rows, checkpoint)),
         html.section("Curves", *_curves(rows, run.model.target)),
         html.section("Reconstructions over time", *pictures, *map(html.note, damaged)),
-        html.section("Nearest neighbours", *(_neighbours(samples) if samples else [html.note(f"Not shown: {why}")])),
-        html.section("Map of the embeddings", *(_map(samples) if samples else [html.note(f"Not shown: {why}")])),
-        html.section("Evaluation", *(tables or [_no_evaluation()]), *map(html.note, unread)),
+        html.section("Nearest neighbours", *neighbours),
+        html.section("Map of the embeddings", *map_),
+        html.section("Evaluation", *(tables or [html.note(_NO_EVALUATION)]), *map(html.note, unread)),
         html.section("Settings", *_settings(run)),
     ]
     data = html.document("Pre-training report", f"The run {path}", parts)
@@ -121,7 +119,7 @@ def report(config: ReportConfig, progress: Progress | None = None) -> ReportResu
         bytes=len(data),
         step=int(losses[-1][0]) if losses else None,
         loss=losses[-1][1] if losses else None,
-        samples=len(samples.names) if samples else 0,
+        samples=len(samples.pictures) if samples else 0,
         evaluations=len(tables),
         missing=tuple(missing),
     )
@@ -136,11 +134,9 @@ def _samples(config: PretrainConfig, checkpoint: Checkpoint | None, asked: Repor
     if checkpoint is None:
         raise InputError("the run has no checkpoint yet")
     trained = load_encoder(str(checkpoint.path), on_note=progress.note)
+    given = asked.shards or config.shards
     shards = open_shards(
-        find_shards(asked.shards or config.shards),
-        skip_damaged=True,
-        remote=RemoteCache(_CACHE_BYTES),
-        on_damage=lambda damage: progress.note(f"left out: {damage}"),
+        find_shards(given), skip_damaged=True, on_damage=lambda damage: progress.note(f"left out: {damage}")
     )
     trained.encoder.to(choose_device(asked.device))
     return embed_samples(trained, shards, asked.samples, progress)
@@ -151,30 +147,32 @@ def _summary(
 ) -> list[tuple[str, str]]:
     done = int(rows[-1]["step"]) if rows else checkpoint.step if checkpoint else 0
     total = _total_steps(config, checkpoint)
-    is_finished = directory.encoder_file.is_file()
     height, width = config.model.size
     found = [
         ("Model", config.model.name or "not chosen yet"),
         ("Input", f"{width} × {height} {'RGB' if config.model.channels == 3 else 'grey'}"),
-        ("State", "finished" if is_finished else "not finished"),
+        ("State", "finished" if directory.encoder_file.is_file() else "not finished"),
         ("Steps", f"{done:,} of {total:,}" if total else f"{done:,}"),
     ]
-    seen = _series(rows, "samples")
-    if seen:
-        found.append(("Images seen", f"{seen[-1][1]:,.0f}"))
-    for key, name in (("loss", "Last loss"), ("val_loss", "Last held-out loss")):
+    for key, name, form, statistic in (
+        ("samples", "Images seen", "{:,.0f}", _last),
+        ("loss", "Last loss", "{:.4f}", _last),
+        ("val_loss", "Last held-out loss", "{:.4f}", _last),
+        ("images_per_second", "Images/s, median", "{:,.1f}", median),
+        ("data_wait", "Wait for data, median", "{:.1%}", median),
+    ):
         if points := _series(rows, key):
-            found.append((name, f"{points[-1][1]:.4f}"))
-    if rates := _series(rows, "images_per_second"):
-        found.append(("Images/s, median", f"{median(y for _, y in rates):,.1f}"))
-    if waits := _series(rows, "data_wait"):
-        found.append(("Wait for data, median", f"{median(y for _, y in waits):.1%}"))
+            found.append((name, form.format(statistic([y for _, y in points]))))
     if seconds := _seconds(rows):
         found.append(("Time in training", duration(seconds)))
     for key, name in (("bad", "Unreadable images met"), ("skipped", "Steps left out")):
         if (points := _series(rows, key)) and points[-1][1]:
             found.append((name, f"{points[-1][1]:,.0f}"))
     return found
+
+
+def _last(values: Sequence[float]) -> float:
+    return values[-1]
 
 
 def _total_steps(config: PretrainConfig, checkpoint: Checkpoint | None) -> int | None:
@@ -214,8 +212,10 @@ def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    pairs = ((_number(row["step"]), _number(row.get(key))) for row in rows)
-    return by_step([(step, value) for step, value in pairs if step is not None and value is not None])
+    """Return (step, value) by ascending step; the last of several values at one step."""
+    pairs = [(_number(row["step"]), _number(row.get(key))) for row in rows]
+    values = {step: value for step, value in pairs if step is not None and value is not None}
+    return sorted(values.items())
 
 
 def _number(value: Any) -> float | None:
@@ -251,83 +251,69 @@ def _reconstructions(folder: Path) -> tuple[list[Html], list[str]]:
 
 
 def _neighbours(samples: Samples) -> list[Html]:
-    count = len(samples.names)
+    count = len(samples.pictures)
     queries = [count * i // min(_QUERIES, count) for i in range(min(_QUERIES, count))]
     said = [f"The nearest of {count:,} samples by cosine, for {len(queries)} of them."]
     if samples.whitened:
         said.append(f"The embeddings are the mean of the patch tokens, whitened to {samples.whitened} directions.")
     else:
         said.append("The embeddings are the mean of the patch tokens; they differ too little to be whitened.")
-    if (shares := _agreement(samples)) is not None:
+    if shares := _agreement(samples):
         said.append(
             f"Of the {_NEIGHBOURS} nearest of every sample, {shares[0]:.1%} are of its class; "
             f"of all others {shares[1]:.1%}."
         )
     groups = []
-    for query, near in zip(queries, neighbours_within(samples.vectors, queries, _NEIGHBOURS), strict=True):
-        found = [
-            (
-                html.picture(samples.thumbnails[number], f"{_named(samples, number)}, cosine {cosine:.3f}"),
-                " · ".join(filter(None, (f"{cosine:.3f}", samples.labels[number]))),
-            )
-            for number, cosine in near
-        ]
-        image = html.picture(samples.thumbnails[query], f"query: {_named(samples, query)}")
-        groups.append(html.neighbours(image, _named(samples, query), found))
+    for query, near in zip(queries, samples.neighbours(queries, _NEIGHBOURS), strict=True):
+        found = []
+        for picture, cosine in near:
+            image = html.picture(picture.thumbnail, f"{picture.caption}, cosine {cosine:.3f}")
+            found.append((image, f"{cosine:.3f} · {picture.label}" if picture.label else f"{cosine:.3f}"))
+        picture = samples.pictures[query]
+        image = html.picture(picture.thumbnail, f"query: {picture.caption}")
+        groups.append(html.neighbours(image, picture.caption, found))
     return [html.paragraph(" ".join(said)), html.group("queries", groups)]
-
-
-def _named(samples: Samples, number: int) -> str:
-    label = samples.labels[number]
-    return f"{samples.names[number]}, {label}" if label is not None else samples.names[number]
 
 
 def _agreement(samples: Samples) -> tuple[float, float] | None:
     """Return the share of same-class samples among the nearest neighbours, and among all other samples."""
-    known = [i for i, label in enumerate(samples.labels) if label is not None]
-    counts = Counter(samples.labels[i] for i in known)
+    labels = [picture.label for picture in samples.pictures]
+    counts = Counter(labels)
     # If classes have fewer samples on average than the number of neighbours, the share says little.
-    if len(known) < len(samples.names) or len(counts) < 2 or len(known) < _NEIGHBOURS * len(counts):
+    if None in counts or len(counts) < 2 or len(labels) < _NEIGHBOURS * len(counts):
         return None
-    near = neighbours_within(samples.vectors, known, _NEIGHBOURS)
-    same = [samples.labels[i] == samples.labels[n] for i, found in zip(known, near, strict=True) for n, _ in found]
-    any_other = sum(c * (c - 1) for c in counts.values()) / (len(known) * (len(known) - 1))
+    near = samples.neighbours(range(len(labels)), _NEIGHBOURS)
+    same = [label == picture.label for label, found in zip(labels, near, strict=True) for picture, _ in found]
+    any_other = sum(c * (c - 1) for c in counts.values()) / (len(labels) * (len(labels) - 1))
     return sum(same) / len(same), any_other
 
 
 def _map(samples: Samples) -> list[Html]:
-    count = len(samples.names)
+    count = len(samples.pictures)
     if count < embedding_map.SMALLEST:
         return [html.note(f"Not shown: {count} samples are too few for a map.")]
-    counts = Counter(label for label in samples.labels if label is not None)
+    labels = [picture.label for picture in samples.pictures]
+    counts = Counter(label for label in labels if label is not None)
     named = sorted((label for label, _ in counts.most_common(_CLASSES)), key=_natural)
     by_class = dict(zip(named, _COLOURS, strict=False))
-    colours = [by_class.get(label or "", _OTHER) for label in samples.labels] if counts else None
-    picture, drawn = embedding_map.draw_map(samples.thumbnails, embedding_map.lay_out(samples.vectors), colours)
+    colours = [by_class.get(label or "", _OTHER) for label in labels] if counts else None
+    positions = embedding_map.lay_out(samples.vectors)
+    image, drawn = embedding_map.draw_map([picture.thumbnail for picture in samples.pictures], positions, colours)
     about = f"{drawn:,} samples at their places by t-SNE: near each other means alike, far apart means little."
     if drawn < count:
         about += f" {count - drawn:,} more found no room near their place."
-    entries = [(_css(colour), name) for name, colour in by_class.items()]
     rest = len(counts) - len(named)
-    others = " and ".join(([f"{rest} more classes"] if rest else []) + (["no class"] if None in samples.labels else []))
+    others = ([f"{rest} more classes"] if rest else []) + (["no class"] if None in labels else [])
     if counts and others:
-        entries.append((_css(_OTHER), others))
+        by_class[" and ".join(others)] = _OTHER
+    legend = [html.legend((colour, name) for name, colour in by_class.items())] if by_class else []
     alt = f"map of {drawn} thumbnails, alike ones beside each other"
-    picture_box = html.scrolling(html.picture(picture, alt, exact=False))
-    return [html.paragraph(about), *([html.legend(entries)] if entries else []), picture_box]
+    return [html.paragraph(about), *legend, html.scrolling(html.picture(image, alt, exact=False))]
 
 
 def _natural(label: str) -> tuple[int, int, str]:
     """Return the sort key of a class: numbers by value, then names."""
     return (0, int(label), "") if label.isascii() and label.isdigit() else (1, 0, label)
-
-
-def _css(colour: Sequence[int]) -> str:
-    return "#" + "".join(f"{channel:02x}" for channel in colour)
-
-
-def _no_evaluation() -> Html:
-    return html.note("Nothing was measured yet: maekit evaluate puts its tables into the run.")
 
 
 def _settings(config: PretrainConfig) -> list[Html]:
@@ -342,10 +328,4 @@ def _settings(config: PretrainConfig) -> list[Html]:
 
 
 def _shown(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ", ".join(map(_shown, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:g}" if math.isfinite(value) else str(value)
-    return "–" if value is None else str(value) or "none"
+    return "–" if value is None else shown(value) or "none"

@@ -8,13 +8,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.images import Pixels
-from maekit.pages.thumbnails import thumbnail, without
+from maekit.pages.thumbnails import nearest_others, thumbnail
 from maekit.pretrained.load import TrainedEncoder
 from maekit.pretrained.torch_embedder import reference_embeddings
 from maekit.shards.read import ShardSet
 from maekit.system.errors import ImageError, InputError
+from maekit.system.parallel import batched
 from maekit.system.progress import Progress
-from maekit.vectors.nearest import nearest, unit
+from maekit.vectors.nearest import unit
 from maekit.vectors.whitening import fit_whitening
 
 _THUMBNAIL = 96  # pixels, the longer side
@@ -25,23 +26,43 @@ _LONGEST_LABEL = 60
 
 
 @dataclass(frozen=True)
+class Picture:
+    """What a page shows of a sample.
+
+    Attributes:
+        name: SHARD:KEY.
+        label: its class by its `cls` member, as a name if `classes.txt` lies beside the shard; None without a class.
+        thumbnail: uint8 `[h, w, 3]`.
+    """
+
+    name: str
+    label: str | None
+    thumbnail: Pixels
+
+    @property
+    def caption(self) -> str:
+        """Name and class."""
+        return self.name if self.label is None else f"{self.name}, {self.label}"
+
+
+@dataclass(frozen=True)
 class Samples:
     """Samples, in the order of their shards.
 
     Attributes:
-        names: SHARD:KEY of each.
-        thumbnails: uint8 `[h, w, 3]` each.
-        labels: class of each by its `cls` member, as a name if `classes.txt` lies beside the shard; None without a
-            class.
+        pictures: what to show of each.
         vectors: float32 `[n, d]`, of unit length.
         whitened: number of directions that the whitening kept; None if no whitening could be fitted.
     """
 
-    names: list[str]
-    thumbnails: list[Pixels]
-    labels: list[str | None]
+    pictures: list[Picture]
     vectors: NDArray[np.float32]
     whitened: int | None
+
+    def neighbours(self, queries: Sequence[int], k: int) -> list[list[tuple[Picture, float]]]:
+        """Return the k nearest neighbours of each query and their cosines, without the query itself."""
+        found = nearest_others(self.vectors[list(queries)], queries, [self.vectors], k)
+        return [[(self.pictures[number], cosine) for number, cosine in near] for near in found]
 
 
 def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progress: Progress) -> Samples:
@@ -57,40 +78,29 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
         InputError: fewer than two samples hold a readable image.
         MaekitError: a shard can no longer be read.
     """
-    names: list[str] = []
-    labels: list[str | None] = []
-    thumbnails: list[Pixels] = []
+    pictures: list[Picture] = []
     rows: list[NDArray[np.float32]] = []
-    batch: list[Pixels] = []
     numbers = shards.spread(count)
-    unreadable = 0
+    read = zip(numbers, shards.images(numbers, trained.preprocess), shards.labels(numbers), strict=True)
+    readable = ((number, image, label) for number, image, label in read if not isinstance(image, ImageError))
     progress.start("embed", len(numbers))
     try:
-        read = zip(numbers, shards.images(numbers, trained.preprocess), shards.labels(numbers), strict=True)
-        for done, (number, pixels, label) in enumerate(read, 1):
-            if isinstance(pixels, ImageError):
-                unreadable += 1
-                continue
-            names.append(":".join(shards.name(number)))
-            labels.append(_class_of(shards, number, label))
-            thumbnails.append(thumbnail(pixels, _THUMBNAIL))
-            batch.append(pixels)
-            if len(batch) == _BATCH:
-                rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
-                batch = []
-            progress.advance(done)
-        if batch:
-            rows.append(reference_embeddings(trained, np.stack(batch), normalize=False))
+        for batch in batched(readable, _BATCH):
+            rows.append(reference_embeddings(trained, np.stack([image for _, image, _ in batch]), normalize=False))
+            for number, image, label in batch:
+                name, in_words = ":".join(shards.name(number)), _class_of(shards, number, label)
+                pictures.append(Picture(name, in_words, thumbnail(image, _THUMBNAIL)))
+            progress.advance(len(pictures))
     finally:
         progress.stop()
-    if unreadable:
-        progress.note(f"{unreadable} of {len(numbers)} samples hold no readable image")
-    if len(names) < 2:
-        raise InputError(f"{len(names)} of {len(numbers)} samples hold a readable image; two are needed")
+    if len(pictures) < len(numbers):
+        progress.note(f"{len(numbers) - len(pictures)} of {len(numbers)} samples hold no readable image")
+    if len(pictures) < 2:
+        raise InputError(f"{len(pictures)} of {len(numbers)} samples hold a readable image; two are needed")
     vectors = np.concatenate(rows)
     if not np.isfinite(vectors).all():
         raise InputError("the model gives values that are not finite")
-    return Samples(names, thumbnails, labels, *_whiten(vectors))
+    return Samples(pictures, *_whiten(vectors))
 
 
 def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | None]:
@@ -108,9 +118,3 @@ def _class_of(shards: ShardSet, number: int, label: str) -> str | None:
     names = shards.class_names(shards.locate(number)[0])
     is_known = label.isascii() and label.isdigit() and int(label) < len(names)
     return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None
-
-
-def neighbours_within(vectors: NDArray[np.float32], queries: Sequence[int], k: int) -> list[list[tuple[int, float]]]:
-    """Return (number, cosine) of the k nearest neighbours of each query, without the query itself."""
-    cosines, numbers = nearest(vectors[list(queries)], [vectors], k + 1)
-    return [without(query, n, c, k) for query, n, c in zip(queries, numbers, cosines, strict=True)]

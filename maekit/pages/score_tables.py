@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from maekit.config.fields import shown
 from maekit.pages import html
 from maekit.pages.html import Html
 
@@ -64,13 +65,12 @@ def _side(side: Any) -> str:
     """Describe one of the two image sets in words."""
     if not isinstance(side, dict):
         return ""
-    said = [f"{side[key]:,} {key}" for key in ("images", "classes") if isinstance(side.get(key), int)]
+    counts = {key: f"{count:,} {key}" for key, count in side.items() if isinstance(count, int)}
     shards = side.get("shards")
     where = f" ({', '.join(map(str, shards))})" if isinstance(shards, list) and shards else ""
-    lacking = [
-        f"{side[key]:,} {key}" for key in ("unlabelled", "unreadable") if isinstance(side.get(key), int) and side[key]
-    ]
-    return ", ".join([" of ".join(said) + where, *lacking])
+    held = " of ".join(counts[key] for key in ("images", "classes") if key in counts)
+    lacking = [counts[key] for key in ("unlabelled", "unreadable") if key in counts and side[key]]
+    return ", ".join([held + where, *lacking])
 
 
 def _is_share(key: str, value: Any) -> bool:
@@ -80,10 +80,6 @@ def _is_share(key: str, value: Any) -> bool:
 def _shown(key: str, value: Any) -> str:
     if _is_share(key, value):
         return f"{value:.1%}"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "–"
-    if isinstance(value, int):
-        return str(value)
-    return "–" if value is None else str(value)
+    return "–" if value is None else shown(value)

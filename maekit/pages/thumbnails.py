@@ -1,10 +1,12 @@
-"""Makes thumbnails, and removes a query from its own neighbours. Needs no torch."""
+"""Makes thumbnails, and finds the neighbours that a page shows. Needs no torch."""
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from maekit.images import Pixels
+from maekit.vectors.nearest import Rows, nearest
 
 
 def thumbnail(pixels: Pixels, side: int) -> Pixels:
@@ -14,9 +16,17 @@ def thumbnail(pixels: Pixels, side: int) -> Pixels:
     return np.asarray(image)
 
 
-def without(
-    own: int | None, numbers: NDArray[np.int64], cosines: NDArray[np.float32], k: int
-) -> list[tuple[int, float]]:
-    """Return (number, cosine) of k among the k + 1 nearest, without the query itself."""
-    found = zip(numbers.tolist(), cosines.tolist(), strict=True)
-    return [(number, cosine) for number, cosine in found if number != own][:k]
+def nearest_others(
+    queries: Rows, own: Sequence[int | None], blocks: Iterable[Rows], k: int
+) -> list[list[tuple[int, float]]]:
+    """Return (number, cosine) of the k nearest rows of each query, without the query itself.
+
+    Args:
+        queries: `[m, d]`.
+        own: number of each query among the rows; None if it is none of them.
+        blocks: the rows, in blocks `[n, d]`.
+        k: number of neighbours.
+    """
+    cosines, numbers = nearest(queries, blocks, k + 1)
+    found = zip(own, numbers.tolist(), cosines.tolist(), strict=True)
+    return [[pair for pair in zip(*near, strict=True) if pair[0] != number][:k] for number, *near in found]

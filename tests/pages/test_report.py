@@ -22,7 +22,7 @@ from maekit.cli.options import with_flags
 from maekit.config.settings import dump_toml
 from maekit.pages import embedding_map, html
 from maekit.pages.chart import Line, Scale, line_chart, thin, tick_label
-from maekit.pages.samples import neighbours_within
+from maekit.pages.thumbnails import nearest_others
 from maekit.system.errors import InputError
 
 pytestmark = pytest.mark.whole
@@ -186,7 +186,7 @@ def test_no_thumbnail_covers_another() -> None:
     assert cells[:2] == [(8, 8), (8, 0)]
     assert all(math.hypot(*cell) <= 2 for cell in given[2:])
     thumbnails = [np.full((8, 8, 3), 60 + number, np.uint8) for number in range(40)]
-    picture, drawn = embedding_map.draw_map(thumbnails, places, [(255, 0, 0)] * 40)
+    picture, drawn = embedding_map.draw_map(thumbnails, places, ["#ff0000"] * 40)
     side = math.ceil(math.sqrt(80))
     cell = picture.shape[0] // side
     expected = embedding_map.assign_cells(places, side)
@@ -197,11 +197,12 @@ def test_no_thumbnail_covers_another() -> None:
             assert tuple(picture[place[0] * cell, place[1] * cell]) == (255, 0, 0)
 
 
-def test_neighbours_within_leave_the_query_out() -> None:
+def test_neighbours_leave_the_query_out() -> None:
     vectors = np.random.default_rng(0).normal(size=(30, 4)).astype(np.float32)
     vectors[7] = vectors[3]  # a duplicate is a neighbour all the same
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    for query, near in zip((3, 7, 12), neighbours_within(vectors, (3, 7, 12), 5), strict=True):
+    queries = [3, 7, 12]
+    for query, near in zip(queries, nearest_others(vectors[queries], queries, [vectors], 5), strict=True):
         cosines = unit @ unit[query]
         cosines[query] = -2
         assert [number for number, _ in near] == np.argsort(-cosines, kind="stable")[:5].tolist()
