@@ -236,8 +236,8 @@ def _slow_verify() -> None:
 
 
 def _slow_reading() -> None:
-    read = inputs.read_place
-    inputs.read_place = lambda *arguments: (time.sleep(0.2), read(*arguments))[1]
+    read = inputs.read_image
+    inputs.read_image = lambda *arguments: (time.sleep(0.2), read(*arguments))[1]
 
 
 def _slow_loading() -> None:
