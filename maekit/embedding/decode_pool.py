@@ -8,6 +8,7 @@ retried one by one; an image that kills two processes is rejected as `crashed`.
 """
 
 import contextlib
+import errno
 import mmap
 import multiprocessing
 import os
@@ -104,27 +105,23 @@ class Ring:
     def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
         self.shape = (slots, batch_size, *size, 3)
         count = int(np.prod(self.shape))
-        if count > available_memory():
-            raise _too_large(count, slots, batch_size, "not so much is free")
         self.descriptor = os.memfd_create("maekit-batches")
         try:
+            if count > available_memory():
+                raise OSError(errno.ENOMEM, "not so much is free")
             os.posix_fallocate(self.descriptor, 0, count)  # else a shortage shows as SIGBUS on first use of a page
             self._memory = mmap.mmap(self.descriptor, count)
         except OSError as error:
             os.close(self.descriptor)
-            raise _too_large(count, slots, batch_size, error.strerror) from error
+            raise MaekitError(
+                f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({error.strerror}); "
+                "choose a smaller `batch_size`"
+            ) from error
         self.batches: Pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
 
     def close(self) -> None:
         """Close the descriptor; the memory is freed when the last array that views it is."""
         os.close(self.descriptor)
-
-
-def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> MaekitError:
-    return MaekitError(
-        f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({reason}); choose a smaller "
-        "`batch_size`"
-    )
 
 
 class DecodePool:
@@ -293,13 +290,11 @@ class _Process:
         try:
             if self._known is not work:
                 self._known = work
-                self._connection.send(("work", work.ring.shape, work.preprocess, work.yielding))
-                self._hand_over(work.ring.descriptor)
+                self._hand_over(work.ring.descriptor, "use", work.ring.shape, work.preprocess, work.yielding)
             if descriptor is not None and number not in self._open:
                 gone = self._open.popitem(last=False)[0] if len(self._open) == _OPEN_SHARDS else None
                 self._open[number] = None
-                self._connection.send(("open", number, gone))
-                self._hand_over(descriptor)
+                self._hand_over(descriptor, "open", number, gone)
             self._connection.send(("decode", chunk.slot, chunk.row, number, images.name, chunk.locations))
             decoded: Decoded = self._connection.recv()
             return decoded
@@ -309,7 +304,9 @@ class _Process:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise _Died(how) from error
 
-    def _hand_over(self, descriptor: int) -> None:
+    def _hand_over(self, descriptor: int, *message: object) -> None:
+        """Send a message that refers to a descriptor, and the descriptor."""
+        self._connection.send(message)
         assert self._process.pid is not None
         send_handle(self._connection, descriptor, self._process.pid)
 
@@ -323,16 +320,14 @@ def _serve(connection: Connection, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             what, *arguments = connection.recv()
-            if what == "work":
-                worker.use(recv_handle(connection), *arguments)
-            elif what == "open":
-                worker.open(recv_handle(connection), *arguments)
-            else:
+            if what == "decode":
                 connection.send(worker.decode(*arguments))
+            else:
+                getattr(worker, what)(recv_handle(connection), *arguments)
 
 
 class _Worker:
-    """State of a decoding process."""
+    """State of a decoding process; its methods are the messages that it receives."""
 
     def __init__(self) -> None:
         self._descriptors: dict[int, int] = {}

@@ -6,9 +6,11 @@ Every part that goes in is reported as one `Outcome`.
 import contextlib
 import itertools
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.decode_pool import DecodePool
@@ -17,11 +19,35 @@ from maekit.embedding.output_directory import OutputDirectory
 from maekit.embedding.pipeline import EmbeddingPipeline, Timing
 from maekit.embedding.session import EncoderSession, OutOfMemory
 from maekit.embedding.writer import Writer
+from maekit.encoder_file import EncoderDescription
+from maekit.providers import CPU
 from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.locks import LockedError
 
+_GPU_CONCURRENCY = 2
 _GLANCE_SECONDS = 0.05  # how long to wait for the next shard before yielding to the caller
+
+
+@dataclass(frozen=True)
+class Running:
+    """Where the model runs.
+
+    Attributes:
+        description: what the model's file states about itself.
+        provider: execution provider that runs its nodes.
+        reason: why that provider.
+        nodes: number of the model's nodes on each provider.
+        concurrency: batches in the session at a time. On a CPU, one per core, each in one thread: none waits for
+            another, and a row has the same bits for any number of cores. On a GPU, two: one is copied while the other
+            is computed.
+    """
+
+    description: EncoderDescription
+    provider: str
+    reason: str
+    nodes: dict[str, int]
+    concurrency: int
 
 
 @dataclass(frozen=True)
@@ -64,34 +90,57 @@ class Assignment:
     ahead: int = 2
 
 
-class DeviceWork:
-    """Embeds parts on one device.
-
-    Args:
-        session: the encoder on this device.
-        pool: decodes the images.
-        remote: cache that fetches remote shards.
-        concurrency: batches in the session at a time.
-        job: the work.
+@dataclass
+class OneDevice:
+    """The model on one device, in this process; a context manager.
 
     Attributes:
-        timing: time spent in each stage so far.
+        model: the ONNX file.
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+        provider_options: options of the CUDA provider.
+        cores: CPU cores that it may use.
+        workers: decoding processes.
+        remote: cache that fetches remote shards.
+        running: where the model runs; known once entered.
+        timing: time spent in each stage.
+        count: number of devices.
     """
 
-    def __init__(
-        self, session: EncoderSession, pool: DecodePool, *, remote: RemoteCache, concurrency: int, job: Assignment
-    ) -> None:
-        self._session, self._pool, self._remote, self._concurrency = session, pool, remote, concurrency
-        self._job, self._batch_size = job, job.batch_size
-        self._under_way: dict[int, OpenPart] = {}
-        self.timing = Timing()
+    model: Path
+    name: str
+    _: KW_ONLY
+    provider_options: Mapping[str, str]
+    cores: int
+    workers: int
+    remote: RemoteCache
+    running: Running = field(init=False)
+    timing: Timing = field(init=False, default_factory=Timing)
+    count: ClassVar[int] = 1
+    _under_way: dict[int, OpenPart] = field(init=False, default_factory=dict)
 
-    def run(self) -> Iterator[None]:
-        """Embed all parts, yielding regularly.
+    def __enter__(self) -> "OneDevice":
+        # Fork first: a child forked later would inherit the state of ONNX Runtime's threads without the threads.
+        self._pool = DecodePool(self.workers)
+        try:
+            session = EncoderSession(self.model, device=self.name, threads=1, provider_options=self.provider_options)
+        except BaseException:
+            self.__exit__()
+            raise
+        concurrency = self.cores if session.provider == CPU else _GPU_CONCURRENCY
+        self.running = Running(session.description, session.provider, session.reason, session.nodes, concurrency)
+        self._session = session
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.__exit__()
+
+    def run(self, job: Assignment) -> Iterator[None]:
+        """Embed all parts of the job, once, yielding regularly.
 
         Raises:
             MaekitError: the model failed, or the output cannot be written.
         """
+        self._job, self._batch_size = job, job.batch_size
         arrivals = self._arrivals()
         again: list[OpenPart] = []
         try:
@@ -115,7 +164,7 @@ class DeviceWork:
             self._session,
             self._pool,
             batch_size=self._batch_size,
-            concurrency=self._concurrency,
+            concurrency=self.running.concurrency,
             timing=self.timing,
         )
         writer = Writer(self._job.output, blank=self._blank, done=self._settle, timing=self.timing)
@@ -159,7 +208,7 @@ class DeviceWork:
                 self._job.report(Outcome(part.images.name, "embedded", record))
                 return
             self._pipeline.give_up(part.images)
-            if not self._remote.is_stopped:  # stopped by a signal: the next run embeds the part
+            if not self.remote.is_stopped:  # stopped by a signal: the next run embeds the part
                 self._leave_out(part.planned, failure)
 
     def _arrivals(self) -> Generator[OpenPart | None, None, None]:
@@ -170,15 +219,14 @@ class DeviceWork:
         has_more = True
         try:
             while True:
-                while has_more and len(flying) < self._job.ahead:
-                    try:
-                        following = next(planned)
-                    except StopIteration:
+                if len(flying) < self._job.ahead:
+                    for following in planned:
+                        if following is not None:
+                            flying.append(pool.submit(self._arrive, following))
+                        if following is None or len(flying) == self._job.ahead:
+                            break
+                    else:
                         has_more = False
-                        break
-                    if following is None:
-                        break
-                    flying.append(pool.submit(self._arrive, following))
                 if not flying and not has_more:
                     return
                 if not flying or not wait([flying[0]], _GLANCE_SECONDS).done:
@@ -209,7 +257,7 @@ class DeviceWork:
             try:
                 return self._open(planned, stack)
             except MaekitError as error:
-                if not self._remote.is_stopped:
+                if not self.remote.is_stopped:
                     self._leave_out(planned, str(error))
                 return None
 
@@ -219,7 +267,7 @@ class DeviceWork:
         if record is not None and planned.has_version(record.input_version):
             self._job.report(Outcome(planned.name, "skipped", record))  # another run embedded it in the meantime
             return None
-        images = planned.part.open(self._remote)
+        images = planned.part.open(self.remote)
         stack.callback(images.close)
         ordinals = planned.scope.ordinals(images)
         if record is not None and (record.input_digest, record.input_bytes) == (images.digest, images.size):

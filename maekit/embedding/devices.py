@@ -10,125 +10,22 @@ import multiprocessing
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
-from maekit.embedding.decode_pool import DecodePool
-from maekit.embedding.device_worker import Assignment, DeviceWork, Outcome
+from maekit.embedding.device_worker import Assignment, OneDevice, Outcome, Running
 from maekit.embedding.inputs import PlannedPart
 from maekit.embedding.pipeline import Timing
-from maekit.embedding.session import EncoderSession
-from maekit.encoder_file import EncoderDescription
-from maekit.providers import CPU
-from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.parallel import follow_parent, forking
 
-_GPU_CONCURRENCY = 2
 _TELL_SECONDS = 0.5
 _ASK_SECONDS = 0.001
 
 
-@dataclass(frozen=True)
-class Running:
-    """Where the model runs.
-
-    Attributes:
-        description: what the model's file states about itself.
-        provider: execution provider that runs its nodes.
-        reason: why that provider.
-        nodes: number of the model's nodes on each provider.
-        concurrency: batches in the session at a time. On a CPU, one per core, each in one thread: none waits for
-            another, and a row has the same bits for any number of cores. On a GPU, two: one is copied while the other
-            is computed.
-    """
-
-    description: EncoderDescription
-    provider: str
-    reason: str
-    nodes: dict[str, int]
-    concurrency: int
-
-
-@dataclass(frozen=True)
-class DeviceOptions:
-    """How one device is used.
-
-    Attributes:
-        model: the ONNX file.
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        provider_options: options of the CUDA provider.
-        cores: CPU cores that it may use.
-        workers: decoding processes.
-    """
-
-    model: Path
-    device: str
-    provider_options: Mapping[str, str]
-    cores: int
-    workers: int
-
-
-class OneDevice:
-    """The model in this process; a context manager.
-
-    Args:
-        options: how the device is used.
-        remote: cache that fetches remote shards.
-
-    Attributes:
-        running: where the model runs; known once entered.
-        count: number of devices.
-        concurrency: batches in sessions at a time, over all devices.
-        workers: decoding processes, over all devices.
-    """
-
-    running: Running
-    count = 1
-    concurrency: int
-
-    def __init__(self, options: DeviceOptions, remote: RemoteCache) -> None:
-        self._options, self._remote, self.workers = options, remote, options.workers
-        self._work: DeviceWork | None = None
-
-    def __enter__(self) -> "OneDevice":
-        options = self._options
-        # Fork first: a child forked later would inherit the state of ONNX Runtime's threads without the threads.
-        self._pool = DecodePool(options.workers)
-        try:
-            session = EncoderSession(
-                options.model, device=options.device, threads=1, provider_options=options.provider_options
-            )
-        except BaseException:
-            self.__exit__()
-            raise
-        self.concurrency = options.cores if session.provider == CPU else _GPU_CONCURRENCY
-        self.running = Running(session.description, session.provider, session.reason, session.nodes, self.concurrency)
-        self._session = session
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._pool.__exit__()
-
-    @property
-    def timing(self) -> Timing:
-        """Time spent in each stage."""
-        return self._work.timing if self._work else Timing()
-
-    def run(self, job: Assignment) -> Iterator[None]:
-        """Embed all parts of the job in this process, yielding regularly.
-
-        Raises:
-            MaekitError: the model failed, or the output cannot be written.
-        """
-        self._work = DeviceWork(self._session, self._pool, remote=self._remote, concurrency=self.concurrency, job=job)
-        yield from self._work.run()
-
-
-@dataclass
+@dataclass(eq=False)
 class _Child:
     """The process of a device and the parts it holds.
 
@@ -138,7 +35,6 @@ class _Child:
         connection: pipe to it.
         in_hand: the parts that it has received and not reported, by name.
         timing: its last report.
-        has_ended: whether it has finished or died.
     """
 
     device: str
@@ -146,7 +42,6 @@ class _Child:
     connection: Connection
     in_hand: dict[str, PlannedPart] = field(default_factory=dict)
     timing: Timing = field(default_factory=Timing)
-    has_ended: bool = False
 
     def receive(self) -> Any:
         """Return its next message.
@@ -167,40 +62,39 @@ class _Child:
 
 
 class ManyDevices:
-    """One process per device.
+    """One process per device; a context manager.
 
     Args:
-        options: how each device is used.
-        remote: cache that fetches remote shards.
+        devices: the devices.
 
     Attributes:
-        running: where the model runs; known once entered. `count`, `concurrency` and `workers` as in `OneDevice`.
+        running: where the model runs; known once entered. Its `concurrency` is the sum over the devices.
+        count: number of devices.
+        workers: decoding processes, over all devices.
     """
 
     running: Running
-    concurrency: int
 
-    def __init__(self, options: Sequence[DeviceOptions], remote: RemoteCache) -> None:
-        self._options, self._remote = options, remote
-        self.count, self.workers = len(options), sum(device.workers for device in options)
+    def __init__(self, devices: Sequence[OneDevice]) -> None:
+        self._devices = devices
+        self.count, self.workers = len(devices), sum(device.workers for device in devices)
         self._children: list[_Child] = []
         self._stop = mmap.mmap(-1, 1)  # shared with the children
 
     def __enter__(self) -> "ManyDevices":
         context = multiprocessing.get_context("fork")
         try:
-            for options in self._options:
+            for device in self._devices:
                 connection, end = context.Pipe()
                 others = [child.connection for child in self._children]
-                arguments = (end, [connection, *others], options, self._remote, self._stop, os.getpid())
-                process = context.Process(target=_serve, args=arguments, name=f"maekit-{options.device}")
+                arguments = (end, [connection, *others], device, self._stop, os.getpid())
+                process = context.Process(target=_serve, args=arguments, name=f"maekit-{device.name}")
                 with forking():
                     process.start()
                 end.close()
-                self._children.append(_Child(options.device, process, connection))
+                self._children.append(_Child(device.name, process, connection))
             ready = [self._first_message(child) for child in self._children]
-            self.running = ready[0]
-            self.concurrency = sum(running.concurrency for running in ready)
+            self.running = replace(ready[0], concurrency=sum(running.concurrency for running in ready))
             for child, running in zip(self._children, ready, strict=True):
                 if running.provider != self.running.provider:
                     raise MaekitError(f"{child.device} runs on {running.provider}, not on {self.running.provider}")
@@ -234,10 +128,11 @@ class ManyDevices:
 
     def _run(self, job: Assignment) -> Iterator[None]:
         todo = deque(job.parts)
+        live = list(self._children)
         asking: list[_Child] = []
         for child in self._children:
             child.send((job.output, job.batch_size))
-        while live := [child for child in self._children if not child.has_ended]:
+        while live:
             if job.stopped():
                 self._stop[0] = 1
                 todo.clear()
@@ -253,9 +148,12 @@ class ManyDevices:
                 try:
                     message = child.receive()
                 except (EOFError, ConnectionResetError):
-                    self._bury(child, todo, job.note)
+                    live.remove(child)
                     if child in asking:
                         asking.remove(child)
+                    child.process.join()
+                    todo.extendleft(reversed(child.in_hand.values()))
+                    job.note(f"the process of {child.device} died; its {len(child.in_hand)} shards go to the others")
                     continue
                 if isinstance(message, Outcome):
                     child.in_hand.pop(message.name, None)
@@ -267,18 +165,10 @@ class ManyDevices:
                 elif message is True:
                     asking.append(child)
                 else:
-                    child.has_ended = True
+                    live.remove(child)
             yield
         if todo:
             raise MaekitError("the processes of all devices were killed (out of memory?); run the command again")
-
-    def _bury(self, child: _Child, todo: deque[PlannedPart | None], note: Callable[[str], None]) -> None:
-        """Put the parts of a process that died back at the front of the queue."""
-        child.process.join()
-        child.has_ended = True
-        todo.extendleft(reversed(child.in_hand.values()))
-        note(f"the process of {child.device} died; its {len(child.in_hand)} shards go to the others")
-        child.in_hand.clear()
 
     def _first_message(self, child: _Child) -> Running:
         try:
@@ -295,14 +185,7 @@ class ManyDevices:
 Devices = OneDevice | ManyDevices
 
 
-def _serve(
-    connection: Connection,
-    others: list[Connection],
-    options: DeviceOptions,
-    remote: RemoteCache,
-    stop: mmap.mmap,
-    parent: int,
-) -> None:
+def _serve(connection: Connection, others: list[Connection], device: OneDevice, stop: mmap.mmap, parent: int) -> None:
     """Main function of the process of one device."""
     follow_parent(parent)
     for other in others:
@@ -324,12 +207,12 @@ def _serve(
             yield part
 
     try:
-        with OneDevice(options, remote) as device:
+        with device:
             tell(device.running)
             output, batch_size = connection.recv()
             job = Assignment(ask(), output, batch_size, report=tell, note=tell, stopped=lambda: stop[0])
             ended = threading.Event()
-            threading.Thread(target=_tell_regularly, args=(device, tell, stop, remote, ended), daemon=True).start()
+            threading.Thread(target=_tell_regularly, args=(device, tell, stop, ended), daemon=True).start()
             for _ in device.run(job):
                 pass
             ended.set()
@@ -340,14 +223,12 @@ def _serve(
     except (EOFError, BrokenPipeError):  # the parent is gone
         os._exit(1)
     except OSError as error:
-        tell(MaekitError(f"{options.device}: {error}"))
+        tell(MaekitError(f"{device.name}: {error}"))
 
 
-def _tell_regularly(
-    device: OneDevice, tell: Callable[[object], None], stop: mmap.mmap, remote: RemoteCache, ended: threading.Event
-) -> None:
+def _tell_regularly(device: OneDevice, tell: Callable[[object], None], stop: mmap.mmap, ended: threading.Event) -> None:
     with contextlib.suppress(OSError):
         while not ended.wait(_TELL_SECONDS):
             tell(device.timing)
             if stop[0]:
-                remote.stop()  # aborts downloads
+                device.remote.stop()  # aborts downloads

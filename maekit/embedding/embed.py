@@ -9,8 +9,8 @@ from pathlib import Path
 
 from maekit.config.embed import EmbedConfig
 from maekit.embedding.commit_record import CommitRecord, OutputOptions
-from maekit.embedding.device_worker import Assignment, Outcome
-from maekit.embedding.devices import DeviceOptions, Devices, ManyDevices, OneDevice
+from maekit.embedding.device_worker import Assignment, OneDevice, Outcome
+from maekit.embedding.devices import Devices, ManyDevices
 from maekit.embedding.inputs import FolderPart, Part, PlannedPart, Scope, TarPart, find_inputs
 from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names
 from maekit.embedding.speed import Speed
@@ -112,9 +112,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             job.refuse_renamed(planned)
             planned = split.of(planned if config.limit is None else list(job.first(planned, config.limit)))
             todo = job.without_committed(planned)
-            started = time.perf_counter()
-            job.embed(todo, devices)
-            seconds = time.perf_counter() - started
+            seconds = job.embed(todo, devices)
             if not (result.rows or result.errors or result.damaged or result.elsewhere) and split.count == 1:
                 output.discard_if_new()
                 narrowed = f" whose key matches {config.select}" if config.select is not None else ""
@@ -123,11 +121,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
                 result.verified = verify(
                     output, planned, remote=remote, progress=progress, stop_if_asked=job.stop_if_asked
                 )
-        speed = Speed.of(devices.timing, seconds, devices)
-    result.images_per_second = round(speed.images_per_second, 2)
-    result.limit_share = round(speed.limit_share, 4)
-    result.rates = {stage: round(rate, 2) for stage, rate in speed.rates.items()}
-    result.binds = speed.binds
+        result.images_per_second, result.rates, result.limit_share, result.binds = Speed.of(devices, seconds)
     return result
 
 
@@ -155,13 +149,15 @@ def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
     names = config.devices or (device,)
     share = max(1, cores() // (split.local_count * len(names)))
     workers = max(1, config.workers // len(names)) if config.workers else share
-    options = [DeviceOptions(Path(config.model), name, config.provider_options, share, workers) for name in names]
-    return ManyDevices(options, remote) if len(options) > 1 else OneDevice(options[0], remote)
+    model, options = Path(config.model), config.provider_options
+    devices = [
+        OneDevice(model, name, provider_options=options, cores=share, workers=workers, remote=remote) for name in names
+    ]
+    return ManyDevices(devices) if len(devices) > 1 else devices[0]
 
 
 def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirectory:
-    running = devices.running
-    description = running.description
+    running, description = devices.running, devices.running.description
     earlier = None if config.overwrite else batch_size_of(Path(config.out))
     options = OutputOptions(
         model=description.sha256,
@@ -275,8 +271,8 @@ class _Job:
                 f"{record.shard} was embedded earlier and is not in the input now; its rows stay where they are"
             )
 
-    def embed(self, todo: list[PlannedPart], devices: Devices) -> None:
-        """Embed and commit part by part; each is fetched and checked when its turn comes.
+    def embed(self, todo: list[PlannedPart], devices: Devices) -> float:
+        """Embed and commit part by part; each is fetched and checked when its turn comes. Return the seconds it took.
 
         Raises:
             Stopped: received SIGTERM or SIGINT.
@@ -296,10 +292,12 @@ class _Job:
         try:
             for _ in devices.run(job):
                 self._show(devices, time.perf_counter() - started)
-            self._show(devices, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._show(devices, seconds)
             self.stop_if_asked()
         finally:
             self.progress.stop()
+        return seconds
 
     def stop_if_asked(self) -> None:
         """Stop if a signal was received.
@@ -311,17 +309,8 @@ class _Job:
             raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
 
     def _show(self, devices: Devices, seconds: float) -> None:
-        timing = devices.timing
-        speed = Speed.of(timing, seconds, devices)
-        self.progress.advance(int(timing.bytes))
-        self.progress.figures(
-            {
-                "images_per_second": speed.images_per_second,
-                "rates": speed.rates,
-                "binds": speed.binds,
-                "errors": self.result.errors,
-            }
-        )
+        self.progress.advance(int(devices.timing.bytes))
+        self.progress.figures({**Speed.of(devices, seconds)._asdict(), "errors": self.result.errors})
 
     def _settle(self, outcome: Outcome) -> None:
         """Count the result of a part."""

@@ -104,15 +104,11 @@ class Layout:
 
     def schema(self) -> pa.Schema:
         """Return the schema of the parquet file."""
-        columns = [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("shard", pa.string(), nullable=False),
-            pa.field("index", pa.int32(), nullable=False),
-        ]
+        required = {"key": pa.string(), "shard": pa.string(), "index": pa.int32()}
         if self.format == "parquet":
-            values = pa.list_(pa.from_numpy_dtype(self.dtype), self.dim)
-            columns.append(pa.field("embedding", values, nullable=False))
-        columns += [pa.field(extension, pa.string() if extension in _TEXT else pa.binary()) for extension in self.keep]
+            required["embedding"] = pa.list_(pa.from_numpy_dtype(self.dtype), self.dim)
+        kept = {extension: pa.string() if extension in _TEXT else pa.binary() for extension in self.keep}
+        columns = [pa.field(name, kind, nullable=name in kept) for name, kind in {**required, **kept}.items()]
         return pa.schema(columns, metadata={"maekit": json.dumps(self.footer)})
 
 
@@ -146,8 +142,7 @@ class ShardFiles:
             MaekitError: a file cannot be written; names the path.
         """
         self.rows += len(rows)
-        if len(rows):
-            self._waiting.append(rows)
+        self._waiting.append(rows)
         while (count := self._waiting.group()) is not None:
             self._write(self._waiting[:count])
             self._waiting = self._waiting[count:]
@@ -160,7 +155,6 @@ class ShardFiles:
         """
         if len(self._waiting):
             self._write(self._waiting)
-            self._waiting = Rows()
         for path, file in self._files.items():
             with self._told(path):
                 file.end()
@@ -220,10 +214,10 @@ class _Parquet:
 
     def write(self, rows: Rows) -> None:
         """Write one group of rows."""
-        columns: dict[str, pa.Array] = {
-            "key": pa.array(rows.keys, pa.string()),
-            "shard": pa.array([self._shard] * len(rows), pa.string()),
-            "index": pa.array(rows.ordinals, pa.int32()),
+        columns: dict[str, Any] = {
+            "key": rows.keys,
+            "shard": [self._shard] * len(rows),
+            "index": rows.ordinals,
             **{extension: _kept(extension, values) for extension, values in rows.kept.items()},
         }
         if "embedding" in self._schema.names:
@@ -240,12 +234,12 @@ class _Parquet:
         self._writer.is_open = False  # else it writes its footer when garbage-collected
 
 
-def _kept(extension: str, values: list[bytes | None]) -> pa.Array:
+def _kept(extension: str, values: list[bytes | None]) -> list[Any]:
+    """Return sidecars as they are stored: text or bytes."""
     if extension not in _TEXT:
-        return pa.array(values, pa.binary())
+        return values
     # Bytes that are not UTF-8 become \xNN: a caption in another encoding must not cost its sample the embedding.
-    texts = [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
-    return pa.array(texts, pa.string())
+    return [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
 
 
 class _Npy:

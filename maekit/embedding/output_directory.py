@@ -124,17 +124,15 @@ class OutputDirectory:
             self._clear()
         self._sweep()
         wanted = self.options.to_json()
-        if not mark.is_file() and files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch):
-            there = wanted
-        else:
-            there = read_json(mark) or {}
-        differing = [key for key in wanted if there.get(key) != wanted[key]]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"{self.path} was made with {key} = {there.get(key)}, and {wanted[key]} is asked for now; "
-                "choose another `out`, or `overwrite` to delete what is there"
-            )
+        if not mark.is_file():
+            files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch)
+        there = read_json(mark) or {}
+        for key, value in wanted.items():
+            if there.get(key) != value:
+                raise InputError(
+                    f"{self.path} was made with {key} = {there.get(key)}, and {value} is asked for now; "
+                    "choose another `out`, or `overwrite` to delete what is there"
+                )
         if self.options.format == "npy":
             self._number(names)
         self._remove_uncommitted()
@@ -242,12 +240,9 @@ class OutputDirectory:
 
     def unaccounted(self) -> list[str]:
         """Return the files that look like output and belong to no committed shard, relative to the directory."""
-        records = [self._noted(name) for name in recorded_shards(self.path)]
-        known = {str(output["path"]) for record in records for output in record.get("outputs") or []}
-        found = [
-            path.relative_to(self.path) for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")
-        ]
-        return sorted(path.as_posix() for path in found if path.as_posix() not in known)
+        known = {path for name in recorded_shards(self.path) for path in self._outputs(name)}
+        found = {path for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")}
+        return sorted(path.relative_to(self.path).as_posix() for path in found - known)
 
     def errors_of(self, name: str) -> list[tuple[int, str]]:
         """Return ordinal and key of the samples of a shard that have no row.

@@ -36,8 +36,8 @@ class Result:
         embeddings: float32 `[rows, dim]`.
         refused: the samples without a row; `row` is the position in `part.ordinals`.
         crcs: (position, CRC-32 of the image's bytes) of each image.
-        failure: why the part cannot be read to its end; then the whole part is discarded.
         is_last: whether it ends the part.
+        failure: why the part cannot be read to its end; then the whole part is discarded.
     """
 
     part: OpenPart
@@ -45,8 +45,8 @@ class Result:
     embeddings: Embeddings
     refused: list[Rejected]
     crcs: list[tuple[int, int]]
-    failure: str | None
     is_last: bool
+    failure: str | None = None
 
 
 @dataclass
@@ -223,7 +223,7 @@ class EmbeddingPipeline:
         failure = next((chunk.failure for chunk in decoded if chunk.failure is not None), None)
         if failure is not None:
             self._failed.add(images.number)
-            return Result(batch.part, [], embeddings, [], [], failure, is_last=True)
+            return Result(batch.part, [], embeddings, refused=[], crcs=[], is_last=True, failure=failure)
         crcs = [crc for chunk in decoded for crc in chunk.crcs]
         refusals = {r.row: r for chunk in decoded for r in chunk.refused}
         refused = [refusals[row]._replace(row=batch.positions[row]) for row in refusals]
@@ -234,7 +234,7 @@ class EmbeddingPipeline:
         self._timing.images += len(kept)
         self._timing.bytes += images.size * samples / max(1, len(batch.part.ordinals))
         crcs_by_position = list(zip(batch.positions, crcs, strict=True))
-        return Result(batch.part, kept, embeddings, refused, crcs_by_position, None, batch.is_last)
+        return Result(batch.part, kept, embeddings, refused=refused, crcs=crcs_by_position, is_last=batch.is_last)
 
 
 def embed_padded(session: EncoderSession, pixels: Pixels, count: int) -> Embeddings:

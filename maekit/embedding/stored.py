@@ -54,12 +54,9 @@ class EmbeddingFolder:
         self.path = path
         if not is_embeddings(path):
             raise InputError(f"{path} holds no embeddings: it is no `out` of `maekit embed`")
-        self.records: list[CommitRecord] = []
+        records = [read_record(path, name) for name in recorded_shards(path)]
+        self.records = [record for record in records if record and bool(record.rows) == bool(record.outputs)]
         self._dim = 0  # known once a shard is read
-        for name in recorded_shards(path):
-            record = read_record(path, name)
-            if record is not None and bool(record.rows) == bool(record.outputs):
-                self.records.append(record)
         if not self.rows:
             raise InputError(f"{path} holds no embedding yet; run `maekit embed` on it first")
         models = {str(record.options.get("model")) for record in self.records}

@@ -23,7 +23,7 @@ from maekit.system.progress import Progress
 _NORM_TOLERANCE = 2e-3
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
     """Result of a verification.
 
@@ -34,9 +34,9 @@ class Verdict:
         problems: one line per problem.
     """
 
-    shards: int
-    rows: int
-    errors: int
+    shards: int = 0
+    rows: int = 0
+    errors: int = 0
     problems: list[str] = field(default_factory=list)
 
 
@@ -57,31 +57,32 @@ def verify(
         progress: receives progress updates.
         stop_if_asked: called for each shard; raises to stop.
     """
-    shards = rows = errors = 0
-    problems: list[str] = []
+    verdict = Verdict()
 
-    def check(planned: PlannedPart) -> tuple[CommitRecord | None, str | None]:
+    def check(planned: PlannedPart) -> CommitRecord | str:
         record = output.committed(planned.name, planned.scope.first)
         if record is None:
-            return None, f"{planned.name}: has no valid commit record"
+            return f"{planned.name}: has no valid commit record"
         try:
-            return record, _problem(output, record, planned, remote)
+            return _problem(output, record, planned, remote) or record
         except MaekitError as error:
-            return record, f"{planned.name}: {error}"
+            return f"{planned.name}: {error}"
 
     progress.start("verify", len(parts))
     try:
-        for number, (record, problem) in enumerate(map_in_threads(check, parts, threads=cores()), 1):
+        for number, checked in enumerate(map_in_threads(check, parts, threads=cores()), 1):
             stop_if_asked()
-            if problem is not None:
-                problems.append(problem)
-            elif record is not None:
-                shards, rows, errors = shards + 1, rows + record.rows, errors + record.errors
+            if isinstance(checked, str):
+                verdict.problems.append(checked)
+            else:
+                verdict.shards += 1
+                verdict.rows += checked.rows
+                verdict.errors += checked.errors
             progress.advance(number)
     finally:
         progress.stop()
-    problems += [f"{path}: belongs to no committed shard" for path in output.unaccounted()]
-    return Verdict(shards, rows, errors, problems)
+    verdict.problems += [f"{path}: belongs to no committed shard" for path in output.unaccounted()]
+    return verdict
 
 
 def _problem(output: OutputDirectory, record: CommitRecord, planned: PlannedPart, remote: RemoteCache) -> str | None:
