@@ -129,8 +129,9 @@ def _decode(pool: DecodePool, session: EncoderSession, parts: list[Images], coun
     for part in parts:
         ordinals = list(Scope(None, count - done).ordinals(part))
         for start in range(0, len(ordinals), size):
-            places = [place for ordinal in ordinals[start : start + size] if (place := part.place(ordinal)) is not None]
-            flying.append(pool.submit(Chunk(0, done + start, part, places)))
+            chunk = [part.location(ordinal) for ordinal in ordinals[start : start + size]]
+            locations = [location for location in chunk if location is not None]
+            flying.append(pool.submit(Chunk(0, done + start, part, locations)))
         done += len(ordinals)
     for future in flying:
         future.result()

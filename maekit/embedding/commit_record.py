@@ -1,7 +1,7 @@
-"""Records kept with an output: the options that made it, a commit record per shard, and the keys without a row."""
+"""Records kept with an output: the options that made it, and a commit record per shard."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -80,39 +80,24 @@ class CommitRecord:
             record = cls(**(raw or {}))
         except TypeError:
             return None
-        texts = (record.shard, record.input_digest)
-        numbers = (record.input_bytes, record.input_content, record.keys, record.rows, record.errors)
         is_sound = (
             record.shard == name
-            and all(isinstance(text, str) for text in texts)
-            and all(type(number) is int for number in numbers)
-            and (record.input_version is None or isinstance(record.input_version, str))
-            and (record.first is None or type(record.first) is int)
-            and isinstance(record.options, dict)
-            and isinstance(record.outputs, list)
+            and all(_is_a(field.type, getattr(record, field.name)) for field in fields(cls))
             and all(_is_output(output) for output in record.outputs)
             and record.rows + record.errors == record.keys
         )
         return record if is_sound else None
 
 
-@dataclass(frozen=True)
-class ErrorRow:
-    """A key without an embedding: its position in the shard, its name, a reason code, and the details."""
-
-    ordinal: int
-    key: str
-    reason: str
-    detail: str
+def _is_a(kind: Any, value: Any) -> bool:
+    """Whether a value read from JSON has the type of a record's field; true and false are no numbers."""
+    return isinstance(value, getattr(kind, "__origin__", kind)) and not isinstance(value, bool)
 
 
 def _is_output(output: Any) -> bool:
-    return (
-        isinstance(output, dict)
-        and is_below(output.get("path"))
-        and isinstance(output.get("sha256"), str)
-        and type(output.get("bytes")) is int
-    )
+    if not isinstance(output, dict) or not is_below(output.get("path")):
+        return False
+    return _is_a(str, output.get("sha256")) and _is_a(int, output.get("bytes"))
 
 
 def is_below(path: Any) -> bool:

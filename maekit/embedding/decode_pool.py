@@ -8,6 +8,7 @@ retried one by one; an image that kills two processes is rejected as `crashed`.
 """
 
 import contextlib
+import errno
 import mmap
 import multiprocessing
 import os
@@ -22,12 +23,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from maekit.embedding.inputs import Images, Location, read_image
 from maekit.images import Pixels, Preprocess
-from maekit.shards.read import read_bytes, read_file
 from maekit.system.errors import ImageError, MaekitError
 from maekit.system.machine import available_memory
 from maekit.system.parallel import follow_parent, forking
@@ -36,25 +37,6 @@ _OPEN_SHARDS = 4  # descriptors kept open per process
 _SECONDS_PER_IMAGE = 30  # of CPU time; the largest accepted images take 2 or 3
 _MOST_CRASHES = 100  # more cannot be the images' fault
 _LOWEST_PRIORITY = 19
-
-Place = tuple[int, int, int | None] | str
-"""Where an image lies: (offset, bytes, CRC-32) in a shard's descriptor, or the path of a file."""
-
-
-class Source(Protocol):
-    """What images are read from: a shard, or a folder."""
-
-    @property
-    def number(self) -> int:
-        """Unique number of the source."""
-
-    @property
-    def name(self) -> str:
-        """Name for messages."""
-
-    @property
-    def descriptor(self) -> int | None:
-        """Descriptor of an open file; None if images are given as paths."""
 
 
 class Rejected(NamedTuple):
@@ -78,14 +60,14 @@ class Chunk:
     Attributes:
         slot: position of the batch in the ring.
         row: row of the first image.
-        source: what the images are read from.
-        places: location of each image in the source.
+        images: what the images are read from.
+        locations: location of each image.
     """
 
     slot: int
     row: int
-    source: Source
-    places: list[Place]
+    images: Images
+    locations: list[Location]
 
 
 @dataclass
@@ -95,7 +77,7 @@ class Decoded:
     Attributes:
         crcs: CRC-32 of each image's bytes; 0 if they could not be read.
         refused: the images without a row.
-        failure: why the source cannot be read at all; then the other fields are void.
+        failure: why the shard cannot be read at all; then the other fields are void.
         seconds: CPU time spent.
     """
 
@@ -123,27 +105,23 @@ class Ring:
     def __init__(self, slots: int, batch_size: int, size: tuple[int, int]) -> None:
         self.shape = (slots, batch_size, *size, 3)
         count = int(np.prod(self.shape))
-        if count > available_memory():
-            raise _too_large(count, slots, batch_size, "not so much is free")
         self.descriptor = os.memfd_create("maekit-batches")
         try:
+            if count > available_memory():
+                raise OSError(errno.ENOMEM, "not so much is free")
             os.posix_fallocate(self.descriptor, 0, count)  # else a shortage shows as SIGBUS on first use of a page
             self._memory = mmap.mmap(self.descriptor, count)
         except OSError as error:
             os.close(self.descriptor)
-            raise _too_large(count, slots, batch_size, error.strerror) from error
+            raise MaekitError(
+                f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({error.strerror}); "
+                "choose a smaller `batch_size`"
+            ) from error
         self.batches: Pixels = np.frombuffer(self._memory, np.uint8).reshape(self.shape)
 
     def close(self) -> None:
         """Close the descriptor; the memory is freed when the last array that views it is."""
         os.close(self.descriptor)
-
-
-def _too_large(count: int, slots: int, batch_size: int, reason: str | None) -> MaekitError:
-    return MaekitError(
-        f"no {count / 1e6:.0f} MB of memory for {slots} batches of {batch_size} images ({reason}); choose a smaller "
-        "`batch_size`"
-    )
 
 
 class DecodePool:
@@ -153,11 +131,12 @@ class DecodePool:
         workers: number of processes.
     """
 
+    _work: "_Work"
+
     def __init__(self, workers: int) -> None:
         self.workers = workers
         self._idle: queue.SimpleQueue[_Process] = queue.SimpleQueue()
         self._all: list[_Process] = []
-        self._work: _Work | None = None
         self._crashes = 0
         self._is_aborted = False
         self._threads = ThreadPoolExecutor(workers, "decode")
@@ -202,25 +181,22 @@ class DecodePool:
         The result raises:
             MaekitError: the processes keep dying.
         """
-        assert self._work is not None
-        return self._threads.submit(self._decode, chunk, self._work)
+        return self._threads.submit(self._decode, chunk)
 
-    def _decode(self, chunk: Chunk, work: "_Work") -> Decoded:
+    def _decode(self, chunk: Chunk) -> Decoded:
         process = self._idle.get()
         try:
-            process.wanted = work
-            try:
-                return process.decode(chunk)
-            except _Died:
-                self._replace(process)
-                return self._one_by_one(process, chunk)
+            return process.decode(chunk, self._work)
+        except _Died:
+            self._replace(process)
+            return self._one_by_one(process, chunk)
         finally:
             self._idle.put(process)
 
     def _one_by_one(self, process: "_Process", chunk: Chunk) -> Decoded:
         whole = Decoded()
-        for number, place in enumerate(chunk.places):
-            one = self._tried_twice(process, Chunk(chunk.slot, chunk.row + number, chunk.source, [place]))
+        for row, location in enumerate(chunk.locations, chunk.row):
+            one = self._tried_twice(process, Chunk(chunk.slot, row, chunk.images, [location]))
             if one.failure is not None:
                 return one
             whole.crcs += one.crcs
@@ -231,7 +207,7 @@ class DecodePool:
     def _tried_twice(self, process: "_Process", one: Chunk) -> Decoded:
         for _ in range(2):
             try:
-                return process.decode(one)
+                return process.decode(one, self._work)
             except _Died as died:
                 how = str(died)
                 self._replace(process)
@@ -269,7 +245,6 @@ class _Process:
     _ends: ClassVar[set[Connection]] = set()
 
     def __init__(self) -> None:
-        self.wanted: _Work | None = None
         self._start()
 
     def _start(self) -> None:
@@ -308,24 +283,19 @@ class _Process:
         self._ends.discard(self._connection)
         self._connection.close()
 
-    def decode(self, chunk: Chunk) -> Decoded:
-        source, descriptor = chunk.source, chunk.source.descriptor
-        if descriptor is None and not isinstance(chunk.places[0], str):
-            return Decoded(failure=f"{source.name}: was closed")  # the shard was given up in the meantime
-        assert self.wanted is not None
+    def decode(self, chunk: Chunk, work: _Work) -> Decoded:
+        images, number, descriptor = chunk.images, chunk.images.number, chunk.images.descriptor
+        if descriptor is None and not isinstance(chunk.locations[0], str):
+            return Decoded(failure=f"{images.name}: was closed")  # the shard was given up in the meantime
         try:
-            if self._known is not self.wanted:
-                self._known = self.wanted
-                ring, preprocess, yielding = self.wanted
-                self._connection.send(("work", ring.shape, preprocess, yielding))
-                self._hand_over(ring.descriptor)
-            if descriptor is not None and source.number not in self._open:
+            if self._known is not work:
+                self._known = work
+                self._hand_over(work.ring.descriptor, "use", work.ring.shape, work.preprocess, work.yielding)
+            if descriptor is not None and number not in self._open:
                 gone = self._open.popitem(last=False)[0] if len(self._open) == _OPEN_SHARDS else None
-                self._open[source.number] = None
-                self._connection.send(("open", source.number, gone))
-                self._hand_over(descriptor)
-            number = None if descriptor is None else source.number
-            self._connection.send(("decode", chunk.slot, chunk.row, number, source.name, chunk.places))
+                self._open[number] = None
+                self._hand_over(descriptor, "open", number, gone)
+            self._connection.send(("decode", chunk.slot, chunk.row, number, images.name, chunk.locations))
             decoded: Decoded = self._connection.recv()
             return decoded
         except (EOFError, OSError) as error:
@@ -334,7 +304,9 @@ class _Process:
             how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
             raise _Died(how) from error
 
-    def _hand_over(self, descriptor: int) -> None:
+    def _hand_over(self, descriptor: int, *message: object) -> None:
+        """Send a message that refers to a descriptor, and the descriptor."""
+        self._connection.send(message)
         assert self._process.pid is not None
         send_handle(self._connection, descriptor, self._process.pid)
 
@@ -348,19 +320,17 @@ def _serve(connection: Connection, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):  # the parent is gone
         while True:
             what, *arguments = connection.recv()
-            if what == "work":
-                worker.use(recv_handle(connection), *arguments)
-            elif what == "open":
-                worker.open(recv_handle(connection), *arguments)
-            else:
+            if what == "decode":
                 connection.send(worker.decode(*arguments))
+            else:
+                getattr(worker, what)(recv_handle(connection), *arguments)
 
 
 class _Worker:
-    """State of a decoding process."""
+    """State of a decoding process; its methods are the messages that it receives."""
 
     def __init__(self) -> None:
-        self._descriptors: dict[int | None, int] = {}
+        self._descriptors: dict[int, int] = {}
 
     def use(self, descriptor: int, shape: tuple[int, ...], preprocess: Preprocess, yielding: bool) -> None:
         if yielding:
@@ -375,15 +345,16 @@ class _Worker:
         if gone is not None:
             os.close(self._descriptors.pop(gone))
 
-    def decode(self, slot: int, row: int, number: int | None, name: str, places: list[Place]) -> Decoded:
+    def decode(self, slot: int, row: int, number: int, name: str, locations: list[Location]) -> Decoded:
         started = time.thread_time()  # process_time lags by milliseconds
+        descriptor = self._descriptors.get(number)  # a folder has none
         decoded = Decoded()
-        for at, place in enumerate(places, row):
+        for at, location in enumerate(locations, row):
             crc = 0
             try:
-                data = self._read(number, name, place)
+                data = read_image(descriptor, name, location)
                 crc = zlib.crc32(data)
-                _limit_cpu_time(_SECONDS_PER_IMAGE)
+                _limit_cpu_time()
                 self._batches[slot, at] = self._preprocess(data)
             except ImageError as error:
                 decoded.refused.append(Rejected(at, error.reason, str(error)))
@@ -393,15 +364,10 @@ class _Worker:
         decoded.seconds = time.thread_time() - started
         return decoded
 
-    def _read(self, number: int | None, name: str, place: Place) -> bytes:
-        if isinstance(place, str):
-            return read_file(place)
-        return read_bytes(self._descriptors[number], name, *place)
 
-
-def _limit_cpu_time(seconds: int) -> None:
+def _limit_cpu_time() -> None:
     """Let the kernel kill this process after N more seconds of CPU time, so that no image can block a run."""
     hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    limit: Any = int(time.process_time()) + 1 + seconds
+    limit = int(time.process_time()) + 1 + _SECONDS_PER_IMAGE
     if hard == resource.RLIM_INFINITY or limit <= hard:
         resource.setrlimit(resource.RLIMIT_CPU, (limit, hard))

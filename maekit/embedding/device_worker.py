@@ -1,53 +1,63 @@
-"""The work of one device: shards in order -> open and check -> pipeline -> commit.
+"""The work of one device: parts in order -> open and check -> pipeline -> commit.
 
-Every shard that goes in is reported as one `Outcome`.
+Every part that goes in is reported as one `Outcome`.
 """
 
 import contextlib
 import itertools
-import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import ClassVar
 
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.decode_pool import DecodePool
-from maekit.embedding.inputs import Part, Scope, content_of
+from maekit.embedding.inputs import OpenPart, PlannedPart, content_of
 from maekit.embedding.output_directory import OutputDirectory
-from maekit.embedding.pipeline import EmbeddingPipeline, Opened, Timing
+from maekit.embedding.pipeline import EmbeddingPipeline, Timing
 from maekit.embedding.session import EncoderSession, OutOfMemory
-from maekit.embedding.writer import Writer, Written
+from maekit.embedding.writer import Writer
+from maekit.encoder_file import EncoderDescription
+from maekit.providers import CPU
 from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.locks import LockedError
 
+_GPU_CONCURRENCY = 2
 _GLANCE_SECONDS = 0.05  # how long to wait for the next shard before yielding to the caller
 
 
 @dataclass(frozen=True)
-class Task:
-    """A shard to embed.
+class Running:
+    """Where the model runs.
 
     Attributes:
-        part: the shard.
-        version: its version when the run began; None if unknown.
-        scope: which of its samples to embed.
+        description: what the model's file states about itself.
+        provider: execution provider that runs its nodes.
+        reason: why that provider.
+        nodes: number of the model's nodes on each provider.
+        concurrency: batches in the session at a time. On a CPU, one per core, each in one thread: none waits for
+            another, and a row has the same bits for any number of cores. On a GPU, two: one is copied while the other
+            is computed.
     """
 
-    part: Part
-    version: str | None
-    scope: Scope
+    description: EncoderDescription
+    provider: str
+    reason: str
+    nodes: dict[str, int]
+    concurrency: int
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of one shard.
+    """Result of one part.
 
     Attributes:
-        name: name of the shard.
+        name: name of the part.
         kind: `embedded`, `skipped` (it was committed already), `left_out`, or `elsewhere` (another run holds it).
-        record: its commit record, or None; for a shard left out, the record of an earlier run.
+        record: its commit record, or None; for a part left out, the record of an earlier run.
         reason: why it was left out, or which run holds it.
     """
 
@@ -57,67 +67,82 @@ class Outcome:
     reason: str = ""
 
 
-@dataclass
-class _UnderWay:
-    """A shard that is being embedded, with the stack that closes it and releases its lock."""
+@dataclass(frozen=True)
+class Assignment:
+    """The work of a device, or of all devices.
 
-    task: Task
-    opened: Opened
-    stack: contextlib.ExitStack
-
-
-class DeviceWork:
-    """Embeds shards on one device.
-
-    Args:
-        session: the encoder on this device.
-        pool: decodes the images.
+    Attributes:
+        parts: the parts to embed; None while the next one is not known yet.
         output: receives rows and records.
-        remote: cache that fetches remote shards.
         batch_size: images per run of the model.
-        concurrency: batches in the session at a time.
-        ahead: shards to fetch and index ahead.
-        report: called once for each shard, from any thread.
+        report: called once for each part, from any thread.
         note: called with messages for the user.
-        stopped: returns whether to stop; finished shards stay.
+        stopped: returns whether to stop; finished parts stay.
+        ahead: parts that a device fetches and indexes ahead.
     """
 
-    def __init__(
-        self,
-        session: EncoderSession,
-        pool: DecodePool,
-        output: OutputDirectory,
-        remote: RemoteCache,
-        *,
-        batch_size: int,
-        concurrency: int,
-        ahead: int,
-        report: Callable[[Outcome], None],
-        note: Callable[[str], None],
-        stopped: Callable[[], object],
-    ) -> None:
-        self._session, self._pool, self._output, self._remote = session, pool, output, remote
-        self._batch_size, self._concurrency, self._ahead = batch_size, concurrency, ahead
-        self._report, self._note, self._stopped = report, note, stopped
-        self._under_way: dict[int, _UnderWay] = {}
-        self._past = Timing()
-        self._timing = Timing()
-        self._lock = threading.Lock()
-        self._pipeline: EmbeddingPipeline | None = None
+    parts: Iterable[PlannedPart | None]
+    output: OutputDirectory
+    batch_size: int
+    report: Callable[[Outcome], None]
+    note: Callable[[str], None]
+    stopped: Callable[[], object]
+    ahead: int = 2
 
-    @property
-    def timing(self) -> Timing:
-        """Time spent in each stage so far."""
-        return self._past + self._timing
 
-    def run(self, tasks: Iterable[Task | None]) -> Iterator[None]:
-        """Embed all tasks, yielding regularly. `tasks` gives None while its next task is not known yet.
+@dataclass
+class OneDevice:
+    """The model on one device, in this process; a context manager.
+
+    Attributes:
+        model: the ONNX file.
+        name: `auto`, `cpu`, `cuda` or `cuda:N`.
+        provider_options: options of the CUDA provider.
+        cores: CPU cores that it may use.
+        workers: decoding processes.
+        remote: cache that fetches remote shards.
+        running: where the model runs; known once entered.
+        timing: time spent in each stage.
+        count: number of devices.
+    """
+
+    model: Path
+    name: str
+    _: KW_ONLY
+    provider_options: Mapping[str, str]
+    cores: int
+    workers: int
+    remote: RemoteCache
+    running: Running = field(init=False)
+    timing: Timing = field(init=False, default_factory=Timing)
+    count: ClassVar[int] = 1
+    _under_way: dict[int, OpenPart] = field(init=False, default_factory=dict)
+
+    def __enter__(self) -> "OneDevice":
+        # Fork first: a child forked later would inherit the state of ONNX Runtime's threads without the threads.
+        self._pool = DecodePool(self.workers)
+        try:
+            session = EncoderSession(self.model, device=self.name, threads=1, provider_options=self.provider_options)
+        except BaseException:
+            self.__exit__()
+            raise
+        concurrency = self.cores if session.provider == CPU else _GPU_CONCURRENCY
+        self.running = Running(session.description, session.provider, session.reason, session.nodes, concurrency)
+        self._session = session
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._pool.__exit__()
+
+    def run(self, job: Assignment) -> Iterator[None]:
+        """Embed all parts of the job, once, yielding regularly.
 
         Raises:
             MaekitError: the model failed, or the output cannot be written.
         """
-        arrivals = self._arrivals(tasks)
-        again: list[Opened] = []
+        self._job, self._batch_size = job, job.batch_size
+        arrivals = self._arrivals()
+        again: list[OpenPart] = []
         try:
             while True:
                 try:
@@ -127,144 +152,138 @@ class DeviceWork:
                     if self._batch_size == 1:
                         raise
                     self._batch_size //= 2
-                    self._note(f"{error}: going on with batches of {self._batch_size}")
-                    again = [way.opened for way in self._under_way.values()]
+                    self._job.note(f"{error}: going on with batches of {self._batch_size}")
+                    again = list(self._under_way.values())
         finally:
             arrivals.close()
-            for way in self._under_way.values():
-                way.stack.close()
+            for part in self._under_way.values():
+                part.resources.close()
 
-    def _embed(self, shards: Iterable[Opened | None]) -> Iterator[None]:
-        self._past, self._timing = self.timing, Timing()
-        pipeline = EmbeddingPipeline(
-            self._session, self._pool, batch_size=self._batch_size, concurrency=self._concurrency
+    def _embed(self, parts: Iterable[OpenPart | None]) -> Iterator[None]:
+        self._pipeline = EmbeddingPipeline(
+            self._session,
+            self._pool,
+            batch_size=self._batch_size,
+            concurrency=self.running.concurrency,
+            timing=self.timing,
         )
-        self._timing = pipeline.timing
-        writer = Writer(self._output, self._blank, self._settle, pipeline.timing)
-        parts = pipeline.run(shards)
-        self._pipeline = pipeline
+        writer = Writer(self._job.output, blank=self._blank, done=self._settle, timing=self.timing)
+        results = self._pipeline.run(parts)
         try:
-            for part in parts:
-                if part is not None:
-                    writer.put(part)
+            for result in results:
+                if result is not None:
+                    writer.put(result)
                 writer.check()
                 yield
-                if self._stopped():
+                if self._job.stopped():
                     self._pool.abort()  # one image may take long
                     break
         finally:
-            parts.close()
+            results.close()
             writer.close()
 
-    def _blank(self, shard: Opened) -> CommitRecord:
-        """Return the record of a shard, with its results left blank."""
-        images = shard.images
-        with self._lock:
-            task = self._under_way[images.number].task
+    def _blank(self, part: OpenPart, content: int) -> CommitRecord:
+        """Return the record of a part, with the results of writing it left blank."""
         return CommitRecord(
-            shard=images.name,
-            input_digest=images.digest,
-            input_bytes=images.size,
-            input_content=0,
-            input_version=images.version,
-            first=task.scope.first,
-            options={**self._output.options.to_json(), "batch_size": self._batch_size},
+            shard=part.images.name,
+            input_digest=part.images.digest,
+            input_bytes=part.images.size,
+            input_content=content,
+            input_version=part.images.version,
+            first=part.planned.scope.first,
+            options={**self._job.output.options.to_json(), "batch_size": self._batch_size},
             providers=list(self._session.registered),
             nodes=self._session.nodes,
-            keys=len(shard.ordinals),
+            keys=len(part.ordinals),
             rows=0,
             errors=0,
             outputs=[],
         )
 
-    def _settle(self, written: Written) -> None:
-        """Report a shard that the writer has finished or given up; runs in the writer's thread."""
-        with self._lock:
-            way = self._under_way.pop(written.images.number)
-        with way.stack:
-            if written.record is not None:
-                self._report(Outcome(written.images.name, "embedded", written.record))
+    def _settle(self, part: OpenPart, record: CommitRecord | None, failure: str) -> None:
+        """Report a part that the writer has finished or given up; runs in the writer's thread."""
+        del self._under_way[part.images.number]
+        with part.resources:
+            if record is not None:
+                self._job.report(Outcome(part.images.name, "embedded", record))
                 return
-            if self._pipeline is not None:
-                self._pipeline.give_up(written.images)
-            if not self._remote.is_stopped:  # stopped by a signal: the next run embeds the shard
-                self._leave_out(way.task, written.failure or "")
+            self._pipeline.give_up(part.images)
+            if not self.remote.is_stopped:  # stopped by a signal: the next run embeds the part
+                self._leave_out(part.planned, failure)
 
-    def _arrivals(self, tasks: Iterable[Task | None]) -> Generator[Opened | None, None, None]:
-        """Yield each shard that opens and still has to be embedded; None while the next one is not ready yet."""
-        waiting = iter(tasks)
-        pool = ThreadPoolExecutor(self._ahead, "arrive")
-        flying: deque[tuple[Task, Future[_UnderWay | None]]] = deque()
+    def _arrivals(self) -> Generator[OpenPart | None, None, None]:
+        """Yield each part that opens and still has to be embedded; None while the next one is not ready yet."""
+        planned = iter(self._job.parts)
+        pool = ThreadPoolExecutor(self._job.ahead, "arrive")
+        flying: deque[Future[OpenPart | None]] = deque()
+        has_more = True
         try:
             while True:
-                has_more = True
-                while len(flying) < self._ahead:
-                    try:
-                        task = next(waiting)
-                    except StopIteration:
+                if len(flying) < self._job.ahead:
+                    for following in planned:
+                        if following is not None:
+                            flying.append(pool.submit(self._arrive, following))
+                        if following is None or len(flying) == self._job.ahead:
+                            break
+                    else:
                         has_more = False
-                        break
-                    if task is None:
-                        break
-                    flying.append((task, pool.submit(self._arrive, task)))
                 if not flying and not has_more:
                     return
-                if not flying or not wait([flying[0][1]], _GLANCE_SECONDS).done:
+                if not flying or not wait([flying[0]], _GLANCE_SECONDS).done:
                     yield None
                     continue
-                way = flying.popleft()[1].result()
-                if self._stopped():
-                    if way is not None:
-                        way.stack.close()
+                part = flying.popleft().result()
+                if self._job.stopped():
+                    if part is not None:
+                        part.resources.close()
                     return
-                if way is not None:
-                    with self._lock:
-                        self._under_way[way.opened.images.number] = way
-                    yield way.opened
+                if part is not None:
+                    self._under_way[part.images.number] = part
+                    yield part
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            for _, future in flying:
+            for future in flying:
                 if not future.cancelled() and future.exception() is None and (left := future.result()) is not None:
-                    left.stack.close()
+                    left.resources.close()
 
-    def _arrive(self, task: Task) -> _UnderWay | None:
-        """Lock, fetch, index and open a shard; report it and return None if there is nothing to embed."""
-        name = task.part.name
+    def _arrive(self, planned: PlannedPart) -> OpenPart | None:
+        """Lock, fetch, index and open a part; report it and return None if there is nothing to embed."""
         with contextlib.ExitStack() as stack:
             try:
-                stack.enter_context(self._output.sole_owner_of(name))
+                stack.enter_context(self._job.output.sole_owner_of(planned.name))
             except LockedError as held:
-                self._report(Outcome(name, "elsewhere", reason=held.owner))
+                self._job.report(Outcome(planned.name, "elsewhere", reason=held.owner))
                 return None
             try:
-                return self._judge(task, stack)
+                return self._open(planned, stack)
             except MaekitError as error:
-                if not self._remote.is_stopped:
-                    self._leave_out(task, str(error))
+                if not self.remote.is_stopped:
+                    self._leave_out(planned, str(error))
                 return None
 
-    def _judge(self, task: Task, stack: contextlib.ExitStack) -> _UnderWay | None:
-        record = self._output.committed(task.part.name, task.scope.first)
-        if record is not None and task.version is not None and record.input_version == task.version:
-            self._report(Outcome(task.part.name, "skipped", record))  # another run embedded it in the meantime
+    def _open(self, planned: PlannedPart, stack: contextlib.ExitStack) -> OpenPart | None:
+        output = self._job.output
+        record = output.committed(planned.name, planned.scope.first)
+        if record is not None and planned.has_version(record.input_version):
+            self._job.report(Outcome(planned.name, "skipped", record))  # another run embedded it in the meantime
             return None
-        images = task.part.open(self._remote)
+        images = planned.part.open(self.remote)
         stack.callback(images.close)
-        ordinals = task.scope.ordinals(images)
+        ordinals = planned.scope.ordinals(images)
         if record is not None and (record.input_digest, record.input_bytes) == (images.digest, images.size):
-            # The version alone differs: this is a copy, or the shard was modified or repaired.
-            content = content_of(images, ordinals, self._output.options.keep, self._stopped)
+            # The version alone differs: this is a copy, or the part was modified or repaired.
+            content = content_of(images, ordinals, output.options.keep, self._job.stopped)
             if content == record.input_content:
-                self._output.renew(record, images.version)
-                self._report(Outcome(task.part.name, "skipped", record))
+                output.renew(record, images.version)
+                self._job.report(Outcome(planned.name, "skipped", record))
                 return None
-        return _UnderWay(task, Opened(images, ordinals), stack.pop_all())
+        return OpenPart(planned, images, ordinals, stack.pop_all())
 
-    def _leave_out(self, task: Task, reason: str) -> None:
-        """Continue without a shard. What an earlier run embedded from it stays and counts."""
-        record = self._output.committed(task.part.name, task.scope.first)
+    def _leave_out(self, planned: PlannedPart, reason: str) -> None:
+        """Continue without a part. What an earlier run embedded from it stays and counts."""
+        record = self._job.output.committed(planned.name, planned.scope.first)
         if record is not None:
             reason += " (its earlier embeddings stay)"
         else:
-            self._output.write_damage(task.part.name, reason)
-        self._report(Outcome(task.part.name, "left_out", record, reason))
+            self._job.output.write_damage(planned.name, reason)
+        self._job.report(Outcome(planned.name, "left_out", record, reason))

@@ -3,15 +3,15 @@
 import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from maekit.config.embed import EmbedConfig
 from maekit.embedding.commit_record import CommitRecord, OutputOptions
-from maekit.embedding.device_worker import Outcome, Task
-from maekit.embedding.devices import Assignment, DeviceOptions, Devices, ManyDevices, OneDevice
-from maekit.embedding.inputs import FolderPart, Part, Scope, TarPart, find_inputs
+from maekit.embedding.device_worker import Assignment, OneDevice, Outcome
+from maekit.embedding.devices import Devices, ManyDevices
+from maekit.embedding.inputs import FolderPart, Part, PlannedPart, Scope, TarPart, find_inputs
 from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names
 from maekit.embedding.speed import Speed
 from maekit.embedding.splits import Split, find_split
@@ -32,14 +32,14 @@ from maekit.system.signals import stop_on_signal
 # start of a run: it changes the last bits of the arithmetic, and must not vary with the noise of a measurement.
 _CPU_BATCH, _GPU_BATCH, _LARGEST_GPU_BATCH = 8, 256, 1024
 _USUAL_PIXELS = 224 * 224
-_LOOKING = 16  # shards whose version is requested concurrently
-# Shards that one device uses at once: fetched ahead, being embedded, being written.
+_LOOKING = 16  # parts whose version is requested concurrently
+# Parts that one device uses at once: fetched ahead, being embedded, being written.
 _IN_USE = 6
 
 
-@dataclass(frozen=True)
+@dataclass
 class EmbedResult:
-    """Result of a run; `--json` prints it.
+    """Result of a run; `--json` prints it. A run counts in it.
 
     Attributes:
         out: the output directory.
@@ -61,19 +61,19 @@ class EmbedResult:
     """
 
     out: str
-    rows: int
-    errors: int
-    shards: int
-    skipped: int
-    damaged: list[str]
-    elsewhere: list[str]
-    images_per_second: float
-    limit_share: float
-    rates: dict[str, float]
-    binds: str
-    provider: str
-    batch_size: int
-    split: str
+    rows: int = 0
+    errors: int = 0
+    shards: int = 0
+    skipped: int = 0
+    damaged: list[str] = field(default_factory=list)
+    elsewhere: list[str] = field(default_factory=list)
+    images_per_second: float = 0.0
+    limit_share: float = 0.0
+    rates: dict[str, float] = field(default_factory=dict)
+    binds: str = ""
+    provider: str = ""
+    batch_size: int = 0
+    split: str = "all"
     verified: Verdict | None = None
 
 
@@ -100,38 +100,29 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
         output = _output(config, split, devices)
         output.refuse_foreign()
         check_output_names(output.layout, parts)
+        result = EmbedResult(
+            config.out, provider=running.provider, batch_size=output.options.batch_size, split=split.name
+        )
         with output.sole_run():
-            job = _Job(output, progress, remote, stopped_by)
-            job.look(parts, max(1, len(config.devices)))
+            job = _Job(output, progress, remote, stopped_by, result)
+            planned = job.look(parts, config.select, devices.count)
             output.claim([part.name for part in parts], overwrite=config.overwrite)
             if hidden := [part.name for part in parts if any(p.startswith("_") for p in part.name.split("/"))]:
                 progress.note(f"{hidden[0]}: pyarrow.dataset and others pass over files and folders with a leading _")
-            todo = job.plan(parts, split, Scope(config.select, config.limit))
-            started = time.perf_counter()
-            job.embed(todo, devices)
-            seconds = time.perf_counter() - started
-            if not (job.rows or job.errors or job.damaged or job.elsewhere) and split.count == 1:
+            job.refuse_renamed(planned)
+            planned = split.of(planned if config.limit is None else list(job.first(planned, config.limit)))
+            todo = job.without_committed(planned)
+            seconds = job.embed(todo, devices)
+            if not (result.rows or result.errors or result.damaged or result.elsewhere) and split.count == 1:
                 output.discard_if_new()
-                raise InputError(f"the {len(parts)} shards hold no sample at all{_narrowed(config)}")
-            verdict = verify(output, job.tasks, remote, progress, job.stop_if_asked) if config.verify else None
-        speed = Speed.of(devices.timing, seconds, devices)
-    return EmbedResult(
-        out=config.out,
-        rows=job.rows,
-        errors=job.errors,
-        shards=job.shards,
-        skipped=job.skipped,
-        damaged=job.damaged,
-        elsewhere=job.elsewhere,
-        images_per_second=round(speed.images_per_second, 2),
-        limit_share=round(speed.limit_share, 4),
-        rates={stage: round(rate, 2) for stage, rate in speed.rates.items()},
-        binds=speed.binds,
-        provider=running.provider,
-        batch_size=output.options.batch_size,
-        split=split.name,
-        verified=verdict,
-    )
+                narrowed = f" whose key matches {config.select}" if config.select is not None else ""
+                raise InputError(f"the {len(parts)} shards hold no sample at all{narrowed}")
+            if config.verify:
+                result.verified = verify(
+                    output, planned, remote=remote, progress=progress, stop_if_asked=job.stop_if_asked
+                )
+        result.images_per_second, result.rates, result.limit_share, result.binds = Speed.of(devices, seconds)
+    return result
 
 
 def _check(config: EmbedConfig) -> Split:
@@ -158,13 +149,15 @@ def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
     names = config.devices or (device,)
     share = max(1, cores() // (split.local_count * len(names)))
     workers = max(1, config.workers // len(names)) if config.workers else share
-    options = [DeviceOptions(Path(config.model), name, config.provider_options, share, workers) for name in names]
-    return ManyDevices(options, remote) if len(options) > 1 else OneDevice(options[0], remote)
+    model, options = Path(config.model), config.provider_options
+    devices = [
+        OneDevice(model, name, provider_options=options, cores=share, workers=workers, remote=remote) for name in names
+    ]
+    return ManyDevices(devices) if len(devices) > 1 else devices[0]
 
 
 def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirectory:
-    running = devices.running
-    description = running.description
+    running, description = devices.running, devices.running.description
     earlier = None if config.overwrite else batch_size_of(Path(config.out))
     options = OutputOptions(
         model=description.sha256,
@@ -188,147 +181,123 @@ def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
     return min(_LARGEST_GPU_BATCH, 1 << (size.bit_length() - 1))
 
 
-def _narrowed(config: EmbedConfig) -> str:
-    return f" whose key matches {config.select}" if config.select is not None else ""
-
-
 @dataclass
 class _Job:
-    """State and counts of one run.
+    """One run.
 
     Attributes:
         output: receives rows and records.
         progress: receives progress updates.
         remote: cache that fetches remote shards.
         stopped_by: returns the name of the signal received, or None.
-        rows: keys with an embedding, including earlier ones.
-        errors: keys without one, including earlier ones.
-        shards: shards committed by this run.
-        skipped: shards committed earlier.
-        damaged: one line per shard left out.
-        elsewhere: names of the shards that another run holds.
-        tasks: all shards of this run.
-        sizes: bytes of each part; 0 if unknown.
-        versions: version of each part when the run began; None if unknown.
+        result: the run is counted here.
     """
 
     output: OutputDirectory
     progress: Progress
     remote: RemoteCache
     stopped_by: Callable[[], str | None]
-    rows: int = 0
-    errors: int = 0
-    shards: int = 0
-    skipped: int = 0
-    damaged: list[str] = field(default_factory=list)
-    elsewhere: list[str] = field(default_factory=list)
-    tasks: list[Task] = field(default_factory=list)
-    sizes: dict[str, int] = field(default_factory=dict)
-    versions: dict[str, str | None] = field(default_factory=dict)
+    result: EmbedResult
 
-    def look(self, parts: Sequence[Part], devices: int) -> None:
-        """Look up the size and version of each part without reading it.
+    def look(self, parts: Sequence[Part], select: str | None, devices: int) -> list[PlannedPart]:
+        """Look up the version and the size of each part without reading it.
 
         Raises:
             InputError: the cache is too small for the remote parts.
         """
+        planned = []
         looks = map_in_threads(lambda part: part.look(self.remote), parts, threads=_LOOKING)
         for part, (version, size) in zip(parts, looks, strict=True):
             self.stop_if_asked()
-            self.versions[part.name], self.sizes[part.name] = version, size
-        if distant := [self.sizes[part.name] for part in parts if part.is_remote]:
+            planned.append(PlannedPart(part, version, size, Scope(select)))
+        if distant := [remote.size for remote in planned if remote.part.is_remote]:
             self.remote.refuse_if_too_small(min(len(distant), _IN_USE * devices), max(distant))
+        return planned
 
-    def plan(self, parts: Sequence[Part], split: Split, scope: Scope) -> list[Task]:
-        """Return the shards of this split that are new or look changed.
+    def first(self, parts: Sequence[PlannedPart], limit: int) -> Iterator[PlannedPart]:
+        """Yield the parts that hold the first `limit` samples of the input, each with how many of them it gives."""
+        for planned in parts:
+            self.stop_if_asked()
+            if not limit:
+                return
+            select = planned.scope.select
+            try:
+                images = planned.part.open(self.remote)
+            except MaekitError:
+                yield replace(planned, scope=Scope(select, limit))  # reported when its turn comes; it adds no rows
+                continue
+            with contextlib.closing(images):
+                count = len(Scope(select).ordinals(images))
+            yield replace(planned, scope=Scope(select, limit if count > limit else None))
+            limit -= min(count, limit)
 
-        Raises:
-            InputError: a shard is committed under another name.
-        """
-        self._refuse_renamed(parts)
-        scopes = self._scopes(parts, scope)
-        self.tasks = [
-            Task(part, self.versions[part.name], scopes[part.name]) for part in split.of(parts) if part.name in scopes
-        ]
+    def without_committed(self, parts: Sequence[PlannedPart]) -> list[PlannedPart]:
+        """Return the parts that are new or look changed; count the others."""
         todo = []
-        for task in self.tasks:
-            record = self.output.committed(task.part.name, task.scope.first)
-            if record is not None and task.version and record.input_version == task.version:
-                self._settle(Outcome(task.part.name, "skipped", record))
+        for planned in parts:
+            record = self.output.committed(planned.name, planned.scope.first)
+            if record is not None and planned.has_version(record.input_version):
+                self._settle(Outcome(planned.name, "skipped", record))
             else:
-                todo.append(task)
-        if self.skipped:
-            self.progress.note(f"{self.skipped} of {len(self.tasks)} shards are committed already")
+                todo.append(planned)
+        if self.result.skipped:
+            self.progress.note(f"{self.result.skipped} of {len(parts)} shards are committed already")
         return todo
 
-    def _scopes(self, parts: Sequence[Part], scope: Scope) -> dict[str, Scope]:
-        """Return which samples of each part to embed; a limit takes the first ones of the whole input."""
-        if scope.first is None:
-            return {part.name: scope for part in parts}
-        scopes: dict[str, Scope] = {}
-        left = scope.first
-        for part in parts:
-            self.stop_if_asked()
-            if not left:
-                break
-            try:
-                images = part.open(self.remote)
-            except MaekitError:
-                scopes[part.name] = Scope(scope.select, left)  # reported when its turn comes; it adds no rows
-                continue
-            try:
-                count = len(Scope(scope.select).ordinals(images))
-            finally:
-                images.close()
-            scopes[part.name] = Scope(scope.select, left if count > left else None)
-            left -= min(count, left)
-        return scopes
-
-    def _refuse_renamed(self, parts: Sequence[Part]) -> None:
+    def refuse_renamed(self, parts: Sequence[PlannedPart]) -> None:
         """Refuse shards that were embedded under other names: the output would contain their rows twice.
 
         Raises:
             InputError: a shard was renamed; names it.
         """
-        orphans = self.output.orphans([part.name for part in parts])
+        orphans = self.output.orphans({planned.name for planned in parts})
         known = {(Path(r.shard).name, r.input_version): r for r in orphans if r.input_version}
-        for part in parts:
-            earlier = known.get((Path(part.name).name, self.versions[part.name] or ""))
-            if earlier is None or self.output.committed(part.name, earlier.first) is not None:
+        for planned in parts:
+            earlier = known.get((Path(planned.name).name, planned.version or ""))
+            if earlier is None or self.output.committed(planned.name, earlier.first) is not None:
                 continue
-            if not _has_digest(part, earlier):
+            if not _has_digest(planned.part, earlier):
                 continue  # a different shard with the same name, size and time
             raise InputError(
-                f"the shard {earlier.shard} of an earlier run would be {part.name} now, and stand twice in "
+                f"the shard {earlier.shard} of an earlier run would be {planned.name} now, and stand twice in "
                 f"{self.output.path}: names are relative to the common folder of all inputs; give the same one, or "
                 "another `out`"
             )
         for record in orphans:
-            if any(isinstance(part, FolderPart) for part in parts) and re.fullmatch(r"images-\d{5,}", record.shard):
+            if isinstance(parts[0].part, FolderPart) and re.fullmatch(r"images-\d{5,}", record.shard):
                 self.output.forget(record.shard)  # its images now belong to other parts
                 continue
             self.progress.note(
                 f"{record.shard} was embedded earlier and is not in the input now; its rows stay where they are"
             )
 
-    def embed(self, todo: list[Task], devices: Devices) -> None:
-        """Embed and commit shard by shard; each is fetched and checked when its turn comes.
+    def embed(self, todo: list[PlannedPart], devices: Devices) -> float:
+        """Embed and commit part by part; each is fetched and checked when its turn comes. Return the seconds it took.
 
         Raises:
             Stopped: received SIGTERM or SIGINT.
             MaekitError: the model failed, or the output cannot be written.
         """
-        self.progress.start("embed", sum(self.sizes[task.part.name] for task in todo), unit="bytes")
+        self.progress.start("embed", sum(planned.size for planned in todo), unit="bytes")
         started = time.perf_counter()
+        job = Assignment(
+            todo,
+            self.output,
+            self.result.batch_size,
+            report=self._settle,
+            note=self.progress.note,
+            stopped=self.stopped_by,
+            ahead=4 if any(planned.part.is_remote for planned in todo) else 2,
+        )
         try:
-            batch_size = self.output.options.batch_size
-            job = Assignment(todo, self.output, batch_size, self._settle, self.progress.note, self.stopped_by)
             for _ in devices.run(job):
                 self._show(devices, time.perf_counter() - started)
-            self._show(devices, time.perf_counter() - started)
+            seconds = time.perf_counter() - started
+            self._show(devices, seconds)
             self.stop_if_asked()
         finally:
             self.progress.stop()
+        return seconds
 
     def stop_if_asked(self) -> None:
         """Stop if a signal was received.
@@ -340,32 +309,24 @@ class _Job:
             raise Stopped(f"stopped by {signal_name}; finished shards are committed, run it again to go on")
 
     def _show(self, devices: Devices, seconds: float) -> None:
-        timing = devices.timing
-        speed = Speed.of(timing, seconds, devices)
-        self.progress.advance(int(timing.bytes))
-        self.progress.figures(
-            {
-                "images_per_second": speed.images_per_second,
-                "rates": speed.rates,
-                "binds": speed.binds,
-                "errors": self.errors,
-            }
-        )
+        self.progress.advance(int(devices.timing.bytes))
+        self.progress.figures({**Speed.of(devices, seconds)._asdict(), "errors": self.result.errors})
 
     def _settle(self, outcome: Outcome) -> None:
-        """Count the result of a shard."""
+        """Count the result of a part."""
+        result = self.result
         if outcome.record is not None:
-            self.rows += outcome.record.rows
-            self.errors += outcome.record.errors
+            result.rows += outcome.record.rows
+            result.errors += outcome.record.errors
         if outcome.kind == "embedded":
-            self.shards += 1
+            result.shards += 1
         elif outcome.kind == "skipped":
-            self.skipped += 1
+            result.skipped += 1
         elif outcome.kind == "elsewhere":
-            self.elsewhere.append(outcome.name)
+            result.elsewhere.append(outcome.name)
             self.progress.note(f"{outcome.name} is in the hands of {outcome.reason}")
         else:
-            self.damaged.append(outcome.reason)
+            result.damaged.append(outcome.reason)
             self.progress.note(f"left out: {outcome.reason}")
 
 

@@ -2,7 +2,7 @@
 
 import os
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels, upright_rgb
 from maekit.system.errors import InputError
 from maekit.system.machine import cores
+from maekit.system.parallel import batched
 
 _BATCH = 16
 
@@ -36,11 +37,7 @@ class Embedder:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        *,
-        device: str = "auto",
-        provider_options: Mapping[str, str] | None = None,
+        self, path: str | os.PathLike[str], *, device: str = "auto", provider_options: Mapping[str, str] | None = None
     ) -> None:
         self._session = EncoderSession(Path(path), device=device, provider_options=provider_options)
         self.dim = self._session.description.dim
@@ -64,23 +61,17 @@ class Embedder:
         )
         if single:
             return self._embed([self._prepare(images)])
-        parts: list[Embeddings] = []
-        batch: list[Pixels] = []
-        for pixels in self._prepared(_iterated(images)):
-            batch.append(pixels)
-            if len(batch) == _BATCH:
-                parts.append(self._embed(batch))
-                batch = []
-        if batch:
-            parts.append(self._embed(batch))
+        if not isinstance(images, Iterable):
+            raise _no_image(type(images).__name__)
+        parts = [self._embed(batch) for batch in batched(self._prepared(images), _BATCH)]
         return np.concatenate(parts) if parts else np.empty((0, self.dim), np.float32)
 
-    def _embed(self, images: list[Pixels]) -> Embeddings:
+    def _embed(self, images: Sequence[Pixels]) -> Embeddings:
         pixels = np.empty((_BATCH, *images[0].shape), np.uint8)
         np.stack(images, out=pixels[: len(images)])
         return embed_padded(self._session, pixels, len(images))
 
-    def _prepared(self, images: Iterator[Any]) -> Iterator[Pixels]:
+    def _prepared(self, images: Iterable[Any]) -> Iterator[Pixels]:
         """Yield preprocessed images in order, decoding two batches ahead (Pillow releases the GIL)."""
         with ThreadPoolExecutor(cores(), "decode") as pool:
             flying: deque[Future[Pixels]] = deque()
@@ -108,11 +99,8 @@ class Embedder:
             return preprocess.prepare(upright_rgb(item))
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3:
             return preprocess.prepare(Image.fromarray(item))
-        what = f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__
-        raise InputError(f"an image is a path, bytes, a Pillow image or uint8 [H, W, 3], not {what}")
+        raise _no_image(f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__)
 
 
-def _iterated(images: Any) -> Iterator[Any]:
-    if not isinstance(images, Iterable):
-        raise InputError(f"an image is a path, bytes, a Pillow image or uint8 [H, W, 3], not {type(images).__name__}")
-    return iter(images)
+def _no_image(what: str) -> InputError:
+    return InputError(f"an image is a path, bytes, a Pillow image or uint8 [H, W, 3], not {what}")

@@ -9,10 +9,10 @@ The npy layout is what clip-retrieval writes and autofaiss and embedding-reader 
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 
 from maekit.system import files
 
-DTYPES = {"float32": pa.float32(), "float16": pa.float16()}
-FORMATS = ("parquet", "npy")
 # Rows per group: fixed, so that files do not depend on the batch size.
 _GROUP = 4096
 _GROUP_BYTES = 64 << 20  # of sidecars
@@ -46,18 +44,24 @@ class Rows:
     embeddings: list[NDArray[np.float32]] = field(default_factory=list)
     kept: dict[str, list[bytes | None]] = field(default_factory=dict)
 
-    def append(
-        self, keys: list[str], ordinals: list[int], embeddings: NDArray[Any], kept: dict[str, list[bytes | None]]
-    ) -> None:
+    def append(self, rows: "Rows") -> None:
         """Append rows."""
-        self.keys += keys
-        self.ordinals += ordinals
-        self.embeddings.append(embeddings)
-        for extension, values in kept.items():
+        self.keys += rows.keys
+        self.ordinals += rows.ordinals
+        self.embeddings += rows.embeddings
+        for extension, values in rows.kept.items():
             self.kept.setdefault(extension, []).extend(values)
 
     def __len__(self) -> int:
         return len(self.keys)
+
+    def __getitem__(self, rows: slice) -> "Rows":
+        kept = {extension: values[rows] for extension, values in self.kept.items()}
+        return Rows(self.keys[rows], self.ordinals[rows], [self.matrix()[rows]], kept)
+
+    def matrix(self) -> NDArray[np.float32]:
+        """Return all embeddings: `[n, dim]`."""
+        return np.concatenate(self.embeddings)
 
     def group(self) -> int | None:
         """Return how many rows the next group takes, from the rows alone; None while there are too few."""
@@ -67,13 +71,6 @@ class Rows:
             if row == _GROUP or taken >= _GROUP_BYTES:
                 return row
         return _GROUP if len(self) >= _GROUP else None
-
-    def split(self, count: int) -> tuple["Rows", "Rows"]:
-        """Return the first `count` rows, and the rest."""
-        whole = np.concatenate(self.embeddings)
-        kept = [(extension, values[:count], values[count:]) for extension, values in self.kept.items()]
-        first = Rows(self.keys[:count], self.ordinals[:count], [whole[:count]], {e: a for e, a, _ in kept})
-        return first, Rows(self.keys[count:], self.ordinals[count:], [whole[count:]], {e: b for e, _, b in kept})
 
 
 @dataclass(frozen=True)
@@ -105,28 +102,14 @@ class Layout:
             return [f"{name}.parquet"]
         return [f"img_emb/img_emb_{number:05d}.npy", f"metadata/metadata_{number:05d}.parquet"]
 
-    def schema(self, *, with_embeddings: bool) -> pa.Schema:
-        """Return the schema of a parquet file."""
-        columns = [
-            pa.field("key", pa.string(), nullable=False),
-            pa.field("shard", pa.string(), nullable=False),
-            pa.field("index", pa.int32(), nullable=False),
-        ]
-        if with_embeddings:
-            columns.append(pa.field("embedding", pa.list_(DTYPES[self.dtype], self.dim), nullable=False))
-        columns += [pa.field(extension, pa.string() if extension in _TEXT else pa.binary()) for extension in self.keep]
+    def schema(self) -> pa.Schema:
+        """Return the schema of the parquet file."""
+        required = {"key": pa.string(), "shard": pa.string(), "index": pa.int32()}
+        if self.format == "parquet":
+            required["embedding"] = pa.list_(pa.from_numpy_dtype(self.dtype), self.dim)
+        kept = {extension: pa.string() if extension in _TEXT else pa.binary() for extension in self.keep}
+        columns = [pa.field(name, kind, nullable=name in kept) for name, kind in {**required, **kept}.items()]
         return pa.schema(columns, metadata={"maekit": json.dumps(self.footer)})
-
-
-class _File(Protocol):
-    def write(self, rows: Rows) -> None:
-        """Write one group."""
-
-    def end(self) -> None:
-        """Write the end of the file."""
-
-    def drop(self) -> None:
-        """Make sure that nothing more is written."""
 
 
 class ShardFiles:
@@ -138,14 +121,19 @@ class ShardFiles:
         paths: final paths of the files, relative to `root`.
         shard: the shard's name.
         scratch: directory for unfinished files.
+
+    Attributes:
+        rows: number of rows so far.
+        errors: the keys without a row, as they are written to the list of errors.
     """
 
-    def __init__(self, layout: Layout, root: Path, paths: Sequence[str], shard: str, scratch: Path) -> None:
-        self._layout, self._root, self._paths, self._shard, self._scratch = layout, root, paths, shard, scratch
+    def __init__(self, layout: Layout, root: Path, *, paths: list[str], shard: str, scratch: Path) -> None:
+        self.paths, self.rows = paths, 0
+        self.errors: list[dict[str, Any]] = []
+        self._layout, self._root, self._shard, self._scratch = layout, root, shard, scratch
         self._stack = contextlib.ExitStack()
-        self._files: list[_File] = []
+        self._files: dict[str, _Parquet | _Npy] = {}
         self._waiting = Rows()
-        self.rows = 0
 
     def append(self, rows: Rows) -> None:
         """Add rows, and write every group that is full.
@@ -154,11 +142,10 @@ class ShardFiles:
             MaekitError: a file cannot be written; names the path.
         """
         self.rows += len(rows)
-        if len(rows):
-            self._waiting.append(rows.keys, rows.ordinals, np.concatenate(rows.embeddings), rows.kept)
+        self._waiting.append(rows)
         while (count := self._waiting.group()) is not None:
-            group, self._waiting = self._waiting.split(count)
-            self._write(group)
+            self._write(self._waiting[:count])
+            self._waiting = self._waiting[count:]
 
     def complete(self) -> None:
         """Write the remaining rows; the files stay in the scratch directory.
@@ -168,8 +155,7 @@ class ShardFiles:
         """
         if len(self._waiting):
             self._write(self._waiting)
-            self._waiting = Rows()
-        for path, file in zip(self._paths, self._files, strict=False):
+        for path, file in self._files.items():
             with self._told(path):
                 file.end()
 
@@ -183,18 +169,17 @@ class ShardFiles:
 
     def abandon(self) -> None:
         """Delete the unfinished files."""
-        for file in self._files:
-            file.drop()
+        for file in self._files.values():
+            if isinstance(file, _Parquet):
+                file.drop()
         self._stack.__exit__(_Abandoned, _Abandoned(), None)
 
     def _write(self, group: Rows) -> None:
-        if not self._files:
-            for path in self._paths:
-                with self._told(path):  # opening a file already writes its first bytes
-                    self._files.append(self._open(path))
-        for path, file in zip(self._paths, self._files, strict=True):
+        for path in self.paths:
             with self._told(path):
-                file.write(group)
+                if path not in self._files:
+                    self._files[path] = self._open(path)  # which writes its first bytes
+                self._files[path].write(group)
 
     @contextlib.contextmanager
     def _told(self, path: str) -> Iterator[None]:
@@ -203,11 +188,9 @@ class ShardFiles:
         except OSError as error:
             raise files.write_failure(self._root / path, error) from error
 
-    def _open(self, path: str) -> _File:
+    def _open(self, path: str) -> "_Parquet | _Npy":
         stream = self._stack.enter_context(files.atomic_file(self._root / path, scratch=self._scratch))
-        if path.endswith(".npy"):
-            return _Npy(stream, self._layout)
-        return _Parquet(stream, self._layout, self._shard, with_embeddings=self._layout.format == "parquet")
+        return _Npy(stream, self._layout) if path.endswith(".npy") else _Parquet(stream, self._layout, self._shard)
 
 
 class _Abandoned(Exception):
@@ -215,12 +198,12 @@ class _Abandoned(Exception):
 
 
 class _Parquet:
-    def __init__(self, stream: IO[bytes], layout: Layout, shard: str, *, with_embeddings: bool) -> None:
-        self._layout, self._shard, self._with_embeddings = layout, shard, with_embeddings
-        self._schema = layout.schema(with_embeddings=with_embeddings)
-        compression = dict.fromkeys(("key", "shard", "index", *layout.keep), "zstd")
-        if with_embeddings:
-            compression["embedding.list.element"] = "none"  # embedding floats do not compress
+    def __init__(self, stream: IO[bytes], layout: Layout, shard: str) -> None:
+        self._layout, self._shard, self._schema = layout, shard, layout.schema()
+        # Embedding floats do not compress.
+        compression = {name: "zstd" for name in self._schema.names if name != "embedding"}
+        if "embedding" in self._schema.names:
+            compression["embedding.list.element"] = "none"
         self._writer = pq.ParquetWriter(
             stream,
             self._schema,
@@ -230,31 +213,33 @@ class _Parquet:
         )
 
     def write(self, rows: Rows) -> None:
-        columns = [
-            pa.array(rows.keys, pa.string()),
-            pa.array([self._shard] * len(rows), pa.string()),
-            pa.array(rows.ordinals, pa.int32()),
-        ]
-        if self._with_embeddings:
-            values = np.concatenate(rows.embeddings).astype(self._layout.dtype, copy=False)
-            flat = pa.array(np.ascontiguousarray(values).ravel(), DTYPES[self._layout.dtype])
-            columns.append(pa.FixedSizeListArray.from_arrays(flat, self._layout.dim))
-        columns += [_kept(extension, rows.kept[extension]) for extension in self._layout.keep]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self._schema))
+        """Write one group of rows."""
+        columns: dict[str, Any] = {
+            "key": rows.keys,
+            "shard": [self._shard] * len(rows),
+            "index": rows.ordinals,
+            **{extension: _kept(extension, values) for extension, values in rows.kept.items()},
+        }
+        if "embedding" in self._schema.names:
+            values = rows.matrix().astype(self._layout.dtype, copy=False)
+            columns["embedding"] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), self._layout.dim)
+        self._writer.write_table(pa.table(columns, schema=self._schema))
 
     def end(self) -> None:
+        """Write the end of the file."""
         self._writer.close()
 
     def drop(self) -> None:
+        """Make sure that nothing more is written."""
         self._writer.is_open = False  # else it writes its footer when garbage-collected
 
 
-def _kept(extension: str, values: list[bytes | None]) -> pa.Array:
+def _kept(extension: str, values: list[bytes | None]) -> list[Any]:
+    """Return sidecars as they are stored: text or bytes."""
     if extension not in _TEXT:
-        return pa.array(values, pa.binary())
+        return values
     # Bytes that are not UTF-8 become \xNN: a caption in another encoding must not cost its sample the embedding.
-    texts = [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
-    return pa.array(texts, pa.string())
+    return [None if value is None else value.decode("utf-8", "backslashreplace") for value in values]
 
 
 class _Npy:
@@ -264,16 +249,14 @@ class _Npy:
         self._header()
 
     def write(self, rows: Rows) -> None:
-        values = np.concatenate(rows.embeddings).astype(self._dtype, copy=False)
-        self._stream.write(np.ascontiguousarray(values).tobytes())
-        self._rows += len(values)
+        """Write one group of rows."""
+        self._stream.write(rows.matrix().astype(self._dtype, copy=False).tobytes())
+        self._rows += len(rows)
 
     def end(self) -> None:
+        """Write the header anew, now that the number of rows is known."""
         self._stream.seek(0)
         self._header()
-
-    def drop(self) -> None:
-        pass
 
     def _header(self) -> None:
         """Write the header; numpy pads it, so a later rewrite with more rows takes the same number of bytes."""

@@ -1,6 +1,24 @@
 """Inputs of embedding: tar shards, or a folder of image files divided into parts. Each is a sequence of keyed images.
 
-A `Part` has a name and is not opened yet; opening it gives `Images`, which decoding reads from.
+A `Part` has a name and is not opened yet; opening it gives `Images`, which decoding reads from. Each part of the input
+becomes one piece of the output. A part has:
+
+    name        the path relative to the input's root; it names the part in every output
+    where       the path or URL, for messages
+    is_remote   whether it must be fetched before it is read
+    look        -> its version (None if unknown) and its size in bytes (0 if unknown), without reading it
+    open        fetch, index and open it -> `Images`; MaekitError if it cannot be read or is damaged
+
+`Images` are known by the ordinals of their samples, and have:
+
+    number      unique number of the opened part
+    samples     number of keys
+    size        size in bytes
+    digest      SHA-256 over its keys and sizes, hexadecimal
+    version     changes with its content; None if unknown
+    descriptor  descriptor of the open file that locations refer to; None if locations are paths
+    sidecar     -> a sidecar of a sample, or None if it has none; ImageError if its bytes do not match the CRC-32 in the
+                index, MaekitError if it cannot be read
 """
 
 import contextlib
@@ -10,14 +28,13 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar
 
 import numpy as np
 
-from maekit.embedding.decode_pool import Place
 from maekit.shards.cache import RemoteCache
 from maekit.shards.index import IMAGE_EXTENSIONS, ShardIndex, load_index
 from maekit.shards.read import open_shard, read_bytes, read_file
@@ -29,100 +46,8 @@ IMAGES_PER_PART = 4096
 _numbers = itertools.count()
 
 
-class Images(Protocol):
-    """The images of an opened part, by ordinal. Also a `Source` for decoding.
-
-    Attributes:
-        name: name of the part.
-        number: unique number of the opened part.
-        samples: number of keys.
-        size: size in bytes.
-        digest: SHA-256 over its keys and sizes, hexadecimal.
-        version: changes with its content; None if unknown.
-        descriptor: descriptor of an open file; None if images are separate files.
-    """
-
-    name: str
-    number: int
-    samples: int
-    size: int
-    digest: str
-    version: str | None
-
-    @property
-    def descriptor(self) -> int | None:
-        """Descriptor of the open file that places refer to; None if places are paths."""
-
-    def key(self, ordinal: int) -> str:
-        """Return the key of a sample."""
-
-    def place(self, ordinal: int) -> Place | None:
-        """Return the location of a sample's image; None if it has none."""
-
-    def sidecar(self, ordinal: int, extension: str) -> bytes | None:
-        """Return a sidecar of a sample; None if it has none.
-
-        Raises:
-            ImageError: its bytes do not match the CRC-32 in the index.
-            MaekitError: it cannot be read.
-        """
-
-    def changed(self) -> str | None:
-        """Return a message if the part has changed since it was opened, else None."""
-
-    def close(self) -> None:
-        """Close the open file, if any."""
-
-
-class Part(Protocol):
-    """A piece of the input that becomes one piece of the output: a shard, or some images of a folder."""
-
-    @property
-    def name(self) -> str:
-        """The path relative to the input's root; it names the part in every output."""
-
-    @property
-    def where(self) -> str:
-        """The path or URL, for messages."""
-
-    @property
-    def is_remote(self) -> bool:
-        """Whether it must be fetched before it is read."""
-
-    def look(self, remote: RemoteCache) -> tuple[str | None, int]:
-        """Return its version (None if unknown) and its size in bytes (0 if unknown), without reading it."""
-
-    def open(self, remote: RemoteCache) -> Images:
-        """Fetch, index and open it.
-
-        Raises:
-            MaekitError: it cannot be read or is damaged.
-        """
-
-
-def find_inputs(specs: Sequence[str], keep: tuple[str, ...] = ()) -> list[Part]:
-    """Return the parts that the input specs name, sorted by name.
-
-    Args:
-        specs: directories, tar files, globs, brace patterns and URLs, or one directory of images.
-        keep: extensions of the sidecars to store.
-
-    Raises:
-        InputError: nothing found (says what exists), or other inputs beside a folder of images.
-    """
-    folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := _pictures(Path(spec)))}
-    if not folders:
-        return [TarPart(shard) for shard in find_shards(specs)]
-    if len(specs) > 1:
-        raise InputError(f"{next(iter(folders))} is a folder of images: give it alone, or `maekit pack` it into shards")
-    root = Path(os.path.abspath(specs[0]))
-    found = folders[specs[0]]
-    for name in found:
-        files.require_utf8(Path(name))
-    return [
-        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]), keep)
-        for start in range(0, len(found), IMAGES_PER_PART)
-    ]
+Location = tuple[int, int, int | None] | str
+"""Where an image lies: (offset, bytes, CRC-32) in a shard's descriptor, or the path of a file."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +86,16 @@ class TarPart:
         """Fetch, index and open the shard."""
         try:
             version, index = self._index(remote)
-            return TarImages(self.name, self.where, version, index, open_shard(index, remote))
+            return TarImages(self, version, index, open_shard(index, remote))
         except DamagedShard as damage:
             raise DamagedShard(self.where, damage.offset, damage.reason) from damage
 
     def _index(self, remote: RemoteCache) -> tuple[str | None, ShardIndex]:
         if self.shard.url is None:
             return self.look(remote)[0], load_index(self.shard.path)
-        for attempt in range(3):
+        for _ in range(3):
             version = remote.fetch(self.shard)
-            if self.shard.path.exists() or attempt == 2:
+            if self.shard.path.exists():
                 break  # else another process has just evicted it from the cache
         try:
             return version, load_index(self.shard.path)
@@ -182,17 +107,17 @@ class TarPart:
 class TarImages:
     """An opened shard."""
 
-    def __init__(self, name: str, where: str, version: str | None, index: ShardIndex, descriptor: int) -> None:
-        self.name, self.version, self.number = name, version, next(_numbers)
+    def __init__(self, part: TarPart, version: str | None, index: ShardIndex, descriptor: int) -> None:
+        self.name, self.version, self.number = part.name, version, next(_numbers)
         self.samples, self.size, self.digest = index.samples, index.size, index.digest
         self.descriptor: int | None = descriptor
-        self._where, self._index, self._descriptor = where, index, descriptor
+        self._where, self._index, self._descriptor = part.where, index, descriptor
 
     def key(self, ordinal: int) -> str:
         """Return the key of a sample."""
         return self._index.key(ordinal)
 
-    def place(self, ordinal: int) -> Place | None:
+    def location(self, ordinal: int) -> Location | None:
         """Return offset, size and CRC-32 of the image; None if there is none."""
         member = self._index.image(ordinal)
         return None if member is None else (member.offset, member.size, member.crc)
@@ -232,49 +157,43 @@ class FolderPart:
     root: Path
     paths: tuple[str, ...]
     keep: tuple[str, ...] = ()
+    is_remote: ClassVar[bool] = False
 
     @property
     def where(self) -> str:
         """The folder, and its first and last image."""
         return f"{self.root} ({self.paths[0]} to {self.paths[-1]})"
 
-    @property
-    def is_remote(self) -> bool:
-        """Never."""
-        return False
-
     def look(self, remote: RemoteCache) -> tuple[str | None, int]:
         """Return a digest of names, sizes and times, and the images' total size."""
-        return self.version(), sum(self._status(self.paths)[0])
+        return self.version(), sum(size for _, size, _ in self._status(self.paths))
 
     def version(self) -> str:
         """Return a digest of the names, sizes and times of images and sidecars."""
         beside = [str(Path(path).with_suffix(f".{extension}")) for extension in self.keep for path in self.paths]
-        paths = [*self.paths, *beside]
-        digest = hashlib.sha256()
-        for path, size, changed in zip(paths, *self._status(paths), strict=True):
-            digest.update(f"{path}\0{size} {changed}\n".encode())
-        return digest.hexdigest()
+        return _digest(f"{path}\0{size} {changed}\n" for path, size, changed in self._status([*self.paths, *beside]))
 
     def open(self, remote: RemoteCache) -> "FolderImages":
         """List the images; each is opened when it is read."""
         version, size = self.look(remote)
-        digest = hashlib.sha256()
-        for path, bytes_ in zip(self.paths, self._status(self.paths)[0], strict=True):
-            digest.update(f"{path}\0{bytes_}\n".encode())
-        return FolderImages(self, version, size, digest.hexdigest())
+        digest = _digest(f"{path}\0{size}\n" for path, size, _ in self._status(self.paths))
+        return FolderImages(self, version, size, digest)
 
-    def _status(self, paths: Sequence[str]) -> tuple[list[int], list[int]]:
-        sizes, times = [], []
+    def _status(self, paths: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+        """Yield path, size and modification time of each file; zeros if it cannot be read, which is reported later."""
         for path in paths:
             try:
                 status = os.stat(self.root / path)
-                sizes.append(status.st_size)
-                times.append(status.st_mtime_ns)
-            except OSError:  # reported when it is read
-                sizes.append(0)
-                times.append(0)
-        return sizes, times
+                yield path, status.st_size, status.st_mtime_ns
+            except OSError:
+                yield path, 0, 0
+
+
+def _digest(lines: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for line in lines:
+        digest.update(line.encode())
+    return digest.hexdigest()
 
 
 class FolderImages:
@@ -291,13 +210,13 @@ class FolderImages:
         """Return the path of an image relative to the folder."""
         return self._part.paths[ordinal]
 
-    def place(self, ordinal: int) -> Place | None:
+    def location(self, ordinal: int) -> Location | None:
         """Return the path of an image."""
         return str(self._part.root / self._part.paths[ordinal])
 
     def sidecar(self, ordinal: int, extension: str) -> bytes | None:
         """Return the file of the same name with this extension; None if there is none."""
-        path = Path(str(self.place(ordinal))).with_suffix(f".{extension}")
+        path = Path(str(self.location(ordinal))).with_suffix(f".{extension}")
         return read_file(str(path)) if path.is_file() else None
 
     def changed(self) -> str | None:
@@ -308,6 +227,47 @@ class FolderImages:
 
     def close(self) -> None:
         """Nothing is open."""
+
+
+Part = TarPart | FolderPart
+Images = TarImages | FolderImages
+
+
+def find_inputs(specs: Sequence[str], keep: tuple[str, ...] = ()) -> list[Part]:
+    """Return the parts that the input specs name, sorted by name.
+
+    Args:
+        specs: directories, tar files, globs, brace patterns and URLs, or one directory of images.
+        keep: extensions of the sidecars to store.
+
+    Raises:
+        InputError: nothing found (says what exists), or other inputs beside a folder of images.
+    """
+    folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := _pictures(Path(spec)))}
+    if not folders:
+        return [TarPart(shard) for shard in find_shards(specs)]
+    if len(specs) > 1:
+        raise InputError(f"{next(iter(folders))} is a folder of images: give it alone, or `maekit pack` it into shards")
+    root = Path(os.path.abspath(specs[0]))
+    found = folders[specs[0]]
+    for name in found:
+        files.require_utf8(Path(name))
+    return [
+        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]), keep)
+        for start in range(0, len(found), IMAGES_PER_PART)
+    ]
+
+
+def _pictures(folder: Path) -> list[str]:
+    """Return the paths of the images in a folder, relative to it; empty if it holds shards."""
+    found = list(files.walk_files(folder))
+    if any(is_shard(path.name) for path in found):
+        return []
+    return [
+        path.relative_to(folder).as_posix()
+        for path in found
+        if path.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    ]
 
 
 @dataclass(frozen=True)
@@ -331,6 +291,49 @@ class Scope:
         return chosen if self.first is None else chosen[: self.first]
 
 
+@dataclass(frozen=True)
+class PlannedPart:
+    """A part to embed, as it was when the run began.
+
+    Attributes:
+        part: the part.
+        version: its version; None if unknown.
+        size: its size in bytes; 0 if unknown.
+        scope: which of its samples to embed.
+    """
+
+    part: Part
+    version: str | None
+    size: int
+    scope: Scope
+
+    @property
+    def name(self) -> str:
+        """Name of the part."""
+        return self.part.name
+
+    def has_version(self, version: str | None) -> bool:
+        """Whether a recorded version proves that the part is unchanged."""
+        return bool(self.version) and self.version == version
+
+
+@dataclass
+class OpenPart:
+    """An open part, ready to be embedded.
+
+    Attributes:
+        planned: the part.
+        images: its images.
+        ordinals: ordinals of the samples to embed.
+        resources: closes the images and releases the part's lock.
+    """
+
+    planned: PlannedPart
+    images: Images
+    ordinals: Sequence[int]
+    resources: contextlib.ExitStack
+
+
 def content_of(
     images: Images, ordinals: Sequence[int], keep: Sequence[str], stopped: Callable[[], object] = lambda: None
 ) -> int:
@@ -343,16 +346,16 @@ def content_of(
     for position, ordinal in enumerate(ordinals):
         if stopped():
             raise MaekitError("stopped while reading")
-        place = images.place(ordinal)
-        if place is not None:
+        location = images.location(ordinal)
+        if location is not None:
             with contextlib.suppress(ImageError):  # stays 0, as in the commit record
-                crcs[0, position] = zlib.crc32(read_place(images, place))
+                crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, location))
         for row, extension in enumerate(keep, 1):
-            crcs[row, position] = riding_crc(images, ordinal, extension)
+            crcs[row, position] = sidecar_crc(images, ordinal, extension)
     return zlib.crc32(crcs.tobytes())
 
 
-def riding_crc(images: Images, ordinal: int, extension: str) -> int:
+def sidecar_crc(images: Images, ordinal: int, extension: str) -> int:
     """Return the CRC-32 of a sidecar; 0 if there is none or it cannot be read."""
     try:
         return zlib.crc32(images.sidecar(ordinal, extension) or b"")
@@ -360,26 +363,19 @@ def riding_crc(images: Images, ordinal: int, extension: str) -> int:
         return 0
 
 
-def read_place(images: Images, place: Place) -> bytes:
+def read_image(descriptor: int | None, name: str, location: Location) -> bytes:
     """Return the bytes of an image.
+
+    Args:
+        descriptor: descriptor of the open shard; None if the location is a path.
+        name: name of the shard, for messages.
+        location: where the image lies.
 
     Raises:
         ImageError: it is too large, cannot be read, or does not match the index.
         MaekitError: the shard cannot be read.
     """
-    if isinstance(place, str):
-        return read_file(place)
-    assert images.descriptor is not None
-    return read_bytes(images.descriptor, images.name, *place)
-
-
-def _pictures(folder: Path) -> list[str]:
-    """Return the paths of the images in a folder, relative to it; empty if it holds shards."""
-    found = list(files.walk_files(folder))
-    if any(is_shard(path.name) for path in found):
-        return []
-    return [path.relative_to(folder).as_posix() for path in found if _is_image(path.name)]
-
-
-def _is_image(name: str) -> bool:
-    return name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+    if isinstance(location, str):
+        return read_file(location)
+    assert descriptor is not None
+    return read_bytes(descriptor, name, *location)

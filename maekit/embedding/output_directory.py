@@ -12,17 +12,18 @@ OUT/_maekit/.tmp/                    unfinished files
 import contextlib
 import dataclasses
 import json
+import operator
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from maekit.embedding.commit_record import (
     BOOKKEEPING,
     CommitRecord,
-    ErrorRow,
     OutputOptions,
     is_below,
     read_json,
@@ -40,21 +41,6 @@ from maekit.system.locks import LockedError, owned, still_owns
 
 _INTENT = "about_to_write"
 _OUTPUT = ".output.json"
-
-
-@dataclass
-class ShardWork:
-    """Output of a shard while it is being embedded.
-
-    Attributes:
-        files: writes the rows.
-        paths: paths of the files, relative to the output directory.
-        errors: keys without a row, each with the reason.
-    """
-
-    files: ShardFiles
-    paths: list[str]
-    errors: list[ErrorRow] = field(default_factory=list)
 
 
 class OutputDirectory:
@@ -88,9 +74,9 @@ class OutputDirectory:
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file; `out` names a directory")
-        for place in (".", ".tmp", ".locks", ".locks/runs", ".locks/shards", ".numbers", "errors"):
-            if (self.bookkeeping / place).is_symlink():
-                raise InputError(f"{self.bookkeeping / place} is a link; embed notes nothing outside its output")
+        for name in (".", ".tmp", ".locks", ".locks/runs", ".locks/shards", ".numbers", "errors"):
+            if (self.bookkeeping / name).is_symlink():
+                raise InputError(f"{self.bookkeeping / name} is a link; embed notes nothing outside its output")
         if self.path.is_dir() and not self.bookkeeping.is_dir():
             try:
                 names = sorted(p.name for p in self.path.iterdir())
@@ -138,17 +124,15 @@ class OutputDirectory:
             self._clear()
         self._sweep()
         wanted = self.options.to_json()
-        if not mark.is_file() and files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch):
-            there = wanted
-        else:
-            there = read_json(mark) or {}
-        differing = [key for key in wanted if there.get(key) != wanted[key]]
-        if differing:
-            key = differing[0]
-            raise InputError(
-                f"{self.path} was made with {key} = {there.get(key)}, and {wanted[key]} is asked for now; "
-                "choose another `out`, or `overwrite` to delete what is there"
-            )
+        if not mark.is_file():
+            files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch)
+        there = read_json(mark) or {}
+        for key, value in wanted.items():
+            if there.get(key) != value:
+                raise InputError(
+                    f"{self.path} was made with {key} = {there.get(key)}, and {value} is asked for now; "
+                    "choose another `out`, or `overwrite` to delete what is there"
+                )
         if self.options.format == "npy":
             self._number(names)
         self._remove_uncommitted()
@@ -158,15 +142,14 @@ class OutputDirectory:
         if self._is_new:
             self._clear()
 
-    @contextlib.contextmanager
-    def sole_owner_of(self, name: str) -> Iterator[None]:
-        """Lock one shard for this process alone, across all runs.
+    def sole_owner_of(self, name: str, *, sweeping: bool = False) -> AbstractContextManager[None]:
+        """Return a lock on one shard for this process alone, across all runs; `LockedError` if another one holds it.
 
-        Raises:
-            LockedError: another process holds it.
+        Args:
+            name: name of the shard.
+            sweeping: hold it only to clean up after its last owner.
         """
-        with owned(self._shard_lock(name)):
-            yield
+        return owned(self._shard_lock(name), sweeping=sweeping)
 
     def committed(self, name: str, first: int | None = None) -> CommitRecord | None:
         """Return a shard's commit record if model and options are unchanged and its files exist; else None.
@@ -175,21 +158,15 @@ class OutputDirectory:
             name: name of the shard.
             first: `Scope.first` of the shard in this run.
         """
-        record = self.recorded(name)
-        if record is None:
-            return None
-        # The recorded size may be smaller than requested: a batch that did not fit into memory is halved.
-        if {**record.options, "batch_size": self.options.batch_size} != self.options.to_json() or record.first != first:
-            return None
-        for output in record.outputs:
-            file = self.path / output["path"]
-            if not file.is_file() or file.stat().st_size != output["bytes"]:
-                return None
-        return record
+        record = read_record(self.path, name)
+        return record if record is not None and record.first == first and self._is_current(record) else None
 
-    def recorded(self, name: str) -> CommitRecord | None:
-        """Return a shard's commit record, whatever its model and options; None if there is none."""
-        return read_record(self.path, name)
+    def _is_current(self, record: CommitRecord) -> bool:
+        # The recorded size may be smaller than requested: a batch that did not fit into memory is halved.
+        if {**record.options, "batch_size": self.options.batch_size} != self.options.to_json():
+            return False
+        paths = [(self.path / output["path"], output["bytes"]) for output in record.outputs]
+        return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
     def renew(self, record: CommitRecord, version: str | None) -> None:
         """Record a shard's new version when its content is unchanged, so that the next run need not read it.
@@ -197,59 +174,53 @@ class OutputDirectory:
         Raises:
             MaekitError: the record cannot be written.
         """
-        self._write_record(dataclasses.replace(record, input_version=version))
+        self._note(record.shard, asdict(dataclasses.replace(record, input_version=version)))
 
-    def begin(self, name: str) -> ShardWork:
+    def begin(self, name: str) -> ShardFiles:
         """Start writing the files of a shard."""
-        paths = self.paths_of(name)
-        return ShardWork(ShardFiles(self.layout, self.path, paths, name, self.scratch), paths)
+        return ShardFiles(self.layout, self.path, paths=self._paths_of(name), shard=name, scratch=self.scratch)
 
-    def paths_of(self, name: str) -> list[str]:
+    def _paths_of(self, name: str) -> list[str]:
         """Return the paths of a shard's files, relative to the directory."""
         return self.layout.paths(name.removesuffix(TAR), self._numbers.get(name))
 
-    def commit(self, images: Images, work: ShardWork, record: CommitRecord) -> CommitRecord:
+    def commit(self, images: Images, shard_files: ShardFiles, record: CommitRecord) -> CommitRecord:
         """Publish rows, then errors, then the record; if killed in between, the next run embeds the shard again.
 
         Args:
             images: the shard.
-            work: its rows and errors.
+            shard_files: its rows and errors.
             record: its record, without rows, errors and outputs.
 
         Raises:
             MaekitError: the disk is full or the path is not writable; names the path.
         """
-        work.files.complete()
+        shard_files.complete()
         if not still_owns(self._shard_lock(images.name)):
             raise MaekitError(f"another run took over {images.name} while this one stood still; run the command again")
         # Replaces an earlier record, which does not describe the new rows. If the run is killed after this, the next
         # one finds here which files are uncommitted.
-        intent = json.dumps({"shard": images.name, _INTENT: work.paths}, indent=1)
-        files.write_atomically(record_path(self.path, images.name), intent.encode(), scratch=self.scratch)
-        work.files.publish()
-        if not work.files.rows:
-            for path in work.paths:
-                _unlink(self.path / path)
-        errors_file = self.bookkeeping / "errors" / f"{images.name}.jsonl"
-        if work.errors:
-            lines = [
-                {"key": row.key, "index": row.ordinal, "reason": row.reason, "detail": row.detail}
-                for row in sorted(work.errors, key=lambda row: row.ordinal)
-            ]
-            text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        self._note(images.name, {"shard": images.name, _INTENT: shard_files.paths})
+        shard_files.publish()
+        if not shard_files.rows:
+            _unlink(self.path / path for path in shard_files.paths)
+        errors_file = self._errors_file(images.name)
+        if shard_files.errors:
+            errors = sorted(shard_files.errors, key=operator.itemgetter("index"))
+            text = "".join(json.dumps(error, ensure_ascii=False) + "\n" for error in errors)
             files.write_atomically(errors_file, text.encode(), scratch=self.scratch)
         else:
-            _unlink(errors_file)
+            _unlink([errors_file])
         outputs = [
             {"path": path, "sha256": files.sha256_file(self.path / path), "bytes": (self.path / path).stat().st_size}
-            for path in (work.paths if work.files.rows else [])
+            for path in (shard_files.paths if shard_files.rows else [])
         ]
-        record = dataclasses.replace(record, rows=work.files.rows, errors=len(work.errors), outputs=outputs)
+        record = dataclasses.replace(record, rows=shard_files.rows, errors=len(shard_files.errors), outputs=outputs)
         if record.rows + record.errors != record.keys:
             raise MaekitError(
                 f"{images.name}: {record.rows} rows, {record.errors} errors, {record.keys} keys: an error in maekit"
             )
-        self._write_record(record)
+        self._note(images.name, asdict(record))
         return record
 
     def write_damage(self, name: str, reason: str) -> None:
@@ -258,38 +229,32 @@ class OutputDirectory:
         Raises:
             MaekitError: the record cannot be written.
         """
-        for path in self.paths_of(name):  # left by a run that was killed before it wrote the record
-            _unlink(self.path / path)
-        text = json.dumps({"shard": name, "damaged": reason}, indent=1)
-        files.write_atomically(record_path(self.path, name), text.encode(), scratch=self.scratch)
+        # Left by a run that was killed before it wrote the record.
+        _unlink(self.path / path for path in self._paths_of(name))
+        self._note(name, {"shard": name, "damaged": reason})
 
-    def orphans(self, names: Sequence[str]) -> list[CommitRecord]:
+    def orphans(self, names: Collection[str]) -> list[CommitRecord]:
         """Return the records of committed shards that are not in the input."""
-        known = set(names)
-        there = [name for name in recorded_shards(self.path) if name not in known]
-        return [record for name in there if (record := self.committed(name, self._first_of(name))) is not None]
+        records = [read_record(self.path, name) for name in recorded_shards(self.path) if name not in names]
+        return [record for record in records if record is not None and self._is_current(record)]
 
     def unaccounted(self) -> list[str]:
         """Return the files that look like output and belong to no committed shard, relative to the directory."""
-        names = recorded_shards(self.path)
-        records = [read_json(record_path(self.path, name)) or {} for name in names]
-        known = {str(output["path"]) for record in records for output in record.get("outputs") or []}
-        found = [
-            path.relative_to(self.path) for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")
-        ]
-        return sorted(path.as_posix() for path in found if path.as_posix() not in known)
+        known = {path for name in recorded_shards(self.path) for path in self._outputs(name)}
+        found = {path for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")}
+        return sorted(path.relative_to(self.path).as_posix() for path in found - known)
 
-    def errors_of(self, name: str) -> list[dict[str, Any]]:
-        """Return the keys of a shard that have no row.
+    def errors_of(self, name: str) -> list[tuple[int, str]]:
+        """Return ordinal and key of the samples of a shard that have no row.
 
         Raises:
             MaekitError: the list cannot be read.
         """
-        path = self.bookkeeping / "errors" / f"{name}.jsonl"
+        path = self._errors_file(name)
         try:
             # Not splitlines(): keys may contain other characters that it treats as line ends.
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            return [{**row, "index": int(row["index"]), "key": str(row["key"])} for row in rows]
+            return [(int(row["index"]), str(row["key"])) for row in rows]
         except FileNotFoundError:
             return []
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -303,15 +268,14 @@ class OutputDirectory:
         """
         for name in recorded_shards(self.path):
             if self._intended(name):
-                with contextlib.suppress(LockedError), owned(self._shard_lock(name), sweeping=True):
-                    for path in self._intended(name):  # read again: it may have been committed in the meantime
-                        _unlink(self.path / path)
-                        _unlink(record_path(self.path, name))
+                with contextlib.suppress(LockedError), self.sole_owner_of(name, sweeping=True):
+                    if intended := self._intended(name):  # read again: it may have been committed in the meantime
+                        _unlink([*intended, record_path(self.path, name)])
 
-    def _intended(self, name: str) -> list[str]:
+    def _intended(self, name: str) -> list[Path]:
         """Return the files that a killed run was about to publish for a shard."""
-        paths = (read_json(record_path(self.path, name)) or {}).get(_INTENT)
-        return [path for path in paths if is_below(path)] if isinstance(paths, list) else []
+        paths = self._noted(name).get(_INTENT)
+        return [self.path / path for path in paths if is_below(path)] if isinstance(paths, list) else []
 
     def forget(self, name: str) -> None:
         """Remove a shard that is no longer in the input: its files, its errors and its record.
@@ -320,20 +284,20 @@ class OutputDirectory:
             MaekitError: they cannot be removed.
         """
         with contextlib.suppress(LockedError), self.sole_owner_of(name):
-            record = self.recorded(name)
-            for output in record.outputs if record is not None else []:
-                _unlink(self.path / output["path"])
-            _unlink(self.bookkeeping / "errors" / f"{name}.jsonl")
-            _unlink(record_path(self.path, name))
+            _unlink([*self._outputs(name), self._errors_file(name), record_path(self.path, name)])
 
-    def _first_of(self, name: str) -> int | None:
-        first = (read_json(record_path(self.path, name)) or {}).get("first")
-        return first if isinstance(first, int) else None
+    def _outputs(self, name: str) -> list[Path]:
+        """Return the files of a committed shard."""
+        record = read_record(self.path, name)
+        return [self.path / output["path"] for output in record.outputs] if record is not None else []
 
-    def _write_record(self, record: CommitRecord) -> None:
-        files.write_atomically(
-            record_path(self.path, record.shard), json.dumps(asdict(record), indent=1).encode(), scratch=self.scratch
-        )
+    def _noted(self, name: str) -> dict[str, Any]:
+        """Return what the record of a shard says, whether or not it is a valid commit record."""
+        return read_json(record_path(self.path, name)) or {}
+
+    def _note(self, name: str, record: dict[str, Any]) -> None:
+        path = record_path(self.path, name)
+        files.write_atomically(path, json.dumps(record, indent=1).encode(), scratch=self.scratch)
 
     def _number(self, names: Sequence[str]) -> None:
         """Number the shards that have no number yet: in input order, after those seen before.
@@ -366,27 +330,20 @@ class OutputDirectory:
             InputError: another run is using the directory.
         """
         for lock in (self.bookkeeping / ".locks" / "runs").glob("*"):
-            if lock.name != self._owner and not lock.name.startswith("."):
-                with self._refused(lock.name):
+            if lock.name == self._owner or lock.name.startswith("."):
+                continue
+            try:
+                with owned(lock):
                     pass
+            except LockedError as held:
+                raise InputError(f"`overwrite`: {self.path} is in use by {held.owner}; wait for it to end") from held
         for name in recorded_shards(self.path):
-            record = self.recorded(name)
-            outputs = [output["path"] for output in record.outputs] if record is not None else self._intended(name)
-            for path in outputs:
-                _unlink(self.path / path)
+            _unlink([*self._outputs(name), *self._intended(name)])
         for child in self.bookkeeping.iterdir():
             if child.is_dir() and child.name != ".locks":
                 shutil.rmtree(child)
             elif child.is_file():
                 child.unlink()
-
-    @contextlib.contextmanager
-    def _refused(self, owner: str) -> Iterator[None]:
-        try:
-            with owned(self._run_lock(owner)):
-                yield
-        except LockedError as held:
-            raise InputError(f"`overwrite`: {self.path} is in use by {held.owner}; wait for it to end") from held
 
     def _sweep(self) -> None:
         """Remove files and locks left by killed processes of this run, and by other runs that no longer exist."""
@@ -410,6 +367,9 @@ class OutputDirectory:
 
     def _shard_lock(self, name: str) -> Path:
         return self.bookkeeping / ".locks" / "shards" / name
+
+    def _errors_file(self, name: str) -> Path:
+        return self.bookkeeping / "errors" / f"{name}.jsonl"
 
 
 def batch_size_of(directory: Path) -> int | None:
@@ -441,11 +401,13 @@ def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:
                 raise InputError(f"{owner.where} and {part.where} would both write {path}; rename one of them")
 
 
-def _unlink(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise files.write_failure(path, error) from error
+def _unlink(paths: Iterable[Path]) -> None:
+    """Delete files if they exist."""
+    for path in paths:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise files.write_failure(path, error) from error
 
 
 def _remove_empty(folder: Path) -> None:

@@ -10,14 +10,14 @@ the last batch of a shard is padded to a power of two, so the batch that compute
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Place, Rejected, Ring
-from maekit.embedding.inputs import Images
+from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Rejected, Ring
+from maekit.embedding.inputs import Images, Location, OpenPart
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
 from maekit.providers import CPU
@@ -26,40 +26,27 @@ _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
 _GLANCE_SECONDS = 0.2  # how long to wait before yielding to the caller
 
 
-@dataclass(frozen=True)
-class Opened:
-    """An open shard, ready to be embedded.
-
-    Attributes:
-        images: its images.
-        ordinals: ordinals of the samples to embed.
-    """
-
-    images: Images
-    ordinals: Sequence[int]
-
-
 @dataclass
-class Part:
-    """Result of consecutive samples of a shard.
+class Result:
+    """Result of consecutive samples of a part.
 
     Attributes:
-        shard: the shard.
-        positions: positions in `shard.ordinals` of the samples with a row, in order.
+        part: the part.
+        positions: positions in `part.ordinals` of the samples with a row, in order.
         embeddings: float32 `[rows, dim]`.
-        refused: the samples without a row; `row` is the position in `shard.ordinals`.
+        refused: the samples without a row; `row` is the position in `part.ordinals`.
         crcs: (position, CRC-32 of the image's bytes) of each image.
-        failure: why the shard cannot be read to its end; then the whole shard is discarded.
-        is_last: whether it ends the shard.
+        is_last: whether it ends the part.
+        failure: why the part cannot be read to its end; then the whole part is discarded.
     """
 
-    shard: Opened
+    part: OpenPart
     positions: list[int]
     embeddings: Embeddings
     refused: list[Rejected]
     crcs: list[tuple[int, int]]
-    failure: str | None
     is_last: bool
+    failure: str | None = None
 
 
 @dataclass
@@ -90,21 +77,23 @@ class Timing:
 
 @dataclass
 class _Batch:
-    """Samples of one shard that are in the pipeline.
+    """Samples of one part that are in the pipeline.
 
     Attributes:
-        shard: the shard.
+        part: the part.
         positions: positions of the samples whose images fill the rows of the batch, in order.
+        locations: where these images lie.
         imageless: positions of samples without an image, among or after them.
-        is_last: whether it ends the shard.
+        is_last: whether it ends the part.
         slot: its position in the ring.
         chunks: results of decoding its chunks.
     """
 
-    shard: Opened
-    positions: list[int]
-    imageless: list[int]
-    is_last: bool
+    part: OpenPart
+    positions: list[int] = field(default_factory=list)
+    locations: list[Location] = field(default_factory=list)
+    imageless: list[int] = field(default_factory=list)
+    is_last: bool = False
     slot: int = -1
     chunks: list["Future[Decoded]"] = field(default_factory=list)
 
@@ -117,12 +106,15 @@ class EmbeddingPipeline:
         pool: decodes the images.
         batch_size: images per run of the session.
         concurrency: batches in the session at a time.
+        timing: the pipeline adds its seconds and images here.
 
     Raises:
         MaekitError: there is not enough memory for the ring.
     """
 
-    def __init__(self, session: EncoderSession, pool: DecodePool, *, batch_size: int, concurrency: int = 1) -> None:
+    def __init__(
+        self, session: EncoderSession, pool: DecodePool, *, batch_size: int, concurrency: int, timing: Timing
+    ) -> None:
         self._session, self._pool, self._batch_size, self._concurrency = session, pool, batch_size, concurrency
         self._chunk = min(_LARGEST_CHUNK, max(_SMALLEST_CHUNK, batch_size // 8))
         # Besides those in the session: one to fill, and enough that each process has its next chunk waiting.
@@ -132,14 +124,14 @@ class EmbeddingPipeline:
         self._failed: set[int] = set()
         self._decoding: deque[_Batch] = deque()
         self._running: deque[tuple[_Batch, list[Decoded], Future[Embeddings]]] = deque()
-        self.timing = Timing()
+        self._timing = timing
         pool.use(self._ring, session.description.preprocess, yielding=session.provider == CPU)
 
-    def run(self, shards: Iterable[Opened | None]) -> Generator[Part | None, None, None]:
-        """Yield the results of each shard in order; a regular None gives the caller a chance to stop.
+    def run(self, parts: Iterable[OpenPart | None]) -> Generator[Result | None, None, None]:
+        """Yield the results of each part in order; a regular None gives the caller a chance to stop.
 
         Args:
-            shards: consumed as decoding reaches them; None while the next one is not ready yet.
+            parts: consumed as decoding reaches them; None while the next one is not ready yet.
 
         Raises:
             OutOfMemory: a batch is too large for the device.
@@ -147,11 +139,11 @@ class EmbeddingPipeline:
         """
         with ThreadPoolExecutor(self._concurrency, "session") as runner:
             try:
-                for shard in shards:
-                    if shard is None:
+                for part in parts:
+                    if part is None:
                         yield self._advance(runner) if self._decoding or self._running else None
                         continue
-                    for batch in self._batches(shard):
+                    for batch in self._batches(part):
                         while not self._free:
                             yield self._advance(runner)
                         self._fill(batch)
@@ -159,44 +151,40 @@ class EmbeddingPipeline:
                     yield self._advance(runner)
             finally:
                 chunks = [chunk for batch in self._decoding for chunk in batch.chunks]
-                wait([chunk for chunk in chunks if not chunk.cancel()])  # the caller closes their shards next
+                wait([chunk for chunk in chunks if not chunk.cancel()])  # the caller closes their parts next
                 self._ring.close()
 
     def give_up(self, images: Images) -> None:
-        """Yield nothing more of a shard."""
+        """Yield nothing more of a part."""
         self._failed.add(images.number)
 
-    def _batches(self, shard: Opened) -> Iterator[_Batch]:
-        """Yield the batches of a shard; the last one is empty if the shard has no images."""
-        positions: list[int] = []
-        imageless: list[int] = []
-        for position, ordinal in enumerate(shard.ordinals):
-            if shard.images.place(ordinal) is None:
-                imageless.append(position)
+    def _batches(self, part: OpenPart) -> Iterator[_Batch]:
+        """Yield the batches of a part; the last one is empty if the part has no images."""
+        batch = _Batch(part)
+        for position, ordinal in enumerate(part.ordinals):
+            location = part.images.location(ordinal)
+            if location is None:
+                batch.imageless.append(position)
                 continue
-            if len(positions) == self._batch_size:
-                yield _Batch(shard, positions, imageless, is_last=False)
-                positions, imageless = [], []
-                if shard.images.number in self._failed:
+            if len(batch.positions) == self._batch_size:
+                yield batch
+                batch = _Batch(part)
+                if part.images.number in self._failed:
                     return
-            positions.append(position)
-        yield _Batch(shard, positions, imageless, is_last=True)
+            batch.positions.append(position)
+            batch.locations.append(location)
+        batch.is_last = True
+        yield batch
 
     def _fill(self, batch: _Batch) -> None:
         """Start decoding a batch into a free slot of the ring."""
         batch.slot = self._free.popleft()
-        images = batch.shard.images
-        places: list[Place] = []
-        for position in batch.positions:
-            place = images.place(batch.shard.ordinals[position])
-            assert place is not None
-            places.append(place)
-        for start in range(0, len(places), self._chunk):
-            chunk = Chunk(batch.slot, start, images, places[start : start + self._chunk])
+        for start in range(0, len(batch.locations), self._chunk):
+            chunk = Chunk(batch.slot, start, batch.part.images, batch.locations[start : start + self._chunk])
             batch.chunks.append(self._pool.submit(chunk))
         self._decoding.append(batch)
 
-    def _advance(self, runner: ThreadPoolExecutor) -> Part | None:
+    def _advance(self, runner: ThreadPoolExecutor) -> Result | None:
         """Advance the oldest batch by one stage."""
         if self._running and (len(self._running) == self._concurrency or not self._decoding):
             batch, decoded, future = self._running[0]
@@ -209,7 +197,7 @@ class EmbeddingPipeline:
             return None
         self._decoding.popleft()
         decoded = [chunk.result() for chunk in batch.chunks]
-        self.timing.decoding += sum(chunk.seconds for chunk in decoded)
+        self._timing.decoding += sum(chunk.seconds for chunk in decoded)
         self._running.append((batch, decoded, runner.submit(self._embed, batch, decoded)))
         return None
 
@@ -218,35 +206,35 @@ class EmbeddingPipeline:
         refused = [refusal.row for chunk in decoded for refusal in chunk.refused]
         count = len(batch.positions)
         is_failed = any(chunk.failure is not None for chunk in decoded)
-        if is_failed or count == len(refused) or batch.shard.images.number in self._failed:
+        if is_failed or count == len(refused) or batch.part.images.number in self._failed:
             return np.empty((0, self._session.description.dim), np.float32)
         started = time.perf_counter()
         pixels = self._ring.batches[batch.slot]
         pixels[refused] = 0  # clear what an earlier batch left there
         rows = embed_padded(self._session, pixels, count)
-        self.timing.running += time.perf_counter() - started
+        self._timing.running += time.perf_counter() - started
         return np.delete(rows, refused, axis=0) if refused else rows
 
-    def _finish(self, batch: _Batch, decoded: list[Decoded], embeddings: Embeddings) -> Part | None:
+    def _finish(self, batch: _Batch, decoded: list[Decoded], embeddings: Embeddings) -> Result | None:
         self._free.append(batch.slot)
-        images = batch.shard.images
+        images = batch.part.images
         if images.number in self._failed:
             return None  # reported already
         failure = next((chunk.failure for chunk in decoded if chunk.failure is not None), None)
         if failure is not None:
             self._failed.add(images.number)
-            return Part(batch.shard, [], embeddings, [], [], failure, is_last=True)
+            return Result(batch.part, [], embeddings, refused=[], crcs=[], is_last=True, failure=failure)
         crcs = [crc for chunk in decoded for crc in chunk.crcs]
         refusals = {r.row: r for chunk in decoded for r in chunk.refused}
         refused = [refusals[row]._replace(row=batch.positions[row]) for row in refusals]
         refused += [Rejected(position, "no_image", "no member with an image extension") for position in batch.imageless]
         kept = [position for row, position in enumerate(batch.positions) if row not in refusals]
         samples = len(batch.positions) + len(batch.imageless)
-        self.timing.samples += samples
-        self.timing.images += len(kept)
-        self.timing.bytes += images.size * samples / max(1, len(batch.shard.ordinals))
+        self._timing.samples += samples
+        self._timing.images += len(kept)
+        self._timing.bytes += images.size * samples / max(1, len(batch.part.ordinals))
         crcs_by_position = list(zip(batch.positions, crcs, strict=True))
-        return Part(batch.shard, kept, embeddings, refused, crcs_by_position, None, batch.is_last)
+        return Result(batch.part, kept, embeddings, refused=refused, crcs=crcs_by_position, is_last=batch.is_last)
 
 
 def embed_padded(session: EncoderSession, pixels: Pixels, count: int) -> Embeddings:

@@ -69,7 +69,7 @@ class EncoderSession:
         # Hundreds of megabytes: hash them while ONNX Runtime loads the model.
         with ThreadPoolExecutor(1) as hashing:
             digest = hashing.submit(files.sha256_file, path)
-            self._load(path, device, threads, provider_options)
+            self._load(path, device, threads=threads, provider_options=provider_options)
             try:
                 metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
             except UnicodeDecodeError as error:
@@ -81,7 +81,7 @@ class EncoderSession:
                 f"{path} gives the tokens of each image, not one vector; export it with another `pool` to embed with it"
             )
 
-    def _load(self, path: Path, device: str, threads: int, provider_options: Mapping[str, str] | None) -> None:
+    def _load(self, path: Path, device: str, *, threads: int, provider_options: Mapping[str, str] | None) -> None:
         """Open the model on the device, or on the CPU if `auto` finds no working GPU."""
         opened = None
         self.reason = "asked for"
@@ -118,11 +118,9 @@ class EncoderSession:
     def _run(self, images: Pixels) -> Embeddings:
         """Run on this thread's own buffers; they stay bound, one set per batch size."""
         sets: dict[int, _Buffers] = self._own.__dict__.setdefault("sets", {})
-        buffers = sets.get(len(images))
-        if buffers is None:
-            buffers = _Buffers(self._session, images.shape, self.description.dim, self._device)
-            sets[len(images)] = buffers
-        return buffers.run(images)
+        if len(images) not in sets:
+            sets[len(images)] = _Buffers(self._session, images.shape, self.description.dim, self._device)
+        return sets[len(images)].run(images)
 
 
 class _Buffers:

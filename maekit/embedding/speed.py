@@ -1,16 +1,14 @@
 """Throughput of a run and of each stage alone, and the bottleneck."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from maekit.embedding.devices import Devices
-from maekit.embedding.pipeline import Timing
 from maekit.providers import CPU
 from maekit.system.machine import cores
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Throughput of a run, and its bottleneck.
+class Speed(NamedTuple):
+    """Throughput of a run, and its bottleneck; numbers are rounded for people.
 
     Attributes:
         images_per_second: throughput of the whole run.
@@ -25,17 +23,17 @@ class Speed:
     binds: str
 
     @classmethod
-    def of(cls, timing: Timing, seconds: float, devices: Devices) -> "Speed":
-        """Return the speed of work that took `seconds`."""
-        workers, provider = devices.workers, devices.running.provider
-        decode = timing.samples * min(workers, cores()) / timing.decoding if timing.decoding else 0.0
-        model = timing.images * devices.concurrency / timing.running if timing.running else 0.0
+    def of(cls, devices: Devices, seconds: float) -> "Speed":
+        """Return the speed of what the devices have done in `seconds`."""
+        timing, running = devices.timing, devices.running
+        decode = timing.samples * min(devices.workers, cores()) / timing.decoding if timing.decoding else 0.0
+        model = timing.images * running.concurrency / timing.running if timing.running else 0.0
         write = timing.rows * devices.count / timing.writing if timing.writing else 0.0
         whole = timing.images / seconds if seconds else 0.0
         rates = {"decode": decode, "model": model, "write": write}
-        known = {stage: rate for stage, rate in rates.items() if rate}
-        if not (decode and model):
-            return cls(whole, rates, 0.0, "")
-        limit = 1 / (1 / decode + 1 / model) if provider == CPU else min(decode, model)
-        names = {"decode": "decoding", "model": "the model", "write": "writing"}
-        return cls(whole, rates, whole / limit, names[min(known, key=known.__getitem__)])
+        share, binds = 0.0, ""
+        if decode and model:
+            share = whole / (1 / (1 / decode + 1 / model) if running.provider == CPU else min(decode, model))
+            names = {"decode": "decoding", "model": "the model", "write": "writing"}
+            binds = names[min((stage for stage in rates if rates[stage]), key=rates.__getitem__)]
+        return cls(round(whole, 2), {stage: round(rate, 2) for stage, rate in rates.items()}, round(share, 4), binds)

@@ -1,8 +1,9 @@
 """Read the output of `maekit embed`, shard by shard: only files named in commit records."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -14,6 +15,8 @@ from maekit.embedding.commit_record import BOOKKEEPING, CommitRecord, read_recor
 from maekit.embedding.inputs import Images, Part, Scope, content_of
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
+
+_ROWS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -51,12 +54,9 @@ class EmbeddingFolder:
         self.path = path
         if not is_embeddings(path):
             raise InputError(f"{path} holds no embeddings: it is no `out` of `maekit embed`")
-        self.records: list[CommitRecord] = []
+        records = [read_record(path, name) for name in recorded_shards(path)]
+        self.records = [record for record in records if record and bool(record.rows) == bool(record.outputs)]
         self._dim = 0  # known once a shard is read
-        for name in recorded_shards(path):
-            record = read_record(path, name)
-            if record is not None and bool(record.rows) == bool(record.outputs):
-                self.records.append(record)
         if not self.rows:
             raise InputError(f"{path} holds no embedding yet; run `maekit embed` on it first")
         models = {str(record.options.get("model")) for record in self.records}
@@ -93,24 +93,46 @@ class EmbeddingFolder:
                 raise MaekitError(
                     f"{path}: missing, or changed since it was embedded; `maekit embed` with `verify=true` tells"
                 )
-        try:
-            table = pq.read_table(paths[-1])
-            if len(paths) == 1:
-                column = table["embedding"].combine_chunks()
-                vectors = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), -1)
-            else:
-                vectors = np.load(paths[0], allow_pickle=False)
-            keys, ordinals = table["key"].to_pylist(), table["index"].to_numpy()
-        except (OSError, EOFError, ValueError, KeyError, AttributeError, BadZipFile, pa.ArrowException) as error:
-            raise MaekitError(f"{paths[-1]}: cannot be read: {error}") from error
-        self._dim = self._dim or vectors.shape[-1]
-        if vectors.shape != (record.rows, self._dim) or len(keys) != record.rows:
-            raise MaekitError(
-                f"{paths[-1]}: embeddings {list(vectors.shape)} where {[record.rows, self._dim]} should be"
-            )
+        batches = list(read_rows(paths))
+        keys = [key for keys, _, _ in batches for key in keys]
+        if len(keys) != record.rows:
+            raise MaekitError(f"{paths[-1]}: {len(keys)} rows where {record.rows} should be")
+        ordinals, vectors = (np.concatenate([batch[column] for batch in batches]) for column in (1, 2))
+        self._dim = self._dim or vectors.shape[1]
+        if vectors.shape[1] != self._dim:
+            raise MaekitError(f"{paths[-1]}: embeddings of length {vectors.shape[1]} where {self._dim} should be")
         if not np.isfinite(vectors).all():
             raise MaekitError(f"{paths[0]}: holds embeddings that are not finite")
         return EmbeddedShard(record, keys, ordinals, np.asarray(vectors, np.float32))
+
+
+def read_rows(paths: Sequence[Path]) -> Iterator[tuple[list[str], NDArray[np.int32], NDArray[Any]]]:
+    """Yield keys, ordinals and embeddings `[n, dim]` of a shard, up to 4,096 rows at a time.
+
+    Args:
+        paths: the files of the shard, as its commit record names them.
+
+    Raises:
+        MaekitError: a file cannot be read, or the two files differ in the number of rows.
+    """
+    try:
+        table = pq.ParquetFile(paths[-1])
+        matrix = np.load(paths[0], mmap_mode="r", allow_pickle=False) if len(paths) > 1 else None
+        if matrix is not None and matrix.ndim != 2:
+            raise MaekitError(f"{paths[0]}: has {matrix.ndim} dimensions, not 2")
+        if matrix is not None and len(matrix) != table.metadata.num_rows:
+            raise MaekitError(f"{paths[0]} has {len(matrix)} rows, {paths[1]} {table.metadata.num_rows}")
+        done = 0
+        for batch in table.iter_batches(_ROWS_AT_ONCE):
+            if matrix is None:
+                column = batch.column("embedding")
+                embeddings = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+            else:
+                embeddings = np.asarray(matrix[done : done + len(batch)])
+            done += len(batch)
+            yield batch.column("key").to_pylist(), batch.column("index").to_numpy(), embeddings
+    except (OSError, EOFError, ValueError, KeyError, AttributeError, BadZipFile, pa.ArrowException) as error:
+        raise MaekitError(f"{paths[-1]}: cannot be read: {error}") from error
 
 
 def is_made_from(record: CommitRecord, part: Part, images: Images) -> bool:

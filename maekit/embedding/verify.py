@@ -1,19 +1,17 @@
 """`maekit embed --verify`: reread everything and check, shard by shard, that rows + errors = keys."""
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from maekit.embedding.commit_record import CommitRecord
-from maekit.embedding.device_worker import Task
-from maekit.embedding.inputs import Images
+from maekit.embedding.inputs import Images, PlannedPart
 from maekit.embedding.output_directory import OutputDirectory
+from maekit.embedding.stored import read_rows
 from maekit.shards.cache import RemoteCache
 from maekit.system import files
 from maekit.system.errors import MaekitError
@@ -23,10 +21,9 @@ from maekit.system.progress import Progress
 
 # Allowed deviation of a stored embedding's norm from 1; rounding to float16 changes it by up to 5e-4.
 _NORM_TOLERANCE = 2e-3
-_ROWS_AT_ONCE = 4096
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
     """Result of a verification.
 
@@ -37,15 +34,16 @@ class Verdict:
         problems: one line per problem.
     """
 
-    shards: int
-    rows: int
-    errors: int
+    shards: int = 0
+    rows: int = 0
+    errors: int = 0
     problems: list[str] = field(default_factory=list)
 
 
 def verify(
     output: OutputDirectory,
-    tasks: Sequence[Task],
+    parts: Sequence[PlannedPart],
+    *,
     remote: RemoteCache,
     progress: Progress,
     stop_if_asked: Callable[[], None],
@@ -54,63 +52,60 @@ def verify(
 
     Args:
         output: the output to verify.
-        tasks: the shards.
+        parts: the shards.
         remote: cache that fetches remote shards.
         progress: receives progress updates.
         stop_if_asked: called for each shard; raises to stop.
     """
-    shards = rows = errors = 0
-    problems: list[str] = []
+    verdict = Verdict()
 
-    def check(task: Task) -> tuple[CommitRecord | None, str | None]:
-        record = output.committed(task.part.name, task.scope.first)
+    def check(planned: PlannedPart) -> CommitRecord | str:
+        record = output.committed(planned.name, planned.scope.first)
         if record is None:
-            return None, f"{task.part.name}: has no valid commit record"
+            return f"{planned.name}: has no valid commit record"
         try:
-            return record, _problem(output, record, task, remote)
+            return _problem(output, record, planned, remote) or record
         except MaekitError as error:
-            return record, f"{task.part.name}: {error}"
+            return f"{planned.name}: {error}"
 
-    progress.start("verify", len(tasks))
+    progress.start("verify", len(parts))
     try:
-        for number, (record, problem) in enumerate(map_in_threads(check, tasks, threads=cores()), 1):
+        for number, checked in enumerate(map_in_threads(check, parts, threads=cores()), 1):
             stop_if_asked()
-            if problem is not None:
-                problems.append(problem)
-            elif record is not None:
-                shards, rows, errors = shards + 1, rows + record.rows, errors + record.errors
+            if isinstance(checked, str):
+                verdict.problems.append(checked)
+            else:
+                verdict.shards += 1
+                verdict.rows += checked.rows
+                verdict.errors += checked.errors
             progress.advance(number)
     finally:
         progress.stop()
-    problems += [f"{path}: belongs to no committed shard" for path in output.unaccounted()]
-    return Verdict(shards, rows, errors, problems)
+    verdict.problems += [f"{path}: belongs to no committed shard" for path in output.unaccounted()]
+    return verdict
 
 
-def _problem(output: OutputDirectory, record: CommitRecord, task: Task, remote: RemoteCache) -> str | None:
+def _problem(output: OutputDirectory, record: CommitRecord, planned: PlannedPart, remote: RemoteCache) -> str | None:
     """Return the first problem of a shard's files, or None."""
     name = record.shard
     for file in record.outputs:
         path = output.path / file["path"]
         if files.sha256_file(path) != file["sha256"]:
             return f"{path}: its SHA-256 is not that of its commit record"
-    if record.rows + record.errors != record.keys:
-        return f"{name}: {record.rows} rows + {record.errors} errors are not {record.keys} keys"
     if bool(record.outputs) != bool(record.rows):
         return f"{name}: {record.rows} rows in {len(record.outputs)} files"
     errors = output.errors_of(name)
     if len(errors) != record.errors:
         return f"{name}: {len(errors)} errors are listed, {record.errors} in its commit record"
-    images = task.part.open(remote)
-    try:
-        return _unreconciled(output, record, errors, images, task.scope.ordinals(images))
-    finally:
-        images.close()
+    with contextlib.closing(planned.part.open(remote)) as images:
+        return _unreconciled(output, record, errors=errors, images=images, ordinals=planned.scope.ordinals(images))
 
 
 def _unreconciled(
     output: OutputDirectory,
     record: CommitRecord,
-    errors: Sequence[dict[str, Any]],
+    *,
+    errors: Sequence[tuple[int, str]],
     images: Images,
     ordinals: Sequence[int],
 ) -> str | None:
@@ -118,11 +113,12 @@ def _unreconciled(
     name = record.shard
     if images.digest != record.input_digest:
         return f"{name}: has changed since it was embedded"
-    without = {int(row["index"]): str(row["key"]) for row in errors}
+    without = dict(errors)
     expected = iter(ordinals)
     rows = 0
-    for keys, indexes, embeddings in _rows(output, record):
-        for key, index in zip(keys, indexes, strict=True):
+    batches = read_rows([output.path / file["path"] for file in record.outputs]) if record.outputs else ()
+    for keys, indexes, embeddings in batches:
+        for key, index in zip(keys, indexes.tolist(), strict=True):
             ordinal = next(expected, None)
             while ordinal in without:
                 if without.pop(ordinal) != images.key(ordinal):
@@ -152,37 +148,3 @@ def _impossible(embeddings: NDArray[Any], output: OutputDirectory) -> str | None
     if layout.footer["normalize"] and (np.abs(np.linalg.norm(values, axis=1) - 1) > _NORM_TOLERANCE).any():
         return "an embedding has not the length 1"
     return None
-
-
-def _rows(output: OutputDirectory, record: CommitRecord) -> Iterator[tuple[list[str], list[int], NDArray[Any]]]:
-    """Yield keys, indexes and embeddings of a shard, up to 4,096 rows at a time.
-
-    Raises:
-        MaekitError: a file cannot be read, or the two files differ in the number of rows.
-    """
-    paths = [output.path / file["path"] for file in record.outputs]
-    if not paths:
-        return
-    try:
-        table = pq.ParquetFile(paths[-1])
-        matrix = None if output.layout.format == "parquet" else _matrix(paths[0])
-        if matrix is not None and len(matrix) != table.metadata.num_rows:
-            raise MaekitError(f"{paths[0]} has {len(matrix)} rows, {paths[1]} {table.metadata.num_rows}")
-        done = 0
-        for batch in table.iter_batches(_ROWS_AT_ONCE):
-            if matrix is None:
-                column = batch.column("embedding")
-                embeddings = column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
-            else:
-                embeddings = np.asarray(matrix[done : done + len(batch)])
-            done += len(batch)
-            yield batch.column("key").to_pylist(), batch.column("index").to_pylist(), embeddings
-    except (OSError, KeyError, ValueError, pa.ArrowException) as error:
-        raise MaekitError(f"{paths[-1]}: cannot be read: {error}") from error
-
-
-def _matrix(path: Path) -> NDArray[Any]:
-    matrix: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    if matrix.ndim != 2:
-        raise MaekitError(f"{path}: has {matrix.ndim} dimensions, not 2")
-    return matrix

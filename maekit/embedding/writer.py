@@ -5,34 +5,19 @@ import threading
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from maekit.embedding.commit_record import CommitRecord, ErrorRow
+from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.decode_pool import Rejected
-from maekit.embedding.formats import Rows
-from maekit.embedding.inputs import Images, riding_crc
-from maekit.embedding.output_directory import OutputDirectory, ShardWork
-from maekit.embedding.pipeline import Opened, Part, Timing
+from maekit.embedding.formats import Rows, ShardFiles
+from maekit.embedding.inputs import OpenPart, sidecar_crc
+from maekit.embedding.output_directory import OutputDirectory
+from maekit.embedding.pipeline import Result, Timing
 from maekit.system.errors import ImageError, MaekitError
 
 _WAITING = 8  # batches
-
-
-@dataclass(frozen=True)
-class Written:
-    """A shard that has been committed or given up.
-
-    Attributes:
-        images: the shard.
-        record: its commit record; None if it could not be embedded.
-        failure: why it could not be embedded, or None.
-    """
-
-    images: Images
-    record: CommitRecord | None
-    failure: str | None
 
 
 class Writer:
@@ -40,105 +25,101 @@ class Writer:
 
     Args:
         output: receives rows and records.
-        blank: returns a shard's commit record without the fields known only at its end.
-        done: called in the writer's thread for each shard that was committed or given up.
+        blank: returns the commit record of a part, given the CRC-32 of its content, without the results of writing it.
+        done: called in the writer's thread for each part: with its record, or None and why it could not be embedded.
         timing: the writer adds its seconds and rows here.
     """
 
     def __init__(
         self,
         output: OutputDirectory,
-        blank: Callable[[Opened], CommitRecord],
-        done: Callable[[Written], None],
+        *,
+        blank: Callable[[OpenPart, int], CommitRecord],
+        done: Callable[[OpenPart, CommitRecord | None, str], None],
         timing: Timing,
     ) -> None:
         self._output, self._blank, self._done, self._timing = output, blank, done, timing
-        self._queue: queue.Queue[Part | None] = queue.Queue(_WAITING)
-        self._work: ShardWork | None = None
+        self._queue: queue.Queue[Result | None] = queue.Queue(_WAITING)
+        self._files: ShardFiles | None = None
         self._given_up: set[int] = set()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._serve, name="writer", daemon=True)
         self._thread.start()
 
-    def put(self, part: Part) -> None:
-        """Queue the next part; blocks while the disk is slower than the model.
+    def put(self, result: Result | None) -> None:
+        """Queue the next result, None after the last; blocks while the disk is slower than the model.
 
         Raises:
-            MaekitError: an earlier part could not be written.
+            MaekitError: an earlier result could not be written.
         """
         while True:
             self.check()
             try:
-                return self._queue.put(part, timeout=0.2)
+                return self._queue.put(result, timeout=0.2)
             except queue.Full:
                 continue
 
     def check(self) -> None:
-        """Raise a pending write error. Needed because the last part can fail after the final `put`.
+        """Raise a pending write error. Needed because the last result can fail after the final `put`.
 
         Raises:
-            MaekitError: a part could not be written.
+            MaekitError: a result could not be written.
         """
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Write all queued parts, discard an incomplete shard, and end the thread.
+        """Write all queued results, discard an incomplete part, and end the thread.
 
         Raises:
-            MaekitError: a part could not be written.
+            MaekitError: a result could not be written.
         """
-        while self._thread.is_alive() and self._error is None:
-            try:
-                self._queue.put(None, timeout=0.2)
-                break
-            except queue.Full:
-                continue
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
+        try:
+            self.put(None)
+        finally:
+            self._thread.join()
+        self.check()
 
     def _serve(self) -> None:
         try:
-            while (part := self._queue.get()) is not None:
+            while (result := self._queue.get()) is not None:
                 started = time.perf_counter()
-                self._write(part)
+                self._write(result)
                 self._timing.writing += time.perf_counter() - started
         except BaseException as error:
             self._error = error
         finally:
             self._abandon()
 
-    def _write(self, part: Part) -> None:
-        images = part.shard.images
-        if images.number in self._given_up:
+    def _write(self, result: Result) -> None:
+        part = result.part
+        if part.images.number in self._given_up:
             return
-        if part.failure is not None:
-            return self._give_up(images, part.failure)
-        if self._work is None:
-            self._work = self._output.begin(images.name)
-            keep = len(self._output.options.keep)
-            self._crcs = np.zeros((1 + keep, len(part.shard.ordinals)), "<u4")
+        if result.failure is not None:
+            return self._give_up(part, result.failure)
+        if self._files is None:
+            self._files = self._output.begin(part.images.name)
+            self._crcs = np.zeros((1 + len(self._output.options.keep), len(part.ordinals)), "<u4")
         try:
-            rows = self._gather(part, self._work)
+            rows = self._gather(result, self._files.errors)
         except MaekitError as error:  # a sidecar cannot be read
-            return self._give_up(images, str(error))
-        self._work.files.append(rows)
+            return self._give_up(part, str(error))
+        self._files.append(rows)
         self._timing.rows += len(rows)
-        if part.is_last:
-            self._end(part, self._work)
+        if result.is_last:
+            self._end(part, self._files)
 
-    def _gather(self, part: Part, work: ShardWork) -> Rows:
-        """Join keys, embeddings and sidecars into rows; samples without a row become errors.
+    def _gather(self, result: Result, errors: list[dict[str, Any]]) -> Rows:
+        """Join keys, embeddings and sidecars into rows; add the samples without a row to `errors`.
 
         Raises:
-            MaekitError: the shard cannot be read.
+            MaekitError: the part cannot be read.
         """
-        images, ordinals, keep = part.shard.images, part.shard.ordinals, self._output.options.keep
-        refused = list(part.refused)
+        images, ordinals, keep = result.part.images, result.part.ordinals, self._output.options.keep
+        refused = list(result.refused)
         kept: dict[str, list[bytes | None]] = {extension: [] for extension in keep}
         good: list[int] = []
-        for row, position in enumerate(part.positions):
+        for row, position in enumerate(result.positions):
             try:
                 values = [images.sidecar(ordinals[position], extension) for extension in keep]
             except ImageError as error:
@@ -148,33 +129,30 @@ class Writer:
             for number, (extension, value) in enumerate(zip(keep, values, strict=True), 1):
                 kept[extension].append(value)
                 self._crcs[number, position] = zlib.crc32(value or b"")
-        for refusal in refused:
-            ordinal = ordinals[refusal.row]
-            work.errors.append(ErrorRow(ordinal, images.key(ordinal), refusal.reason, refusal.detail))
+        for position, reason, detail in refused:
+            ordinal = ordinals[position]
+            errors.append({"key": images.key(ordinal), "index": ordinal, "reason": reason, "detail": detail})
             for number, extension in enumerate(keep, 1):
-                self._crcs[number, refusal.row] = riding_crc(images, ordinal, extension)
-        for position, crc in part.crcs:
+                self._crcs[number, position] = sidecar_crc(images, ordinal, extension)
+        for position, crc in result.crcs:
             self._crcs[0, position] = crc
-        chosen = [ordinals[part.positions[row]] for row in good]
-        embeddings = part.embeddings if len(good) == len(part.positions) else part.embeddings[good]
+        chosen = [ordinals[result.positions[row]] for row in good]
+        embeddings = result.embeddings if len(good) == len(result.positions) else result.embeddings[good]
         return Rows([images.key(ordinal) for ordinal in chosen], chosen, [embeddings], kept)
 
-    def _end(self, part: Part, work: ShardWork) -> None:
-        images = part.shard.images
-        if (changed := images.changed()) is not None:
-            return self._give_up(images, changed)
-        blank = self._blank(part.shard)
-        content = zlib.crc32(self._crcs.tobytes())
-        record = self._output.commit(images, work, CommitRecord(**{**vars(blank), "input_content": content}))
-        self._work = None
-        self._done(Written(images, record, None))
+    def _end(self, part: OpenPart, shard_files: ShardFiles) -> None:
+        if (changed := part.images.changed()) is not None:
+            return self._give_up(part, changed)
+        record = self._output.commit(part.images, shard_files, self._blank(part, zlib.crc32(self._crcs.tobytes())))
+        self._files = None
+        self._done(part, record, "")
 
-    def _give_up(self, images: Images, failure: str) -> None:
+    def _give_up(self, part: OpenPart, failure: str) -> None:
         self._abandon()
-        self._given_up.add(images.number)
-        self._done(Written(images, None, failure))
+        self._given_up.add(part.images.number)
+        self._done(part, None, failure)
 
     def _abandon(self) -> None:
-        if self._work is not None:
-            self._work.files.abandon()
-            self._work = None
+        if self._files is not None:
+            self._files.abandon()
+            self._files = None

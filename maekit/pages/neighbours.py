@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maekit.config.pages import NeighboursConfig
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.embedder import Embedder
-from maekit.embedding.inputs import Images, Part, find_inputs, read_place
+from maekit.embedding.inputs import Images, Part, find_inputs, read_image
 from maekit.embedding.stored import EmbeddedShard, EmbeddingFolder, is_made_from
 from maekit.images import Pixels, open_rgb
 from maekit.pages import html
@@ -260,11 +260,11 @@ def _pictures(
             continue
         with contextlib.closing(images):
             for _, ordinal in samples:
-                place = images.place(ordinal) if 0 <= ordinal < images.samples else None
-                if place is None:
+                location = images.location(ordinal) if 0 <= ordinal < images.samples else None
+                if location is None:
                     continue
                 try:
-                    image = open_rgb(read_place(images, place), at_least=(_SIDE, _SIDE))
+                    image = open_rgb(read_image(images.descriptor, images.name, location), at_least=(_SIDE, _SIDE))
                 except ImageError as error:
                     progress.note(f"{shard}:{images.key(ordinal)}: shown without picture: {error}")
                     continue

@@ -236,12 +236,12 @@ def _slow_verify() -> None:
 
 
 def _slow_reading() -> None:
-    read = inputs.read_place
-    inputs.read_place = lambda *arguments: (time.sleep(0.2), read(*arguments))[1]
+    read = inputs.read_image
+    inputs.read_image = lambda *arguments: (time.sleep(0.2), read(*arguments))[1]
 
 
 def _slow_loading() -> None:
-    import maekit.embedding.devices as module
+    import maekit.embedding.device_worker as module
 
     session = module.EncoderSession
     module.EncoderSession = lambda *a, **k: (time.sleep(1.5), session(*a, **k))[1]
@@ -269,7 +269,7 @@ def test_a_signal_at_a_bad_moment(trained: Path, shards: Path, tmp_path: Path, s
 
 
 def _die_loading() -> None:
-    import maekit.embedding.devices as module
+    import maekit.embedding.device_worker as module
 
     module.EncoderSession = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
 
