@@ -1,7 +1,7 @@
 """`maekit export`: write one verified ONNX file with preprocessing, encoder and pooling, described in its metadata."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from maekit.exporters.graph import EmbeddingModule, check_exportable
 from maekit.exporters.parity import GATES, IMAGES, Parity, measure
 from maekit.exporters.probe import probe_images, rows_to_json
 from maekit.exporters.quantization import quantize
-from maekit.exporters.runtime import open_encoder
+from maekit.exporters.runtime import ExportedEncoder
 from maekit.exporters.sampling import Sample, sample_images
 from maekit.exporters.timm_format import refuse_foreign_directory, write_timm
 from maekit.exporters.trace import node_census, to_onnx
-from maekit.exporters.writing import ModelFile, new_model
+from maekit.exporters.writing import new_model
 from maekit.images import Pixels
 from maekit.pretrained.load import TrainedEncoder, load_encoder
 from maekit.pretrained.torch_embedder import reference_embeddings
@@ -69,23 +69,22 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
     """
     progress, out = progress or Silent(), Path(config.out)
     config.validate()
-    if config.format == "onnx" and (out.is_dir() or out.suffix != ".onnx"):
-        raise InputError(f"`out` {out}: must name a file that ends in .onnx")
     if config.format == "timm":
         refuse_foreign_directory(out)
+    elif out.is_dir() or out.suffix != ".onnx":
+        raise InputError(f"`out` {out}: must name a file that ends in .onnx")
     files.require_writable(out.parent)
     trained = load_encoder(config.source, model=config.model, on_note=progress.note)
     check_exportable(trained.encoder, config.pool)
-    images = _comparison_images(config.source, trained, config)
+    images = _comparison_images(trained, config)
     if config.format == "timm":
-        written = write_timm(trained, out, images, progress.note)
-        size = sum(file.stat().st_size for file in written)
+        size = sum(file.stat().st_size for file in write_timm(trained, out, images, progress.note))
         return ExportResult(str(out), trained.encoder.embed_dim, None, size, {})
     whitening = _fit(trained, config, progress) if config.whiten else None
-    return _write(trained, config, whitening, images, out, progress)
+    return _write(trained, config, whitening, images, progress)
 
 
-def _comparison_images(source: str, trained: TrainedEncoder, config: ExportConfig) -> Pixels:
+def _comparison_images(trained: TrainedEncoder, config: ExportConfig) -> Pixels:
     """Return the calibration images followed by the comparison images."""
     count = IMAGES + (_CALIBRATION_IMAGES if config.precision == "int8" else 0)
     try:
@@ -93,7 +92,7 @@ def _comparison_images(source: str, trained: TrainedEncoder, config: ExportConfi
     except InputError as error:
         if config.parity:
             raise
-        said = str(error) if trained.shards else f"{source} does not say what it was trained on"
+        said = str(error) if trained.shards else f"{config.source} does not say what it was trained on"
         raise InputError(f"{said}; name shards with images to compare on: `parity` SHARDS") from error
 
 
@@ -115,24 +114,17 @@ def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> W
     finally:
         progress.stop()
         trained.encoder.to("cpu")
-    progress.note(
-        f"whitening: {whitening.dim} directions with {whitening.explained_variance:.2%} of the variance of "
-        f"{whitening.images} images"
-    )
+    said = f"whitening: {whitening.dim} directions with {whitening.explained_variance:.2%} of the variance"
+    progress.note(f"{said} of {whitening.images} images")
     return whitening
 
 
 def _write(
-    trained: TrainedEncoder,
-    config: ExportConfig,
-    whitening: Whitening | None,
-    images: Pixels,
-    out: Path,
-    progress: Progress,
+    trained: TrainedEncoder, config: ExportConfig, whitening: Whitening | None, images: Pixels, progress: Progress
 ) -> ExportResult:
     """Write the graph, measure the written file, add its metadata, and move it to its final name."""
-    output = TOKENS if config.pool == UNPOOLED else EMBEDDINGS
-    proto = _trace(trained, config, whitening, images[:2], output, progress)
+    progress.note(f"tracing {trained.name} at opset {config.opset}")
+    proto, out = _trace(trained, config, whitening, images), Path(config.out)
     if config.precision == "int8":
         progress.note(f"calibrating int8 on {min(len(images), _CALIBRATION_IMAGES)} images")
         proto = quantize(proto, images[:_CALIBRATION_IMAGES])
@@ -143,36 +135,45 @@ def _write(
     elif len(images) < IMAGES:
         progress.note(f"compared on {len(images)} images only, there are no more")
     expected = reference_embeddings(trained, images, pool=config.pool, normalize=config.normalize, whitening=whitening)
-    warning = None
     with new_model(out, proto) as model:
         # The written file is compared before it gets its final name. The figures then go into its metadata; the graph
         # does not change.
-        opened = open_encoder(model.path, output, device="auto" if config.precision == "fp16" else "cpu")
+        device = "auto" if config.precision == "fp16" else "cpu"
+        opened = ExportedEncoder(model.path, proto.graph.output[0].name, device=device)
         parity = measure(opened.encode, images, expected, provider=opened.provider)
         warning = GATES[config.precision].problem(parity)
         if warning and not config.force:
             raise MaekitError(f"the exported file differs from PyTorch: {warning}; none is written (`force` keeps it)")
         probe = rows_to_json(opened.encode(probe_images(trained.preprocess.size)))
-        _describe(proto, trained, config, whitening, parity, model, probe)
+        description = {
+            "maekit": __version__,
+            "model": trained.name,
+            "preprocess": trained.preprocess.to_json(),
+            "pool": config.pool,
+            "normalize": config.normalize,
+            "whitening": whitening.to_json() if whitening else None,
+            "dim": probe["shape"][-1],
+            "precision": config.precision,
+            "checkpoint": trained.provenance,
+            "parity": asdict(parity),
+            "probe": probe,
+        }
+        if model.external:
+            description["external_data"] = model.external
+        onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(description)})
+        proto.producer_name, proto.producer_version = "maekit", __version__
         model.write(proto)
     said = f"parity with PyTorch on {parity.images} images: {parity.max_relative_difference:.1e} of the largest value"
     progress.note(f"{said}, cosine at least {parity.min_cosine:.5f}, {parity.mean_cosine:.5f} on average")
-    dim = int(expected.shape[-1])
-    size = sum(file.stat().st_size for file in (out, *(out.with_name(name) for name in model.external)))
-    about = whitening.to_json() if whitening else None
-    return ExportResult(str(out), dim, parity, size, node_census(proto), about, warning)
+    size = sum(file.stat().st_size for file in (out, *map(out.with_name, model.external)))
+    nodes = node_census(proto)
+    return ExportResult(str(out), description["dim"], parity, size, nodes, description["whitening"], warning)
 
 
 def _trace(
-    trained: TrainedEncoder,
-    config: ExportConfig,
-    whitening: Whitening | None,
-    images: Pixels,
-    output: str,
-    progress: Progress,
+    trained: TrainedEncoder, config: ExportConfig, whitening: Whitening | None, images: Pixels
 ) -> onnx.ModelProto:
     """Return the graph; the traced module is not kept in memory."""
-    progress.note(f"tracing {trained.name} at opset {config.opset}")
     module = EmbeddingModule(
         trained.encoder,
         trained.preprocess,
@@ -183,34 +184,6 @@ def _trace(
         opset=config.opset,
     )
     # PyTorch's exporter treats a batch of one as a fixed size.
-    return to_onnx(module.eval(), np.resize(images, (2, *images.shape[1:])), opset=config.opset, output=output)
-
-
-def _describe(
-    proto: onnx.ModelProto,
-    trained: TrainedEncoder,
-    config: ExportConfig,
-    whitening: Whitening | None,
-    parity: Parity,
-    model: ModelFile,
-    probe: dict[str, Any],
-) -> None:
-    """Write the metadata: how to use the file, and where it comes from."""
-    output = proto.graph.output[0].type.tensor_type.shape.dim
-    description = {
-        "maekit": __version__,
-        "model": trained.name,
-        "preprocess": trained.preprocess.to_json(),
-        "pool": config.pool,
-        "normalize": config.normalize,
-        "whitening": whitening.to_json() if whitening else None,
-        "dim": output[-1].dim_value,
-        "precision": config.precision,
-        "checkpoint": trained.provenance,
-        "parity": parity.to_json(),
-        "probe": probe,
-    }
-    if model.external:
-        description["external_data"] = model.external
-    onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(description)})
-    proto.producer_name, proto.producer_version = "maekit", __version__
+    two = np.resize(images, (2, *images.shape[1:]))
+    output = TOKENS if config.pool == UNPOOLED else EMBEDDINGS
+    return to_onnx(module.eval(), two, opset=config.opset, output=output)

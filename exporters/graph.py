@@ -20,9 +20,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from maekit.config.export import OPSET_WITH_ATTENTION
-from maekit.config.poolings import UNPOOLED, parts_of
 from maekit.images import LUMA, Preprocess
-from maekit.mae.pooling import check_pooling, deviation
+from maekit.mae.pooling import check_pooling, pool_tokens
 from maekit.system.errors import InputError
 from maekit.vectors.whitening import Whitening
 
@@ -69,9 +68,8 @@ class EmbeddingModule(nn.Module):
         self._set_patch_embedding(encoder, preprocess)
         self.table = nn.Buffer(_token_table(encoder))
         self.patch_norm, self.norm_pre = encoder.patch_embed.norm, encoder.norm_pre
-        self.blocks = nn.ModuleList(
-            _in_rows(block, self.tokens, fused=opset >= OPSET_WITH_ATTENTION) for block in encoder.blocks
-        )
+        is_fused = opset >= OPSET_WITH_ATTENTION
+        self.blocks = nn.ModuleList(_in_rows(block, self.tokens, fused=is_fused) for block in encoder.blocks)
         self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
         self.quarters = nn.Buffer(_quarter_weights((self.rows, self.columns)))
         if half:
@@ -80,9 +78,7 @@ class EmbeddingModule(nn.Module):
             self.table = nn.Buffer(self.table.half())
         self.whitening: nn.Linear | None = None
         if whitening is not None:
-            self.whitening = nn.Linear(whitening.matrix.shape[1], whitening.dim)
-            self.whitening.weight = nn.Parameter(torch.from_numpy(whitening.matrix.copy()))
-            self.whitening.bias = nn.Parameter(torch.from_numpy(whitening.bias.copy()))
+            self.whitening = _linear(torch.from_numpy(whitening.matrix), torch.from_numpy(whitening.bias))
 
     def _set_patch_embedding(self, encoder: VisionTransformer, preprocess: Preprocess) -> None:
         """Turn the patch convolution into one linear layer over pixels in (row, column, channel) order."""
@@ -102,15 +98,12 @@ class EmbeddingModule(nn.Module):
         else:
             bias = bias - (weight * shift).sum(dim=(1, 2, 3))
             weight = weight * scale
-        self.embedding = nn.Linear(weight[0].numel(), self.width)
-        self.embedding.weight = nn.Parameter(_by_pixel(weight).float())
-        self.embedding.bias = nn.Parameter(bias.float())
+        self.embedding = _linear(_by_pixel(weight).float(), bias.float())
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return embeddings: uint8 `[B, H, W, C]` -> float32 `[B, D]`; for the pooling `tokens` `[B, N, D]`."""
-        x = images.reshape(-1, self.rows, self.patch, self.columns, self.patch * 3).transpose(
-            2, 3
-        )  # [B, H, W, C] -> [B, rows, columns, p, p·C]
+        x = images.reshape(-1, self.rows, self.patch, self.columns, self.patch * 3)  # [B, H, W, C] -> by row of patches
+        x = x.transpose(2, 3)  # [B, rows, p, columns, p·C] -> [B, rows, columns, p, p·C]
         x = x.reshape(-1, self.embedding.in_features).float()  # -> [B·N, p·p·C]
         if self.is_half:
             x = (x * self.scale - self.shift).half()
@@ -121,26 +114,15 @@ class EmbeddingModule(nn.Module):
         for block in self.blocks:
             x = block(x)
         x = self.norm(x).float().view(-1, self.tokens, self.width)  # -> [B, T, D]
-        x = self._pooled(x)
+        x = pool_tokens(
+            x, self.pool, prefix=self.prefix, norm=self.pooled_norm, quarters=lambda rows: self.quarters @ rows
+        )
         if self.whitening is not None:
             x = self.whitening(x)
         if self.normalize:
             # F.normalize would add Shape and Expand nodes.
             x = x / x.square().sum(dim=-1, keepdim=True).sqrt().clamp_min(1e-12)
         return x
-
-    def _pooled(self, x: torch.Tensor) -> torch.Tensor:
-        if self.pool == UNPOOLED:
-            return x[:, self.prefix :]
-        patches = x[:, self.prefix :]
-        parts = {
-            "avg": lambda: self.pooled_norm(patches.mean(dim=1)),
-            "cls": lambda: self.pooled_norm(x[:, 0]),
-            "std": lambda: deviation(patches),
-            "avg2x2": lambda: self.pooled_norm(self.quarters @ patches).flatten(1),  # -> [B, 4·D]
-        }
-        pooled = [parts[name]() for name in parts_of(self.pool)]
-        return pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)
 
 
 def check_exportable(encoder: Any, pool: str) -> None:
@@ -153,13 +135,12 @@ def check_exportable(encoder: Any, pool: str) -> None:
         raise InputError(f"a model of timm's class {type(encoder).__name__} is not known here; VisionTransformers are")
     embedding = encoder.patch_embed
     height, width = embedding.img_size or (0, 0)
+    divides = height > 0 and not height % embedding.patch_size[0] and not width % embedding.patch_size[1]
     wanted = {
         "embeds its patches by more than one projection": type(embedding) is PatchEmbed,
         "takes other than one or three channels": embedding.proj.weight.shape[1] in (1, 3),
         "has patches that are not square": len(set(embedding.patch_size)) == 1,
-        f"takes images of {height} x {width}, which its patches do not divide": height > 0
-        and not height % embedding.patch_size[0]
-        and not width % embedding.patch_size[1],
+        f"takes images of {height} x {width}, which its patches do not divide": divides,
         "drops patches": isinstance(encoder.patch_drop, nn.Identity),
     }
     for problem, fine in wanted.items():
@@ -171,7 +152,7 @@ def check_exportable(encoder: Any, pool: str) -> None:
 def _quarter_weights(grid: tuple[int, int]) -> torch.Tensor:
     """Return the weight of each patch in the mean of each quarter of a (rows, columns) grid: `[4, N]`."""
     halves = (
-        torch.tensor([[float(place < (size + 1) // 2), float(place >= size // 2)] for place in range(size)]).T
+        torch.tensor([[float(line < (size + 1) // 2), float(line >= size // 2)] for line in range(size)]).T
         for size in grid
     )
     rows, columns = halves  # [2, rows], [2, columns]
@@ -186,16 +167,12 @@ def _by_pixel(weight: torch.Tensor) -> torch.Tensor:
 
 def _token_table(encoder: VisionTransformer) -> torch.Tensor:
     """Return class and register tokens (with their positions) followed by the patch positions: `[1, T, D]`."""
-    there = [token.detach() for token in (encoder.cls_token, encoder.reg_token) if token is not None]
-    prefix = torch.cat(there, dim=1) if there else torch.zeros(1, 0, encoder.embed_dim)
-    patches = encoder.patch_embed.num_patches
-    if encoder.pos_embed is None:
-        return torch.cat([prefix, torch.zeros(1, patches, encoder.embed_dim)], dim=1)
-    positions = encoder.pos_embed.detach()
-    if encoder.no_embed_class:
-        return torch.cat([prefix, positions], dim=1)
-    count = encoder.num_prefix_tokens
-    return torch.cat([positions[:, :count] + prefix, positions[:, count:]], dim=1)
+    prefix = [token.detach() for token in (encoder.cls_token, encoder.reg_token) if token is not None]
+    table = torch.cat([*prefix, torch.zeros(1, encoder.patch_embed.num_patches, encoder.embed_dim)], dim=1)
+    if encoder.pos_embed is not None:
+        positions = encoder.pos_embed.detach()  # of all tokens, or of the patches alone
+        table[:, -positions.shape[1] :] += positions
+    return table
 
 
 def _in_rows(block: Any, tokens: int, *, fused: bool) -> nn.Module:
@@ -229,42 +206,40 @@ class _RowAttention(nn.Module):
         self.gate, self.proj = attention.gate, attention.proj
 
     def forward(self, x: torch.Tensor, **unused: Any) -> torch.Tensor:
-        q, k, v = (self._split(part(x)) for part in (self.query, self.key, self.value))
-        out = self._attend(self._heads_normalised(self.q_norm, q), self._heads_normalised(self.k_norm, k), v)
+        # [B·T, h·d] -> [B, T, h·d]
+        q, k, v = (layer(x).view(-1, self.tokens, self.inner) for layer in (self.query, self.key, self.value))
+        out = self._attend(self._normalised(self.q_norm, q), self._normalised(self.k_norm, k), v)
         out = self.norm(out.reshape(-1, self.inner))  # [B, T, h·d] -> [B·T, h·d]
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj(out)
 
-    def _split(self, x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, self.tokens, self.inner)  # [B·T, h·d] -> [B, T, h·d]
+    def _normalised(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """Normalise each head by itself: `[B, T, h·d]` -> `[B, T, h·d]`."""
+        return x if isinstance(norm, nn.Identity) else norm(self._heads(x)).view(-1, self.tokens, self.inner)
 
-    def _heads_normalised(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(norm, nn.Identity):
-            return x
-        heads = x.view(-1, self.tokens, self.heads, self.inner // self.heads)
-        return norm(heads).view(-1, self.tokens, self.inner)
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(-1, self.tokens, self.heads, self.inner // self.heads)  # [B, T, h·d] -> [B, T, h, d]
 
     def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         if self.fused:
-            out, *_ = torch.onnx.ops.attention(
-                q, k, v, q_num_heads=self.heads, kv_num_heads=self.heads, scale=self.scale
-            )
-            return out
-        # [B, T, h·d] -> [B, h, T, d]
-        q, k, v = (x.view(-1, self.tokens, self.heads, self.inner // self.heads).transpose(1, 2) for x in (q, k, v))
+            heads = {"q_num_heads": self.heads, "kv_num_heads": self.heads}
+            return torch.onnx.ops.attention(q, k, v, scale=self.scale, **heads)[0]
+        q, k, v = (self._heads(x).transpose(1, 2) for x in (q, k, v))  # -> [B, h, T, d]
         weights = ((q * self.scale) @ k.transpose(2, 3)).softmax(dim=-1)
         return (weights @ v).transpose(1, 2).reshape(-1, self.tokens, self.inner)
 
 
 def _thirds(qkv: Any) -> list[nn.Linear]:
     """Split timm's fused qkv layer into three: query, key, value."""
-    layers = []
-    biases = [None] * 3 if qkv.bias is None else qkv.bias.detach().chunk(3)
-    for weight, bias in zip(qkv.weight.detach().chunk(3), biases, strict=True):
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        layer.weight = nn.Parameter(weight.clone())
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.clone())
-        layers.append(layer)
-    return layers
+    biases = [None] * 3 if qkv.bias is None else qkv.bias.chunk(3)
+    return [_linear(*pair) for pair in zip(qkv.weight.chunk(3), biases, strict=True)]
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None) -> nn.Linear:
+    """Return a linear layer with copies of these parameters."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(weight.detach().clone())
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone())
+    return layer

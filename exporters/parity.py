@@ -1,8 +1,7 @@
 """Parity of an exported file with the PyTorch encoder: measured on real images at several batch sizes, then gated."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,10 +41,6 @@ class Parity:
     neighbour_agreement: float
     provider: str
 
-    def to_json(self) -> dict[str, Any]:
-        """Return the figures as JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Gate:
@@ -65,9 +60,8 @@ class Gate:
         is_difference = self.figure == "max_relative_difference"
         if value <= self.limit if is_difference else value >= self.limit:
             return None
-        shown = f"{value:.1e}" if is_difference else f"{value:.5f}"
-        bound = f"at most {self.limit:.0e}" if is_difference else f"at least {self.limit:g}"
-        return f"{self.figure.replace('_', ' ')} {shown} ({bound} is accepted)"
+        said = f"{value:.1e} (at most {self.limit:.0e}" if is_difference else f"{value:.5f} (at least {self.limit:g}"
+        return f"{self.figure.replace('_', ' ')} {said} is accepted)"
 
 
 GATES = {
@@ -100,16 +94,16 @@ def measure(encode: Encoder, images: Pixels, expected: Embeddings, *, provider: 
         MaekitError: the output has another shape, or values that are not finite.
     """
     differences, cosines = [], []
-    largest = np.abs(expected).max()
+    largest = max(np.abs(expected).max(), 1e-12)
     got = expected
     for batch_size in BATCH_SIZES:
-        count = len(images) if batch_size == max(BATCH_SIZES) else min(len(images), max(BATCH_SIZES))
+        count = len(images) if batch_size == max(BATCH_SIZES) else max(BATCH_SIZES)
         got, wanted = in_batches(encode, images[:count], batch_size), expected[:count]
         if got.shape != wanted.shape:
             raise MaekitError(f"the file gives {list(got.shape)} where PyTorch gives {list(wanted.shape)}")
         if not np.isfinite(got).all():
             raise MaekitError("the file gives values that are not finite")
-        differences.append(np.abs(got - wanted).max() / max(largest, 1e-12))
+        differences.append(np.abs(got - wanted).max() / largest)
         cosines.append((_unit(got) * _unit(wanted)).sum(axis=-1).ravel())
     every = np.concatenate(cosines)
     neighbours = min(NEIGHBOURS, len(images) - 1)

@@ -16,17 +16,15 @@ _IMAGES = 8
 
 def probe_images(size: tuple[int, int]) -> Pixels:
     """Return the images, waves and edges of several sizes: uint8 `[8, H, W, 3]`."""
-    y, x = np.mgrid[: size[0], : size[1]].astype(np.int64)
+    y, x = np.mgrid[: size[0], : size[1], :1].astype(np.int64)[:2]  # 2 x [H, W, 1]
+    channel = np.arange(1, 4)
     images = []
     for number in range(1, _IMAGES + 1):
-        channels = []
-        for channel in range(1, 4):
-            ramp = (x * number * channel + y * (9 - number)) % 256
-            waves = (x * x * channel + y * y * number + x * y) // (16 * channel) % 256
-            blocks = ((x // (4 * number) + y // (4 * channel)) % 2) * 128
-            channels.append((ramp + waves + blocks) // 3 * 6 // 5 % 256)
-        images.append(np.stack(channels, axis=-1))
-    return np.stack(images).astype(np.uint8)
+        ramp = (x * number * channel + y * (9 - number)) % 256
+        waves = (x * x * channel + y * y * number + x * y) // (16 * channel) % 256
+        blocks = ((x // (4 * number) + y // (4 * channel)) % 2) * 128
+        images.append(((ramp + waves + blocks) // 3 * 6 // 5 % 256).astype(np.uint8))
+    return np.stack(images)
 
 
 def rows_to_json(rows: Embeddings) -> dict[str, Any]:

@@ -13,7 +13,7 @@ Correction", section 4.2). Otherwise all embeddings shift in one direction, and 
 
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,26 +68,24 @@ def quantize(proto: onnx.ModelProto, images: Pixels) -> onnx.ModelProto:
     Raises:
         InputError: the graph has linear layers in an unknown form.
     """
-    activations = _observe(proto, images)
     weights = {tensor.name: tensor for tensor in proto.graph.initializer}
     if any(node.op_type == "MatMul" and node.input[1] in weights for node in proto.graph.node):
         raise InputError("`precision` int8: this model has blocks whose linear layers are not known here")
-    casts = _casts(proto)
+    # The patches are cast from uint8 to float: input of each Cast by its output.
+    casts = {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
+    inputs = list(dict.fromkeys(node.input[0] for node in proto.graph.node if _is_linear(node, weights)))
+    activations = _observe(proto, inputs, casts, images)
     nodes: list[Any] = []
     tensors: list[Any] = []
-    rounded: set[str] = set()
     for node in proto.graph.node:
         if not _is_linear(node, weights):
             nodes.append(node)
             continue
-        source = node.input[0]
-        made = [_integer_gemm(node, weights, activations[source])]
-        if source not in rounded:  # several layers may share one input
-            made.insert(0, _integers_of(source, casts.get(source), activations[source]))
-            rounded.add(source)
-        for own_nodes, own_tensors in made:
-            nodes += own_nodes
-            tensors += own_tensors
+        name = node.input[0]
+        if name in inputs:  # several layers may share one input, which is rounded once
+            inputs.remove(name)
+            nodes += _round_input(name, casts.get(name), activations[name], tensors)
+        nodes += _integer_gemm(node, weights, activations[name], tensors)
     return _with_nodes(proto, nodes, tensors)
 
 
@@ -115,10 +113,10 @@ def _rounded(values: Floats, scale: float, zero_point: int) -> Floats:
     return rounded
 
 
-def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
+def _observe(
+    proto: onnx.ModelProto, inputs: list[str], casts: Mapping[str, str], images: Pixels
+) -> dict[str, Activation]:
     """Measure scale and means of every linear layer's input, in two passes over the images."""
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    inputs = list(dict.fromkeys(node.input[0] for node in proto.graph.node if _is_linear(node, weights)))
     picked: dict[str, list[Floats]] = {name: [] for name in inputs}
     share = -(-_VALUES // -(-len(images) // _BATCH))
     for batch in _run(proto, inputs, images):
@@ -130,16 +128,14 @@ def _observe(proto: onnx.ModelProto, images: Pixels) -> dict[str, Activation]:
                 step += 1
             picked[name] += [flat[::step].copy(), np.array([flat.min(), flat.max()])]
     steps = {name: _steps(*best_range(np.concatenate(parts))) for name, parts in picked.items()}
-    steps |= dict.fromkeys(set(inputs) & set(_casts(proto)), (1.0, 0))  # patches are uint8 already, so this is exact
-    count, sums = dict.fromkeys(inputs, 0), {name: [0.0, 0.0] for name in inputs}
+    steps |= dict.fromkeys(casts.keys() & inputs, (1.0, 0))  # patches are uint8 already, so this is exact
+    count, sums = dict.fromkeys(inputs, 0), dict.fromkeys(inputs, np.zeros(()))
     for batch in _run(proto, inputs, images):
         for name, values in batch.items():
+            both = (values, _rounded(values, *steps[name]))
+            sums[name] = sums[name] + np.stack([kind.sum(axis=0, dtype=np.float64) for kind in both])
             count[name] += len(values)
-            for number, kind in enumerate((values, _rounded(values, *steps[name]))):
-                sums[name][number] = sums[name][number] + kind.sum(axis=0, dtype=np.float64)
-    return {
-        name: Activation(*steps[name], *(np.asarray(total) / count[name] for total in sums[name])) for name in inputs
-    }
+    return {name: Activation(*steps[name], *(sums[name] / count[name])) for name in inputs}
 
 
 def _steps(low: float, high: float) -> tuple[float, int]:
@@ -158,39 +154,33 @@ def _run(proto: onnx.ModelProto, names: list[str], images: Pixels) -> Iterator[d
             yield dict(zip(names, session.run(names, {INPUT: images[start : start + _BATCH]}), strict=True))
 
 
-def _casts(proto: onnx.ModelProto) -> dict[str, str]:
-    """Return the input of each Cast by its output; the patches are cast from uint8 to float."""
-    return {node.output[0]: node.input[0] for node in proto.graph.node if node.op_type == "Cast"}
-
-
 def _is_linear(node: Any, weights: Mapping[str, Any]) -> bool:
     """Whether a node is a linear layer of the encoder; the whitening is not, and stays in fp32."""
     return node.op_type == "Gemm" and node.input[1] in weights and node.input[1] != MATRIX
 
 
-def _integers_of(source: str, raw: str | None, activation: Activation) -> tuple[list[Any], list[Any]]:
-    """Return the nodes that round a tensor, and their initializers; `raw` names its uint8 source, if it has one."""
-    arrays: dict[str, NDArray[Any]] = {
-        "scale": np.array(activation.scale, np.float32),
-        "zero_point": np.array(activation.zero_point, np.uint8),
-    }
-    names = [f"{source}.{part}" for part in arrays]
-    tensors = [numpy_helper.from_array(array, name) for name, array in zip(names, arrays.values(), strict=True)]
-    nodes = []
-    if raw is None:
-        raw = f"{source}.integers"
-        nodes.append(helper.make_node("QuantizeLinear", [source, *names], [raw], name=f"{source}.quantize"))
-    output = _dequantized(source)
-    nodes.append(helper.make_node("DequantizeLinear", [raw, *names], [output], name=f"{source}.dequantize"))
-    return nodes, tensors
+def _round_input(name: str, raw: str | None, x: Activation, tensors: list[Any]) -> list[Any]:
+    """Return the nodes that round a tensor; `raw` names the uint8 tensor it was cast from. Adds their initializers."""
+    steps = {"scale": np.array(x.scale, np.float32), "zero_point": np.array(x.zero_point, np.uint8)}
+    dequantize = _dequantize(name, steps, tensors, integers=[raw or f"{name}.integers"])
+    if raw is not None:
+        return [dequantize]
+    integers, *scale = dequantize.input
+    quantize = helper.make_node("QuantizeLinear", [name, *scale], [integers], name=f"{name}.quantize")
+    return [quantize, dequantize]
 
 
-def _dequantized(name: str) -> str:
-    return f"{name}.dequantized"
+def _dequantize(
+    name: str, arrays: Mapping[str, Any], tensors: list[Any], *, integers: Sequence[str] = (), axis: int | None = None
+) -> Any:
+    """Return the node that computes `NAME.dequantized`. Adds its initializers; `integers` names inputs before them."""
+    tensors += [numpy_helper.from_array(array, f"{name}.{part}") for part, array in arrays.items()]
+    inputs, output = [*integers, *(f"{name}.{part}" for part in arrays)], f"{name}.dequantized"
+    return helper.make_node("DequantizeLinear", inputs, [output], name=f"{name}.dequantize", axis=axis)
 
 
-def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple[list[Any], list[Any]]:
-    """Return the nodes of one linear layer with int8 weights, and their initializers."""
+def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation, tensors: list[Any]) -> list[Any]:
+    """Return the nodes of one linear layer with int8 weights. Adds their initializers."""
     matrix = numpy_helper.to_array(weights[node.input[1]]).T  # [N, K] -> [K, N]
     has_bias = len(node.input) > 2 and node.input[2]
     bias = numpy_helper.to_array(weights[node.input[2]]) if has_bias else np.zeros(matrix.shape[1], np.float32)
@@ -204,31 +194,25 @@ def _integer_gemm(node: Any, weights: Mapping[str, Any], x: Activation) -> tuple
     # The bias is added to integer sums; their unit is the product of both scales.
     bias_scales = (scales * np.float32(x.scale)).astype(np.float32)
     bias_integers = np.rint((bias + moved) / bias_scales).astype(np.int32)
-    nodes, tensors, inputs = [], [], [_dequantized(node.input[0])]
+    nodes = []
     name = node.input[1].removesuffix(".weight")
     for kind, values, scale, axis in (("weight", integers, scales, 1), ("bias", bias_integers, bias_scales, 0)):
-        parts = {"integers": values, "scale": scale, "zero_point": np.zeros(len(scale), values.dtype)}
-        names = [f"{name}.{kind}.{part}" for part in parts]
-        tensors += [numpy_helper.from_array(array, n) for n, array in zip(names, parts.values(), strict=True)]
-        inputs.append(_dequantized(f"{name}.{kind}"))
-        nodes.append(
-            helper.make_node("DequantizeLinear", names, inputs[-1:], name=f"{name}.{kind}.dequantize", axis=axis)
-        )
-    return [*nodes, helper.make_node("Gemm", inputs, list(node.output), name=node.name)], tensors
+        arrays = {"integers": values, "scale": scale, "zero_point": np.zeros(len(scale), values.dtype)}
+        nodes.append(_dequantize(f"{name}.{kind}", arrays, tensors, axis=axis))
+    inputs = [f"{node.input[0]}.dequantized", *(dequantize.output[0] for dequantize in nodes)]
+    return [*nodes, helper.make_node("Gemm", inputs, list(node.output), name=node.name)]
 
 
 def _with_nodes(proto: onnx.ModelProto, nodes: list[Any], tensors: list[Any]) -> onnx.ModelProto:
     """Replace the nodes of a graph and add initializers; drop unused nodes and initializers."""
-    outputs = {value.name for value in proto.graph.output}
-    while True:
-        used = outputs | {name for node in nodes for name in node.input}
-        needed = [node for node in nodes if used & set(node.output)]
-        if len(needed) == len(nodes):
-            break
-        nodes = needed
+    used, needed = {value.name for value in proto.graph.output}, []
+    for node in reversed(nodes):  # users come after what they use
+        if used & set(node.output):
+            needed.append(node)
+            used |= set(node.input)
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     del result.graph.node[:], result.graph.initializer[:], result.graph.value_info[:]
-    result.graph.node.extend(nodes)
+    result.graph.node.extend(reversed(needed))
     result.graph.initializer.extend(t for t in (*proto.graph.initializer, *tensors) if t.name in used)
     return result

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import numpy as np
 
@@ -10,8 +11,9 @@ from maekit.shards.read import open_shards
 from maekit.shards.spec import find_shards
 from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import cores
+from maekit.system.parallel import batched
 
-_SPARE = 3  # positions tried per wanted image, at most: some hold no readable image
+_SPARE = 3  # samples tried per wanted image, at most: some hold no readable image
 _BATCH = 32
 
 
@@ -46,34 +48,29 @@ class Sample:
         Raises:
             InputError: there is no readable image.
         """
-        found, problem = 0, ""
-        pending: list[Pixels] = []
-        for image in self._shards.images(self._places(), self._preprocess, threads=cores()):
-            if isinstance(image, ImageError):
-                problem = str(image)
-                continue
-            pending.append(image)
-            found += 1
-            if len(pending) == _BATCH or found == self._count:
-                yield self._digested(pending)
-                pending = []
-            if found == self._count:
-                return
-        if pending:
-            yield self._digested(pending)
+        found, problem = False, "it is empty"
+
+        def readable() -> Iterator[Pixels]:
+            nonlocal found, problem
+            for image in self._shards.images(self._numbers(), self._preprocess, threads=cores()):
+                if isinstance(image, ImageError):
+                    problem = str(image)
+                else:
+                    found = True
+                    yield image
+
+        for images in batched(islice(readable(), self._count), _BATCH):
+            batch = np.stack(images)
+            self.digest.update(batch.tobytes())
+            yield batch
         if not found:
-            raise InputError(f"no readable image in {', '.join(self._specs)}: {problem or 'it is empty'}")
+            raise InputError(f"no readable image in {', '.join(self._specs)}: {problem}")
 
-    def _digested(self, images: list[Pixels]) -> Pixels:
-        batch = np.stack(images)
-        self.digest.update(batch.tobytes())
-        return batch
-
-    def _places(self) -> list[int]:
+    def _numbers(self) -> list[int]:
         """Return sample numbers; the first third already spans all shards: 0, 3, 6, …, 1, 4, 7, …"""
         total = self._shards.samples
-        places = np.unique(np.linspace(0, total - 1, min(total, _SPARE * self._count)).astype(int))
-        return [int(place) for start in range(_SPARE) for place in places[start::_SPARE]]
+        numbers = np.unique(np.linspace(0, total - 1, min(total, _SPARE * self._count)).astype(int)).tolist()
+        return [number for start in range(_SPARE) for number in numbers[start::_SPARE]]
 
 
 def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int) -> Pixels:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
+import timm
 import torch
 
 from maekit.images import LUMA, Pixels
@@ -19,7 +20,7 @@ from maekit.system.errors import InputError, MaekitError
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
-def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note = lambda text: None) -> list[Path]:
+def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note) -> list[Path]:
     """Write an encoder in the format of timm's hub, after checking that timm loads it and returns the same tokens.
 
     Args:
@@ -39,14 +40,13 @@ def write_timm(trained: TrainedEncoder, out: Path, images: Pixels, on_note: Note
     weights = safetensors.torch.save(tensors, metadata={"format": "pt"})
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for name, data in ((CONFIG, config), (WEIGHTS, weights)):
-                (Path(folder) / name).write_bytes(data)
+            (Path(folder) / CONFIG).write_bytes(config)
+            (Path(folder) / WEIGHTS).write_bytes(weights)
             _compare(trained, Path(folder), images, on_note)
     except OSError as error:
         raise files.write_failure(Path(error.filename or tempfile.gettempdir()), error) from error
     # Remove the old config first and write the new one last: a directory with a config can always be loaded.
-    with contextlib.suppress(FileNotFoundError):
-        (out / CONFIG).unlink()
+    (out / CONFIG).unlink(missing_ok=True)
     files.write_atomically(out / WEIGHTS, weights)
     files.write_atomically(out / CONFIG, config)
     return [out / CONFIG, out / WEIGHTS]
@@ -61,17 +61,15 @@ def refuse_foreign_directory(out: Path) -> None:
     if not out.exists():
         return
     there = {path.name for path in out.iterdir() if not path.name.endswith(".tmp")} if out.is_dir() else {""}
-    try:
-        own = not there or "maekit" in json.loads((out / CONFIG).read_bytes())
-    except (OSError, ValueError, TypeError):
-        own = False
-    if not own or there - {CONFIG, WEIGHTS}:
-        raise InputError(f"`out` {out}: must be a new directory, or one of an earlier export with `format=timm`")
+    with contextlib.suppress(OSError, ValueError, TypeError):
+        is_own = not there or "maekit" in json.loads((out / CONFIG).read_bytes())
+        if is_own and there <= {CONFIG, WEIGHTS}:
+            return
+    raise InputError(f"`out` {out}: must be a new directory, or one of an earlier export with `format=timm`")
 
 
 def _config(trained: TrainedEncoder) -> dict[str, Any]:
-    preprocess = trained.preprocess
-    channels = trained.encoder.patch_embed.proj.weight.shape[1]
+    preprocess, channels = trained.preprocess, _channels(trained)
     mean, std = preprocess.mean, preprocess.std
     if channels == 1:
         mean, std = ((float(np.dot(values, LUMA)),) for values in (mean, std))
@@ -98,10 +96,12 @@ def _config(trained: TrainedEncoder) -> dict[str, Any]:
     }
 
 
+def _channels(trained: TrainedEncoder) -> int:
+    return int(trained.encoder.patch_embed.proj.weight.shape[1])
+
+
 @torch.no_grad()
 def _compare(trained: TrainedEncoder, folder: Path, images: Pixels, on_note: Note) -> None:
-    import timm
-
     try:
         loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     except Exception as error:  # timm can raise anything
@@ -110,7 +110,6 @@ def _compare(trained: TrainedEncoder, folder: Path, images: Pixels, on_note: Not
     if eps != theirs:
         on_note(f"this model has a LayerNorm epsilon of {eps}, which timm's config cannot say: timm takes {theirs}")
         set_norm_eps(loaded, eps)
-    channels = trained.encoder.patch_embed.proj.weight.shape[1]
-    pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2)[:, :channels].float() / 255
+    pixels = torch.from_numpy(images[:2]).permute(0, 3, 1, 2)[:, : _channels(trained)].float() / 255
     if not torch.equal(loaded.forward_features(pixels), trained.encoder.forward_features(pixels)):
         raise MaekitError("what timm loads from the exported directory gives other tokens; nothing is written")

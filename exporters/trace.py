@@ -3,9 +3,9 @@
 import io
 import logging
 import warnings
+from collections import Counter
 from contextlib import redirect_stdout
 
-import numpy as np
 import onnx
 import torch
 
@@ -23,13 +23,12 @@ def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str)
         opset: opset of the graph.
         output: name of the graph's output.
     """
-    example = torch.from_numpy(images[:2])
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):  # the exporter prints its progress
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,
-            (example,),
+            (torch.from_numpy(images[:2]),),
             dynamo=True,
             opset_version=opset,
             input_names=[INPUT],
@@ -44,14 +43,12 @@ def to_onnx(module: EmbeddingModule, images: Pixels, *, opset: int, output: str)
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""
-    for value in (*proto.graph.value_info, *proto.graph.input, *proto.graph.output):
-        del value.metadata_props[:]
-    del proto.graph.metadata_props[:]
-    del proto.metadata_props[:]
+    for part in (proto, proto.graph, *proto.graph.value_info, *proto.graph.input, *proto.graph.output):
+        del part.metadata_props[:]
     return proto
 
 
 def node_census(proto: onnx.ModelProto) -> dict[str, int]:
     """Return the number of nodes per operator, most frequent first."""
-    names, counts = np.unique([node.op_type for node in proto.graph.node], return_counts=True)
-    return dict(sorted(zip(names.tolist(), counts.tolist(), strict=True), key=lambda item: (-item[1], item[0])))
+    counts = Counter(node.op_type for node in proto.graph.node)
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

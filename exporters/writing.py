@@ -7,13 +7,13 @@ model never refers to weights other than its own, even if an export is killed at
 import contextlib
 import glob
 import hashlib
-import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import onnx
+from onnx.external_data_helper import set_external_data
 
 from maekit.encoder_file import check_external_data
 from maekit.system import files
@@ -53,7 +53,6 @@ def new_model(path: Path, proto: onnx.ModelProto) -> Iterator[ModelFile]:
         path: the final name.
         proto: changed in place: large weights are moved out if the model does not fit into one file.
 
-
     Raises:
         MaekitError: the disk is full or the path is not writable; names the path.
     """
@@ -80,8 +79,6 @@ def _weights_named_by(path: Path) -> set[str]:
 
 def _remove_leftovers(path: Path) -> None:
     """Remove leftovers of killed exports to this name: temporary files, and weights that no model refers to."""
-    if not path.parent.is_dir():
-        return
     old = time.time() - _LEFT_SECONDS
     for file in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
@@ -93,14 +90,12 @@ def _remove_leftovers(path: Path) -> None:
 
 def _own_weights(path: Path) -> list[Path]:
     """Return the external weights files written by exports to this name."""
-    pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{16}" + re.escape(_SUFFIX))
-    return [file for file in path.parent.iterdir() if pattern.fullmatch(file.name)]
+    return sorted(path.parent.glob(f"{glob.escape(path.stem)}-{'[0-9a-f]' * 16}{_SUFFIX}"))
 
 
 def _remove_unused(path: Path, names: set[str]) -> None:
     """Remove external weights files of this export name, except those that a model in the folder refers to."""
-    unused = [file for file in _own_weights(path) if file.name in names] if path.parent.is_dir() else []
-    if not unused:
+    if not (unused := [file for file in _own_weights(path) if file.name in names]):
         return
     models = [*path.parent.glob("*.onnx"), *path.parent.glob(".*.onnx.*.tmp")]  # including copies and running exports
     needed = set().union(*(_weights_named_by(model) for model in models))
@@ -113,33 +108,21 @@ def _remove_unused(path: Path, names: set[str]) -> None:
 def _write_weights(path: Path, proto: onnx.ModelProto) -> dict[str, str]:
     """Move the large weights from the model to an external file; return the file's digest by its name."""
     large = [tensor for tensor in proto.graph.initializer if len(tensor.raw_data) >= _SMALL]
-    digest, offset, places = hashlib.sha256(), 0, []
-    for padding, tensor in _padded(large):
+    digest, end, offsets = hashlib.sha256(), 0, []
+    for tensor in large:
+        padding = bytes(-end % _ALIGNMENT)
         digest.update(padding)
         digest.update(tensor.raw_data)
-        places.append((offset + len(padding), len(tensor.raw_data)))
-        offset = sum(places[-1])
+        offsets.append(end + len(padding))
+        end = offsets[-1] + len(tensor.raw_data)
     name = f"{path.stem}-{digest.hexdigest()[:16]}{_SUFFIX}"
     with files.atomic_file(path.with_name(name)) as file:
-        for padding, tensor in _padded(large):
-            file.write(padding)
+        for tensor, offset in zip(large, offsets, strict=True):
+            file.seek(offset)  # what is skipped reads as zeros: the padding
             file.write(tensor.raw_data)
-    for tensor, (start, length) in zip(large, places, strict=True):
-        tensor.ClearField("raw_data")
-        tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", name), ("offset", str(start)), ("length", str(length))):
-            entry = tensor.external_data.add()
-            entry.key, entry.value = key, value
+            set_external_data(tensor, name, offset, len(tensor.raw_data))
+            tensor.ClearField("raw_data")
     return {name: digest.hexdigest()}
-
-
-def _padded(tensors: Sequence[onnx.TensorProto]) -> Iterator[tuple[bytes, onnx.TensorProto]]:
-    """Yield each tensor with the zero padding before it, which aligns it to a page."""
-    offset = 0
-    for tensor in tensors:
-        padding = bytes(-offset % _ALIGNMENT)
-        yield padding, tensor
-        offset += len(padding) + len(tensor.raw_data)
 
 
 def _size(proto: onnx.ModelProto) -> int:

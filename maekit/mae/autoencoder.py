@@ -1,6 +1,7 @@
 """The masked autoencoder: mask, encode what is left, decode, compare what was removed (He et al. 2021)."""
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from timm.layers.layer_scale import LayerScale
@@ -107,11 +108,9 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
         InputError: impossible sizes, or ratios that keep, remove or predict no patch.
     """
     encoder = build_encoder(config)
-    if config.decoder_width % 4 or config.decoder_width % config.decoder_heads:
-        raise InputError(
-            f"model.decoder_width = {config.decoder_width} must be a multiple of 4 and of "
-            f"model.decoder_heads = {config.decoder_heads}"
-        )
+    width, heads = config.decoder_width, config.decoder_heads
+    if width % 4 or width % heads:
+        raise InputError(f"model.decoder_width = {width} must be a multiple of 4 and of model.decoder_heads = {heads}")
     patches = encoder.patch_embed.num_patches
     kept = kept_patches(patches, config.mask_ratio)
     if not 0 < kept < patches:
@@ -137,26 +136,12 @@ def build_autoencoder(config: ModelConfig, *, seed: int) -> MaskedAutoencoder:
 
 
 def _build_decoder(config: ModelConfig, encoder: VisionTransformer, outputs: int) -> Decoder | CrossDecoder:
+    shape: dict[str, Any] = {"width": config.decoder_width, "depth": config.decoder_depth}
+    shape |= {"heads": config.decoder_heads, "grid": encoder.patch_embed.grid_size, "outputs": outputs}
     if config.decoder == "cross":
-        return CrossDecoder(
-            encoder.embed_dim,
-            len(encoder.blocks),
-            width=config.decoder_width,
-            depth=config.decoder_depth,
-            heads=config.decoder_heads,
-            grid=encoder.patch_embed.grid_size,
-            outputs=outputs,
-        )
-    return Decoder(
-        encoder.embed_dim,
-        width=config.decoder_width,
-        depth=config.decoder_depth,
-        heads=config.decoder_heads,
-        grid=encoder.patch_embed.grid_size,
-        prefix_tokens=encoder.num_prefix_tokens,
-        outputs=outputs,
-        mask_tokens=config.mask_tokens == "decoder",
-    )
+        return CrossDecoder(encoder.embed_dim, len(encoder.blocks), **shape)
+    adds_mask_tokens = config.mask_tokens == "decoder"
+    return Decoder(encoder.embed_dim, prefix_tokens=encoder.num_prefix_tokens, mask_tokens=adds_mask_tokens, **shape)
 
 
 def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
@@ -166,42 +151,36 @@ def initialize(model: MaskedAutoencoder, *, seed: int) -> None:
     weights are drawn from N(0, 1/(L + 1)), so that the mixture has about the magnitude of one layer.
     """
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        encoder, decoder = model.encoder, model.decoder
-        _initialize_layers(model, encoder, generator)
-        for token in (encoder.cls_token, decoder.mask_token, encoder.reg_token, model.mask_token):
-            if token is not None:
-                nn.init.normal_(token, std=0.02, generator=generator)
-        if encoder.pos_embed is not None and encoder.pos_embed.requires_grad:
-            nn.init.normal_(encoder.pos_embed, std=0.02, generator=generator)
-        if isinstance(decoder, CrossDecoder):
-            nn.init.normal_(decoder.layer_weights, std=decoder.layer_weights.shape[1] ** -0.5, generator=generator)
+    encoder, decoder = model.encoder, model.decoder
+    tokens = (encoder.cls_token, decoder.mask_token, encoder.reg_token, model.mask_token)
+    _initialize(model, encoder, tokens, generator)
+    if isinstance(decoder, CrossDecoder):
+        nn.init.normal_(decoder.layer_weights, std=decoder.layer_weights.shape[1] ** -0.5, generator=generator)
 
 
 def initialize_encoder(encoder: VisionTransformer, *, seed: int) -> None:
     """Initialise an encoder without a decoder, in the same way."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        _initialize_layers(encoder, encoder, generator)
-        learned = encoder.pos_embed if encoder.pos_embed is not None and encoder.pos_embed.requires_grad else None
-        for token in (encoder.cls_token, encoder.reg_token, learned):
-            if token is not None:
-                nn.init.normal_(token, std=0.02, generator=generator)
+    _initialize(encoder, encoder, (encoder.cls_token, encoder.reg_token), torch.Generator().manual_seed(seed))
 
 
-def _initialize_layers(module: nn.Module, encoder: VisionTransformer, generator: torch.Generator) -> None:
-    for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.xavier_uniform_(part.weight, generator=generator)
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-            nn.init.zeros_(part.bias)
-        elif isinstance(part, LayerScale):
-            part.reset_parameters()
+@torch.no_grad()
+def _initialize(
+    module: nn.Module, encoder: VisionTransformer, tokens: Iterable[nn.Parameter | None], generator: torch.Generator
+) -> None:
+    """Initialise all layers of a module, then the tokens and learned positions of its encoder, in this order."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.xavier_uniform_(layer.weight, generator=generator)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+        elif isinstance(layer, (nn.LayerNorm, LayerScale)):
+            layer.reset_parameters()
     projection = encoder.patch_embed.proj
     # Initialised as a matrix, not as a convolution: fan-in p·p·C, fan-out D.
     nn.init.xavier_uniform_(projection.weight.view(projection.weight.shape[0], -1), generator=generator)
     if projection.bias is not None:
         nn.init.zeros_(projection.bias)
+    positions = encoder.pos_embed if encoder.pos_embed is not None and encoder.pos_embed.requires_grad else None
+    for token in (*tokens, positions):
+        if token is not None:
+            nn.init.normal_(token, std=0.02, generator=generator)

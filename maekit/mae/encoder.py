@@ -1,7 +1,9 @@
 """The encoder: a timm VisionTransformer built by its timm name, so weights move to and from timm unchanged."""
 
+import difflib
 from typing import Any
 
+import timm
 import torch
 from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
@@ -13,26 +15,20 @@ from maekit.mae.positions import sincos_positions
 from maekit.system.errors import InputError
 
 DEFAULT_MODEL = "vit_base_patch16_224"
+# Sizes of an encoder: their names in `ModelConfig`, and timm's.
+TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
     """Return the keyword arguments with which `timm.create_model(name, ...)` builds this encoder."""
-    chosen: dict[str, Any] = {
-        "patch_size": config.patch_size,
-        "embed_dim": config.width,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "in_chans": None if config.channels == 3 else config.channels,
-        "class_token": config.class_token,
-    }
+    chosen: dict[str, Any] = {theirs: getattr(config, ours) for ours, theirs in TIMM_NAMES.items()}
+    chosen |= {"in_chans": None if config.channels == 3 else config.channels, "class_token": config.class_token}
     if config.class_token is not None:
         # timm drops the final norm if it pools by the mean; fc_norm=False keeps it.
         chosen |= {"global_pool": "token" if config.class_token else "avg", "fc_norm": False}
-    return {
-        "img_size": config.image_size if isinstance(config.image_size, int) else list(config.image_size),
-        "num_classes": 0,
-        **{key: value for key, value in chosen.items() if value is not None},
-    }
+    img_size = config.image_size if isinstance(config.image_size, int) else list(config.image_size)
+    given = {key: value for key, value in chosen.items() if value is not None}
+    return {"img_size": img_size, "num_classes": 0, **given}
 
 
 def build_encoder(config: ModelConfig) -> VisionTransformer:
@@ -41,13 +37,9 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     Raises:
         InputError: unknown name, impossible sizes, or an architecture whose tokens cannot be masked.
     """
-    import timm
-
-    name = config.name or DEFAULT_MODEL
-    if name not in timm.list_models("vit_*"):
-        import difflib
-
-        near = difflib.get_close_matches(name, timm.list_models("vit_*"), n=3)
+    name, known = config.name or DEFAULT_MODEL, timm.list_models("vit_*")
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
         hint = f"; did you mean {', '.join(near)}?" if near else "; see timm.list_models('vit_*')"
         raise InputError(f"unknown model {name!r}{hint}")
     try:
@@ -60,15 +52,14 @@ def build_encoder(config: ModelConfig) -> VisionTransformer:
     for side in config.size:
         if side % patch:
             raise InputError(f"model.image_size = {side} is not a multiple of the patch size {patch}")
-    is_learned = config.positions == "learned"
-    if not is_learned:
+    encoder.pos_embed.requires_grad_(config.positions == "learned")
+    if config.positions == "sincos":
         if encoder.embed_dim % 4:
             raise InputError(f"{name}: a width of {encoder.embed_dim} is not a multiple of 4 (sine-cosine positions)")
         prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
         positions = sincos_positions(encoder.embed_dim, encoder.patch_embed.grid_size, prefix_tokens=prefix)
         with torch.no_grad():
             encoder.pos_embed.copy_(positions)
-    encoder.pos_embed.requires_grad_(is_learned)
     return encoder
 
 

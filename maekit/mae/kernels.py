@@ -38,12 +38,9 @@ def choose_kernels(
             module.fused_attn = not (on_cpu and precision == "bf16")  # type: ignore[misc]
     if precision == "bf16":
         return lambda: torch.autocast(device.type, torch.bfloat16)
-    return OneDnnLinear if on_cpu and _onednn_is_better() else nullcontext
-
-
-def _onednn_is_better() -> bool:
     # MKL uses its AVX-512 kernels on Intel processors only.
-    return torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    has_avx512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    return OneDnnLinear if on_cpu and has_avx512 and torch.backends.mkldnn.is_available() else nullcontext
 
 
 class OneDnnLinear(TorchFunctionMode):

@@ -1,11 +1,14 @@
 """Pools an encoder's tokens to one vector per image."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.nn import functional
 
-from maekit.config.poolings import parts_of
+from maekit.config.poolings import UNPOOLED, parts_of
 from maekit.system.errors import InputError
 
 # Added to a variance before the root, so that the gradient is finite if all patches are equal.
@@ -35,6 +38,8 @@ def check_pooling(encoder: VisionTransformer, pool: str) -> None:
 def pooled(encoder: VisionTransformer, tokens: torch.Tensor, pool: str) -> torch.Tensor:
     """Pool the output of `forward_features`: `[B, prefix + N, D]` -> `[B, k·D]`; k is `vectors_in(pool)`.
 
+    The patch tokens themselves, `[B, N, D]`, for the pooling `tokens`.
+
     Args:
         encoder: the encoder that produced the tokens.
         tokens: the tokens after the final norm.
@@ -44,18 +49,35 @@ def pooled(encoder: VisionTransformer, tokens: torch.Tensor, pool: str) -> torch
             spatial pyramid, Lazebnik et al. 2006); the middle row or column of an odd grid belongs to both sides. If
             the encoder has timm's norm after the pooling, it is applied to means and class tokens.
     """
-    patches = tokens[:, encoder.num_prefix_tokens :]
+    quarters = partial(_quarters, grid=encoder.patch_embed.grid_size)
+    return pool_tokens(tokens, pool, prefix=encoder.num_prefix_tokens, norm=encoder.fc_norm, quarters=quarters)
+
+
+def pool_tokens(
+    tokens: torch.Tensor, pool: str, *, prefix: int, norm: nn.Module, quarters: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Pool tokens as `pooled` does, with the given operations; an exported graph computes the quarters in its own way.
+
+    Args:
+        tokens: `[B, prefix + N, D]`.
+        pool: as in `pooled`.
+        prefix: number of class and register tokens.
+        norm: the norm after the pooling of means and class tokens.
+        quarters: mean of each quarter of the image: `[B, N, D]` -> `[B, 4, D]`.
+    """
+    patches = tokens[:, prefix:]
     by_name = {
-        "avg": lambda: encoder.fc_norm(patches.mean(dim=1)),
-        "cls": lambda: encoder.fc_norm(tokens[:, 0]),
-        "std": lambda: deviation(patches),
-        "avg2x2": lambda: encoder.fc_norm(_quarters(patches, encoder.patch_embed.grid_size)).flatten(1),
+        UNPOOLED: lambda: patches,
+        "avg": lambda: norm(patches.mean(dim=1)),
+        "cls": lambda: norm(tokens[:, 0]),
+        "std": lambda: _deviation(patches),
+        "avg2x2": lambda: norm(quarters(patches)).flatten(1),  # -> [B, 4·D]
     }
     parts = [by_name[name]() for name in parts_of(pool)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-def deviation(patches: torch.Tensor) -> torch.Tensor:
+def _deviation(patches: torch.Tensor) -> torch.Tensor:
     """Return the standard deviation of an image's tokens, per channel: `[B, N, D]` -> `[B, D]`."""
     centred = patches - patches.mean(dim=1, keepdim=True)
     return (centred.square().mean(dim=1) + VARIANCE_FLOOR).sqrt()

@@ -16,17 +16,12 @@ def sincos_positions(width: int, grid: tuple[int, int], *, prefix_tokens: int) -
 
     Returns:
         float32 `[1, prefix_tokens + rows * columns, D]`.
-
-    Raises:
-        ValueError: `width` is not a multiple of 4.
     """
-    if width % 4:
-        raise ValueError(f"sine-cosine positions need a width that is a multiple of 4, not {width}")
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     halves = []
-    for places in (columns, rows):
-        angles = places.reshape(-1, 1).double() * frequencies  # [N, 1] * [D/4] -> [N, D/4]
+    for axis in (columns, rows):
+        angles = axis.reshape(-1, 1).double() * frequencies  # [N, 1] * [D/4] -> [N, D/4]
         halves += [angles.sin(), angles.cos()]
     positions = torch.cat(halves, dim=1)  # 4 x [N, D/4] -> [N, D]
     return torch.cat([positions.new_zeros(prefix_tokens, width), positions]).float().unsqueeze(0)

@@ -49,17 +49,11 @@ def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
     except Exception as error:  # a damaged file can raise anything
         first = (str(error).strip() or type(error).__name__).split("\n")[0]
         raise InputError(f"cannot read weights from {path}: {first}") from error
-    for wrapper in _WRAPPERS:
-        if isinstance(loaded, dict) and isinstance(loaded.get(wrapper), dict):
-            loaded = loaded[wrapper]
-            break
-    if not isinstance(loaded, dict) or not loaded or not all(_is_weight(*item) for item in loaded.items()):
-        raise InputError(f"{path} holds no dictionary of weights")
-    return dict(loaded)
-
-
-def _is_weight(name: Any, value: Any) -> bool:
-    return isinstance(name, str) and isinstance(value, torch.Tensor)
+    if isinstance(loaded, dict):
+        loaded = next((loaded[key] for key in _WRAPPERS if isinstance(loaded.get(key), dict)), loaded)
+        if loaded and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()):
+            return dict(loaded)
+    raise InputError(f"{path} holds no dictionary of weights")
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -81,11 +75,8 @@ def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], 
     missing, unexpected = ([n for n in a if n not in b] for a, b in ((wanted, weights), (weights, wanted)))
     problems = [f"missing {name}" for name in _by_block(missing, wanted)]
     problems += [f"unexpected {name}" for name in _by_block(unexpected, weights)]
-    problems += [
-        f"{name} is {list(weights[name].shape)}, the model wants {list(wanted[name].shape)}"
-        for name in wanted
-        if name in weights and weights[name].shape != wanted[name].shape
-    ]
+    reshaped = [name for name in wanted if name in weights and weights[name].shape != wanted[name].shape]
+    problems += [f"{n} is {list(weights[n].shape)}, the model wants {list(wanted[n].shape)}" for n in reshaped]
     problems += [f"{name} {problem}" for name, tensor in weights.items() if (problem := _unfit(tensor))]
     if problems:
         raise InputError(f"{source} does not fit the model: {'; '.join(problems)}")
@@ -107,8 +98,7 @@ def _by_block(names: Sequence[str], whole: Iterable[str]) -> list[str]:
 
 
 def _block_of(name: str) -> str:
-    match = re.match(r"blocks\.\d+\.", name)
-    return match[0] if match else ""
+    return "".join(re.findall(r"^blocks\.\d+\.", name))
 
 
 def encoder_bytes(encoder: VisionTransformer, description: dict[str, Any]) -> bytes:

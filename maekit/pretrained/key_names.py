@@ -18,14 +18,14 @@ _REFERENCE_DECODER = re.compile(r"decoder_(embed\.|pos_embed$|blocks\.|norm\.|pr
 _BLOCK_NAMES = {
     "layernorm_before": "norm1",
     "layernorm_after": "norm2",
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
     "attention.output.dense": "attn.proj",
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
-_BLOCK = re.compile(r"(.*)\.(weight|bias)")
-_QKV = re.compile(r"attention\.attention\.(query|key|value)\.(weight|bias)")
-_ENCODER_BLOCK = re.compile(r"(?:vit\.)?encoder\.layer\.(\d+)\.(.*)")
-_DECODER_BLOCK = re.compile(r"decoder\.(?:decoder_layers|decoder_encoder\.layer)\.(\d+)\.(.*)")
+_BLOCK = re.compile(r"(?:(?:vit\.)?encoder\.layer|decoder\.(?:decoder_layers|decoder_encoder\.layer))\.(\d+)\.(.*)")
 _ENCODER_NAMES = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -63,39 +63,30 @@ def from_transformers(weights: Weights) -> Parts:
     """Rename the weights of transformers' ViTMAEModel or ViTMAEForPreTraining, and join query, key and value."""
     parts = Parts({}, {})
     for name, tensor in weights.items():
-        if match := _ENCODER_BLOCK.fullmatch(name):
-            parts.encoder[f"blocks.{match[1]}.{_block_name(match[2])}"] = tensor
-        elif match := _DECODER_BLOCK.fullmatch(name):
-            parts.decoder[f"blocks.{match[1]}.{_block_name(match[2])}"] = tensor
-        elif name.startswith("decoder."):
-            parts.decoder[name.removeprefix("decoder.").removeprefix("decoder_")] = tensor
+        is_decoder = name.startswith("decoder.")
+        if match := _BLOCK.fullmatch(name):
+            ours = f"blocks.{match[1]}.{_block_name(match[2])}"
+        elif is_decoder:
+            ours = name.removeprefix("decoder.").removeprefix("decoder_")
         else:
-            bare = name.removeprefix("vit.")
-            parts.encoder[_ENCODER_NAMES.get(bare, name)] = tensor
+            ours = _ENCODER_NAMES.get(name.removeprefix("vit."), name)
+        (parts.decoder if is_decoder else parts.encoder)[ours] = tensor
     return Parts(_join_qkv(parts.encoder), _join_qkv(parts.decoder))
 
 
 def _block_name(name: str) -> str:
-    if match := _QKV.fullmatch(name):
-        return f"attn.{match[1]}.{match[2]}"
-    match = _BLOCK.fullmatch(name)
-    return f"{_BLOCK_NAMES.get(match[1], match[1])}.{match[2]}" if match else name
+    layer, dot, kind = name.rpartition(".")
+    return f"{_BLOCK_NAMES.get(layer, layer)}{dot}{kind}"
 
 
 def _join_qkv(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Concatenate query, key and value; if they have no biases, add a zero bias, which is equivalent."""
     joined = dict(weights)
-    for name in weights:
-        if not name.endswith("attn.query.weight"):
-            continue
-        block = name.removesuffix("query.weight")
+    for attention in [name.removesuffix("query.weight") for name in weights if name.endswith("attn.query.weight")]:
         for kind in ("weight", "bias"):
-            parts = [joined.get(f"{block}{part}.{kind}") for part in ("query", "key", "value")]
-            there = [part for part in parts if part is not None]
-            if len(there) == len(parts):
-                joined[f"{block}qkv.{kind}"] = torch.cat(there)
-                for part in ("query", "key", "value"):
-                    del joined[f"{block}{part}.{kind}"]
-            elif not there and kind == "bias":
-                joined[f"{block}qkv.bias"] = torch.zeros(len(joined[f"{block}qkv.weight"]))
+            names = [f"{attention}{part}.{kind}" for part in ("query", "key", "value")]
+            if all(name in joined for name in names):
+                joined[f"{attention}qkv.{kind}"] = torch.cat([joined.pop(name) for name in names])
+            elif f"{attention}qkv.weight" in joined and not any(name in joined for name in names):
+                joined[f"{attention}qkv.bias"] = torch.zeros(len(joined[f"{attention}qkv.weight"]))
     return joined

@@ -11,19 +11,13 @@ from maekit.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
 from maekit.config.settings import set_value
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
-from maekit.mae.encoder import DEFAULT_MODEL, build_encoder, timm_arguments
+from maekit.mae.encoder import DEFAULT_MODEL, TIMM_NAMES, build_encoder, timm_arguments
 from maekit.pretrained.files import load_strictly
-from maekit.pretrained.sources import (
-    TIMM_NAMES,
-    TIMM_PREFIX,
-    Note,
-    create_timm,
-    fetch_timm,
-    read_source,
-    timm_preprocess,
-    without_head,
-)
+from maekit.pretrained.sources import TIMM_PREFIX, Note, create_timm, fetch_timm, read_source, timm_preprocess
 from maekit.system.errors import InputError
+
+# timm's classifier. An encoder has none, and it has a norm after its pooling only if it has none before.
+_HEAD = ("head.", "fc_norm.")
 
 
 @dataclass(frozen=True)
@@ -83,7 +77,7 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     config.name = config.name or DEFAULT_MODEL
     arguments = source.timm_arguments or timm_arguments(config)
     encoder = create_timm(config.name, arguments) if source.sizes.get("is_any_vit") else build_encoder(config)
-    load_strictly(encoder, without_head(source.encoder, encoder, on_note), name)
+    _load_encoder(encoder, source.encoder, name, on_note)
     set_norm_eps(encoder, source.norm_eps)
     preprocess = source.preprocess
     if preprocess is None:
@@ -122,6 +116,17 @@ def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = la
     return TrainedAutoencoder(model.eval(), preprocess, config.masking)
 
 
+def _load_encoder(
+    encoder: VisionTransformer, weights: Mapping[str, torch.Tensor], said: str, on_note: Note = lambda text: None
+) -> None:
+    """Load all weights but a classifier's, if the encoder has no classifier; `on_note` receives the omitted names."""
+    known = encoder.state_dict()
+    left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
+    if left_out:
+        on_note(f"left out, a classifier: {', '.join(left_out)}")
+    load_strictly(encoder, {key: tensor for key, tensor in weights.items() if key not in left_out}, said)
+
+
 def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], name: str) -> None:
     """Load the weights outside encoder and decoder."""
     tensors = {key: p for key, p in model.named_parameters() if not key.startswith(("encoder.", "decoder."))}
@@ -150,7 +155,7 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     said = f"`init_from` {name}"
     if name.startswith(TIMM_PREFIX):
         donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
-        load_strictly(model.encoder, without_head(donor.state_dict(), model.encoder), said)
+        _load_encoder(model.encoder, donor.state_dict(), said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
     if (channels := source.sizes.get("channels", 3)) != config.channels:
@@ -159,7 +164,7 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     theirs = source.timm_arguments or {}
     if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:
         raise InputError(f"{said} was built with {', '.join(unknown)}; pretrain builds plain ViTs only")
-    load_strictly(model.encoder, without_head(source.encoder, model.encoder), said)
+    _load_encoder(model.encoder, source.encoder, said)
     if not source.decoder:
         return f"the encoder starts from {name}"
     own = vars(config)
@@ -218,5 +223,5 @@ def _published(name: str) -> TrainedEncoder:
     cfg = encoder.pretrained_cfg
     arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
     provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}
-    preprocess = timm_preprocess(cfg, (arguments["img_size"], arguments["img_size"]))
+    preprocess = timm_preprocess(cfg, arguments["img_size"])
     return TrainedEncoder(encoder.eval(), name.split(".")[0], preprocess, arguments, provenance)

@@ -17,12 +17,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
 
 from maekit import runs
 from maekit.config import ModelConfig
 from maekit.images import Preprocess
-from maekit.mae.encoder import DEFAULT_MODEL
+from maekit.mae.encoder import DEFAULT_MODEL, TIMM_NAMES
 from maekit.pretrained.files import file_description, read_safetensors, read_weights
 from maekit.pretrained.key_names import Parts, from_reference, from_transformers
 from maekit.system import files
@@ -31,10 +32,9 @@ from maekit.system.errors import InputError
 Note = Callable[[str], None]
 
 TIMM_PREFIX = "timm:"
-TIMM_NAMES = {"patch_size": "patch_size", "width": "embed_dim", "depth": "depth", "heads": "num_heads"}
+# In transformers' ViTMAE; those of the decoder begin with `decoder_`, as here.
+_VIT_MAE_NAMES = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
 _HUGGING_FACE_FILES = ("model.safetensors", "pytorch_model.bin")
-# timm's classifier. An encoder has none, and it has a norm after its pooling only if it has none before.
-_HEAD = ("head.", "fc_norm.")
 # Exceptions that values of an unexpected type or range raise.
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError, InputError)
 # The published ViTs by width: timm's name and the number of heads (Dosovitskiy et al. 2021, table 1; tiny: DeiT).
@@ -120,40 +120,44 @@ def _from_run(path: Path, on_note: Note) -> Source:
         for prefix in ("encoder.", "decoder.")
     )
     task = {key: tensor for key, tensor in whole.items() if not key.startswith(("encoder.", "decoder."))}
-    provenance = {
-        "source": "run",
-        "step": checkpoint.step,
-        "sha256": checkpoint.digest(),
-        "data_digest": checkpoint.state()["data_digest"],
-    }
+    provenance = {"source": "run", "step": checkpoint.step, "sha256": checkpoint.digest()}
+    provenance["data_digest"] = checkpoint.state()["data_digest"]
     preprocess = Preprocess.for_size(config.model.size, config.data.mean, config.data.std)
     on_note(f"weights of {checkpoint.path} (step {checkpoint.step})")
-    return Source(encoder, decoder, vars(config.model), preprocess, None, provenance, config.shards, task=task)
+    sizes = vars(config.model)
+    return Source(
+        encoder, decoder, sizes, task=task, preprocess=preprocess, provenance=provenance, shards=config.shards
+    )
 
 
 def _from_file(path: Path, model: str | None) -> Source:
     parts = from_reference(read_weights(path))
     description = file_description(path) if path.suffix == ".safetensors" else {}
     provenance = {"source": "file", "file": path.name, "sha256": files.sha256_file(path)}
-    preprocess = None
-    is_named = "timm_arguments" in description
-    if is_named:
-        try:
-            arguments = description["timm_arguments"]
-            sizes: dict[str, Any] = {
-                key: int(arguments[argument]) for key, argument in TIMM_NAMES.items() if argument in arguments
-            }
-            sizes |= {"name": str(description["model"]), "image_size": _image_size(arguments["img_size"])}
-            sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
-            preprocess = Preprocess.from_json(description["preprocess"])
-        except _MALFORMED as error:
-            raise InputError(f"{path}: its maekit metadata is damaged: {error!r}") from error
-        provenance |= {key: description[key] for key in ("step", "data_digest") if key in description}
-    else:
+    if "timm_arguments" not in description:
         sizes = _told_by_weights(path, parts, model)
-        if model and "." in model:
-            preprocess = timm_preprocess(_pretrained_cfg(model), (sizes["image_size"], sizes["image_size"]))
-    return Source(parts.encoder, parts.decoder, sizes, preprocess, None, provenance, is_named=is_named)
+        preprocess = timm_preprocess(_pretrained_cfg(model), sizes["image_size"]) if model and "." in model else None
+        return Source(*parts, sizes, preprocess=preprocess, provenance=provenance, is_named=False)
+    try:
+        arguments = description["timm_arguments"]
+        sizes = _told_by_timm(description["model"], arguments, arguments["img_size"])
+        preprocess = Preprocess.from_json(description["preprocess"])
+    except _MALFORMED as error:
+        raise InputError(f"{path}: its maekit metadata is damaged: {error!r}") from error
+    provenance |= {key: description[key] for key in ("step", "data_digest") if key in description}
+    return Source(*parts, sizes, preprocess=preprocess, provenance=provenance)
+
+
+def _told_by_timm(name: str, arguments: Mapping[str, Any], image_size: Any) -> dict[str, Any]:
+    """Convert the arguments that timm builds an encoder with to sizes."""
+    sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
+    if isinstance(image_size, (list, tuple)):
+        height, width = map(int, image_size)
+        sizes["image_size"] = height if height == width else (height, width)
+    else:
+        sizes["image_size"] = int(image_size)
+    sizes |= {"name": str(name), "channels": int(arguments.get("in_chans", 3))}
+    return sizes | {"class_token": arguments.get("class_token")}
 
 
 def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, Any]:
@@ -168,11 +172,11 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
     width, channels, patch, _ = map(int, projection.shape)
     tokens = int(positions.shape[1])
     if model:
+        name = model.split(".")[0]
         with torch.device("meta"):
-            donor = create_timm(model.split(".")[0], {"num_classes": 0})
+            donor = create_timm(name, {"num_classes": 0})
         prefix = 0 if getattr(donor, "no_embed_class", False) else getattr(donor, "num_prefix_tokens", 0)
-        side = _side(path, tokens - prefix)
-        return {"name": model.split(".")[0], "image_size": side * patch, "is_any_vit": True}
+        return {"name": name, "image_size": _side(path, tokens - prefix) * patch, "is_any_vit": True}
     if width not in _PUBLISHED:
         raise InputError(
             f"{path}: a width of {width} is none of the published ({', '.join(map(str, _PUBLISHED))}), and a file of "
@@ -180,19 +184,14 @@ def _told_by_weights(path: Path, parts: Parts, model: str | None) -> dict[str, A
         )
     name, heads = _PUBLISHED[width]
     side = _side(path, tokens - 1)  # the class token's position comes before those of the patches
-    sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "width": width}
-    sizes |= {"heads": heads, "depth": _count_blocks(weights), "channels": channels}
+    sizes: dict[str, Any] = {"name": name, "image_size": side * patch, "patch_size": patch, "channels": channels}
+    sizes |= {"width": width, "depth": _count_blocks(weights), "heads": heads}
     if parts.decoder:
-        sizes |= _decoder_sizes(parts.decoder)
+        # No weight tells the number of heads: it is the published one.
+        embed = parts.decoder.get("embed.weight", torch.zeros(()))
+        sizes |= {"decoder_width": len(embed) if embed.ndim else ModelConfig.decoder_width}
+        sizes |= {"decoder_depth": _count_blocks(parts.decoder), "decoder_heads": ModelConfig.decoder_heads}
     return sizes
-
-
-def _image_size(value: Any) -> int | tuple[int, int]:
-    """Convert an image size from timm's arguments to the form of `ModelConfig`."""
-    if isinstance(value, (list, tuple)):
-        height, width = map(int, value)
-        return height if height == width else (height, width)
-    return int(value)
 
 
 def _side(path: Path, patches: int) -> int:
@@ -205,16 +204,6 @@ def _side(path: Path, patches: int) -> int:
     if not side or side**2 != patches:
         raise InputError(f"{path} has positions for {patches} patches, which make no square of patches")
     return side
-
-
-def _decoder_sizes(weights: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """Infer the sizes of a decoder from its weights; the number of heads is the published one."""
-    embed = weights.get("embed.weight")
-    return {
-        "decoder_depth": _count_blocks(weights),
-        "decoder_width": len(embed) if embed is not None and embed.ndim else ModelConfig.decoder_width,
-        "decoder_heads": ModelConfig.decoder_heads,
-    }
 
 
 def _count_blocks(weights: Mapping[str, torch.Tensor]) -> int:
@@ -240,40 +229,28 @@ def _from_hugging_face(path: Path) -> Source:
     try:
         if config.get("hidden_act", "gelu") != "gelu" or int(config.get("num_channels", 3)) != 3:
             raise InputError(f"{path}: only models of three channels with exact GELU are known")
-        image_size = int(config["image_size"])
-        sizes = {
-            "name": _PUBLISHED.get(config["hidden_size"], (DEFAULT_MODEL, 0))[0],
-            "image_size": image_size,
-            "patch_size": int(config["patch_size"]),
-            "width": int(config["hidden_size"]),
-            "depth": int(config["num_hidden_layers"]),
-            "heads": int(config["num_attention_heads"]),
-            "decoder_width": int(config["decoder_hidden_size"]),
-            "decoder_depth": int(config["decoder_num_hidden_layers"]),
-            "decoder_heads": int(config["decoder_num_attention_heads"]),
-            "mask_ratio": float(config["mask_ratio"]),
-            "target": "norm_pixel" if config["norm_pix_loss"] else "pixel",
-        }
+        sizes: dict[str, Any] = {key: int(config[key]) for key in ("image_size", "patch_size")}
+        for prefix in ("", "decoder_"):
+            sizes |= {prefix + key: int(config[prefix + theirs]) for key, theirs in _VIT_MAE_NAMES.items()}
+        sizes["name"], _ = _PUBLISHED.get(sizes["width"], (DEFAULT_MODEL, 0))
+        sizes |= {"mask_ratio": float(config["mask_ratio"])}
+        sizes |= {"target": "norm_pixel" if config["norm_pix_loss"] else "pixel"}
         eps = float(config["layer_norm_eps"])
         if not 0 < eps < 1:
             raise ValueError(f"layer_norm_eps {eps}")
     except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of ViTMAE: {error!r}") from error
+    file = path / "preprocessor_config.json"
+    prepared = _read_json(file) if file.is_file() else {}
     preprocess = None
-    if (path / "preprocessor_config.json").is_file():
-        prepared = _read_json(path / "preprocessor_config.json")
-        if "image_mean" in prepared and "image_std" in prepared:
-            mean, std = (_three(prepared[key], path) for key in ("image_mean", "image_std"))
-            preprocess = Preprocess.for_size((image_size, image_size), mean, std)
-    return Source(parts.encoder, parts.decoder, sizes, preprocess, eps, {"source": "transformers", **provenance})
-
-
-def _three(values: Any, path: Path) -> tuple[float, ...]:
-    try:
-        red, green, blue = map(float, values)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path}/preprocessor_config.json: {values!r} are no three numbers") from error
-    return red, green, blue
+    if "image_mean" in prepared and "image_std" in prepared:
+        try:
+            mean, std = (tuple(map(float, prepared[key])) for key in ("image_mean", "image_std"))
+            preprocess = Preprocess.for_size((sizes["image_size"], sizes["image_size"]), mean, std)
+        except _MALFORMED as error:
+            raise InputError(f"{file}: {error}") from error
+    provenance = {"source": "transformers", **provenance}
+    return Source(*parts, sizes, preprocess=preprocess, norm_eps=eps, provenance=provenance)
 
 
 def _from_timm_directory(
@@ -283,17 +260,16 @@ def _from_timm_directory(
     try:
         arguments = dict(config.get("model_args") or {})
         cfg = dict(config.get("pretrained_cfg") or {})
-        sizes = {key: arguments[argument] for key, argument in TIMM_NAMES.items() if argument in arguments}
-        image_size = _image_size(arguments.get("img_size") or cfg["input_size"][1:])
-        sizes |= {"name": str(config["architecture"]), "image_size": image_size, "is_any_vit": True}
-        sizes |= {"channels": int(arguments.get("in_chans", 3)), "class_token": arguments.get("class_token")}
-        preprocess = timm_preprocess(cfg, (image_size, image_size) if isinstance(image_size, int) else image_size)
+        sizes = _told_by_timm(config["architecture"], arguments, arguments.get("img_size") or cfg["input_size"][1:])
+        image_size = sizes["image_size"]
+        preprocess = timm_preprocess(cfg, image_size)
     except _MALFORMED as error:
         raise InputError(f"{path}/config.json is no config of a timm model: {error!r}") from error
     # Keep all arguments: the weights do not reveal, for example, the activation or the norm.
     img_size = image_size if isinstance(image_size, int) else list(image_size)
     timm_arguments = {**arguments, "img_size": img_size, "num_classes": 0}
-    return Source(weights, {}, sizes, preprocess, None, provenance, timm_arguments=timm_arguments)
+    sizes["is_any_vit"] = True
+    return Source(weights, {}, sizes, preprocess=preprocess, provenance=provenance, timm_arguments=timm_arguments)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -306,27 +282,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def without_head(
-    weights: Mapping[str, torch.Tensor], encoder: torch.nn.Module, on_note: Note = lambda text: None
-) -> dict[str, torch.Tensor]:
-    """Remove a classifier's weights if the encoder has no classifier; `on_note` receives their names."""
-    known = encoder.state_dict()
-    left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
-    if left_out:
-        on_note(f"left out, a classifier: {', '.join(left_out)}")
-    return {key: tensor for key, tensor in weights.items() if key not in left_out}
-
-
 def fetch_timm(name: str, arguments: Mapping[str, Any], said: str) -> Any:
     """Return a timm model with its published weights.
 
     Raises:
         InputError: timm has no such model, or cannot get its weights.
     """
-    import timm
-
-    if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"{said}: timm knows no such model")
+    _check_known(name, said)
     try:
         return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the hub's client can raise anything: no network, no such tag, no such file
@@ -343,21 +305,21 @@ def create_timm(name: str, arguments: Mapping[str, Any]) -> Any:
     Raises:
         InputError: timm has no such model, or cannot build it with these arguments.
     """
-    import timm
-
-    if not timm.is_model(name):
-        raise InputError(f"`model` {name}: timm knows no such model")
+    _check_known(name, f"`model` {name}")
     try:
         return timm.create_model(name, pretrained=False, **arguments)
     except Exception as error:  # impossible sizes can raise anything
         raise InputError(f"timm cannot build {name} with {dict(arguments)}: {error}") from error
 
 
-def _pretrained_cfg(name: str) -> Mapping[str, Any]:
-    import timm
+def _check_known(name: str, said: str) -> None:
+    """Refuse a model that timm does not have; `said` begins the message."""
+    if not timm.is_model(name):
+        raise InputError(f"{said}: timm knows no such model")
 
-    if not timm.is_model(name.split(".")[0]):
-        raise InputError(f"`model` {name}: timm knows no such model")
+
+def _pretrained_cfg(name: str) -> Mapping[str, Any]:
+    _check_known(name, f"`model` {name}")
     try:
         cfg = timm.get_pretrained_cfg(name, allow_unregistered=False)
     except RuntimeError as error:
@@ -365,16 +327,11 @@ def _pretrained_cfg(name: str) -> Mapping[str, Any]:
     return cfg.to_dict() if cfg is not None else {}
 
 
-def timm_preprocess(cfg: Mapping[str, Any], size: tuple[int, int]) -> Preprocess:
-    """Return the evaluation preprocessing from timm's pretrained config, for images of (height, width) pixels."""
+def timm_preprocess(cfg: Mapping[str, Any], image_size: int | tuple[int, int]) -> Preprocess:
+    """Return the evaluation preprocessing from timm's pretrained config, for square or (height, width) images."""
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
     height, width = (math.floor(side / float(cfg.get("crop_pct") or 1.0)) for side in size)
     # A one-channel model has one value. It is used for all three channels, whose luma is the model's input.
     mean, std = (tuple(map(float, cfg[key])) * (3 if len(cfg[key]) == 1 else 1) for key in ("mean", "std"))
-    return Preprocess(
-        size,
-        (height, width),
-        mean,
-        std,
-        str(cfg.get("interpolation") or "bicubic"),
-        str(cfg.get("crop_mode") or "center"),
-    )
+    interpolation, crop_mode = str(cfg.get("interpolation") or "bicubic"), str(cfg.get("crop_mode") or "center")
+    return Preprocess(size, (height, width), mean, std, interpolation, crop_mode)

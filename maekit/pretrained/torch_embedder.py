@@ -5,7 +5,6 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-from maekit.config.poolings import UNPOOLED
 from maekit.images import LUMA, Pixels
 from maekit.mae.pooling import pooled
 from maekit.pretrained.load import TrainedEncoder
@@ -35,12 +34,10 @@ def reference_embeddings(
     Returns:
         float32 `[n, D]`, or `[n, N, D]` for the pooling `tokens`.
     """
-    encoder = trained.encoder
+    encoder, preprocess = trained.encoder, trained.preprocess
     device = next(encoder.parameters()).device
-    mean, std, luma = (
-        torch.tensor(v, device=device).view(1, -1, 1, 1)
-        for v in (trained.preprocess.mean, trained.preprocess.std, LUMA)
-    )
+    constants = (torch.tensor(v, device=device) for v in (preprocess.mean, preprocess.std, LUMA))
+    mean, std, luma = (v.view(1, -1, 1, 1) for v in constants)
     is_grey = encoder.patch_embed.proj.weight.shape[1] == 1
     if is_grey:
         mean, std = ((v * luma).sum(1, keepdim=True) for v in (mean, std))
@@ -51,7 +48,7 @@ def reference_embeddings(
         if is_grey:
             values = (values * luma).sum(1, keepdim=True)
         tokens = encoder.forward_features((values - mean) / std)
-        rows = tokens[:, encoder.num_prefix_tokens :] if pool == UNPOOLED else pooled(encoder, tokens, pool)
+        rows = pooled(encoder, tokens, pool)
         if whitening is not None:
             matrix, bias = (torch.from_numpy(v).to(device) for v in (whitening.matrix, whitening.bias))
             rows = rows @ matrix.T + bias
