@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.system.errors import InputError
-from maekit.vectors.nearest import unit
+from maekit.vectors.nearest import Labels, Rows, unit
 
 _BLOCK_BYTES = 256 << 20  # of cosines and ranks at a time
 
@@ -30,12 +30,7 @@ class RetrievalScores:
 
 
 def retrieval_scores(
-    rows: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    queries: NDArray[np.float32] | None,
-    query_labels: NDArray[np.int64] | None,
-    *,
-    recalls: Sequence[int],
+    rows: Rows, labels: Labels, queries: Rows | None, query_labels: Labels | None, *, recalls: Sequence[int]
 ) -> RetrievalScores:
     """Rank all rows for each query by cosine and score the ranking; equal cosines rank in row order.
 
@@ -57,8 +52,8 @@ def retrieval_scores(
     for start in range(0, len(searched), step):
         cosines = searched[start : start + step] @ rows.T  # [b, d] @ [d, n] -> [b, n]
         if leave_one_out:
-            itself = np.arange(start, start + len(cosines))
-            cosines[np.arange(len(cosines)), itself] = np.inf  # rank it first, then cut it off
+            itself = np.arange(len(cosines))
+            cosines[itself, start + itself] = np.inf  # rank it first, then cut it off
         order = np.argsort(-cosines, axis=1, kind="stable")[:, int(leave_one_out) :]
         hits = labels[order] == wanted[start : start + step, None]
         relevant = hits.sum(axis=1)
@@ -71,7 +66,7 @@ def retrieval_scores(
     return RetrievalScores(average, r_precision, dict(zip(recalls, recall, strict=True)), found)
 
 
-def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Sequence[int]) -> NDArray[np.float64]:
+def _summed(hits: NDArray[np.bool_], relevant: Labels, recalls: Sequence[int]) -> NDArray[np.float64]:
     """Return the sums of average precision, R-precision and each recall over queries, float64 `[2 + recalls]`.
 
     Args:
@@ -79,8 +74,6 @@ def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Seque
         relevant: number of such rows per query, int64 `[b]`.
         recalls: the k of recall@k.
     """
-    if not len(hits):
-        return np.zeros(2 + len(recalls))
     ranks = np.arange(1, hits.shape[1] + 1)
     so_far = hits.cumsum(axis=1)
     average = np.where(hits, so_far / ranks, 0).sum(axis=1) / relevant
