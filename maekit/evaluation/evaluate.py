@@ -1,43 +1,27 @@
 """`maekit evaluate knn|linear|retrieval`: labelled shards -> features -> scores, for a model and its baselines."""
 
-import copy
 import dataclasses
 import hashlib
 import itertools
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import numpy as np
 
-from maekit import runs
 from maekit.config.evaluate import EvaluateConfig
-from maekit.embedding.stored import EmbeddingFolder, is_embeddings
-from maekit.evaluation.features import (
-    RAW_PIXELS,
-    ExportedEncoder,
-    Features,
-    ImageEncoder,
-    PixelEncoder,
-    TorchEncoder,
-    image_features,
-    stored_features,
-)
+from maekit.evaluation.features import RAW_PIXELS, Features, Subject
 from maekit.evaluation.labelled import LabelledSet, encode, open_sets
 from maekit.evaluation.retrieval import retrieval_scores
+from maekit.runs import RunDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.progress import Progress, Silent
 from maekit.vectors.knn import knn_accuracies
 from maekit.vectors.nearest import Labels, Rows
 from maekit.vectors.whitening import fit_whitening
-
-if TYPE_CHECKING:
-    from maekit.pretrained.load import TrainedEncoder
 
 # Directions of raw pixels after the first 64 are noise; whitened pixels score better without them.
 _PIXEL_DIM = 64
@@ -91,14 +75,14 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         raise InputError(f"evaluate {config.task} needs `test`, labelled shards")
     if not config.test and config.test_images is not None:
         raise InputError(f"`test_images` = {config.test_images}: is for `test`, which was not given")
-    model = _Model(config, progress)
+    subject = Subject(config, progress)
     images = config.train_images, config.test_images
     sets, classes = open_sets(config.train, config.test, progress, images=images)
     _check_sets(config.task, sets, classes, progress)
     labels = [encode(labelled.texts, classes) for labelled in sets]
     rows: list[dict[str, Any]] = []
     unreadable: list[int] = []  # of each set, by the last features, which are those of the model
-    for features in model.features(sets):
+    for features in subject.features(sets):
         unreadable = [int((~part.kept).sum()) for part in features]
         if any(unreadable) and RAW_PIXELS not in features[0].rows:
             counts = " and ".join(f"{n} of {len(p.kept)}" for n, p in zip(unreadable, features, strict=True))
@@ -110,13 +94,13 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
     result = EvaluateResult(
         task=config.task,
         model=config.model,
-        step=model.step,
+        step=subject.step,
         train=summaries[0],
         test=summaries[1] if config.test else None,
         rows=rows,
         options=config.options(),
     )
-    return _kept(result, config, model.run, progress) if model.run else result
+    return _kept(result, config, subject.run, progress) if subject.run else result
 
 
 def _check_sets(task: str, sets: Sequence[LabelledSet], classes: Sequence[str], progress: Progress) -> None:
@@ -144,7 +128,7 @@ def _check_sets(task: str, sets: Sequence[LabelledSet], classes: Sequence[str], 
             raise InputError("no query has an image of its class to find")
 
 
-def _kept(result: EvaluateResult, config: EvaluateConfig, run: runs.RunDirectory, progress: Progress) -> EvaluateResult:
+def _kept(result: EvaluateResult, config: EvaluateConfig, run: RunDirectory, progress: Progress) -> EvaluateResult:
     """Write the result into the run; return it with its path."""
     # Other images or settings make another evaluation, which is stored in its own file.
     asked = json.dumps([list(config.train), list(config.test), result.options])
@@ -158,114 +142,6 @@ def _kept(result: EvaluateResult, config: EvaluateConfig, run: runs.RunDirectory
         progress.note(f"not kept in the run: {error}")
         return result
     return kept
-
-
-class _Model:
-    """The model to evaluate, and its baselines: stored embeddings, an exported file, or an encoder with weights.
-
-    Attributes:
-        run: the run it belongs to, or None.
-        step: training step of its weights, or None.
-    """
-
-    def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
-        self._config, self._progress = config, progress
-        self.run: runs.RunDirectory | None = None
-        self.step: int | None = None
-        self._folder: EmbeddingFolder | None = None
-        self._trained: TrainedEncoder | None = None
-        path = Path(config.model)
-        if is_embeddings(path):
-            _refuse_options(config, "embeddings")
-            if config.device == "cuda":
-                raise InputError(f"`device` = cuda: {path} is embeddings, which are judged where they are")
-            self._folder = EmbeddingFolder(path)
-        elif path.suffix == ".onnx":
-            _refuse_options(config, "an exported file")
-            self._encoder: ImageEncoder = ExportedEncoder(path, config.device)
-        else:
-            from maekit.pretrained.load import load_encoder
-
-            self._trained = load_encoder(config.model, model=config.architecture, on_note=progress.note)
-            self._encoder = TorchEncoder(self._trained, config.pool, config.device)
-            if self._trained.provenance.get("source") == "run":
-                self.run, _ = runs.find_checkpoint(path)
-                self.step = int(self._trained.provenance["step"])
-
-    def features(self, sets: Sequence[LabelledSet]) -> Iterator[list[Features]]:
-        """Yield the features of each set, baselines first."""
-        stored = []
-        if self._folder:  # read first, so that missing embeddings fail before the baselines are computed
-            stored = [stored_features(s, self._folder, n) for s, n in zip(sets, ("train", "test"), strict=False)]
-        if self._config.baselines:
-            yield [image_features(labelled, PixelEncoder(), RAW_PIXELS, self._progress) for labelled in sets]
-        if stored:
-            yield stored
-            return
-        for what, encoder in self._encoders(sets):
-            yield [image_features(labelled, encoder, what, self._progress) for labelled in sets]
-
-    def _encoders(self, sets: Sequence[LabelledSet]) -> Iterator[tuple[str, ImageEncoder]]:
-        """Yield the encoders to evaluate, each with a name for progress updates."""
-        if self._trained is None:
-            yield Path(self._config.model).name, self._encoder
-            return
-        if self._config.baselines:
-            yield "untrained", self._untrained(self._trained)
-        for precision in self._config.precisions:
-            if precision == "fp32":
-                yield "embed", self._encoder
-            else:
-                for encoder in self._exported(self._trained, precision, sets[0]):
-                    yield precision, encoder
-
-    def _untrained(self, trained: "TrainedEncoder") -> TorchEncoder:
-        """Return the same encoder with freshly initialised weights."""
-        from maekit.mae.autoencoder import initialize_encoder
-
-        fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
-        initialize_encoder(fresh.encoder, seed=self._config.seed)
-        return TorchEncoder(fresh, self._config.pool, self._config.device, prefix="untrained ")
-
-    def _exported(
-        self, trained: "TrainedEncoder", precision: Literal["fp16", "int8"], calibration: LabelledSet
-    ) -> Iterator[ExportedEncoder]:
-        """Yield the encoder exported in a precision, with each pooling."""
-        from maekit.config.export import ExportConfig
-        from maekit.exporters.export import export
-        from maekit.mae.pooling import poolings_of
-
-        specs = tuple(str(file.url or file.path) for file in calibration.shards.shards)
-        with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
-            for pool in self._config.pool or poolings_of(trained.encoder):
-                path = Path(folder) / f"{pool}-{precision}.onnx"
-                # `force`: evaluate the file even if it fails the check of the export; its quality is the question here.
-                config = ExportConfig(
-                    self._config.model,
-                    str(path),
-                    pool=pool,
-                    precision=precision,
-                    normalize=False,
-                    parity=specs,
-                    model=self._config.architecture,
-                    force=True,
-                )
-                if warning := export(config, self._progress).warning:
-                    self._progress.note(f"{pool}, {precision}: {warning}")
-                yield ExportedEncoder(path, self._config.device, f"{pool}, {precision}")
-
-
-def _refuse_options(config: EvaluateConfig, what: str) -> None:
-    """Refuse settings that only a model with weights has."""
-    model = config.model
-    if config.pool:
-        raise InputError(f"`pool` = {config.pool[0]}: {model} is {what}, pooled already")
-    if config.architecture:
-        raise InputError(f"`architecture` = {config.architecture}: {model} is {what}, and needs no architecture")
-    if config.precisions != ("fp32",):
-        raise InputError(
-            f"`precisions` = {config.precisions[0]} is for models with weights; {model} is judged as it is"
-        )
 
 
 def _scored(

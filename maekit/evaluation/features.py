@@ -9,16 +9,22 @@ Threads read and preprocess images ahead. Unreadable images are left out and cou
 """
 
 import contextlib
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maekit import runs
+from maekit.config.evaluate import EvaluateConfig
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.inputs import TarPart
-from maekit.embedding.stored import EmbeddingFolder, is_made_from
+from maekit.embedding.stored import EmbeddingFolder, is_embeddings, is_made_from
 from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
 from maekit.shards.cache import RemoteCache
@@ -53,22 +59,7 @@ class Features:
     are_whitened: bool = False
 
 
-class ImageEncoder(Protocol):
-    """Computes one vector per image, or several of different names.
-
-    Attributes:
-        preprocess: preprocessing of the images.
-        is_whitened: whether it whitens its vectors.
-    """
-
-    preprocess: Preprocess
-    is_whitened: bool
-
-    def __call__(self, images: Pixels) -> dict[str, Rows]:
-        """Embed uint8 `[b, H, W, 3]` -> float32 `[b, d]`, by name."""
-
-
-def image_features(labelled: LabelledSet, encoder: ImageEncoder, what: str, progress: Progress) -> Features:
+def image_features(labelled: LabelledSet, encoder: "Encoder", what: str, progress: Progress) -> Features:
     """Embed the images of a labelled set.
 
     Args:
@@ -198,6 +189,10 @@ class ExportedEncoder:
         return {self.name: np.concatenate(parts)}
 
 
+# Each has the preprocessing of its images, and says whether its vectors are whitened.
+Encoder = PixelEncoder | TorchEncoder | ExportedEncoder
+
+
 def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -> Features:
     """Return the stored rows of a labelled set; shards are matched by content.
 
@@ -245,3 +240,111 @@ def _record_of(
     records.sort(key=lambda record: record.shard != part.name)
     with contextlib.closing(part.open(remote or RemoteCache())) as images:
         return next((record for record in records if is_made_from(record, part, images)), None)
+
+
+class Subject:
+    """The model to evaluate, and its baselines: stored embeddings, an exported file, or an encoder with weights.
+
+    Attributes:
+        run: the run it belongs to, or None.
+        step: training step of its weights, or None.
+
+    Raises:
+        InputError: no such model, or a setting that is not for it.
+    """
+
+    def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self.run: runs.RunDirectory | None = None
+        self.step: int | None = None
+        self._folder: EmbeddingFolder | None = None
+        self._trained: TrainedEncoder | None = None
+        # The model as it is, with a name for progress updates; none for embeddings.
+        self._encoders: list[tuple[str, Encoder]] = []
+        path = Path(config.model)
+        if is_embeddings(path):
+            _refuse_options(config, "embeddings")
+            if config.device == "cuda":
+                raise InputError(f"`device` = cuda: {path} is embeddings, which are judged where they are")
+            self._folder = EmbeddingFolder(path)
+        elif path.suffix == ".onnx":
+            _refuse_options(config, "an exported file")
+            self._encoders = [(path.name, ExportedEncoder(path, config.device))]
+        else:
+            from maekit.pretrained.load import load_encoder
+
+            self._trained = load_encoder(config.model, model=config.architecture, on_note=progress.note)
+            self._encoders = [("embed", TorchEncoder(self._trained, config.pool, config.device))]
+            if self._trained.provenance.get("source") == "run":
+                self.run, _ = runs.find_checkpoint(path)
+                self.step = int(self._trained.provenance["step"])
+
+    def features(self, sets: Sequence[LabelledSet]) -> Iterator[list[Features]]:
+        """Yield the features of each set, baselines first."""
+        stored = []
+        if self._folder:  # read first, so that missing embeddings fail before the baselines are computed
+            stored = [stored_features(s, self._folder, n) for s, n in zip(sets, ("train", "test"), strict=False)]
+        for what, encoder in self._all_encoders(sets[0]):
+            yield [image_features(labelled, encoder, what, self._progress) for labelled in sets]
+        if stored:
+            yield stored
+
+    def _all_encoders(self, train: LabelledSet) -> Iterator[tuple[str, Encoder]]:
+        """Yield the encoders to evaluate, baselines first, each with a name for progress updates."""
+        if self._config.baselines:
+            yield RAW_PIXELS, PixelEncoder()
+        if self._config.baselines and self._trained:
+            yield "untrained", self._untrained(self._trained)
+        for precision in self._config.precisions:
+            if precision == "fp32" or self._trained is None:
+                yield from self._encoders
+            else:
+                yield from self._exported(self._trained, precision, train)
+
+    def _untrained(self, trained: "TrainedEncoder") -> TorchEncoder:
+        """Return the same encoder with freshly initialised weights."""
+        from maekit.mae.autoencoder import initialize_encoder
+
+        fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
+        initialize_encoder(fresh.encoder, seed=self._config.seed)
+        return TorchEncoder(fresh, self._config.pool, self._config.device, prefix="untrained ")
+
+    def _exported(
+        self, trained: "TrainedEncoder", precision: Literal["fp16", "int8"], train: LabelledSet
+    ) -> Iterator[tuple[str, ExportedEncoder]]:
+        """Yield the encoder exported in a precision, with each pooling; the training images calibrate it."""
+        from maekit.config.export import ExportConfig
+        from maekit.exporters.export import export
+        from maekit.mae.pooling import poolings_of
+
+        specs = tuple(str(file.url or file.path) for file in train.shards.shards)
+        with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
+            for pool in self._config.pool or poolings_of(trained.encoder):
+                path = Path(folder) / f"{pool}-{precision}.onnx"
+                # `force`: evaluate the file even if it fails the check of the export; its quality is the question here.
+                config = ExportConfig(
+                    self._config.model,
+                    str(path),
+                    pool=pool,
+                    precision=precision,
+                    normalize=False,
+                    parity=specs,
+                    model=self._config.architecture,
+                    force=True,
+                )
+                if warning := export(config, self._progress).warning:
+                    self._progress.note(f"{pool}, {precision}: {warning}")
+                yield precision, ExportedEncoder(path, self._config.device, f"{pool}, {precision}")
+
+
+def _refuse_options(config: EvaluateConfig, what: str) -> None:
+    """Refuse settings that only a model with weights has."""
+    model = config.model
+    if config.pool:
+        raise InputError(f"`pool` = {config.pool[0]}: {model} is {what}, pooled already")
+    if config.architecture:
+        raise InputError(f"`architecture` = {config.architecture}: {model} is {what}, and needs no architecture")
+    if config.precisions != ("fp32",):
+        raise InputError(
+            f"`precisions` = {config.precisions[0]} is for models with weights; {model} is judged as it is"
+        )

@@ -87,6 +87,7 @@ class Supervised(Task):
             prepare.size,
         )
         self._run, self._order, self._world, self._prepare = run, launch.order, launch.world, prepare
+        self._mixes = bool(config.mix.mixup or config.mix.cutmix)
         self.name = "probe" if model.batch_norm and model.blocks == 0 else "finetune"
         policy = config.mix.rand_augment
         self._policy = None if policy == "none" else RandAugment(policy, prepare.size, prepare.mean)
@@ -119,10 +120,6 @@ class Supervised(Task):
         if self.config.model.from_scratch:
             initialize_encoder(encoder, seed=self.config.seed)
         return encoder
-
-    @property
-    def _mixes(self) -> bool:
-        return bool(self.config.mix.mixup or self.config.mix.cutmix)
 
     def fits(self, count: int) -> bool:
         """Whether a micro-batch of `count` images is allowed: mixing needs pairs, a BatchNorm at least two images."""

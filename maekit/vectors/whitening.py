@@ -76,9 +76,8 @@ def fit_whitening(
     mean = total / count
     variances, directions = np.linalg.eigh(products / count - np.outer(mean, mean))
     variances, directions = variances[::-1], directions[:, ::-1]  # largest first
-    present = int((variances > _NO_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
     # n images span n - 1 directions.
-    possible = min(present, count - 1)
+    possible = min(int((variances > _NO_VARIANCE * variances[0]).sum()), count - 1)
     if not possible:
         raise InputError("`whiten`: the embeddings of the sample are all the same")
     if dim is not None and dim > possible:
