@@ -88,9 +88,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
             counts = " and ".join(f"{n} of {len(p.kept)}" for n, p in zip(unreadable, features, strict=True))
             progress.note(f"without an embedding, and left out: {counts} labelled images (`train` and `test`)")
         rows += _scored(config, features, labels, progress)
-    summaries = [
-        {**labelled.summary(classes), "unreadable": count} for labelled, count in zip(sets, unreadable, strict=True)
-    ]
+    summaries = [labelled.summary(classes, count) for labelled, count in zip(sets, unreadable, strict=True)]
     result = EvaluateResult(
         task=config.task,
         model=config.model,
@@ -211,14 +209,8 @@ def _linear(config: EvaluateConfig, sets: Sets) -> dict[str, Any]:
 
 def _retrieval(config: EvaluateConfig, sets: Sets) -> dict[str, Any]:
     queries = sets[1] if len(sets) > 1 else (None, None)
-    found = retrieval_scores(*sets[0], *queries, recalls=config.recalls)
-    recall = {f"recall@{k}": share for k, share in found.recall.items()}
-    scores = {"map": found.mean_average_precision, "r_precision": found.r_precision, **recall}
-    return {**scores, "queries": found.queries}
+    return retrieval_scores(*sets[0], *queries, recalls=config.recalls)
 
 
-_SCORES: dict[str, Callable[[EvaluateConfig, Sets], dict[str, Any]]] = {
-    "knn": _knn,
-    "linear": _linear,
-    "retrieval": _retrieval,
-}
+_SCORES: dict[str, Callable[[EvaluateConfig, Sets], dict[str, Any]]]
+_SCORES = {"knn": _knn, "linear": _linear, "retrieval": _retrieval}

@@ -36,7 +36,7 @@ class LabelledSet:
     names: tuple[str, ...] = ()
     damaged: int = 0
 
-    def summary(self, classes: Sequence[str]) -> dict[str, object]:
+    def summary(self, classes: Sequence[str], unreadable: int) -> dict[str, object]:
         """Return the counts of the set as JSON values; only labels in `classes` count as classes."""
         there = set(self.texts)
         return {
@@ -46,6 +46,7 @@ class LabelledSet:
             "images": len(self.numbers),
             "classes": len(there & set(classes)),
             "unlabelled": self.unlabelled,
+            "unreadable": unreadable,
         }
 
 

@@ -12,7 +12,7 @@ from timm.optim.lars import Lars
 from torch import nn
 from torch.nn import functional
 
-from maekit.config.finetune import MixConfig, SupervisedOptimizer
+from maekit.config.finetune import ClassifierConfig, MixConfig, SupervisedOptimizer
 from maekit.config.poolings import vectors_in
 from maekit.mae.normalize import Normalizer
 from maekit.mae.pooling import pooled
@@ -30,26 +30,23 @@ class Classifier(nn.Module):
     Args:
         encoder: a timm VisionTransformer.
         classes: number of classes.
-        pool: pooling as in `maekit.mae.pooling`, applied after the final norm, as in the export.
-        batch_norm: normalise the pooled features with a BatchNorm without affine parameters (for linear probing, He et
-            al. 2021, appendix A.1).
-        blocks: number of last blocks to train, with the final norm; 0.5 trains the MLP of the last block, 0 nothing,
-            None everything.
+        config: its `pool` is the pooling, as in `maekit.mae.pooling`, applied after the final norm, as in the export;
+            `batch_norm` normalises the pooled features with a BatchNorm without affine parameters (for linear probing,
+            He et al. 2021, appendix A.1); `blocks` is the number of last blocks to train, with the final norm: 0.5
+            trains the MLP of the last block, 0 nothing, None everything.
         seed: seed of the head.
     """
 
-    def __init__(
-        self, encoder: VisionTransformer, classes: int, *, pool: str, batch_norm: bool, blocks: float | None, seed: int
-    ) -> None:
+    def __init__(self, encoder: VisionTransformer, classes: int, config: ClassifierConfig, *, seed: int) -> None:
         super().__init__()
-        self.encoder, self.pool = encoder, pool
-        dim = encoder.embed_dim * vectors_in(pool)
-        self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if batch_norm else nn.Identity()
+        self.encoder, self.pool = encoder, config.pool
+        dim = encoder.embed_dim * vectors_in(config.pool)
+        self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if config.batch_norm else nn.Identity()
         self.head = nn.Linear(dim, classes)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.trunc_normal_(self.head.weight, std=_PROBE_STD if batch_norm else _HEAD_STD, generator=generator)
+        std, generator = _PROBE_STD if config.batch_norm else _HEAD_STD, torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.head.weight, std=std, generator=generator)
         nn.init.zeros_(self.head.bias)
-        freeze(encoder, blocks)
+        freeze(encoder, config.blocks)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Classify normalised images: float32 `[B, C, H, W]` -> float32 `[B, classes]`."""
@@ -76,9 +73,9 @@ def freeze(encoder: VisionTransformer, blocks: float | None) -> None:
     for module in trained:
         module.requires_grad_(True)
     for block in encoder.blocks:
-        for branch, name in ((block.attn, "drop_path1"), (block.mlp, "drop_path2")):
-            if _is_frozen(branch):
-                setattr(block, name, nn.Identity())
+        for branch, drop_path in (("attn", "drop_path1"), ("mlp", "drop_path2")):
+            if _is_frozen(getattr(block, branch)):
+                setattr(block, drop_path, nn.Identity())
 
 
 def _is_frozen(module: nn.Module) -> bool:

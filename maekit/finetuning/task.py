@@ -96,14 +96,7 @@ class Supervised(Task):
             why = "mixup and cutmix mix pairs of images" if self._mixes else "a BatchNorm needs two images at least"
             raise InputError(f"{why}: a batch of {config.batch_size} gives each process {count} at a time")
         check_pooling(trained.encoder, model.pool)
-        self.model = Classifier(
-            self._encoder(),
-            len(data.classes),
-            pool=model.pool,
-            batch_norm=model.batch_norm,
-            blocks=model.blocks,
-            seed=config.seed,
-        ).to(device)
+        self.model = Classifier(self._encoder(), len(data.classes), model, seed=config.seed).to(device)
         self.objective = ClassifierObjective(self.model)
         self.forward = choose_kernels(self.model, device, launch.precision)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -179,9 +172,9 @@ class Supervised(Task):
             for images, labels in self._test_batches(slice(world.rank, None, world.size)):
                 with torch.no_grad(), self.forward():
                     logits = self.model(self._normalizer(images.permute(0, 3, 1, 2).to(device))).cpu()
-                right = int((logits.argmax(dim=1) == labels).sum())
+                right = float((logits.argmax(dim=1) == labels).sum())
                 loss = float(functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum"))
-                totals += right, loss, len(labels), int((labels >= 0).sum())
+                totals += right, loss, len(labels), float((labels >= 0).sum())
         finally:
             self.objective.train()
         right, loss, seen, known = world.sum(totals.tolist())
