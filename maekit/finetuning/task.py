@@ -79,14 +79,9 @@ class Supervised(Task):
         self, launch: Launch[FinetuneConfig], run: FinetuneDirectory, trained: TrainedEncoder, data: Labelled
     ) -> None:
         config, model, device, prepare = launch.config, launch.config.model, launch.device, trained.preprocess
-        self.config, self.data, self.trained, self.shards, self.size = (
-            config,
-            data,
-            trained,
-            launch.shards,
-            prepare.size,
-        )
+        self.config, self.data, self.trained, self.shards = config, data, trained, launch.shards
         self._run, self._order, self._world, self._prepare = run, launch.order, launch.world, prepare
+        self.size = prepare.size
         self._mixes = bool(config.mix.mixup or config.mix.cutmix)
         self.name = "probe" if model.batch_norm and model.blocks == 0 else "finetune"
         policy = config.mix.rand_augment
