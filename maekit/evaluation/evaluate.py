@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -87,7 +86,10 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         if any(unreadable) and RAW_PIXELS not in features[0].rows:
             counts = " and ".join(f"{n} of {len(p.kept)}" for n, p in zip(unreadable, features, strict=True))
             progress.note(f"without an embedding, and left out: {counts} labelled images (`train` and `test`)")
-        rows += _scored(config, features, labels, progress)
+        kept = [every[part.kept] for every, part in zip(labels, features, strict=True)]
+        for name, vectors in _variants(config, features, progress):
+            scores = _SCORES[config.task](config, list(zip(vectors, kept, strict=True)))
+            rows.append({"name": name, "dim": vectors[0].shape[1], **scores})
     summaries = [labelled.summary(classes, count) for labelled, count in zip(sets, unreadable, strict=True)]
     result = EvaluateResult(
         task=config.task,
@@ -142,35 +144,24 @@ def _kept(result: EvaluateResult, config: EvaluateConfig, run: RunDirectory, pro
     return kept
 
 
-def _scored(
-    config: EvaluateConfig, features: Sequence[Features], labels: Sequence[Labels], progress: Progress
-) -> Iterator[dict[str, Any]]:
-    """Yield one result row per kind of embedding, plain and whitened."""
-    labels = [every[part.kept] for every, part in zip(labels, features, strict=True)]
-    for name in features[0].rows:
-        plain = [part.rows[name] for part in features]
-        variants = iter([(name, plain)])
-        # A linear classifier learns the scale of each direction itself.
-        if config.whiten and config.task != "linear" and not features[0].are_whitened:
-            variants = itertools.chain(variants, _whitenings(config, name, plain, progress))
-        for variant, rows in variants:
-            scores = _SCORES[config.task](config, list(zip(rows, labels, strict=True)))
-            yield {"name": variant, "dim": rows[0].shape[1], **scores}
-
-
-def _whitenings(
-    config: EvaluateConfig, name: str, rows: list[Rows], progress: Progress
+def _variants(
+    config: EvaluateConfig, features: Sequence[Features], progress: Progress
 ) -> Iterator[tuple[str, list[Rows]]]:
-    """Yield the name and the rows of each whitening, fitted to the first set, the training set."""
-    for asked in config.whiten_dims or (None,):
-        whitened = (_whitened_pixels if name == RAW_PIXELS else _whitened)(rows, asked)
-        dim = whitened[0].shape[1]
-        if len(rows[0]) < _PER_DIRECTION * dim:
-            progress.note(
-                f"{name}, whitened: {len(rows[0])} training images are few for {dim} directions; below "
-                f"{_PER_DIRECTION} for each, take fewer by `whiten_dims`"
-            )
-        yield f"{name}, whitened", whitened
+    """Yield the name of each kind of embedding and its rows for each set: plain, then whitened."""
+    # A linear classifier learns the scale of each direction itself.
+    whitens = config.whiten and config.task != "linear" and not features[0].are_whitened
+    for name in features[0].rows:
+        rows = [part.rows[name] for part in features]
+        yield name, rows
+        for asked in (config.whiten_dims or (None,)) if whitens else ():
+            whitened = (_whitened_pixels if name == RAW_PIXELS else _whitened)(rows, asked)
+            dim = whitened[0].shape[1]
+            if len(rows[0]) < _PER_DIRECTION * dim:
+                progress.note(
+                    f"{name}, whitened: {len(rows[0])} training images are few for {dim} directions; below "
+                    f"{_PER_DIRECTION} for each, take fewer by `whiten_dims`"
+                )
+            yield f"{name}, whitened", whitened
 
 
 def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
@@ -186,7 +177,7 @@ def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
 
 
 def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
-    """Return all rows whitened."""
+    """Return all rows whitened, with the whitening fitted to the first set, the training set."""
     blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes memory
     made = fit_whitening(blocks, dim)
     return [part @ made.matrix.T + made.bias for part in rows]
