@@ -22,7 +22,7 @@ import numpy as np
 from maekit import runs
 from maekit.cli.show import make_progress
 from maekit.config.export import ExportConfig
-from maekit.evaluation.features import ExportedEncoder, Features, TorchEncoder, image_features, pixel_features
+from maekit.evaluation.features import ExportedEncoder, Features, PixelEncoder, TorchEncoder, image_features
 from maekit.evaluation.labelled import LabelledSet, classes_of, encode, open_labelled
 from maekit.evaluation.linear import linear_accuracy
 from maekit.exporters.export import export
@@ -82,9 +82,8 @@ def main() -> None:
             options.json.write_text(json.dumps(table, indent=1) + "\n")
 
     if ("raw pixels", None) not in done:
-        pixels = [pixel_features(labelled, progress) for labelled in sets]
-        judge("raw", None, pixels, PIXEL_DIM)
-        rows[-1]["name"] = "raw pixels"
+        pixels = [image_features(labelled, PixelEncoder(), "raw pixels", progress) for labelled in sets]
+        judge("", None, pixels, PIXEL_DIM)
     trained = load_encoder(str(run.checkpoint(steps[-1]).path))
     if not all((f"untrained {pool}", 0) in done for pool in POOLS):
         fresh = dataclasses.replace(trained)
@@ -105,7 +104,7 @@ def main() -> None:
 
 def embedded(trained: Any, sets: list[LabelledSet], progress: Any) -> list[Features]:
     encoder = TorchEncoder(trained, POOLS, "auto")
-    return [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
+    return [image_features(labelled, encoder, "embed", progress) for labelled in sets]
 
 
 def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progress: Any) -> list[Features]:
@@ -114,13 +113,13 @@ def exported(checkpoint: Path, sets: list[LabelledSet], parity: list[str], progr
         path = Path(folder) / "all.onnx"
         export(ExportConfig(checkpoint, path, pool="avg+std+cls+avg2x2", normalize=False, parity=tuple(parity)))
         encoder = ExportedEncoder(path, "auto")
-        made = [image_features(labelled, encoder.preprocess, encoder, "embed", progress) for labelled in sets]
+        made = [image_features(labelled, encoder, "embed", progress) for labelled in sets]
     parts = []
     for part in made:
         (rows,) = part.rows.values()
         width = rows.shape[1] // 7  # mean, deviation, class token, four quarters
-        places = {"avg": (0, 1), "cls": (2, 3), "avg+std": (0, 2), "avg2x2": (3, 7)}
-        by_pool = {pool: rows[:, first * width : last * width] for pool, (first, last) in places.items()}
+        columns = {"avg": (0, 1), "cls": (2, 3), "avg+std": (0, 2), "avg2x2": (3, 7)}
+        by_pool = {pool: rows[:, first * width : last * width] for pool, (first, last) in columns.items()}
         parts.append(Features(by_pool, part.kept))
     return parts
 

@@ -8,17 +8,23 @@
 Threads read and preprocess images ahead. Unreadable images are left out and counted.
 """
 
-from collections.abc import Callable
+import contextlib
+import copy
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maekit import runs
+from maekit.config.evaluate import EvaluateConfig
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.inputs import TarPart
-from maekit.embedding.stored import EmbeddingFolder, is_made_from
+from maekit.embedding.stored import EmbeddingFolder, is_embeddings, is_made_from
 from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
 from maekit.shards.cache import RemoteCache
@@ -27,17 +33,15 @@ from maekit.system.errors import ImageError, InputError
 from maekit.system.machine import cores
 from maekit.system.parallel import batched
 from maekit.system.progress import Progress
+from maekit.vectors.nearest import Rows
 
 if TYPE_CHECKING:
     from maekit.pretrained.load import TrainedEncoder
 
 _BATCH = 64
-PIXELS = 32
+RAW_PIXELS, PIXELS = "raw pixels", 32
 # Batch sizes for exported models; on a CPU larger batches only fall out of the caches.
 _CPU_BATCH, _GPU_BATCH = 8, 256
-
-Rows = NDArray[np.float32]
-Embed = Callable[[Pixels], dict[str, Rows]]
 
 
 @dataclass(frozen=True)
@@ -45,23 +49,22 @@ class Features:
     """Vectors of a labelled set.
 
     Attributes:
-        rows: float32 `[n, d]`, by name of pooling.
+        rows: float32 `[n, d]`, by name.
         kept: which samples of the set have a row, bool `[samples]`.
+        are_whitened: whether the encoder has whitened the rows.
     """
 
     rows: dict[str, Rows]
     kept: NDArray[np.bool_]
+    are_whitened: bool = False
 
 
-def image_features(
-    labelled: LabelledSet, preprocess: Preprocess, embed: Embed, what: str, progress: Progress
-) -> Features:
+def image_features(labelled: LabelledSet, encoder: "Encoder", what: str, progress: Progress) -> Features:
     """Embed the images of a labelled set.
 
     Args:
         labelled: the set.
-        preprocess: preprocessing of the images.
-        embed: uint8 `[b, H, W, 3]` -> float32 `[b, d]`, by name of pooling.
+        encoder: embeds the images.
         what: name of the work, for progress updates.
         progress: receives progress updates.
 
@@ -69,36 +72,42 @@ def image_features(
         InputError: none of the images can be read.
     """
     kept = np.zeros(len(labelled.numbers), bool)
+    numbers = labelled.numbers.tolist()
     parts: list[dict[str, Rows]] = []
     problem = ""
     progress.start(what, len(kept))
     try:
-        numbers = labelled.numbers.tolist()
-        found = labelled.shards.images(numbers, preprocess, threads=cores())
+        found = labelled.shards.images(numbers, encoder.preprocess, threads=cores())
         for batch in batched(enumerate(found), _BATCH):
-            good = [(place, image) for place, image in batch if not isinstance(image, ImageError)]
-            for place, image in batch:
+            images = []
+            for at, image in batch:
                 if isinstance(image, ImageError):
-                    problem = f"{' '.join(labelled.shards.name(numbers[place]))}: {image}"
-            if good:
-                kept[[place for place, _ in good]] = True
-                parts.append(embed(np.stack([image for _, image in good])))
+                    problem = f"{' '.join(labelled.shards.name(numbers[at]))}: {image}"
+                else:
+                    images.append(image)
+                    kept[at] = True
+            if images:
+                parts.append(encoder(np.stack(images)))
             progress.advance(batch[-1][0] + 1)
     finally:
         progress.stop()
     if not parts:
         raise InputError(f"none of {len(kept)} labelled images can be read: {problem}")
-    return Features({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, kept)
+    rows = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return Features(rows, kept, encoder.is_whitened)
 
 
-def pixel_features(labelled: LabelledSet, progress: Progress) -> Features:
-    """Return the pixels of the images resized to 32 x 32, in [-1, 1]."""
-    preprocess = Preprocess.for_size((PIXELS, PIXELS), (0.5,) * 3, (0.5,) * 3)
+class PixelEncoder:
+    """The pixels of the images resized to 32 x 32, in [-1, 1]."""
 
-    def embed(images: Pixels) -> dict[str, Rows]:
-        return {"pixels": images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1}
+    is_whitened = False
 
-    return image_features(labelled, preprocess, embed, "raw pixels", progress)
+    def __init__(self) -> None:
+        self.preprocess = Preprocess.for_size((PIXELS, PIXELS), (0.5,) * 3, (0.5,) * 3)
+
+    def __call__(self, images: Pixels) -> dict[str, Rows]:
+        """Flatten uint8 `[b, H, W, 3]`."""
+        return {RAW_PIXELS: images.reshape(len(images), -1).astype(np.float32) / 127.5 - 1}
 
 
 class TorchEncoder:
@@ -108,12 +117,15 @@ class TorchEncoder:
         trained: the encoder.
         pools: poolings to compute; empty means all that the encoder has of one token or one mean.
         device: `auto`, `cpu` or `cuda`.
+        prefix: precedes the pooling in the name of the rows.
 
     Raises:
         InputError: the encoder has no such pooling, or the device does not exist.
     """
 
-    def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str) -> None:
+    is_whitened = False
+
+    def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str, prefix: str = "") -> None:
         import torch
 
         from maekit.mae.device import choose_device
@@ -121,20 +133,14 @@ class TorchEncoder:
         from maekit.mae.normalize import Normalizer
         from maekit.mae.pooling import check_pooling, poolings_of
 
-        encoder = trained.encoder
         for pool in pools:
-            check_pooling(encoder, pool)
-        self._torch = torch
-        self._device = torch.device(choose_device(device))
-        self._encoder, self._pools = encoder.eval().to(self._device), pools or poolings_of(encoder)
-        self._normalizer = Normalizer(
-            trained.preprocess.mean,
-            trained.preprocess.std,
-            self._device,
-            channels=encoder.patch_embed.proj.weight.shape[1],
-        )
-        self._context = choose_kernels(encoder, self._device, "fp32")
-        self.preprocess = trained.preprocess
+            check_pooling(trained.encoder, pool)
+        self._torch, self._device = torch, torch.device(choose_device(device))
+        self._encoder, self._prefix = trained.encoder.eval().to(self._device), prefix
+        self._pools, self.preprocess = pools or poolings_of(trained.encoder), trained.preprocess
+        channels = trained.encoder.patch_embed.proj.weight.shape[1]
+        self._normalizer = Normalizer(self.preprocess.mean, self.preprocess.std, self._device, channels=channels)
+        self._context = choose_kernels(trained.encoder, self._device, "fp32")
 
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""
@@ -144,7 +150,8 @@ class TorchEncoder:
         with device_errors(), self._torch.no_grad(), self._context():
             pixels = self._torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
             tokens = self._encoder.forward_features(self._normalizer(pixels))
-            return {name: pooled(self._encoder, tokens, name).float().cpu().numpy() for name in self._pools}
+            rows = {pool: pooled(self._encoder, tokens, pool) for pool in self._pools}
+            return {f"{self._prefix}{pool}": vectors.float().cpu().numpy() for pool, vectors in rows.items()}
 
 
 class ExportedEncoder:
@@ -153,12 +160,13 @@ class ExportedEncoder:
     Args:
         path: the file.
         device: `auto`, `cpu` or `cuda`.
+        name: name of the rows; None describes how the file pools.
 
     Raises:
         InputError: it is no exported file, or does not run here.
     """
 
-    def __init__(self, path: Path, device: str) -> None:
+    def __init__(self, path: Path, device: str, name: str | None = None) -> None:
         from maekit.embedding.session import EncoderSession
         from maekit.providers import CPU
 
@@ -166,7 +174,7 @@ class ExportedEncoder:
         about = self._session.description
         self._batch = _CPU_BATCH if self._session.provider == CPU else _GPU_BATCH
         self.preprocess, self.is_whitened = about.preprocess, about.whitened
-        self.name = f"{about.pool}{', whitened,' if about.whitened else ''} as exported"
+        self.name = name or f"{about.pool}{', whitened,' if about.whitened else ''} as exported"
 
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""
@@ -179,6 +187,10 @@ class ExportedEncoder:
             buffer[: len(part)] = part
             parts.append(embed_padded(self._session, buffer, len(part)))
         return {self.name: np.concatenate(parts)}
+
+
+# Each has the preprocessing of its images, and says whether its vectors are whitened.
+Encoder = PixelEncoder | TorchEncoder | ExportedEncoder
 
 
 def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -> Features:
@@ -195,8 +207,8 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -
     """
     kept = np.zeros(len(labelled.numbers), bool)
     parts: list[Rows] = []
-    places = np.array([labelled.shards.locate(int(number)) for number in labelled.numbers], np.int64)
-    for shard in np.unique(places[:, 0]).tolist():
+    shards, ordinals = np.array([labelled.shards.locate(int(number)) for number in labelled.numbers], np.int64).T
+    for shard in np.unique(shards).tolist():
         file = labelled.shards.shards[shard]
         record = _record_of(folder, file, labelled.shards.index(shard).digest, labelled.shards.remote)
         if record is None:
@@ -207,11 +219,11 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -
         if not record.rows:
             continue
         embedded = folder.read(record)
-        mine = np.flatnonzero(places[:, 0] == shard)
-        at = np.searchsorted(embedded.ordinals, ordinals := places[mine, 1])
-        there = embedded.ordinals[np.minimum(at, len(embedded.ordinals) - 1)] == ordinals
+        mine = np.flatnonzero(shards == shard)
+        rows = np.searchsorted(embedded.ordinals, ordinals[mine])
+        there = embedded.ordinals[np.minimum(rows, len(embedded.ordinals) - 1)] == ordinals[mine]
         kept[mine[there]] = True
-        parts.append(embedded.vectors[at[there]])
+        parts.append(embedded.vectors[rows[there]])
     if not kept.any():
         raise InputError(f"{folder.path}: none of the labelled images of `{name}` has an embedding")
     return Features({"embeddings": np.concatenate(parts)}, kept)
@@ -225,9 +237,114 @@ def _record_of(
     records = [record for record in folder.records if record.input_digest == digest]
     if not records:
         return None
-    images = part.open(remote or RemoteCache())
-    try:
-        records.sort(key=lambda record: record.shard != part.name)
+    records.sort(key=lambda record: record.shard != part.name)
+    with contextlib.closing(part.open(remote or RemoteCache())) as images:
         return next((record for record in records if is_made_from(record, part, images)), None)
-    finally:
-        images.close()
+
+
+class Subject:
+    """The model to evaluate, and its baselines: stored embeddings, an exported file, or an encoder with weights.
+
+    Attributes:
+        run: the run it belongs to, or None.
+        step: training step of its weights, or None.
+
+    Raises:
+        InputError: no such model, or a setting that is not for it.
+    """
+
+    def __init__(self, config: EvaluateConfig, progress: Progress) -> None:
+        self._config, self._progress = config, progress
+        self.run: runs.RunDirectory | None = None
+        self.step: int | None = None
+        self._folder: EmbeddingFolder | None = None
+        self._trained: TrainedEncoder | None = None
+        # The model as it is, with a name for progress updates; none for embeddings.
+        self._encoders: list[tuple[str, Encoder]] = []
+        path = Path(config.model)
+        if is_embeddings(path):
+            _refuse_options(config, "embeddings")
+            if config.device == "cuda":
+                raise InputError(f"`device` = cuda: {path} is embeddings, which are judged where they are")
+            self._folder = EmbeddingFolder(path)
+        elif path.suffix == ".onnx":
+            _refuse_options(config, "an exported file")
+            self._encoders = [(path.name, ExportedEncoder(path, config.device))]
+        else:
+            from maekit.pretrained.load import load_encoder
+
+            self._trained = load_encoder(config.model, model=config.architecture, on_note=progress.note)
+            self._encoders = [("embed", TorchEncoder(self._trained, config.pool, config.device))]
+            if self._trained.provenance.get("source") == "run":
+                self.run, _ = runs.find_checkpoint(path)
+                self.step = int(self._trained.provenance["step"])
+
+    def features(self, sets: Sequence[LabelledSet]) -> Iterator[list[Features]]:
+        """Yield the features of each set, baselines first."""
+        stored = []
+        if self._folder:  # read first, so that missing embeddings fail before the baselines are computed
+            stored = [stored_features(s, self._folder, n) for s, n in zip(sets, ("train", "test"), strict=False)]
+        for what, encoder in self._all_encoders(sets[0]):
+            yield [image_features(labelled, encoder, what, self._progress) for labelled in sets]
+        if stored:
+            yield stored
+
+    def _all_encoders(self, train: LabelledSet) -> Iterator[tuple[str, Encoder]]:
+        """Yield the encoders to evaluate, baselines first, each with a name for progress updates."""
+        if self._config.baselines:
+            yield RAW_PIXELS, PixelEncoder()
+        if self._config.baselines and self._trained:
+            yield "untrained", self._untrained(self._trained)
+        for precision in self._config.precisions:
+            if precision == "fp32" or self._trained is None:
+                yield from self._encoders
+            else:
+                yield from self._exported(self._trained, precision, train)
+
+    def _untrained(self, trained: "TrainedEncoder") -> TorchEncoder:
+        """Return the same encoder with freshly initialised weights."""
+        from maekit.mae.autoencoder import initialize_encoder
+
+        fresh = dataclasses.replace(trained, encoder=copy.deepcopy(trained.encoder))
+        initialize_encoder(fresh.encoder, seed=self._config.seed)
+        return TorchEncoder(fresh, self._config.pool, self._config.device, prefix="untrained ")
+
+    def _exported(
+        self, trained: "TrainedEncoder", precision: Literal["fp16", "int8"], train: LabelledSet
+    ) -> Iterator[tuple[str, ExportedEncoder]]:
+        """Yield the encoder exported in a precision, with each pooling; the training images calibrate it."""
+        from maekit.config.export import ExportConfig
+        from maekit.exporters.export import export
+        from maekit.mae.pooling import poolings_of
+
+        specs = tuple(str(file.url or file.path) for file in train.shards.shards)
+        with tempfile.TemporaryDirectory(prefix="maekit-") as folder:
+            for pool in self._config.pool or poolings_of(trained.encoder):
+                path = Path(folder) / f"{pool}-{precision}.onnx"
+                # `force`: evaluate the file even if it fails the check of the export; its quality is the question here.
+                config = ExportConfig(
+                    self._config.model,
+                    str(path),
+                    pool=pool,
+                    precision=precision,
+                    normalize=False,
+                    parity=specs,
+                    model=self._config.architecture,
+                    force=True,
+                )
+                if warning := export(config, self._progress).warning:
+                    self._progress.note(f"{pool}, {precision}: {warning}")
+                yield precision, ExportedEncoder(path, self._config.device, f"{pool}, {precision}")
+
+
+def _refuse_options(config: EvaluateConfig, what: str) -> None:
+    """Refuse settings that only a model with weights has."""
+    model = config.model
+    if config.pool:
+        raise InputError(f"`pool` = {config.pool[0]}: {model} is {what}, pooled already")
+    if config.architecture:
+        raise InputError(f"`architecture` = {config.architecture}: {model} is {what}, and needs no architecture")
+    if config.precisions != ("fp32",):
+        raise InputError(
+            f"`precisions` = {config.precisions[0]} is for models with weights; {model} is judged as it is"
+        )

@@ -36,7 +36,7 @@ class LabelledSet:
     names: tuple[str, ...] = ()
     damaged: int = 0
 
-    def summary(self, classes: Sequence[str]) -> dict[str, object]:
+    def summary(self, classes: Sequence[str], unreadable: int) -> dict[str, object]:
         """Return the counts of the set as JSON values; only labels in `classes` count as classes."""
         there = set(self.texts)
         return {
@@ -46,6 +46,7 @@ class LabelledSet:
             "images": len(self.numbers),
             "classes": len(there & set(classes)),
             "unlabelled": self.unlabelled,
+            "unreadable": unreadable,
         }
 
 
@@ -75,23 +76,53 @@ def open_labelled(
     # Not evenly spaced: if classes alternate, every fourth sample may be of the same class.
     chosen = np.sort(np.random.default_rng(0).choice(shards.samples, count, replace=False)).tolist()
     progress.start(f"labels of `{name}`", count)
-    numbers, texts = [], []
+    texts: dict[int, str] = {}
     try:
         for done, (number, text) in enumerate(zip(chosen, shards.labels(chosen), strict=True), 1):
             if text:
-                numbers.append(number)
-                texts.append(text)
+                texts[number] = text
             if done % 1000 == 0 or done == count:
                 progress.advance(done)
     finally:
         progress.stop()
-    if not numbers:
+    if not texts:
         raise InputError(
             f"`{name}` {' '.join(specs)}: none of {count} samples has a .{LABEL} member; `maekit pack` makes them "
             "of class folders or of `table`"
         )
-    unlabelled, damaged = count - len(numbers), len(found) - len(shards.shards)
-    return LabelledSet(shards, np.array(numbers, np.int64), texts, unlabelled, _names(shards), damaged)
+    return LabelledSet(
+        shards,
+        numbers=np.array(list(texts), np.int64),
+        texts=list(texts.values()),
+        unlabelled=count - len(texts),
+        names=_names(shards),
+        damaged=len(found) - len(shards.shards),
+    )
+
+
+def open_sets(
+    train: Sequence[str],
+    test: Sequence[str],
+    progress: Progress,
+    *,
+    images: tuple[int | None, int | None],
+    cache_gb: float = 50.0,
+) -> tuple[list[LabelledSet], tuple[str, ...]]:
+    """Open the training set and, if `test` is given, the test set; return them and the classes of the training set.
+
+    `images` limits the number of images of each; the other arguments are those of `open_labelled`.
+
+    Raises:
+        InputError: as `open_labelled`; or all training images are of one class.
+    """
+    sets = [open_labelled(train, "train", progress, images=images[0], cache_gb=cache_gb)]
+    if test:
+        sets.append(open_labelled(test, "test", progress, images=images[1], cache_gb=cache_gb))
+    sets = by_name(sets)
+    classes = classes_of(sets[0].texts)
+    if len(classes) < 2:
+        raise InputError(f"`train` {' '.join(train)}: all images are of one class, {classes[0][:60]!r}")
+    return sets, classes
 
 
 def _names(shards: ShardSet) -> tuple[str, ...]:

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch.nn import functional
 
 from maekit.system.errors import InputError
+from maekit.vectors.nearest import Labels, Rows
 
 CS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 _HELD_OUT = 0.1
@@ -43,9 +43,7 @@ class LogisticRegression:
         device: device to compute on.
     """
 
-    def __init__(
-        self, rows: NDArray[np.float32], labels: NDArray[np.int64], classes: int, device: torch.device
-    ) -> None:
+    def __init__(self, rows: Rows, labels: Labels, classes: int, device: torch.device | str) -> None:
         x = torch.from_numpy(np.ascontiguousarray(rows)).to(device)
         self._mean, std = x.mean(dim=0), x.std(dim=0, correction=0)
         # A constant feature carries no information; scaling would only amplify its rounding errors.
@@ -76,7 +74,7 @@ class LogisticRegression:
         optimizer.step(loss)
 
     @torch.no_grad()
-    def accuracy(self, rows: NDArray[np.float32], labels: NDArray[np.int64]) -> float:
+    def accuracy(self, rows: Rows, labels: Labels) -> float:
         """Return the share of rows, float32 `[m, d]`, that are classified correctly."""
         x = torch.from_numpy(np.ascontiguousarray(rows)).to(self._mean.device)
         logits = functional.linear((x - self._mean) * self._scale, self._weight, self._bias)
@@ -84,13 +82,7 @@ class LogisticRegression:
 
 
 def linear_accuracy(
-    train: NDArray[np.float32],
-    train_labels: NDArray[np.int64],
-    test: NDArray[np.float32],
-    test_labels: NDArray[np.int64],
-    *,
-    seed: int = 0,
-    device: torch.device | None = None,
+    train: Rows, train_labels: Labels, test: Rows, test_labels: Labels, *, seed: int = 0, device: str = "cpu"
 ) -> LinearScore:
     """Choose C on a held-out tenth of the training set, refit with it on all rows, and score the test set.
 
@@ -100,12 +92,11 @@ def linear_accuracy(
         test: float32 `[m, d]`.
         test_labels: int64 `[m]`; -1 never counts as correct.
         seed: seed that draws the held-out tenth.
-        device: device to compute on; None means the CPU.
+        device: device to compute on.
 
     Raises:
         InputError: too few rows to hold any out.
     """
-    device = device or torch.device("cpu")
     classes = int(train_labels.max()) + 1
     order = np.random.default_rng(seed).permutation(len(train))
     count = held_out_rows(len(train))

@@ -1,42 +1,20 @@
 """Retrieval: does a query rank the images of its class first?"""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit.system.errors import InputError
-from maekit.vectors.nearest import unit
+from maekit.vectors.nearest import Labels, Rows, unit
 
 _BLOCK_BYTES = 256 << 20  # of cosines and ranks at a time
 
 
-@dataclass(frozen=True)
-class RetrievalScores:
-    """Means over all queries with at least one relevant row, that is, one of their class.
-
-    Attributes:
-        mean_average_precision: mean of average precision: the mean precision at the ranks of the relevant rows.
-        r_precision: share of relevant rows among the first R, where R is the number of relevant rows.
-        recall: for each k, the share of queries with a relevant row among the first k (Jégou et al. 2011).
-        queries: number of queries with at least one relevant row.
-    """
-
-    mean_average_precision: float
-    r_precision: float
-    recall: dict[int, float]
-    queries: int
-
-
 def retrieval_scores(
-    rows: NDArray[np.float32],
-    labels: NDArray[np.int64],
-    queries: NDArray[np.float32] | None,
-    query_labels: NDArray[np.int64] | None,
-    *,
-    recalls: Sequence[int],
-) -> RetrievalScores:
+    rows: Rows, labels: Labels, queries: Rows | None, query_labels: Labels | None, *, recalls: Sequence[int]
+) -> dict[str, Any]:
     """Rank all rows for each query by cosine and score the ranking; equal cosines rank in row order.
 
     Args:
@@ -45,6 +23,14 @@ def retrieval_scores(
         queries: `[m, d]`; None lets each row search among the others.
         query_labels: labels of the queries, int64 `[m]`.
         recalls: the k of recall@k.
+
+    Returns:
+        means over the queries with at least one relevant row, that is, one of their class:
+
+            map            average precision: the mean precision at the ranks of the relevant rows
+            r_precision    share of relevant rows among the first R, where R is the number of relevant rows
+            recall@k       for each k, whether a relevant row is among the first k (Jégou et al. 2011)
+            queries        the number of these queries
 
     Raises:
         InputError: no query has a relevant row.
@@ -57,8 +43,8 @@ def retrieval_scores(
     for start in range(0, len(searched), step):
         cosines = searched[start : start + step] @ rows.T  # [b, d] @ [d, n] -> [b, n]
         if leave_one_out:
-            itself = np.arange(start, start + len(cosines))
-            cosines[np.arange(len(cosines)), itself] = np.inf  # rank it first, then cut it off
+            itself = np.arange(len(cosines))
+            cosines[itself, start + itself] = np.inf  # rank it first, then cut it off
         order = np.argsort(-cosines, axis=1, kind="stable")[:, int(leave_one_out) :]
         hits = labels[order] == wanted[start : start + step, None]
         relevant = hits.sum(axis=1)
@@ -67,11 +53,11 @@ def retrieval_scores(
         totals += _summed(hits, relevant, recalls)
     if not found:
         raise InputError("no query has an image of its class to find")
-    average, r_precision, *recall = (totals / found).tolist()
-    return RetrievalScores(average, r_precision, dict(zip(recalls, recall, strict=True)), found)
+    names = ["map", "r_precision", *(f"recall@{k}" for k in recalls)]
+    return {**dict(zip(names, (totals / found).tolist(), strict=True)), "queries": found}
 
 
-def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Sequence[int]) -> NDArray[np.float64]:
+def _summed(hits: NDArray[np.bool_], relevant: Labels, recalls: Sequence[int]) -> NDArray[np.float64]:
     """Return the sums of average precision, R-precision and each recall over queries, float64 `[2 + recalls]`.
 
     Args:
@@ -79,8 +65,6 @@ def _summed(hits: NDArray[np.bool_], relevant: NDArray[np.int64], recalls: Seque
         relevant: number of such rows per query, int64 `[b]`.
         recalls: the k of recall@k.
     """
-    if not len(hits):
-        return np.zeros(2 + len(recalls))
     ranks = np.arange(1, hits.shape[1] + 1)
     so_far = hits.cumsum(axis=1)
     average = np.where(hits, so_far / ranks, 0).sum(axis=1) / relevant

@@ -1,6 +1,6 @@
 """An encoder with a linear head; all or only the last blocks are trained (He et al. 2021, appendix A, section 5)."""
 
-from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from timm.optim.lars import Lars
 from torch import nn
 from torch.nn import functional
 
-from maekit.config.finetune import MixConfig, SupervisedOptimizer
+from maekit.config.finetune import ClassifierConfig, MixConfig, SupervisedOptimizer
 from maekit.config.poolings import vectors_in
 from maekit.mae.normalize import Normalizer
 from maekit.mae.pooling import pooled
@@ -30,33 +30,23 @@ class Classifier(nn.Module):
     Args:
         encoder: a timm VisionTransformer.
         classes: number of classes.
-        pool: pooling as in `maekit.mae.pooling`, applied after the final norm, as in the export.
-        batch_norm: normalise the pooled features with a BatchNorm without affine parameters (for linear probing, He et
-            al. 2021, appendix A.1).
-        blocks: number of last blocks to train, with the final norm; 0.5 trains the MLP of the last block, 0 nothing,
-            None everything.
+        config: its `pool` is the pooling, as in `maekit.mae.pooling`, applied after the final norm, as in the export;
+            `batch_norm` normalises the pooled features with a BatchNorm without affine parameters (for linear probing,
+            He et al. 2021, appendix A.1); `blocks` is the number of last blocks to train, with the final norm: 0.5
+            trains the MLP of the last block, 0 nothing, None everything.
         seed: seed of the head.
     """
 
-    def __init__(
-        self,
-        encoder: VisionTransformer,
-        classes: int,
-        *,
-        pool: str,
-        batch_norm: bool,
-        blocks: float | None,
-        seed: int,
-    ) -> None:
+    def __init__(self, encoder: VisionTransformer, classes: int, config: ClassifierConfig, *, seed: int) -> None:
         super().__init__()
-        self.encoder, self.pool = encoder, pool
-        dim = encoder.embed_dim * vectors_in(pool)
-        self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if batch_norm else nn.Identity()
+        self.encoder, self.pool = encoder, config.pool
+        dim = encoder.embed_dim * vectors_in(config.pool)
+        self.norm = nn.BatchNorm1d(dim, eps=_BATCH_NORM_EPS, affine=False) if config.batch_norm else nn.Identity()
         self.head = nn.Linear(dim, classes)
-        generator = torch.Generator().manual_seed(seed)
-        nn.init.trunc_normal_(self.head.weight, std=_PROBE_STD if batch_norm else _HEAD_STD, generator=generator)
+        std, generator = _PROBE_STD if config.batch_norm else _HEAD_STD, torch.Generator().manual_seed(seed)
+        nn.init.trunc_normal_(self.head.weight, std=std, generator=generator)
         nn.init.zeros_(self.head.bias)
-        freeze(encoder, blocks)
+        freeze(encoder, config.blocks)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Classify normalised images: float32 `[B, C, H, W]` -> float32 `[B, classes]`."""
@@ -70,26 +60,27 @@ def freeze(encoder: VisionTransformer, blocks: float | None) -> None:
     Raises:
         InputError: the encoder has fewer blocks.
     """
+    encoder.requires_grad_(blocks is None)
     if blocks is None:
-        encoder.requires_grad_(True)
         return
     depth = len(encoder.blocks)
     if blocks > depth:
         raise InputError(f"`blocks` {blocks:g}: this model has {depth}")
-    encoder.requires_grad_(False)
-    trained: list[nn.Module] = list(encoder.blocks[depth - int(blocks) :]) if blocks >= 1 else []
     last: Any = encoder.blocks[-1]
-    if blocks == 0.5:
-        trained = [last.norm2, last.mlp, last.ls2]
+    trained = [last.norm2, last.mlp, last.ls2] if blocks == 0.5 else encoder.blocks[depth - int(blocks) :]
     if blocks:
-        trained += [encoder.norm, encoder.fc_norm]
+        trained = [*trained, encoder.norm, encoder.fc_norm]
     for module in trained:
         module.requires_grad_(True)
     for block in encoder.blocks:
-        for name in ("drop_path1", "drop_path2"):
-            part = "mlp" if name == "drop_path2" else "attn"
-            if not any(p.requires_grad for p in getattr(block, part).parameters()):
-                setattr(block, name, nn.Identity())
+        for branch, drop_path in (("attn", "drop_path1"), ("mlp", "drop_path2")):
+            if _is_frozen(getattr(block, branch)):
+                setattr(block, drop_path, nn.Identity())
+
+
+def _is_frozen(module: nn.Module) -> bool:
+    """Whether no parameter of a module is trained."""
+    return not any(p.requires_grad for p in module.parameters())
 
 
 class ClassifierObjective(Objective):
@@ -109,7 +100,7 @@ class ClassifierObjective(Objective):
         """Set the mode; frozen blocks stay in evaluation mode."""
         super().train(mode)
         for block in self.model.encoder.blocks:
-            if not any(p.requires_grad for p in block.parameters()):
+            if _is_frozen(block):
                 block.eval()
         return self
 
@@ -139,16 +130,11 @@ class LabelledUpload:
     """
 
     def __init__(self, normalizer: Normalizer, device: torch.device, classes: int, mix: MixConfig) -> None:
-        self._normalizer, self._device, self._classes, self._mix = normalizer, device, classes, mix
-        self._mixup = None
+        self._normalizer, self._device = normalizer, device
+        self._classes, self._smoothing = classes, mix.label_smoothing
+        self._mixup = self._erasing = None
         if mix.mixup or mix.cutmix:
-            self._mixup = Mixup(
-                mixup_alpha=mix.mixup,
-                cutmix_alpha=mix.cutmix,
-                label_smoothing=mix.label_smoothing,
-                num_classes=classes,
-            )
-        self._erasing = None
+            self._mixup = Mixup(mix.mixup, mix.cutmix, label_smoothing=mix.label_smoothing, num_classes=classes)
         if mix.erase:
             self._erasing = RandomErasing(mix.erase, mode="pixel", max_count=1, device=str(device))
 
@@ -166,8 +152,7 @@ class LabelledUpload:
             x = self._erasing(x)
         if self._mixup is not None:
             return self._mixup(x, labels)
-        smoothing = self._mix.label_smoothing
-        return x, mixup_target(labels, self._classes, smoothing=smoothing)
+        return x, mixup_target(labels, self._classes, smoothing=self._smoothing)
 
 
 def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch.optim.Optimizer:
@@ -177,45 +162,27 @@ def make_optimizer(classifier: Classifier, config: SupervisedOptimizer) -> torch
         classifier: the model; parameters that require a gradient are trained.
         config: see `SupervisedOptimizer`.
     """
-    names = {id(p): name for name, p in classifier.named_parameters()}
+    encoder, decay = classifier.encoder, config.weight_decay
+    optimizer: torch.optim.Optimizer
     if config.kind == "lars":
-        trained = [(name, p) for name, p in classifier.named_parameters() if p.requires_grad]
+        trained = [p for p in classifier.parameters() if p.requires_grad]
         groups: list[dict[str, Any]] = [
             # Weights are scaled by the trust ratio, with or without weight decay; biases never are (You et al. 2017).
-            {"params": [p for _, p in trained if p.ndim > 1], "always_adapt": True},
-            {"params": [p for _, p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            {"params": [p for p in trained if p.ndim > 1], "always_adapt": True},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer: torch.optim.Optimizer = _Lars(
-            groups, lr=0.0, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        optimizer = _Lars(groups, lr=0.0, momentum=config.momentum, weight_decay=decay)
     else:
-        groups = param_groups_layer_decay(
-            _Layers(classifier),
-            weight_decay=config.weight_decay,
-            no_weight_decay_list=classifier.encoder.no_weight_decay(),
-            layer_decay=config.layer_decay,
-        )
+        # What timm's grouping reads of a model: the parameters by timm's names, and which layers these belong to. Names
+        # that the encoder's matcher does not know, those of the head, belong to the last layer.
+        named = [(name.removeprefix("encoder."), p) for name, p in classifier.named_parameters()]
+        layers: Any = SimpleNamespace(named_parameters=lambda: named, group_matcher=encoder.group_matcher)
+        groups = param_groups_layer_decay(layers, decay, encoder.no_weight_decay(), layer_decay=config.layer_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), fused=True)
+    names = {p: name for name, p in classifier.named_parameters()}
     for group in optimizer.param_groups:
-        group["param_names"] = [names[id(p)] for p in group["params"]]
+        group["param_names"] = [names[p] for p in group["params"]]
     return optimizer
-
-
-class _Layers(nn.Module):
-    """A classifier's parameters under the names that timm's grouping expects."""
-
-    def __init__(self, classifier: Classifier) -> None:
-        super().__init__()
-        self._classifier = classifier
-
-    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """Yield the encoder's parameters under timm's names, then the head's."""
-        yield from self._classifier.encoder.named_parameters()
-        yield from (("head." + name, p) for name, p in self._classifier.head.named_parameters())
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return timm's own grouping; parameters that it does not name belong to the last layer."""
-        return self._classifier.encoder.group_matcher(coarse=coarse)
 
 
 class _Lars(Lars):

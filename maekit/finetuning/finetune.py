@@ -8,17 +8,14 @@ import copy
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maekit import runs
 from maekit.config.finetune import DEFAULT_FINETUNE_EPOCHS, FinetuneConfig
-from maekit.evaluation.labelled import LabelledSet, by_name, classes_of, encode, open_labelled
+from maekit.evaluation.labelled import encode, open_sets
 from maekit.finetuning.task import Labelled, Supervised
 from maekit.images import Preprocess
 from maekit.pretrained.load import TrainedEncoder, load_encoder, set_norm_eps
@@ -89,16 +86,14 @@ def finetune(config: FinetuneConfig, progress: Progress | None = None) -> Finetu
         resolved, world = launch.config, launch.world
         note = progress.note if world.is_main else Silent().note
         trained = world.together(lambda: _source(resolved, run, note))
-        labels, classes, test = world.together(lambda: _labels(resolved, progress))
-        resolved.classes, resolved.model.sha256 = len(classes), _digest(trained)
-        resolved.labels_sha256 = hashlib.sha256("\0".join(classes).encode() + labels.tobytes()).hexdigest()
-        resolved.data.mean, resolved.data.std = (_three(v) for v in (trained.preprocess.mean, trained.preprocess.std))
-        data = Labelled(labels, classes, *test)
+        data = world.together(lambda: _labels(resolved, progress))
+        resolved.model.sha256 = str(trained.provenance.get("sha256") or trained.provenance.get("name"))
+        resolved.classes, text = len(data.classes), "\0".join(data.classes).encode()
+        resolved.labels_sha256 = hashlib.sha256(text + data.labels.tobytes()).hexdigest()
+        resolved.data.mean, resolved.data.std = trained.preprocess.mean, trained.preprocess.std  # type: ignore[assignment]
         task = world.together(lambda: Supervised(launch, run, trained, data))
         finished = Engine(launch, task).go(launch.own())
-        world.on_main(lambda: task.measure_once(finished))
-        found = _result(resolved, finished, task, trained, progress) if world.is_main else None
-        result: FinetuneResult = world.share(found)
+        result: FinetuneResult = world.share(world.on_main(lambda: _result(resolved, finished, task, progress)))
         return result
 
 
@@ -119,30 +114,10 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
     return load_encoder(config.model.source, model=config.model.name, on_note=note)
 
 
-def _three(values: Sequence[float]) -> tuple[float, float, float]:
-    red, green, blue = values
-    return red, green, blue
-
-
-def _digest(trained: TrainedEncoder) -> str:
-    """Return an identifier of the initial weights."""
-    return str(trained.provenance.get("sha256") or trained.provenance.get("name"))
-
-
-def _labels(
-    config: FinetuneConfig, progress: Progress
-) -> tuple[NDArray[np.int64], tuple[str, ...], tuple[LabelledSet, NDArray[np.int64]]]:
-    """Return the label of every training sample, int64 `[samples]`, -1 for none; the classes; the test set."""
-    images, cache = config.test_images, config.data.cache_gb
-    labelled, test = by_name(
-        [
-            open_labelled(config.shards, "train", progress, cache_gb=cache),
-            open_labelled(config.test, "test", progress, images=images, cache_gb=cache),
-        ]
-    )
-    classes = classes_of(labelled.texts)
-    if len(classes) < 2:
-        raise InputError(f"`train` {' '.join(config.shards)}: all images are of one class, {classes[0][:60]!r}")
+def _labels(config: FinetuneConfig, progress: Progress) -> Labelled:
+    """Return the labels of the training set, and the test set."""
+    images, cache_gb = (None, config.test_images), config.data.cache_gb
+    (labelled, test), classes = open_sets(config.shards, config.test, progress, images=images, cache_gb=cache_gb)
     if not set(test.texts) & set(classes):
         raise InputError(
             f"`test` {' '.join(config.test)}: `train` has none of its classes, such as {test.texts[0][:60]!r}"
@@ -154,35 +129,31 @@ def _labels(
             f"{labelled.unlabelled} of {len(labels)} training samples have no label, more than `max_bad` "
             f"{config.data.max_bad:g}; put the labelled ones into shards of their own"
         )
-    return labels, classes, (test, encode(test.texts, classes))
+    return Labelled(labels, classes, test, encode(test.texts, classes))
 
 
-def _result(
-    config: FinetuneConfig, finished: Finished, task: Supervised, trained: TrainedEncoder, progress: Progress
-) -> FinetuneResult:
-    tested = [row for row in finished.rows if row.get("test") == task.test_digest and row["step"] == finished.steps]
-    last: dict[str, Any] = tested[-1] if tested else {}
+def _result(config: FinetuneConfig, finished: Finished, task: Supervised, progress: Progress) -> FinetuneResult:
+    tested = task.tested(finished)
     result = FinetuneResult(
         out=config.out,
-        accuracy=last.get("accuracy"),
-        test_loss=last.get("test_loss"),
-        test_images=last.get("test_images", 0),
+        accuracy=tested["accuracy"],
+        test_loss=tested["test_loss"],
+        test_images=tested["test_images"],
         trained=sum(p.numel() for p in task.model.parameters() if p.requires_grad),
         **finished.summary(config.batch_size),
     )
-    return dataclasses.replace(result, path=_keep(config, result, task, trained, progress))
+    return dataclasses.replace(result, path=_keep(config, result, task, progress))
 
 
-def _keep(
-    config: FinetuneConfig, result: FinetuneResult, task: Supervised, trained: TrainedEncoder, progress: Progress
-) -> str | None:
-    """Save the results in the run that the encoder comes from."""
-    if trained.provenance.get("source") != "run" or config.model.from_scratch:
+def _keep(config: FinetuneConfig, result: FinetuneResult, task: Supervised, progress: Progress) -> str | None:
+    """Save the results in the run that the encoder comes from; return the path of the file, or None."""
+    provenance = task.trained.provenance
+    if provenance.get("source") != "run" or config.model.from_scratch:
         return None
-    step = int(trained.provenance["step"])
+    step = int(provenance["step"])
     blocks = "all" if config.model.blocks is None else f"{config.model.blocks:g}"
     row = {"name": Path(config.out).name, "blocks": blocks, "steps": result.steps, "accuracy": result.accuracy}
-    said = {
+    table = {
         "task": task.name,
         "model": config.model.source,
         "step": step,
@@ -191,12 +162,12 @@ def _keep(
         "rows": [row],
     }
     # Two directories of the same name are two trainings.
-    place = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
+    digest = hashlib.sha256(str(Path(config.out).resolve()).encode()).hexdigest()[:6]
     try:
         run, _ = runs.find_checkpoint(Path(config.model.source))
-        path = run.evaluation(f"{task.name}-{Path(config.out).name}-{place}", step)
+        path = run.evaluation(f"{task.name}-{Path(config.out).name}-{digest}", step)
         path.parent.mkdir(exist_ok=True)
-        files.write_atomically(path, json.dumps(said, indent=1).encode())
+        files.write_atomically(path, json.dumps(table, indent=1).encode())
     except (OSError, MaekitError) as error:
         progress.note(f"not kept in the run: {error}")
         return None

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,51 +76,38 @@ class Supervised(Task):
     def __init__(
         self, launch: Launch[FinetuneConfig], run: FinetuneDirectory, trained: TrainedEncoder, data: Labelled
     ) -> None:
-        config, device, shards, world = launch.config, launch.device, launch.shards, launch.world
-        self.config, self.data = config, data
-        self.name = "probe" if config.model.batch_norm and config.model.blocks == 0 else "finetune"
-        self._run, self.shards, self._world = run, shards, world
-        self._trained, self._prepare = trained, trained.preprocess
-        name, prepare = config.mix.rand_augment, trained.preprocess
+        config, model, device, prepare = launch.config, launch.config.model, launch.device, trained.preprocess
+        self.config, self.data, self.trained, self.shards = config, data, trained, launch.shards
+        self._run, self._world, self._prepare = run, launch.world, prepare
+        self._mixes = bool(config.mix.mixup or config.mix.cutmix)
+        self.name = "probe" if model.batch_norm and model.blocks == 0 else "finetune"
+        name = config.mix.rand_augment
         policy = None if name == "none" else RandAugment(name, prepare.size, prepare.mean)
         # Nothing is masked; the smallest mask keeps the cost of the unused noise negligible.
         nothing, augmentation = MaskShape("random", (1, 2), 0.5), Augmentation.of(config, prepare, policy)
-        self.crops = CropLoader(shards, launch.order, augmentation, nothing, labels=data.labels)
-        share = config.batch_size // world.size
-        if not self.fits(config.run.micro_batch or share):
+        self.crops = CropLoader(launch.shards, launch.order, augmentation, nothing, labels=data.labels)
+        count = config.run.micro_batch or config.batch_size // launch.world.size
+        if not self.fits(count):
             why = "mixup and cutmix mix pairs of images" if self._mixes else "a BatchNorm needs two images at least"
-            raise InputError(
-                f"{why}: a batch of {config.batch_size} gives each process {config.run.micro_batch or share} at a time"
-            )
-        check_pooling(trained.encoder, config.model.pool)
-        self.model = Classifier(
-            self._encoder(),
-            len(data.classes),
-            pool=config.model.pool,
-            batch_norm=config.model.batch_norm,
-            blocks=config.model.blocks,
-            seed=config.seed,
-        ).to(device)
+            raise InputError(f"{why}: a batch of {config.batch_size} gives each process {count} at a time")
+        check_pooling(trained.encoder, model.pool)
+        self.model = Classifier(self._encoder(), len(data.classes), model, seed=config.seed).to(device)
         self.objective = ClassifierObjective(self.model)
         self.forward = choose_kernels(self.model, device, launch.precision)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         channels = trained.encoder.patch_embed.proj.weight.shape[1]
-        self._normalizer = Normalizer(self._prepare.mean, self._prepare.std, device, channels=channels)
+        self._normalizer = Normalizer(prepare.mean, prepare.std, device, channels=channels)
         self.upload = LabelledUpload(self._normalizer, device, len(data.classes), config.mix)
 
     def _encoder(self) -> Any:
         """Return the encoder to start from, with stochastic depth."""
-        arguments = {**self._trained.arguments, "drop_path_rate": self.config.model.drop_path}
-        encoder = create_timm(self._trained.name, arguments)
-        encoder.load_state_dict(self._trained.encoder.state_dict())
-        set_norm_eps(encoder, norm_eps(self._trained.encoder))
+        arguments = {**self.trained.arguments, "drop_path_rate": self.config.model.drop_path}
+        encoder = create_timm(self.trained.name, arguments)
+        encoder.load_state_dict(self.trained.encoder.state_dict())
+        set_norm_eps(encoder, norm_eps(self.trained.encoder))
         if self.config.model.from_scratch:
             initialize_encoder(encoder, seed=self.config.seed)
         return encoder
-
-    @property
-    def _mixes(self) -> bool:
-        return bool(self.config.mix.mixup or self.config.mix.cutmix)
 
     def fits(self, count: int) -> bool:
         """Whether a micro-batch of `count` images is allowed: mixing needs pairs, a BatchNorm at least two images."""
@@ -137,55 +124,54 @@ class Supervised(Task):
         """Return a function that measures the model on the test set, called on all ranks."""
         return lambda: self._measure(self._world)
 
-    def measure_once(self, finished: Finished) -> None:
-        """Test the final weights unless done on this test set already; needed after a kill or with another test set."""
-        done, digest = finished.steps, self.test_digest
-        if any(row["step"] == done and row.get("test") == digest for row in finished.rows):
-            return
+    def tested(self, finished: Finished) -> dict[str, Any]:
+        """Return the row of metrics with the test of the final weights.
+
+        They are tested now unless they were on this test set: after a kill, or with another test set, there is no row.
+        """
+        done, digest = finished.steps, self._test_digest()
+        for row in reversed(finished.rows):
+            if row["step"] == done and row.get("test") == digest:
+                return row
         load_strictly(self.model, read_safetensors(self._run.checkpoint(done).path / runs.MODEL), str(self._run.path))
         row = {"step": done, **self._measure(DistributedContext())}
         metrics.append(self._run.metrics_file, row)
-        finished.rows.append(row)
+        return row
 
     def _measure(self, world: DistributedContext) -> dict[str, Any]:
         """Return accuracy and mean cross-entropy on the test set; the ranks of `world` divide the images."""
-        labelled, labels = self.data.test, self.data.test_labels
         world.broadcast(self.model.buffers())
-        mine = np.arange(len(labels))[world.rank :: world.size]
-        right = loss = seen = known_seen = 0.0
+        totals = np.zeros(4)
         device = next(self.model.parameters()).device
         self.objective.eval()
         try:
-            for images, wanted in self._test_batches(labelled, labels, mine):
+            for images, labels in self._test_batches(slice(world.rank, None, world.size)):
                 with torch.no_grad(), self.forward():
-                    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).to(device)
-                    logits = self.model(self._normalizer(pixels)).cpu()
-                known = torch.from_numpy(wanted)
-                right += float((logits.argmax(dim=1) == known).sum())
-                loss += float(functional.cross_entropy(logits, known, ignore_index=-1, reduction="sum"))
-                seen, known_seen = seen + len(known), known_seen + float((known >= 0).sum())
+                    logits = self.model(self._normalizer(images.permute(0, 3, 1, 2).to(device))).cpu()
+                right = float((logits.argmax(dim=1) == labels).sum())
+                loss = float(functional.cross_entropy(logits, labels, ignore_index=-1, reduction="sum"))
+                totals += right, loss, len(labels), float((labels >= 0).sum())
         finally:
             self.objective.train()
-        right, loss, seen, known_seen = world.sum([right, loss, seen, known_seen])
-        if not known_seen:
+        right, loss, seen, known = world.sum(totals.tolist())
+        if not known:
             raise MaekitError("`test`: none of the test images can be read, or none is of a known class")
-        found = {"accuracy": right / seen, "test_loss": loss / known_seen, "test_images": int(seen)}
-        return {**found, "test": self.test_digest}
+        found = {"accuracy": right / seen, "test_loss": loss / known, "test_images": int(seen)}
+        return {**found, "test": self._test_digest()}
 
-    @property
-    def test_digest(self) -> str:
-        """Digest of the test set: its samples and their labels."""
-        labelled, labels = self.data.test, self.data.test_labels
-        digest = hashlib.sha256(labelled.shards.digest.encode() + labelled.numbers.tobytes() + labels.tobytes())
-        return digest.hexdigest()[:16]
+    def _test_batches(self, mine: slice) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield images, uint8 `[B, H, W, 3]`, and labels, int64 `[B]`, of the readable ones of some test images."""
+        test, labels = self.data.test, self.data.test_labels[mine].tolist()
+        images = test.shards.images(test.numbers[mine].tolist(), self._prepare, threads=self._world.cores)
+        pairs = zip(images, labels, strict=True)
+        for batch in batched((pair for pair in pairs if not isinstance(pair[0], ImageError)), _TEST_BATCH):
+            readable, known = zip(*batch, strict=True)
+            yield torch.from_numpy(np.stack(readable)), torch.tensor(known)
 
-    def _test_batches(self, labelled: LabelledSet, labels: NDArray[np.int64], mine: NDArray[np.int64]) -> Any:
-        found = labelled.shards.images(labelled.numbers[mine].tolist(), self._prepare, threads=self._world.cores)
-        pairs = ((image, label) for image, label in zip(found, labels[mine], strict=True))
-        readable = (pair for pair in pairs if not isinstance(pair[0], ImageError))
-        for batch in batched(readable, _TEST_BATCH):
-            images, wanted = zip(*batch, strict=True)
-            yield np.stack(images), np.array(wanted, np.int64)
+    def _test_digest(self) -> str:
+        """Return a digest of the test set: its samples and their labels."""
+        test, labels = self.data.test, self.data.test_labels
+        return hashlib.sha256(test.shards.digest.encode() + test.numbers.tobytes() + labels.tobytes()).hexdigest()[:16]
 
     def mismatch_message(self, key: str, before: Any, now: Any) -> str:
         """Return the message for a setting, or weights, that differ from those the run was started with."""
@@ -201,19 +187,19 @@ class Supervised(Task):
         """Record the encoder's architecture, so that the run can resume without the source of the encoder."""
         start = {
             "source": self.config.model.source,
-            "name": self._trained.name,
-            "arguments": self._trained.arguments,
+            "name": self.trained.name,
+            "arguments": self.trained.arguments,
             "preprocess": self._prepare.to_json(),
-            "provenance": self._trained.provenance,
-            "norm_eps": norm_eps(self._trained.encoder),
+            "provenance": self.trained.provenance,
+            "norm_eps": norm_eps(self.trained.encoder),
         }
         files.write_atomically(self._run.start_file, json.dumps(start, indent=1).encode())
 
     def finish(self, steps: int) -> None:
         """Write the encoder and the head."""
         description = {
-            "model": self._trained.name,
-            "timm_arguments": self._trained.arguments,
+            "model": self.trained.name,
+            "timm_arguments": self.trained.arguments,
             "preprocess": self._prepare.to_json(),
             "step": steps,
             "data_digest": self.shards.digest,

@@ -3,32 +3,21 @@
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from maekit.vectors.nearest import nearest
+from maekit.vectors.nearest import Labels, Rows, nearest
 
 _ROWS = 1024
-
-Rows = NDArray[np.float32]
-Labels = NDArray[np.int64]
 
 
 def knn_accuracy(
     train: Rows, train_labels: Labels, test: Rows, test_labels: Labels, *, k: int = 20, temperature: float = 0.07
 ) -> float:
     """Return the share of test rows that weighted kNN classifies correctly; see `knn_accuracies`."""
-    (share,) = knn_accuracies(train, train_labels, test, test_labels, ks=[k], temperature=temperature)
-    return share
+    return knn_accuracies(train, train_labels, test, test_labels, ks=[k], temperature=temperature)[0]
 
 
 def knn_accuracies(
-    train: Rows,
-    train_labels: Labels,
-    test: Rows,
-    test_labels: Labels,
-    *,
-    ks: Sequence[int],
-    temperature: float = 0.07,
+    train: Rows, train_labels: Labels, test: Rows, test_labels: Labels, *, ks: Sequence[int], temperature: float = 0.07
 ) -> list[float]:
     """Return the share of test rows that weighted kNN classifies correctly (Wu et al. 2018, section 3.4), for each k.
 

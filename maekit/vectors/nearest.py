@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 _QUERIES, _ROWS = 1024, 16384  # per block: 64 MB of cosines
 
 Rows = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Numbers = NDArray[np.int64]
 
 
-def nearest(queries: Rows, blocks: Iterable[Rows], k: int) -> tuple[Rows, NDArray[np.int64]]:
+def nearest(queries: Rows, blocks: Iterable[Rows], k: int) -> tuple[Rows, Numbers]:
     """Return the k nearest rows of each query; equal cosines are ordered by row number.
 
     Args:
@@ -22,28 +24,22 @@ def nearest(queries: Rows, blocks: Iterable[Rows], k: int) -> tuple[Rows, NDArra
         Cosines, float32 `[m, k]`, largest first; and the numbers of the rows, int64 `[m, k]`.
     """
     queries = unit(queries)
-    slices = [slice(start, start + _QUERIES) for start in range(0, len(queries), _QUERIES)]
-    found = [_nothing(len(queries[part])) for part in slices]
+    cosines, numbers = np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
     seen = 0
     for block in blocks:
-        rows = unit(block)
-        for first in range(0, len(rows), max(_ROWS, k)):
-            some = rows[first : first + max(_ROWS, k)]
-            for number, part in enumerate(slices):
-                cosines, order = _nearest_of(queries[part], some, k)
-                found[number] = _merge(*found[number], cosines, order + seen + first, k)
-        seen += len(rows)
-    if not found:
-        return _nothing(0)
-    cosines, numbers = (np.concatenate(column) for column in zip(*found, strict=True))
+        for first in range(0, len(block), max(_ROWS, k)):
+            rows = unit(block[first : first + max(_ROWS, k)])
+            merged = []
+            for start in range(0, max(1, len(queries)), _QUERIES):
+                some = slice(start, start + _QUERIES)
+                near, order = _nearest_of(queries[some], rows, k)
+                merged.append(_merge(cosines[some], numbers[some], near, order + seen, k))
+            cosines, numbers = (np.concatenate(column) for column in zip(*merged, strict=True))
+            seen += len(rows)
     return cosines, numbers
 
 
-def _nothing(queries: int) -> tuple[Rows, NDArray[np.int64]]:
-    return np.empty((queries, 0), np.float32), np.empty((queries, 0), np.int64)
-
-
-def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, NDArray[np.int64]]:
+def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, Numbers]:
     """Return the k nearest rows of a block, unordered; of equal cosines at the boundary the first rows win."""
     similar = queries @ rows.T  # [b, d] @ [d, n] -> [b, n]
     if k >= len(rows):
@@ -59,9 +55,7 @@ def _nearest_of(queries: Rows, rows: Rows, k: int) -> tuple[Rows, NDArray[np.int
     return cosines, chosen
 
 
-def _merge(
-    cosines: Rows, numbers: NDArray[np.int64], more: Rows, of: NDArray[np.int64], k: int
-) -> tuple[Rows, NDArray[np.int64]]:
+def _merge(cosines: Rows, numbers: Numbers, more: Rows, of: Numbers, k: int) -> tuple[Rows, Numbers]:
     """Return the best k of two results, ordered by cosine and then by row number."""
     cosines, numbers = np.concatenate([cosines, more], axis=1), np.concatenate([numbers, of], axis=1)
     order = np.lexsort((numbers, -cosines), axis=1)[:, :k]

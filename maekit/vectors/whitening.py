@@ -33,7 +33,7 @@ class Whitening:
         bias: float32 `[d]`.
         explained_variance: share of the sample's variance in the d directions.
         images: number of images in the sample.
-        sample_sha256: digest of the sample's preprocessed pixels.
+        sample_sha256: digest of the sample's preprocessed pixels; empty if none was given.
     """
 
     matrix: NDArray[np.float32]
@@ -49,21 +49,18 @@ class Whitening:
 
     def to_json(self) -> dict[str, Any]:
         """Return the whitening's entry in the exported file's metadata."""
-        return {
-            "dim": self.dim,
-            "explained_variance": self.explained_variance,
-            "images": self.images,
-            "sample_sha256": self.sample_sha256,
-        }
+        return {name: getattr(self, name) for name in ("dim", "explained_variance", "images", "sample_sha256")}
 
 
-def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, digest: "hashlib._Hash") -> Whitening:
+def fit_whitening(
+    batches: Iterable[NDArray[np.float32]], dim: int | None, digest: "hashlib._Hash | None" = None
+) -> Whitening:
     """Fit mean and principal components in float64, in one pass over the sample.
 
     Args:
         batches: embeddings before any normalisation, `[n, D]` each.
         dim: number of directions to keep; None means all with any variance.
-        digest: digest of the sample, complete when `batches` is exhausted.
+        digest: digest of the sample, complete when `batches` is exhausted; None records none.
 
     Raises:
         InputError: too few images, or fewer directions with any variance than `dim`.
@@ -79,9 +76,8 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
     mean = total / count
     variances, directions = np.linalg.eigh(products / count - np.outer(mean, mean))
     variances, directions = variances[::-1], directions[:, ::-1]  # largest first
-    present = int((variances > _NO_VARIANCE * variances[0]).sum()) if variances[0] > 0 else 0
     # n images span n - 1 directions.
-    possible = min(present, count - 1)
+    possible = min(int((variances > _NO_VARIANCE * variances[0]).sum()), count - 1)
     if not possible:
         raise InputError("`whiten`: the embeddings of the sample are all the same")
     if dim is not None and dim > possible:
@@ -99,5 +95,5 @@ def fit_whitening(batches: Iterable[NDArray[np.float32]], dim: int | None, diges
         bias=(-matrix @ mean).astype(np.float32),
         explained_variance=float(variances[:kept].sum() / variances.clip(min=0).sum()),
         images=count,
-        sample_sha256=digest.hexdigest(),
+        sample_sha256=digest.hexdigest() if digest else "",
     )

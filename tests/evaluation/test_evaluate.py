@@ -161,16 +161,16 @@ def test_retrieval_is_that_of_scikit_learn(rows: dict, alone: bool, monkeypatch)
         ranked = hits[np.argsort(-cosines)]
         precision.append(ranked[: hits.sum()].mean())
         recall.append([ranked[:1].any(), ranked[:5].any()])
-    assert mine.mean_average_precision == pytest.approx(np.mean(average), abs=1e-6)
-    assert mine.r_precision == pytest.approx(np.mean(precision), abs=1e-6)
-    assert list(mine.recall.values()) == pytest.approx(np.mean(recall, axis=0))
-    assert mine.queries == len(queries)
+    assert mine["map"] == pytest.approx(np.mean(average), abs=1e-6)
+    assert mine["r_precision"] == pytest.approx(np.mean(precision), abs=1e-6)
+    assert [mine["recall@1"], mine["recall@5"]] == pytest.approx(np.mean(recall, axis=0))
+    assert mine["queries"] == len(queries)
 
 
 def test_a_query_without_anything_to_find_does_not_count() -> None:
     rows, labels = np.eye(3, dtype=np.float32), np.array([0, 0, 1])
     scores = retrieval_scores(rows, labels, None, None, recalls=[1])
-    assert scores.queries == 2
+    assert scores["queries"] == 2
     with raises(InputError, match="no query"):
         retrieval_scores(rows, np.arange(3), None, None, recalls=[1])
 

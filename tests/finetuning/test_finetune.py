@@ -21,6 +21,7 @@ from maekit.cli.app import app
 from maekit.config import ModelConfig
 from maekit.config.check import InspectConfig
 from maekit.config.finetune import (
+    ClassifierConfig,
     FinetuneConfig,
     MixConfig,
     SupervisedOptimizer,
@@ -227,7 +228,7 @@ def test_another_training_is_refused(planted: Path, tmp_path: Path) -> None:
 
 def test_layers_learn_at_their_own_rates() -> None:
     encoder = build_encoder(ModelConfig(**{key[6:]: value for key, value in TINY.items() if "decoder" not in key}))
-    model = Classifier(encoder, 3, pool="avg", batch_norm=False, blocks=None, seed=0)
+    model = Classifier(encoder, 3, ClassifierConfig(pool="avg"), seed=0)
     optimizer = make_optimizer(model, SupervisedOptimizer(layer_decay=0.5, weight_decay=0.1))
     scale = {name: g["lr_scale"] for g in optimizer.param_groups for name in g["param_names"]}
     decay = {name: g["weight_decay"] for g in optimizer.param_groups for name in g["param_names"]}
@@ -243,7 +244,7 @@ def test_layers_learn_at_their_own_rates() -> None:
 
 def test_lars_scales_by_the_ratio_of_norms() -> None:
     encoder = build_encoder(ModelConfig(**{key[6:]: value for key, value in TINY.items() if "decoder" not in key}))
-    model = Classifier(encoder, 3, pool="cls", batch_norm=True, blocks=0, seed=0)
+    model = Classifier(encoder, 3, ClassifierConfig(pool="cls", batch_norm=True, blocks=0), seed=0)
     optimizer = make_optimizer(model, SupervisedOptimizer(kind="lars", weight_decay=0.0, momentum=0.9))
     for group in optimizer.param_groups:
         group["lr"] = 2.0

@@ -210,16 +210,37 @@ class Wrapped:
 
 
 def kill_in_checkpoint(number: int, after: bool) -> None:
-    """Sabotage: SIGKILL at the n-th thing that the checkpoint's thread does to the disk, before it or after it."""
-    import builtins
+    """Sabotage: SIGKILL at the n-th thing that the checkpoint's thread does to the disk; see `_kill_at`."""
     import shutil
 
+    names = ((os, "fsync"), (shutil, "rmtree"), (Path, "rename"), (Path, "mkdir"))
+    _kill_at(number, after, names, lambda path: threading.current_thread().name == "checkpoint")
+
+
+def kill_at_disk(folder: Path, number: int, after: bool) -> None:
+    """Sabotage: SIGKILL at the n-th thing that is done to the disk below a folder; see `_kill_at`."""
+    import shutil
+
+    names = ((os, "fsync"), (os, "replace"), (os, "link"), (shutil, "rmtree"), (Path, "unlink"))
+    _kill_at(number, after, names, lambda path: path.startswith(str(folder)))
+
+
+def _kill_at(number: int, after: bool, names: tuple, is_counted: Callable[[str], bool]) -> None:
+    """SIGKILL this process at the n-th call of some functions, before it or after it, or within the n-th write.
+
+    Args:
+        number: n; calls and writes are counted together.
+        after: whether a call still does its work.
+        names: the functions, each with what it is an attribute of.
+        is_counted: whether what is done to a path counts.
+    """
     count = 0
 
     def deadly(function):
         def called(*arguments, **options):
             nonlocal count
-            if threading.current_thread().name != "checkpoint":
+            first = arguments[0]
+            if not is_counted(os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)):
                 return function(*arguments, **options)
             count += 1
             if count == number and not after:
@@ -238,74 +259,33 @@ def kill_in_checkpoint(number: int, after: bool) -> None:
             nonlocal count
             count += 1
             if count == number:
-                self._file.write(memoryview(data)[: len(data) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self._file.write(data)
-
-    plain_open = builtins.open
-
-    def open_file(path, mode="r", *arguments, **options):
-        file = plain_open(path, mode, *arguments, **options)
-        return HalfWritten(file) if "w" in mode and threading.current_thread().name == "checkpoint" else file
-
-    builtins.open = open_file
-    os.fsync = deadly(os.fsync)
-    shutil.rmtree = deadly(shutil.rmtree)
-    Path.rename = deadly(Path.rename)
-    Path.mkdir = deadly(Path.mkdir)
-
-
-def kill_at_disk(folder: Path, number: int, after: bool) -> None:
-    """Sabotage: SIGKILL at the n-th thing that is done to the disk below a folder, before it, after it or within it."""
-    import builtins
-    import shutil
-
-    count = 0
-
-    def deadly(function):
-        def called(*arguments, **options):
-            nonlocal count
-            first = arguments[0]
-            path = os.readlink(f"/proc/self/fd/{first}") if isinstance(first, int) else str(first)
-            if not path.startswith(str(folder)):
-                return function(*arguments, **options)
-            count += 1
-            if count == number and not after:
-                os.kill(os.getpid(), signal.SIGKILL)
-            result = function(*arguments, **options)
-            if count == number:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
-
-        return called
-
-    class HalfWritten(Wrapped):
-        def write(self, data) -> int:
-            nonlocal count
-            count += 1
-            if count == number:
-                self._file.write(
-                    data[: len(data) // 2] if isinstance(data, str) else memoryview(data)[: len(data) // 2]
-                )
+                half = len(data) // 2
+                self._file.write(data[:half] if isinstance(data, str) else memoryview(data)[:half])
                 self._file.flush()
                 os.kill(os.getpid(), signal.SIGKILL)
             return self._file.write(data)
 
+    _wrap_written_files(HalfWritten, is_counted)
+    for module, name in names:
+        setattr(module, name, deadly(getattr(module, name)))
+
+
+def _wrap_written_files(wrapper: type[Wrapped], is_ours: Callable[[str], bool]) -> None:
+    """Make `open` wrap the files that are opened for writing under our paths, but for locks."""
+    import builtins
+
     plain_open = builtins.open
 
     def open_file(path, mode="r", *arguments, **options):
         file = plain_open(path, mode, *arguments, **options)
-        is_ours = not isinstance(path, int) and str(path).startswith(str(folder)) and "/.locks/" not in str(path)
-        return HalfWritten(file) if is_ours and mode[0] in "wa" else file
+        wraps = mode[0] in "wa" and not isinstance(path, int) and "/.locks/" not in str(path) and is_ours(str(path))
+        return wrapper(file) if wraps else file
 
     builtins.open = open_file
-    for module, name in ((os, "fsync"), (os, "replace"), (os, "link"), (shutil, "rmtree"), (Path, "unlink")):
-        setattr(module, name, deadly(getattr(module, name)))
 
 
 def fill_disk(folder: Path, number: int) -> None:
     """Sabotage: the n-th write below a folder, and all that follow, find the disk full."""
-    import builtins
     import errno
 
     count = 0
@@ -318,12 +298,4 @@ def fill_disk(folder: Path, number: int) -> None:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return self._file.write(data)
 
-    plain_open = builtins.open
-
-    def open_file(path, mode="r", *arguments, **options):
-        file = plain_open(path, mode, *arguments, **options)
-        is_ours = not isinstance(path, int) and str(path).startswith(str(folder)) and not str(path).endswith(".lock")
-        is_ours = is_ours and "/.locks/" not in str(path)
-        return Full(file) if is_ours and mode[0] in "wa" else file
-
-    builtins.open = open_file
+    _wrap_written_files(Full, lambda path: path.startswith(str(folder)) and not path.endswith(".lock"))
