@@ -22,6 +22,7 @@ import mmap
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
-from maekit.shards.tar import BLOCK, Member, TarDamage, scan_members
+from maekit.shards.tar import BLOCK, TarDamage, scan_members
 from maekit.system import files
 from maekit.system.errors import DamagedShard, MaekitError
 
@@ -55,6 +56,7 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_crc": np.dtype("<u4"),
 }
 _OPTIONAL = frozenset(("member_crc",))
+_MOST_IGNORED = 10  # names kept of members that belong to no sample
 _PROBES = 8  # headers compared to tell whether an index built elsewhere belongs to a shard
 _CHUNK = 1 << 20
 
@@ -182,6 +184,13 @@ class ShardIndex:
         more = f" (the first of {differing.size} members)" if differing.size > 1 else ""
         return DamagedShard(str(other.path), member.offset, f"the bytes of {name!r} are not those of its CRC-32{more}")
 
+    def describes(self, path: Path) -> bool:
+        """Whether a scan of the whole shard at `path` finds what this index says."""
+        try:
+            return self.difference(build_index(path, crc=self.has_crc)) is None
+        except MaekitError:
+            return False
+
     def count_images(self) -> tuple[int, int]:
         """Return the number of samples without an image member, and the number of image members not used."""
         if not self.samples:
@@ -216,14 +225,10 @@ def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
         MaekitError: the file cannot be read.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            reader = _HeaderReader(file.fileno())
-            status = os.fstat(file.fileno())
-            return _collect(path, file.fileno(), scan_members(reader.read, status.st_size), crc)
+        with files.reading(path), open(path, "rb", buffering=0) as file:
+            return _collect(path, file.fileno(), crc=crc)
     except TarDamage as damage:
         raise DamagedShard(str(path), damage.offset, damage.reason) from damage
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def crc32_of(descriptor: int, offset: int, size: int) -> int:
@@ -244,8 +249,8 @@ def _probe(descriptor: int, offsets: NDArray[Any], size: int) -> int:
     return crc
 
 
-def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) -> ShardIndex:
-    """Group members into samples."""
+def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
+    """Scan an open shard, and group its members into samples."""
     status = os.fstat(descriptor)
     seen: set[str] = set()
     current: str | None = None
@@ -253,19 +258,14 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
     ignored: list[str] = []
     ignored_count = 0
     extensions: dict[str, int] = {}
-    sample_start: list[int] = []
-    key_start = [0]
-    keys: list[bytes] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    kinds: list[int] = []
-    crcs: list[int] = []
+    sample_start, key_start, offsets, sizes, kinds, crcs = (array("q") for _ in range(6))
+    keys = bytearray()
     digest = hashlib.sha256()
-    for member in members:
+    for member in scan_members(_HeaderReader(descriptor).read, status.st_size):
         match = _NAME.fullmatch(member.name)
         if match is None or METADATA.match(member.name):
             ignored_count += 1
-            if len(ignored) < 10:
+            if len(ignored) < _MOST_IGNORED:
                 ignored.append(member.name)
             continue
         key, extension = match["key"], match["extension"].lower()
@@ -276,8 +276,8 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
             current, in_sample = key, set()
             encoded = key.encode()
             sample_start.append(len(offsets))
-            keys.append(encoded)
-            key_start.append(key_start[-1] + len(encoded))
+            key_start.append(len(keys))
+            keys += encoded
             digest.update(b"k%d:%b" % (len(encoded), encoded))
         if extension in in_sample:
             raise TarDamage(member.header, f"the member {member.name!r} comes twice in one sample")
@@ -290,17 +290,12 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
         digest.update(b"m%d:%b:%d" % (len(extension.encode()), extension.encode(), member.size))
     if len(extensions) > 1 << 16:
         raise TarDamage(0, f"{len(extensions)} different extensions in one shard (at most {1 << 16})")
-    columns: columns_file.Columns = {
-        "sample_start": np.array([*sample_start, len(offsets)], "<i8"),
-        "key_start": np.array(key_start, "<i8"),
-        "keys": np.frombuffer(b"".join(keys), "u1"),
-        "member_offset": np.array(offsets, "<i8"),
-        "member_size": np.array(sizes, "<i8"),
-        "member_extension": np.array(kinds, "<u2"),
-    }
-    if crc:
-        columns["member_crc"] = np.array(crcs, "<u4")
-    header: dict[str, Any] = {
+    sample_start.append(len(offsets))
+    key_start.append(len(keys))
+    # In the order of _COLUMNS.
+    values = [sample_start, key_start, keys, offsets, sizes, kinds, *([crcs] if crc else [])]
+    columns = {name: np.array(column, _COLUMNS[name]) for name, column in zip(_COLUMNS, values, strict=False)}
+    header = {
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "digest": digest.hexdigest(),
@@ -387,19 +382,13 @@ def load_index(path: Path) -> ShardIndex:
     Raises:
         DamagedShard, MaekitError: as `build_index`.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
+    with files.reading(path), open(path, "rb", buffering=0) as file:
         index = read_index(path, index_path(path))
-        if index is not None and index.adopt(descriptor):
+        if index is not None and index.adopt(file.fileno()):
             return index
         index = read_index(path, _cache_path(path))
-        if index is not None and index.matches(os.fstat(descriptor)):
+        if index is not None and index.matches(os.fstat(file.fileno())):
             return index
-    finally:
-        os.close(descriptor)
     index = build_index(path)
     cache_index(index)
     return index

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 import zlib
@@ -18,9 +19,11 @@ from maekit.shards.cache import RemoteCache
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
 from maekit.shards.spec import ShardFile
+from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.system.machine import cores
 from maekit.system.parallel import Workers, batched, map_in_threads
+from maekit.system.text import count
 
 # Nobody trains on an image larger than this; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20
@@ -188,10 +191,9 @@ class ShardSet:
         """Return the class names that `maekit pack` wrote beside a shard, by label; empty if there are none."""
         folder = self.index(shard).path.parent
         if folder not in self._class_names:
-            try:
+            text = ""
+            with contextlib.suppress(OSError, ValueError):
                 text = (folder / CLASS_NAMES).read_text(encoding="utf-8")
-            except (OSError, ValueError):
-                text = ""
             self._class_names[folder] = tuple(text.splitlines())
         return self._class_names[folder]
 
@@ -218,52 +220,56 @@ def open_shards(
     Raises:
         InputError: shards are damaged and not skipped, a shard cannot be read, or no shard holds a sample.
     """
-    local = [shard for shard in shards if shard.url is None]
-    found: dict[ShardFile, CatalogueRow | MaekitError] = {}
-    recalled = catalogue.recall([shard.path for shard in local])
-    unknown: list[ShardFile] = []
-    for shard, row in zip(local, recalled, strict=True):
-        if row is None:
-            unknown.append(shard)
-        else:
-            found[shard] = row
-            on_shard(shard)
-    with Workers(worth_processes([shard.path for shard in unknown], workers or cores())) as pool:
-        # In batches: sending a single cached index to a process would cost more than reading it.
-        batch = max(1, min(64, len(unknown) // (8 * pool.count)))
-        parts = [unknown[start : start + batch] for start in range(0, len(unknown), batch)]
-        for part, scanned in zip(parts, pool.map(_rows, parts), strict=True):
-            for shard, result in zip(part, scanned, strict=True):
-                found[shard] = result
-                on_shard(shard)
-    distant = [shard for shard in shards if shard.url is not None]
-    remote = (remote or RemoteCache()) if distant else None
-    if remote is not None:
-        for shard, published in remote.published_rows(distant):
-            found[shard] = published
-            on_shard(shard)
-    good: list[ShardFile] = []
-    rows: list[CatalogueRow] = []
+    remote = (remote or RemoteCache()) if any(shard.url for shard in shards) else None
+    found = _summaries(shards, remote, workers=workers or cores(), on_shard=on_shard)
+    rows: dict[ShardFile, CatalogueRow] = {}
     damaged: list[DamagedShard] = []
     for shard in shards:
         result = found[shard]
         if isinstance(result, CatalogueRow):
-            good.append(shard)
-            rows.append(result)
+            rows[shard] = result
         elif isinstance(result, DamagedShard):
             damaged.append(result)
             on_damage(result)
         else:
             raise InputError(str(result)) from result
-    if unknown and len(good) == len(shards) == len(local):
-        catalogue.remember([shard.path for shard in local], rows)
     if damaged and not skip_damaged:
+        of = count("shard", len(shards))
         named = "; ".join(str(d) for d in damaged[:3]) + ("; …" if len(damaged) > 3 else "")
-        raise InputError(f"{len(damaged)} of {len(shards)} shards damaged: {named} (`skip_damaged` leaves them out)")
-    shard_set = ShardSet(good, rows, remote)
+        raise InputError(f"{len(damaged)} of {of} damaged: {named} (`skip_damaged` leaves them out)")
+    shard_set = ShardSet(list(rows), list(rows.values()), remote)
     if not shard_set.samples:
-        raise InputError(f"the {len(shards)} shards hold no sample at all")
+        raise InputError(f"the {count('shard holds', len(shards), 'shards hold')} no sample at all")
     return shard_set
+
+
+def _summaries(
+    shards: Sequence[ShardFile], remote: RemoteCache | None, *, workers: int, on_shard: Callable[[ShardFile], None]
+) -> dict[ShardFile, CatalogueRow | MaekitError]:
+    """Return the summary of each shard's index, or the error that says why there is none."""
+    found: dict[ShardFile, CatalogueRow | MaekitError] = {}
+
+    def add(shards: Sequence[ShardFile], results: Iterable[CatalogueRow | MaekitError]) -> None:
+        for shard, result in zip(shards, results, strict=True):
+            found[shard] = result
+            on_shard(shard)
+
+    local = [shard for shard in shards if shard.url is None]
+    recalled = zip(local, catalogue.recall([shard.path for shard in local]), strict=True)
+    known = {shard: row for shard, row in recalled if row is not None}
+    add(list(known), known.values())
+    unknown = [shard for shard in local if shard not in known]
+    with Workers(worth_processes([shard.path for shard in unknown], workers)) as pool:
+        # In batches: sending a single cached index to a process would cost more than reading it.
+        size = max(1, min(64, len(unknown) // (8 * pool.count)))
+        add(unknown, itertools.chain.from_iterable(pool.map(_rows, batched(unknown, size))))
+    if remote is not None:
+        distant = [shard for shard in shards if shard.url is not None]
+        add(distant, remote.published_rows(distant))
+    rows = [row for row in map(found.get, shards) if isinstance(row, CatalogueRow)]
+    if unknown and len(rows) == len(shards) == len(local):
+        catalogue.remember([shard.path for shard in shards], rows)
+    return found
 
 
 def _rows(shards: Sequence[ShardFile]) -> list[CatalogueRow | MaekitError]:
@@ -346,10 +352,8 @@ def open_shard(index: ShardIndex, remote: RemoteCache | None = None) -> int:
     """
     if remote is not None and remote.owns(index.path):
         return remote.open(index)
-    try:
+    with files.reading(index.path):
         descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
     if not index.matches(os.fstat(descriptor)):
         os.close(descriptor)
         raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")

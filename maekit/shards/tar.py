@@ -220,9 +220,9 @@ def _check_same_name(short: bytes, name: str, offset: int) -> None:
         differing = [i for i, (a, b) in enumerate(zip(short, whole[:100], strict=False)) if a != b]
         if len(short) != len(whole[:100]) or len(differing) != 1:
             continue
-        place = differing[0]
+        at = differing[0]
         # A replacement character other than `?` is not damage.
-        if whole[place] < 0x80 if whole is plain else name[place].isascii():
+        if whole[at] < 0x80 if whole is plain else name[at].isascii():
             raise TarDamage(offset, f"the name {name[:60]!r} is another in the header before it, by one character")
 
 

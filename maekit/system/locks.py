@@ -61,34 +61,22 @@ def sole_owner(directory: Path) -> Iterator[None]:
     """
     path = directory / ".lock"
     is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
-        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+    file = _open(path)  # closed in `finally` only: closing ANY descriptor of a file drops the process's locks on it
     try:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
-            owner = file.read().strip() or "another process"
-            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another `out`") from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise files.write_failure(path, error) from error
+            _lock(file, path)
+        except LockedError as held:
+            raise InputError(
+                f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
+            ) from held
+        _write(file, path, f"{_me()}\n")
         yield
     finally:
         if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
             # Nothing was written to the new directory (the work was refused), so remove it again.
             path.unlink()
             directory.rmdir()
-        with contextlib.suppress(OSError):  # text that could not be flushed before fails again here
-            file.close()
+        _close(file)
 
 
 @contextlib.contextmanager
@@ -121,9 +109,8 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
                 path.unlink()  # while it is held, so that no other owner's file is removed
         with _mutex:
             mine = _held.pop(path, None)
-        with contextlib.suppress(OSError):  # a full disk has been reported already
-            if mine is not None:
-                mine.file.close()
+        if mine is not None:  # it is None in a forked child
+            _close(mine.file)
 
 
 def still_owns(path: Path) -> bool:
@@ -137,30 +124,20 @@ def still_owns(path: Path) -> bool:
 
 
 def _acquire(path: Path, *, sweeping: bool) -> None:
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    with _mutex:
+    with _mutex, contextlib.ExitStack() as unfinished:
         if path in _held:
-            raise LockedError(me)
-        while True:
+            raise LockedError(_me())
+        file: IO[str] | None = None
+        while file is None or not _is_same(file, path):  # again if its owner has just deleted it
+            unfinished.close()
             file = _open(path)
-            try:
-                _lock(file, path)
-                if _is_same(file, path):
-                    break
-                file.close()  # its owner has just deleted it
-            except BaseException:
-                file.close()
-                raise
+            unfinished.callback(_close, file)
+            _lock(file, path)
+            _refuse_if_elsewhere(file, path)
         # The token distinguishes this owner from an earlier one with the same process number.
-        text = f"{_SWEEPING if sweeping else ''}{me}\n{time.time_ns()}-{next(_tokens)}\n"
-        try:
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.close()
-            raise files.write_failure(path, error) from error
+        text = f"{_SWEEPING if sweeping else ''}{_me()}\n{time.time_ns()}-{next(_tokens)}\n"
+        _write(file, path, text)
+        unfinished.pop_all()
         _held[path] = _Held(file, text)
         _start_heart()
 
@@ -176,17 +153,48 @@ def _open(path: Path) -> IO[str]:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
-def _lock(file: IO[str], path: Path) -> None:
+def try_lock(file: IO[str]) -> bool:
+    """Take the lock of an open file without waiting; return False if another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
-        raise LockedError(_owner(file) or "another process") from error
+            raise
+        return False
+    return True
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        is_mine = try_lock(file)
+    except OSError as error:
+        raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
+    if not is_mine:
+        raise LockedError(_owner(file) or "another process")
+
+
+def _refuse_if_elsewhere(file: IO[str], path: Path) -> None:
+    """Refuse a lock whose owner, on another machine, seems to be alive."""
     owner = _owner(file)
     if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
         # The kernel granted it, but perhaps only because this file system does not share locks between machines.
         raise LockedError(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _write(file: IO[str], path: Path, text: str) -> None:
+    with files.writing(path):
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+
+
+def _close(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # text that could not be flushed, as on a full disk, fails again here
+        file.close()
 
 
 def _owner(file: IO[str]) -> str:
@@ -207,7 +215,7 @@ def _age(file: IO[str], path: Path) -> float:
         return 0.0  # no evidence that it is stale
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+            probe.unlink()
 
 
 def _is_same(file: IO[str], path: Path) -> bool:

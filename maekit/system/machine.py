@@ -6,16 +6,14 @@ from pathlib import Path
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return first_core_and_count()[1]
 
 
 def first_core_and_count() -> tuple[int, int]:
     """Return the lowest CPU core that this process may use, and how many it may use."""
     if hasattr(os, "sched_getaffinity"):
         return min(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
-    return 0, cores()
+    return 0, os.cpu_count() or 1
 
 
 def available_memory() -> int:
