@@ -21,8 +21,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-
 from maekit.shards import download
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.download import RemoteFile
@@ -34,7 +32,7 @@ from maekit.system.locks import try_lock
 from maekit.system.parallel import map_in_threads
 from maekit.system.text import count
 
-DEFAULT_LIMIT = 50_000_000_000
+_DEFAULT_LIMIT = 50_000_000_000
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
 # One mutex per lock file, between the threads of this process: `lockf` locks only distinguish processes.
@@ -49,7 +47,7 @@ class RemoteCache:
         limit: maximum size of the cache in bytes.
     """
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, limit: int = _DEFAULT_LIMIT) -> None:
         self.limit = limit
         self._stopped = threading.Event()
         self._known: dict[Path, ShardFile] = {}
@@ -116,14 +114,14 @@ class RemoteCache:
         """
         shard = self._known[index.path]
         for attempt in range(3):  # between fetching and opening, another process may evict it
+            if attempt > 0:
+                self.fetch_as_indexed(shard, index)
             with files.reading(index.path), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
                 if index.adopt(descriptor):
                     _touch(index.path)
                     return descriptor
                 os.close(descriptor)
-            if attempt < 2:
-                self.fetch_as_indexed(shard, index)
         raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger `cache_gb`")
 
     def fetch_as_indexed(self, shard: ShardFile, index: ShardIndex, *, wait: bool = True) -> bool:
@@ -137,7 +135,6 @@ class RemoteCache:
         Raises:
             MaekitError: it cannot be downloaded, or does not match the index.
         """
-        self._known[shard.path] = shard
         with self._owner(shard.path, wait=wait) as is_mine:
             if not is_mine:
                 return False
@@ -160,7 +157,8 @@ class RemoteCache:
         """
         self._known[shard.path] = shard
         with contextlib.suppress(OSError):
-            if index := _parse(shard, index_path(shard.path).read_bytes()):
+            # Read, not memory-mapped: another machine that shares the cache may evict it.
+            if index := parse_index(shard.path, index_path(shard.path).read_bytes()):
                 return index
         return self._download_index(shard)
 
@@ -206,7 +204,7 @@ class RemoteCache:
         if (there.size or 0) > _LARGEST_INDEX:
             raise MaekitError(f"{there.url}: an index of {there.size} bytes (at most {_LARGEST_INDEX} are read)")
         data = b"".join(download.pieces(there, 0, self._pause))
-        index = _parse(shard, data)
+        index = parse_index(shard.path, data)
         if index is None:
             raise MaekitError(f"{there.url}: damaged, or made by another version of maekit")
         files.write_atomically(index_path(shard.path), data)
@@ -250,38 +248,36 @@ class RemoteCache:
             _reservation(part).unlink(missing_ok=True)
 
     def _does_not_fit(self, url: str, size: int) -> MaekitError:
-        has = files.describe_bytes(self.limit)
-        return MaekitError(
-            f"{url}: {files.describe_bytes(size)} do not fit into a cache of {has}; give a larger `cache_gb`"
-        )
+        needed, limit = files.describe_bytes(size), files.describe_bytes(self.limit)
+        return MaekitError(f"{url}: {needed} do not fit into a cache of {limit}; give a larger `cache_gb`")
 
     def _reserve(self, size: int, part: Path) -> bool:
-        """Reserve space for a download, evicting shards that are in its way; return False if that is not enough."""
-        with self._owner(_directory() / "room"):
-            if not self._evict(size, part):
-                return False
-            _reservation(part).write_text(str(size))
-            return True
+        """Reserve space for a download, and evict the least recently used shards for it.
 
-    def _evict(self, needed: int, keep: Path) -> bool:
-        """Evict the least recently used shards until `needed` bytes fit; return False if they cannot."""
+        Return False if the space that other running downloads have reserved leaves too little.
+        """
         taken = 0
         evictable: list[tuple[int, int, Path]] = []
-        for path in _directory().glob("*/*"):
-            with contextlib.suppress(OSError, ValueError, MaekitError):
-                if path.suffix == ".room" and path != _reservation(keep) and self._is_held(path):
-                    taken += int(path.read_text())
-                elif path.suffix == ".tar" or (path.suffix == ".part" and path != keep and not self._is_running(path)):
-                    # A `.part` without a reservation waits for one or was abandoned; evicted, it is downloaded again.
-                    evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
-        total = taken + sum(size for _, size, _ in evictable)
-        for _, size, path in sorted(evictable):
-            if total + needed <= self.limit:
-                break
-            for gone in (path, _meta(path), index_path(path.with_suffix(".tar"))):
-                gone.unlink(missing_ok=True)
-            total -= size
-        return total + needed <= self.limit
+        with self._owner(_directory() / "room"):
+            for path in _directory().glob("*/*"):
+                if path.stem == part.stem:
+                    continue
+                with contextlib.suppress(OSError, ValueError, MaekitError):
+                    if path.suffix == ".room" and self._is_running(path):
+                        taken += int(path.read_text())
+                    elif path.suffix == ".tar" or (path.suffix == ".part" and not self._is_running(path)):
+                        # A `.part` without a reservation waits for one or was abandoned; it can be downloaded again.
+                        evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
+            taken += size + sum(size for _, size, _ in evictable)
+            for _, freed, path in sorted(evictable):
+                if taken <= self.limit:
+                    break
+                for gone in (path, _meta(path), index_path(path.with_suffix(".tar"))):
+                    gone.unlink(missing_ok=True)
+                taken -= freed
+            if taken <= self.limit:
+                _reservation(part).write_text(str(size))
+            return taken <= self.limit
 
     @contextlib.contextmanager
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
@@ -304,13 +300,12 @@ class RemoteCache:
                     self._pause(0.05)
             yield is_mine
 
-    def _is_held(self, path: Path) -> bool:
-        """Whether a thread of this process or another process holds the lock of a shard."""
+    def _is_running(self, path: Path) -> bool:
+        """Whether a download of this shard has reserved space and still runs, here or in another process."""
+        if not _reservation(path).exists():
+            return False
         with self._owner(path, wait=False) as is_mine:
             return not is_mine
-
-    def _is_running(self, part: Path) -> bool:
-        return _reservation(part).exists() and self._is_held(part)
 
 
 def _directory() -> Path:
@@ -352,7 +347,3 @@ def _touch(path: Path) -> None:
     """Mark a cached shard as used now; keep its modification time."""
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-def _parse(shard: ShardFile, data: bytes) -> ShardIndex | None:
-    return parse_index(shard.path, np.frombuffer(data, np.uint8))

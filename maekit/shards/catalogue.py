@@ -42,10 +42,9 @@ class CatalogueRow:
 
 def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
     """Return the row of each shard; None if it has none or has changed since."""
-    try:
+    raw = np.empty(0, np.uint8)
+    with contextlib.suppress(OSError):
         raw = np.fromfile(_file(paths), np.uint8)
-    except OSError:
-        return [None] * len(paths)
     parsed = columns_file.from_bytes(MAGIC, _COLUMNS, raw)
     if parsed is None or set(parsed[1]) != set(_COLUMNS):
         return [None] * len(paths)

@@ -56,7 +56,7 @@ def describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
     filesystem, path = connect(url)
     with contextlib.suppress(Exception):
         filesystem.invalidate_cache()  # some file systems answer from cached listings
-    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, attempts=_FIRST_ATTEMPTS)
     size = info.get("size")
     version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
     return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
@@ -72,7 +72,7 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
     if there.size is None:
         # No piece can be requested; after an interruption the next download starts over.
         with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
-            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
+            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, attempts=1):
                 yield data
         return
     length, failures = _FIRST_PIECE, 0
@@ -80,7 +80,8 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
         end = min(done + length, there.size)
         before = time.monotonic()
         try:
-            data = _insist(there.url, functools.partial(filesystem.cat_file, path, start=done, end=end), pause, 1)
+            ask = functools.partial(filesystem.cat_file, path, start=done, end=end)
+            data = _insist(there.url, ask, pause, attempts=1)
             if len(data) == there.size != end - done:  # a server without range requests sends the whole file
                 data = data[done:]
             elif len(data) != end - done:
@@ -99,7 +100,7 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
         yield data
 
 
-def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
+def _insist(url: str, ask: Any, pause: Callable[[float], None], *, attempts: int = _ATTEMPTS) -> Any:
     """Call `ask`; retry after a pause if the network fails.
 
     Raises:

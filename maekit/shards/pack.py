@@ -8,6 +8,7 @@ After a kill, the next run reuses the finished shards there if the plan is uncha
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -186,15 +187,12 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
             problems.append(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
         elif (owner := owners.setdefault(key, path)) != path:
             problems.append(f"{owner} and {path} would both get the key {key!r}; rename one of them")
-        members = [(extension_of(path), str(found[path]))]
-        for kind in SIDECARS:
-            beside = path.with_suffix(f".{kind}")
-            # A label from the table or the folder replaces a label file, which is counted as passed over.
-            if beside in found and beside not in used and (kind != "cls" or label is None):
-                members.append((kind, str(found[beside])))
-                used.add(beside)
-        used.add(path)
-        sources.append(_Source(key, tuple(members), numbers[label] if isinstance(label, str) else label))
+        # A label from the table or the folder replaces a label file, which is counted as passed over.
+        beside = [path.with_suffix(f".{kind}") for kind in SIDECARS if kind != "cls" or label is None]
+        own = [path, *(other for other in beside if other in found and other not in used)]
+        used.update(own)
+        members = tuple((extension_of(member), str(found[member])) for member in own)
+        sources.append(_Source(key, members, numbers[label] if isinstance(label, str) else label))
     if problems:
         raise InputError(first_few(problems))
     passed_over = Counter(
@@ -260,12 +258,10 @@ def _take_up(aside: Path, fingerprint: bytes) -> None:
 def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
     import webdataset  # noqa: F401  (loads torch if installed: once here instead of in each forked process)
 
-    done = 0
     progress.start("pack", sum(len(shard.sources) for shard in plan))
     try:
         with stop_on_signal() as stopped_by, Workers(min(workers, len(plan))) as pool:
-            for written in pool.map(_write_shard, plan):
-                done += written
+            for done in itertools.accumulate(pool.map(_write_shard, plan)):
                 progress.advance(done)
                 if done and (name := stopped_by()):
                     raise Stopped(f"stopped by {name}; finished shards are kept, run the same command again to go on")

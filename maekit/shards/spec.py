@@ -14,7 +14,7 @@ from maekit.system.errors import InputError
 
 TAR = ".tar"
 # Also searched for in a directory, so that a compressed shard is reported as such and never skipped silently.
-COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 _IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
 
@@ -103,8 +103,7 @@ def _expand_remote(spec: str) -> tuple[Path, list[str]]:
     for pattern in _braces(spec):
         urls += [pattern] if is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
     behind = _behind_host(spec)
-    before = spec.removesuffix(behind)
-    fixed = before + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
+    fixed = spec.removesuffix(behind) + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
     is_directory = not is_shard(_file_name(spec)) and not any(c in behind for c in "*[{")
     root = _url_path(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
     return root, urls
@@ -194,7 +193,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
 
 def is_shard(file_name: str) -> bool:
     """Whether the search of a directory takes a file of this name for a shard."""
-    return file_name.lower().endswith((TAR, *COMPRESSED_TARS)) and not file_name.startswith(".")
+    return file_name.lower().endswith((TAR, *_COMPRESSED_TARS)) and not file_name.startswith(".")
 
 
 def _is_index(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, digests, and one owner per output directory."""
+"""Files that are either whole or absent: atomic writes, walks through folders, digests, and errors that name the path."""
 
 import contextlib
 import errno
@@ -148,18 +148,14 @@ def walk_files(directory: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
-                continue
-            path = os.path.join(folder, name)
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
             try:
-                kind = os.stat(path).st_mode
+                if stat.S_ISREG(os.stat(path).st_mode):
+                    found.append(path)
             except FileNotFoundError as error:
                 raise InputError(f"{path} is a link that leads nowhere; mend or remove it") from error
             except OSError as error:
                 fail(error)
-            if stat.S_ISREG(kind):
-                found.append(path)
     # Sorted by path components, as `Path` compares: a/x comes before a.b/x.
     yield from map(Path, sorted(found, key=lambda path: path.split(os.sep)))
 

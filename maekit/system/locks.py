@@ -6,16 +6,15 @@ with the clock of the file system itself.
 """
 
 import contextlib
-import errno
 import fcntl
-import itertools
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
@@ -24,17 +23,9 @@ HEARTBEAT_SECONDS = 15.0
 # A machine whose heartbeat is older than this is considered dead.
 STALE_SECONDS = 120.0
 _mutex = threading.Lock()
-_held: dict[Path, "_Held"] = {}
-_tokens = itertools.count()
+_held: dict[Path, tuple[IO[str], str]] = {}  # open lock files, each with the text written to it
 _SWEEPING = "clearing up, "
 _SWEEP_SECONDS = 30.0  # how long to wait for another process to clean up
-
-
-class _Held(NamedTuple):
-    """An open lock file and the text written to it."""
-
-    file: IO[str]
-    text: str
 
 
 class LockedError(MaekitError):
@@ -108,17 +99,17 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that no other owner's file is removed
         with _mutex:
-            mine = _held.pop(path, None)
-        if mine is not None:  # it is None in a forked child
-            _close(mine.file)
+            file, _ = _held.pop(path, (None, ""))
+        if file is not None:  # it is None in a forked child
+            _close(file)
 
 
 def still_owns(path: Path) -> bool:
     """Whether this process still owns a lock it took: while it was suspended, another may have taken it over."""
     path = path.absolute()
-    mine = _held.get(path)
+    file, text = _held.get(path, (None, ""))
     try:
-        return mine is not None and _is_same(mine.file, path) and _read(mine.file) == mine.text.strip()
+        return file is not None and _is_same(file, path) and _read(file) == text.strip()
     except OSError:
         return False
 
@@ -135,10 +126,10 @@ def _acquire(path: Path, *, sweeping: bool) -> None:
             _lock(file, path)
             _refuse_if_elsewhere(file, path)
         # The token distinguishes this owner from an earlier one with the same process number.
-        text = f"{_SWEEPING if sweeping else ''}{_me()}\n{time.time_ns()}-{next(_tokens)}\n"
+        text = f"{_SWEEPING if sweeping else ''}{_me()}\n{uuid.uuid4()}\n"
         _write(file, path, text)
         unfinished.pop_all()
-        _held[path] = _Held(file, text)
+        _held[path] = file, text
         _start_heart()
 
 
@@ -157,11 +148,9 @@ def try_lock(file: IO[str]) -> bool:
     """Take the lock of an open file without waiting; return False if another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise
+        return True
+    except (BlockingIOError, PermissionError):  # EAGAIN and EACCES: systems differ
         return False
-    return True
 
 
 def _lock(file: IO[str], path: Path) -> None:
@@ -220,10 +209,9 @@ def _age(file: IO[str], path: Path) -> float:
 
 def _is_same(file: IO[str], path: Path) -> bool:
     try:
-        there, mine = os.stat(path), os.fstat(file.fileno())
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _forget() -> None:

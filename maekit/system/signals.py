@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_WISH_SECONDS = 5.0
 
 
@@ -24,7 +25,6 @@ def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable
         scheduler and a launcher often both send one.
     """
     received: dict[str, float] = {}  # its name -> when it came
-    previous = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not received:
@@ -34,9 +34,8 @@ def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handle)
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in _SIGNALS if is_main}
     try:
         yield lambda: next(iter(received), None)
     finally:
