@@ -152,8 +152,7 @@ class ShardSet:
                 return [self._image(reader, number, prepare) for number in chunk]
 
         if threads:
-            chunks = map_in_threads(read, batched(numbers, _CHUNK), threads=threads)
-            yield from itertools.chain.from_iterable(chunks)
+            yield from itertools.chain.from_iterable(map_in_threads(read, batched(numbers, _CHUNK), threads=threads))
             return
         with contextlib.closing(self.reader()) as reader:
             yield from (self._image(reader, number, prepare) for number in numbers)
@@ -187,9 +186,10 @@ class ShardSet:
         """Return the class names that `maekit pack` wrote beside a shard, by label; empty if there are none."""
         folder = self.index(shard).path.parent
         if folder not in self._class_names:
-            self._class_names[folder] = ()
+            text = ""
             with contextlib.suppress(OSError, ValueError):
-                self._class_names[folder] = tuple((folder / CLASS_NAMES).read_text(encoding="utf-8").splitlines())
+                text = (folder / CLASS_NAMES).read_text(encoding="utf-8")
+            self._class_names[folder] = tuple(text.splitlines())
         return self._class_names[folder]
 
 

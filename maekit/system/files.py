@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, walks through folders, digests, and errors that name the path."""
+"""Files that are either whole or absent: atomic writes, walks, digests, and errors that name the path."""
 
 import contextlib
 import errno

@@ -57,9 +57,8 @@ def sole_owner(directory: Path) -> Iterator[None]:
         try:
             _lock(file, path)
         except LockedError as held:
-            raise InputError(
-                f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
-            ) from held
+            in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
+            raise InputError(in_use) from held
         _write(file, path, f"{_me()}\n")
         yield
     finally:
