@@ -12,8 +12,6 @@ still open can be read on, and occupies the disk until it is closed.
 """
 
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -22,20 +20,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO
-
-import numpy as np
 
 from maekit.shards import download
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.download import RemoteFile
-from maekit.shards.index import INDEX_SUFFIX, ShardIndex, build_index, index_path, parse_index
+from maekit.shards.index import INDEX_SUFFIX, ShardIndex, index_path, parse_index
 from maekit.shards.spec import ShardFile
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.locks import try_lock
 from maekit.system.parallel import map_in_threads
+from maekit.system.text import count
 
-DEFAULT_LIMIT = 50_000_000_000
+_DEFAULT_LIMIT = 50_000_000_000
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
 # One mutex per lock file, between the threads of this process: `lockf` locks only distinguish processes.
@@ -50,7 +47,7 @@ class RemoteCache:
         limit: maximum size of the cache in bytes.
     """
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, limit: int = _DEFAULT_LIMIT) -> None:
         self.limit = limit
         self._stopped = threading.Event()
         self._known: dict[Path, ShardFile] = {}
@@ -79,11 +76,10 @@ class RemoteCache:
             MaekitError: it cannot be downloaded.
         """
         self._known[shard.path] = shard
-        assert shard.url is not None
-        there = download.describe(shard.url, self._pause)
+        there = self.describe(shard)
         with self._owner(shard.path):
-            if not self._is_current(shard, there):
-                self._download(shard, there)
+            if not _is_current(shard.path, there):
+                self._download(shard.path, there)
                 # A kept index may belong to another version; a fresh one brings the CRC-32s.
                 index_path(shard.path).unlink(missing_ok=True)
                 with contextlib.suppress(MaekitError):  # without an index the shard is scanned
@@ -118,18 +114,14 @@ class RemoteCache:
         """
         shard = self._known[index.path]
         for attempt in range(3):  # between fetching and opening, another process may evict it
-            try:
+            if attempt > 0:
+                self.fetch_as_indexed(shard, index)
+            with files.reading(index.path), contextlib.suppress(FileNotFoundError):
                 descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
                 if index.adopt(descriptor):
                     _touch(index.path)
                     return descriptor
                 os.close(descriptor)
-            except FileNotFoundError:
-                pass
-            except OSError as error:
-                raise MaekitError(f"cannot read {index.path}: {error.strerror}") from error
-            if attempt < 2:
-                self.fetch_as_indexed(shard, index)
         raise MaekitError(f"{shard.url}: evicted before it could be read; give a larger `cache_gb`")
 
     def fetch_as_indexed(self, shard: ShardFile, index: ShardIndex, *, wait: bool = True) -> bool:
@@ -143,15 +135,13 @@ class RemoteCache:
         Raises:
             MaekitError: it cannot be downloaded, or does not match the index.
         """
-        self._known[shard.path] = shard
-        assert shard.url is not None
         with self._owner(shard.path, wait=wait) as is_mine:
             if not is_mine:
                 return False
-            # All members are compared once, after the download; later, each is compared when it is read.
-            if not _fits(shard, index, thoroughly=False):
-                self._download(shard, download.describe(shard.url, self._pause))
-                if not _fits(shard, index, thoroughly=True):
+            if not _fits(shard.path, index):
+                self._download(shard.path, self.describe(shard))
+                # All members are compared once, after the download; later, each is compared when it is read.
+                if not (_fits(shard.path, index) and index.describes(shard.path)):
                     shard.path.unlink(missing_ok=True)
                     raise MaekitError(
                         f"{shard.url}: not what its published index describes; publish shards and indexes together"
@@ -167,13 +157,13 @@ class RemoteCache:
         """
         self._known[shard.path] = shard
         with contextlib.suppress(OSError):
-            index = _parse(shard, index_path(shard.path).read_bytes())
-            if index is not None:
+            # Read, not memory-mapped: another machine that shares the cache may evict it.
+            if index := parse_index(shard.path, index_path(shard.path).read_bytes()):
                 return index
         return self._download_index(shard)
 
-    def published_rows(self, shards: Sequence[ShardFile]) -> Iterator[tuple[ShardFile, CatalogueRow | MaekitError]]:
-        """Yield each shard with a summary of its published index, freshly downloaded, or with the error."""
+    def published_rows(self, shards: Sequence[ShardFile]) -> Iterator[CatalogueRow | MaekitError]:
+        """Yield the summary of each shard's published index, freshly downloaded, or the error."""
 
         def row(shard: ShardFile) -> CatalogueRow | MaekitError:
             self._known[shard.path] = shard
@@ -189,7 +179,7 @@ class RemoteCache:
                 )
             return CatalogueRow.of(index)
 
-        yield from zip(shards, map_in_threads(row, shards, threads=_INDEX_THREADS), strict=True)
+        return map_in_threads(row, shards, threads=_INDEX_THREADS)
 
     def refuse_if_too_small(self, shards: int, largest: int) -> None:
         """Check that `shards` shards of `largest` bytes fit at once; otherwise they would evict each other.
@@ -200,8 +190,8 @@ class RemoteCache:
         if shards * largest > self.limit:
             needed = math.ceil(shards * largest / 1e6) / 1000
             raise InputError(
-                f"up to {shards} shards of up to {files.describe_bytes(largest)} are in use at once, and the cache has "
-                f"{files.describe_bytes(self.limit)}: give `cache_gb={needed:g}` or more"
+                f"up to {count('shard', shards)} of up to {files.describe_bytes(largest)} are in use at once, and the "
+                f"cache has {files.describe_bytes(self.limit)}: give `cache_gb={needed:g}` or more"
             )
 
     def _download_index(self, shard: ShardFile) -> ShardIndex | None:
@@ -209,182 +199,138 @@ class RemoteCache:
         address, question, query = shard.url.partition("?")
         try:
             there = download.describe(address + INDEX_SUFFIX + question + query, self._pause)
-        except FileNotFoundError:
+        except download.AbsentError:
             return None
         if (there.size or 0) > _LARGEST_INDEX:
             raise MaekitError(f"{there.url}: an index of {there.size} bytes (at most {_LARGEST_INDEX} are read)")
         data = b"".join(download.pieces(there, 0, self._pause))
-        index = _parse(shard, data)
+        index = parse_index(shard.path, data)
         if index is None:
             raise MaekitError(f"{there.url}: damaged, or made by another version of maekit")
         files.write_atomically(index_path(shard.path), data)
         return index
 
-    def _is_current(self, shard: ShardFile, there: RemoteFile) -> bool:
+    def _download(self, path: Path, there: RemoteFile) -> None:
+        """Download a shard to `path`, resuming what an earlier attempt left; the caller holds its lock."""
+        part = path.with_suffix(".part")
         try:
-            kept = json.loads(_meta(shard.path).read_text())
-        except (OSError, ValueError):
-            return False
-        if not there.version or kept != asdict(there) or not shard.path.exists():
-            return False
-        return there.size is None or shard.path.stat().st_size == there.size
-
-    def _download(self, shard: ShardFile, there: RemoteFile) -> None:
-        """Download a shard, resuming what an earlier attempt left; the caller holds its lock."""
-        part = shard.path.with_suffix(".part")
-        try:
-            part.parent.mkdir(parents=True, exist_ok=True)
-            _room(part).unlink(missing_ok=True)  # of a download that was killed
-            shard.path.unlink(missing_ok=True)
-            if not self._is_part_of(_meta(part), there):
-                part.unlink(missing_ok=True)
-            self._make_room(there, part)
-            files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
-            done = part.stat().st_size if part.exists() else 0
-            with open(part, "ab") as file:
-                for piece in download.pieces(there, done, self._pause):
-                    done += len(piece)
-                    if there.size is None and not self._grow(part, done):
-                        part.unlink()
-                        raise self._does_not_fit(there.url, done)
-                    file.write(piece)
-                    self._pause(0)
-                file.flush()
-                os.fsync(file.fileno())
-            if download.describe(there.url, self._pause) != there:
-                part.unlink()
-                raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
-            _touch(part)
-            os.replace(part, shard.path)
-        except MaekitError:
-            raise
-        except OSError as error:
-            raise files.write_failure(part, error) from error
+            with files.writing(part):
+                part.parent.mkdir(parents=True, exist_ok=True)
+                _reservation(part).unlink(missing_ok=True)  # of a download that was killed
+                path.unlink(missing_ok=True)
+                if there.size is None or not _is_version(part, there):  # without a size no piece can be requested
+                    part.unlink(missing_ok=True)
+                size = there.size or 0
+                if size > self.limit:
+                    raise self._does_not_fit(there.url, size)
+                while not self._reserve(size, part):
+                    # The rest is reserved by running downloads, which can be evicted once they have ended.
+                    self._pause(0.2)
+                files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
+                done = part.stat().st_size if part.exists() else 0
+                with open(part, "ab") as file:
+                    for piece in download.pieces(there, done, self._pause):
+                        done += len(piece)
+                        # A download of unknown size never waits for space, as two might wait for each other.
+                        if there.size is None and not self._reserve(done, part):
+                            part.unlink()
+                            raise self._does_not_fit(there.url, done)
+                        file.write(piece)
+                        self._pause(0)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if download.describe(there.url, self._pause) != there:
+                    part.unlink()
+                    raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
+                _touch(part)
+                os.replace(part, path)
         finally:
-            _room(part).unlink(missing_ok=True)
-
-    def _is_part_of(self, meta: Path, there: RemoteFile) -> bool:
-        # Without a size no piece can be requested, so such a download starts over.
-        try:
-            return bool(there.version) and there.size is not None and json.loads(meta.read_text()) == asdict(there)
-        except (OSError, ValueError):
-            return False
+            _reservation(part).unlink(missing_ok=True)
 
     def _does_not_fit(self, url: str, size: int) -> MaekitError:
-        has = files.describe_bytes(self.limit)
-        return MaekitError(
-            f"{url}: {files.describe_bytes(size)} do not fit into a cache of {has}; give a larger `cache_gb`"
-        )
+        needed, limit = files.describe_bytes(size), files.describe_bytes(self.limit)
+        return MaekitError(f"{url}: {needed} do not fit into a cache of {limit}; give a larger `cache_gb`")
 
-    def _make_room(self, there: RemoteFile, part: Path) -> None:
-        """Evict the least recently used shards until this one fits, and reserve that space for its download."""
-        size = there.size or 0
-        if size > self.limit:
-            raise self._does_not_fit(there.url, size)
-        while True:
-            with self._owner(_directory() / "room"):
-                if self._evict(size, part):
-                    _room(part).write_text(str(size))
-                    return
-            # The rest is reserved by running downloads, which can be evicted once they have ended.
-            self._pause(0.2)
+    def _reserve(self, size: int, part: Path) -> bool:
+        """Reserve space for a download, and evict the least recently used shards for it.
 
-    def _grow(self, part: Path, size: int) -> bool:
-        """Extend the reservation of a download of unknown size; never wait, as two might wait for each other."""
-        with self._owner(_directory() / "room"):
-            if not self._evict(size, part):
-                return False
-            _room(part).write_text(str(size))
-            return True
-
-    def _evict(self, needed: int, keep: Path) -> bool:
-        """Evict the least recently used shards until `needed` bytes fit; return False if they cannot."""
+        Return False if the space that other running downloads have reserved leaves too little.
+        """
         taken = 0
         evictable: list[tuple[int, int, Path]] = []
-        for path in _directory().glob("*/*"):
-            with contextlib.suppress(OSError, ValueError):
-                if path.suffix == ".room" and path != _room(keep) and _is_held(path):
-                    taken += int(path.read_text())
-                elif path.suffix == ".tar" or (path.suffix == ".part" and path != keep and not _has_room(path)):
-                    # A `.part` without a reservation waits for one or was abandoned; evicted, it is downloaded again.
-                    evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
-        total = taken + sum(size for _, size, _ in evictable)
-        for _, size, path in sorted(evictable):
-            if total + needed <= self.limit:
-                break
-            for gone in (path, _meta(path), index_path(path.with_suffix(".tar"))):
-                gone.unlink(missing_ok=True)
-            total -= size
-        return total + needed <= self.limit
+        with self._owner(_directory() / "room"):
+            for path in _directory().glob("*/*"):
+                if path.stem == part.stem:
+                    continue
+                with contextlib.suppress(OSError, ValueError, MaekitError):
+                    if path.suffix == ".room" and self._is_running(path):
+                        taken += int(path.read_text())
+                    elif path.suffix == ".tar" or (path.suffix == ".part" and not self._is_running(path)):
+                        # A `.part` without a reservation waits for one or was abandoned; it can be downloaded again.
+                        evictable.append((path.stat().st_atime_ns, path.stat().st_size, path))
+            taken += size + sum(size for _, size, _ in evictable)
+            for _, freed, path in sorted(evictable):
+                if taken <= self.limit:
+                    break
+                for gone in (path, _meta(path), index_path(path.with_suffix(".tar"))):
+                    gone.unlink(missing_ok=True)
+                taken -= freed
+            if taken <= self.limit:
+                _reservation(part).write_text(str(size))
+            return taken <= self.limit
 
     @contextlib.contextmanager
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
         """Lock one shard against other threads and processes; yield False if it is locked and `wait` is false."""
-        # `lockf` locks belong to the process, so a mutex decides among threads; one descriptor is open at a time.
+        # `lockf` locks belong to the process, so a mutex decides among threads. It is taken first, because closing a
+        # lock file drops any lock that this process has on it.
         lock = path.with_suffix(".lock")
         mutex = _BUSY.setdefault(str(lock), threading.Lock())
         if not mutex.acquire(blocking=wait):
             yield False
             return
-        try:
-            try:
+        with contextlib.ExitStack() as held:
+            held.callback(mutex.release)
+            with files.writing(lock):
                 lock.parent.mkdir(parents=True, exist_ok=True)
-                file = open(lock, "w")  # noqa: SIM115 (closed below, after the lock)
-            except OSError as error:
-                raise files.write_failure(lock, error) from error
-            with file:
+                file = held.enter_context(open(lock, "w"))
                 # Polled, because the kernel only knows processes: when threads of two processes wait for each other's
                 # locks, it reports a deadlock where there is none.
-                while not (is_mine := _try_lock(file, lock)) and wait:
+                while not (is_mine := try_lock(file)) and wait:
                     self._pause(0.05)
-                yield is_mine
-        finally:
-            mutex.release()
+            yield is_mine
 
-
-def _try_lock(file: IO[str], name: Path) -> bool:
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise files.write_failure(name, error) from error
-        return False
-    return True
-
-
-def _is_held(path: Path) -> bool:
-    """Whether a thread of this process or another process holds the lock of a shard."""
-    # The mutex is taken first, because closing the file drops any lock that this process has on it.
-    mutex = _BUSY.setdefault(str(path.with_suffix(".lock")), threading.Lock())
-    if not mutex.acquire(blocking=False):
-        return True
-    try:
-        with open(path.with_suffix(".lock"), "r+") as file:
-            return not _try_lock(file, path)
-    except OSError:
-        return False
-    finally:
-        mutex.release()
+    def _is_running(self, path: Path) -> bool:
+        """Whether a download of this shard has reserved space and still runs, here or in another process."""
+        if not _reservation(path).exists():
+            return False
+        with self._owner(path, wait=False) as is_mine:
+            return not is_mine
 
 
 def _directory() -> Path:
     return files.cache_directory() / "shards"
 
 
-def _fits(shard: ShardFile, index: ShardIndex, *, thoroughly: bool) -> bool:
-    """Whether a cached shard matches its index; `thoroughly` scans all of it, once after the download."""
+def _fits(path: Path, index: ShardIndex) -> bool:
+    """Whether a cached shard, if there is one, has the size and probed headers of an index."""
     try:
-        descriptor = os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        with open(path, "rb", buffering=0) as file:
+            return index.adopt(file.fileno())
     except OSError:
         return False
+
+
+def _is_current(path: Path, there: RemoteFile) -> bool:
+    """Whether a cached shard is what the server has now."""
+    return _is_version(path, there) and path.exists() and there.size in (None, path.stat().st_size)
+
+
+def _is_version(path: Path, there: RemoteFile) -> bool:
+    """Whether a cached shard or a begun download is of the version that the server has now."""
     try:
-        if not index.adopt(descriptor):
-            return False
-    finally:
-        os.close(descriptor)
-    try:
-        return not thoroughly or index.difference(build_index(shard.path, crc=index.has_crc)) is None
-    except MaekitError:
+        return bool(there.version) and json.loads(_meta(path).read_text()) == asdict(there)
+    except (OSError, ValueError):
         return False
 
 
@@ -392,20 +338,12 @@ def _meta(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _room(part: Path) -> Path:
+def _reservation(part: Path) -> Path:
     """Return the file that holds the number of bytes that a running download has reserved."""
     return part.with_suffix(".room")
-
-
-def _has_room(part: Path) -> bool:
-    return _room(part).exists() and _is_held(part)
 
 
 def _touch(path: Path) -> None:
     """Mark a cached shard as used now; keep its modification time."""
     with contextlib.suppress(OSError):
         os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-
-
-def _parse(shard: ShardFile, data: bytes) -> ShardIndex | None:
-    return parse_index(shard.path, np.frombuffer(data, np.uint8))

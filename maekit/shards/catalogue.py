@@ -20,12 +20,8 @@ from maekit.system import files
 from maekit.system.errors import MaekitError
 
 MAGIC = b"MAEKCAT1"
-_COLUMNS: dict[str, np.dtype[Any]] = {
-    "size": np.dtype("<i8"),
-    "mtime_ns": np.dtype("<i8"),
-    "samples": np.dtype("<i8"),
-    "digest": np.dtype("u1"),
-}
+_NUMBERS = ("size", "mtime_ns", "samples")
+_COLUMNS: dict[str, np.dtype[Any]] = {**dict.fromkeys(_NUMBERS, np.dtype("<i8")), "digest": np.dtype("u1")}
 _DIGEST_BYTES = 32
 
 
@@ -46,39 +42,31 @@ class CatalogueRow:
 
 def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
     """Return the row of each shard; None if it has none or has changed since."""
-    try:
+    raw = np.empty(0, np.uint8)
+    with contextlib.suppress(OSError):
         raw = np.fromfile(_file(paths), np.uint8)
-    except OSError:
-        return [None] * len(paths)
     parsed = columns_file.from_bytes(MAGIC, _COLUMNS, raw)
     if parsed is None or set(parsed[1]) != set(_COLUMNS):
         return [None] * len(paths)
     columns = parsed[1]
     digests = columns["digest"].tobytes().hex()
     rows: list[CatalogueRow | None] = []
-    numbers = zip(*(columns[name].tolist() for name in ("size", "mtime_ns", "samples")), strict=True)
-    for place, (path, (size, mtime_ns, samples)) in enumerate(zip(paths, numbers, strict=False)):
+    numbers = zip(*(columns[name].tolist() for name in _NUMBERS), strict=True)
+    for number, (path, (size, mtime_ns, samples)) in enumerate(zip(paths, numbers, strict=False)):
+        at = number * 2 * _DIGEST_BYTES
+        row = CatalogueRow(size, mtime_ns, samples, digests[at : at + 2 * _DIGEST_BYTES])
         try:
             status = os.stat(path)
+            rows.append(row if (status.st_size, status.st_mtime_ns) == (size, mtime_ns) else None)
         except OSError:
             rows.append(None)
-            continue
-        if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
-            rows.append(None)
-            continue
-        at = place * 2 * _DIGEST_BYTES
-        rows.append(CatalogueRow(size, mtime_ns, samples, digests[at : at + 2 * _DIGEST_BYTES]))
     return rows + [None] * (len(paths) - len(rows))
 
 
 def remember(paths: Sequence[Path], rows: Sequence[CatalogueRow]) -> None:
     """Keep the rows for the next start; if the cache cannot be written, that start only takes longer."""
-    columns = {
-        "size": np.array([row.size for row in rows], "<i8"),
-        "mtime_ns": np.array([row.mtime_ns for row in rows], "<i8"),
-        "samples": np.array([row.samples for row in rows], "<i8"),
-        "digest": np.frombuffer(bytes.fromhex("".join(row.digest for row in rows)), "u1"),
-    }
+    columns = {name: np.array([getattr(row, name) for row in rows], "<i8") for name in _NUMBERS}
+    columns["digest"] = np.frombuffer(bytes.fromhex("".join(row.digest for row in rows)), "u1")
     with contextlib.suppress(MaekitError):
         files.write_atomically(_file(paths), columns_file.to_bytes(MAGIC, {}, columns))
 

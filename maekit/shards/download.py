@@ -1,6 +1,7 @@
 """Downloads through fsspec over unreliable networks: the size and version of a file, and its bytes in pieces."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,10 @@ _ABSENT_STATUS = frozenset((404, 410))
 _FINAL_STATUS = frozenset(range(400, 500)) - {408, 425, 429}
 
 
+class AbsentError(MaekitError):
+    """A remote file does not exist."""
+
+
 @dataclass(frozen=True)
 class RemoteFile:
     """What a server reports about a file.
@@ -45,13 +50,13 @@ def describe(url: str, pause: Callable[[float], None]) -> RemoteFile:
     """Ask the server for size and version.
 
     Raises:
-        FileNotFoundError: the file does not exist (also a MaekitError).
+        AbsentError: the file does not exist.
         MaekitError: the server refuses, or does not answer.
     """
     filesystem, path = connect(url)
     with contextlib.suppress(Exception):
         filesystem.invalidate_cache()  # some file systems answer from cached listings
-    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, _FIRST_ATTEMPTS)
+    info: dict[str, Any] = _insist(url, lambda: filesystem.info(path), pause, attempts=_FIRST_ATTEMPTS)
     size = info.get("size")
     version = " ".join(f"{key}={info[key]}" for key in _MARKS if info.get(key) is not None)
     return RemoteFile(url, None if size is None else int(size), version and f"{version} size={size}")
@@ -67,52 +72,39 @@ def pieces(there: RemoteFile, done: int, pause: Callable[[float], None]) -> Iter
     if there.size is None:
         # No piece can be requested; after an interruption the next download starts over.
         with _insist(there.url, lambda: filesystem.open(path, "rb"), pause) as stream:
-            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, 1):
+            while data := _insist(there.url, lambda: stream.read(_FIRST_PIECE), pause, attempts=1):
                 yield data
         return
-    length = _FIRST_PIECE
-    failures = 0
+    length, failures = _FIRST_PIECE, 0
     while done < there.size:
         end = min(done + length, there.size)
         before = time.monotonic()
         try:
-            data = _insist(
-                there.url, lambda start=done, stop=end: filesystem.cat_file(path, start=start, end=stop), pause, 1
-            )
+            ask = functools.partial(filesystem.cat_file, path, start=done, end=end)
+            data = _insist(there.url, ask, pause, attempts=1)
             if len(data) == there.size != end - done:  # a server without range requests sends the whole file
                 data = data[done:]
             elif len(data) != end - done:
                 raise MaekitError(f"{there.url}: {len(data)} bytes came where {end - done} were asked for")
-        except FileNotFoundError:
-            raise
-        except MaekitError:
+        except MaekitError as error:
             failures += 1
-            if failures >= _ATTEMPTS:
+            if isinstance(error, AbsentError) or failures >= _ATTEMPTS:
                 raise
             length = max(_SMALLEST_PIECE, length // 2)
             pause(min(_LONGEST_PAUSE, 0.1 * 2**failures))
             continue
         failures = 0
-        if time.monotonic() - before < _PIECE_SECONDS:
-            length = min(_LARGEST_PIECE, 2 * length)
-        else:
-            length = max(_SMALLEST_PIECE, length // 2)
+        is_fast = time.monotonic() - before < _PIECE_SECONDS
+        length = min(_LARGEST_PIECE, 2 * length) if is_fast else max(_SMALLEST_PIECE, length // 2)
         done += len(data)
         yield data
 
 
-class _Absent(MaekitError, FileNotFoundError):
-    """A remote file does not exist."""
-
-    def __str__(self) -> str:
-        return str(self.args[0])
-
-
-def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = _ATTEMPTS) -> Any:
+def _insist(url: str, ask: Any, pause: Callable[[float], None], *, attempts: int = _ATTEMPTS) -> Any:
     """Call `ask`; retry after a pause if the network fails.
 
     Raises:
-        FileNotFoundError: there is no such file (also a MaekitError).
+        AbsentError: there is no such file.
         MaekitError: the server refuses, or does not answer.
     """
     for attempt in range(1, attempts + 1):
@@ -123,7 +115,7 @@ def _insist(url: str, ask: Any, pause: Callable[[float], None], attempts: int = 
             if isinstance(error, FileNotFoundError):
                 # Over HTTP, fsspec also raises this for a server that is down; `__cause__` is the actual error.
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
-                    raise _Absent(f"{url}: no such file there") from error
+                    raise AbsentError(f"{url}: no such file there") from error
                 error = error.__cause__
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:

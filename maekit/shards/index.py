@@ -22,6 +22,7 @@ import mmap
 import os
 import re
 import zlib
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
-from maekit.shards.tar import BLOCK, Member, TarDamage, scan_members
+from maekit.shards.tar import BLOCK, Read, TarDamage, scan_members
 from maekit.system import files
 from maekit.system.errors import DamagedShard, MaekitError
 
@@ -54,9 +55,10 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_extension": np.dtype("<u2"),
     "member_crc": np.dtype("<u4"),
 }
-_OPTIONAL = frozenset(("member_crc",))
+_MOST_IGNORED = 10  # names kept of members that belong to no sample
 _PROBES = 8  # headers compared to tell whether an index built elsewhere belongs to a shard
 _CHUNK = 1 << 20
+_LOOK_AHEAD = 16 * BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,14 +141,8 @@ class ShardIndex:
 
         A whole extension (`jpg`) takes precedence over the last part of a longer one (`left.jpg`).
         """
-        members = self.members(ordinal)
-        for member in members:
-            if member.extension in IMAGE_EXTENSIONS:
-                return member
-        for member in members:
-            if member.extension.rpartition(".")[2] in IMAGE_EXTENSIONS:
-                return member
-        return None
+        images = [m for m in self.members(ordinal) if m.extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
+        return next((image for image in images if image.extension in IMAGE_EXTENSIONS), images[0] if images else None)
 
     def matches(self, status: os.stat_result) -> bool:
         """Whether the shard still has the size and modification time of the scan."""
@@ -182,6 +178,13 @@ class ShardIndex:
         more = f" (the first of {differing.size} members)" if differing.size > 1 else ""
         return DamagedShard(str(other.path), member.offset, f"the bytes of {name!r} are not those of its CRC-32{more}")
 
+    def describes(self, path: Path) -> bool:
+        """Whether a scan of the whole shard at `path` finds what this index says."""
+        try:
+            return self.difference(build_index(path, crc=self.has_crc)) is None
+        except MaekitError:
+            return False
+
     def count_images(self) -> tuple[int, int]:
         """Return the number of samples without an image member, and the number of image members not used."""
         if not self.samples:
@@ -192,16 +195,9 @@ class ShardIndex:
 
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""
-        header = {
-            "size": self.size,
-            "mtime_ns": self.mtime_ns,
-            "digest": self.digest,
-            "probe": self.probe,
-            "ignored": self.ignored,
-            "ignored_count": self.ignored_count,
-            "extensions": self._extensions,
-        }
-        return columns_file.to_bytes(MAGIC, header, self._columns)
+        names = ("size", "mtime_ns", "digest", "probe", "ignored", "ignored_count")
+        header = {name: getattr(self, name) for name in names}
+        return columns_file.to_bytes(MAGIC, {**header, "extensions": self._extensions}, self._columns)
 
 
 def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
@@ -216,14 +212,10 @@ def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
         MaekitError: the file cannot be read.
     """
     try:
-        with open(path, "rb", buffering=0) as file:
-            reader = _HeaderReader(file.fileno())
-            status = os.fstat(file.fileno())
-            return _collect(path, file.fileno(), scan_members(reader.read, status.st_size), crc)
+        with files.reading(path), open(path, "rb", buffering=0) as file:
+            return _collect(path, file.fileno(), crc=crc)
     except TarDamage as damage:
         raise DamagedShard(str(path), damage.offset, damage.reason) from damage
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def crc32_of(descriptor: int, offset: int, size: int) -> int:
@@ -244,8 +236,8 @@ def _probe(descriptor: int, offsets: NDArray[Any], size: int) -> int:
     return crc
 
 
-def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) -> ShardIndex:
-    """Group members into samples."""
+def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
+    """Scan an open shard, and group its members into samples."""
     status = os.fstat(descriptor)
     seen: set[str] = set()
     current: str | None = None
@@ -253,19 +245,14 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
     ignored: list[str] = []
     ignored_count = 0
     extensions: dict[str, int] = {}
-    sample_start: list[int] = []
-    key_start = [0]
-    keys: list[bytes] = []
-    offsets: list[int] = []
-    sizes: list[int] = []
-    kinds: list[int] = []
-    crcs: list[int] = []
+    sample_start, key_start, offsets, sizes, kinds, crcs = (array("q") for _ in range(6))
+    keys = bytearray()
     digest = hashlib.sha256()
-    for member in members:
+    for member in scan_members(_header_reader(descriptor), status.st_size):
         match = _NAME.fullmatch(member.name)
         if match is None or METADATA.match(member.name):
             ignored_count += 1
-            if len(ignored) < 10:
+            if len(ignored) < _MOST_IGNORED:
                 ignored.append(member.name)
             continue
         key, extension = match["key"], match["extension"].lower()
@@ -276,8 +263,8 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
             current, in_sample = key, set()
             encoded = key.encode()
             sample_start.append(len(offsets))
-            keys.append(encoded)
-            key_start.append(key_start[-1] + len(encoded))
+            key_start.append(len(keys))
+            keys += encoded
             digest.update(b"k%d:%b" % (len(encoded), encoded))
         if extension in in_sample:
             raise TarDamage(member.header, f"the member {member.name!r} comes twice in one sample")
@@ -290,17 +277,12 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
         digest.update(b"m%d:%b:%d" % (len(extension.encode()), extension.encode(), member.size))
     if len(extensions) > 1 << 16:
         raise TarDamage(0, f"{len(extensions)} different extensions in one shard (at most {1 << 16})")
-    columns: columns_file.Columns = {
-        "sample_start": np.array([*sample_start, len(offsets)], "<i8"),
-        "key_start": np.array(key_start, "<i8"),
-        "keys": np.frombuffer(b"".join(keys), "u1"),
-        "member_offset": np.array(offsets, "<i8"),
-        "member_size": np.array(sizes, "<i8"),
-        "member_extension": np.array(kinds, "<u2"),
-    }
-    if crc:
-        columns["member_crc"] = np.array(crcs, "<u4")
-    header: dict[str, Any] = {
+    sample_start.append(len(offsets))
+    key_start.append(len(keys))
+    # In the order of _COLUMNS.
+    values = [sample_start, key_start, keys, offsets, sizes, kinds, *([crcs] if crc else [])]
+    columns = {name: np.array(column, _COLUMNS[name]) for name, column in zip(_COLUMNS, values, strict=False)}
+    header = {
         "size": status.st_size,
         "mtime_ns": status.st_mtime_ns,
         "digest": digest.hexdigest(),
@@ -312,28 +294,23 @@ def _collect(path: Path, descriptor: int, members: Iterator[Member], crc: bool) 
     return ShardIndex(path, header, columns)
 
 
-class _HeaderReader:
-    """Positional reads with a small look-ahead, so that one system call reads many headers of small members."""
+def _header_reader(descriptor: int) -> Read:
+    """Return a function that reads ahead, so that one system call reads many headers of small members."""
+    start, buffer = 0, b""
 
-    _LOOK_AHEAD = 16 * BLOCK
+    def read(offset: int, count: int) -> bytes:
+        nonlocal start, buffer
+        if not start <= offset <= start + len(buffer) - count:
+            start, buffer = offset, os.pread(descriptor, max(count, _LOOK_AHEAD), offset)
+        return buffer[offset - start : offset - start + count]
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._start = 0
-        self._buffer = b""
-
-    def read(self, offset: int, count: int) -> bytes:
-        at = offset - self._start
-        if not 0 <= at <= len(self._buffer) - count:
-            self._buffer = os.pread(self._descriptor, max(count, self._LOOK_AHEAD), offset)
-            self._start, at = offset, 0
-        return self._buffer[at : at + count]
+    return read
 
 
-def parse_index(path: Path, raw: NDArray[np.uint8]) -> ShardIndex | None:
+def parse_index(path: Path, data: bytes | mmap.mmap | NDArray[np.uint8]) -> ShardIndex | None:
     """Return the index of the shard at `path` from the bytes of an index file, or None if they are damaged."""
-    parsed = columns_file.from_bytes(MAGIC, _COLUMNS, raw)
-    if parsed is None or not set(_COLUMNS) - _OPTIONAL <= set(parsed[1]) or not _are_consistent(parsed[1]):
+    parsed = columns_file.from_bytes(MAGIC, _COLUMNS, np.frombuffer(data, np.uint8))
+    if parsed is None or not set(_COLUMNS) - {"member_crc"} <= set(parsed[1]) or not _are_consistent(parsed[1]):
         return None
     try:
         parsed[1]["keys"].tobytes().decode("utf-8")
@@ -375,7 +352,7 @@ def read_index(path: Path, file: Path) -> ShardIndex | None:
             mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError):  # absent, or empty (which cannot be mapped)
         return None
-    return parse_index(path, np.frombuffer(mapped, np.uint8))
+    return parse_index(path, mapped)
 
 
 def load_index(path: Path) -> ShardIndex:
@@ -387,19 +364,11 @@ def load_index(path: Path) -> ShardIndex:
     Raises:
         DamagedShard, MaekitError: as `build_index`.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
-    try:
-        index = read_index(path, index_path(path))
-        if index is not None and index.adopt(descriptor):
+    with files.reading(path), open(path, "rb", buffering=0) as file:
+        if (index := read_index(path, index_path(path))) and index.adopt(file.fileno()):
             return index
-        index = read_index(path, _cache_path(path))
-        if index is not None and index.matches(os.fstat(descriptor)):
+        if (index := read_index(path, _cache_path(path))) and index.matches(os.fstat(file.fileno())):
             return index
-    finally:
-        os.close(descriptor)
     index = build_index(path)
     cache_index(index)
     return index
@@ -411,11 +380,9 @@ def cache_index(index: ShardIndex) -> None:
         files.write_atomically(_cache_path(index.path), index.to_bytes())
 
 
-def write_index(index: ShardIndex) -> Path:
-    """Write an index beside its shard as `NAME.tar.index`; return that path."""
-    target = index_path(index.path)
-    files.write_atomically(target, index.to_bytes())
-    return target
+def write_index(index: ShardIndex) -> None:
+    """Write an index beside its shard as `NAME.tar.index`."""
+    files.write_atomically(index_path(index.path), index.to_bytes())
 
 
 def _cache_path(path: Path) -> Path:

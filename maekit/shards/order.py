@@ -61,16 +61,16 @@ class SampleOrder:
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
         return SampleSlice(*columns)
 
-    def window_number(self, place: int) -> int:
+    def window_number(self, start: int) -> int:
         """Return the number of the window that contains a position of the endless sequence; window 0 begins epoch 0."""
-        epoch, position = divmod(place, self.samples)
+        epoch, position = divmod(start, self.samples)
         starts = self._epoch(epoch)[1]
         return epoch * (len(starts) - 1) + int(np.searchsorted(starts, position, "right")) - 1
 
-    def windows(self, place: int) -> Iterator[list[int]]:
+    def windows(self, start: int) -> Iterator[list[int]]:
         """Yield the shards of the window that contains a position, then those of each later window, without end."""
         per_epoch = -(-len(self._counts) // self._window)
-        for number in itertools.count(self.window_number(place)):
+        for number in itertools.count(self.window_number(start)):
             epoch, window = divmod(number, per_epoch)
             shard_order = self._shard_order(epoch)
             yield shard_order[window * self._window : (window + 1) * self._window].tolist()

@@ -8,6 +8,7 @@ After a kill, the next run reuses the finished shards there if the plan is uncha
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
 
 from maekit.config.fields import check
 from maekit.config.pack import PackConfig
@@ -29,10 +29,10 @@ from maekit.system.machine import cores
 from maekit.system.parallel import Workers
 from maekit.system.progress import Progress, Silent
 from maekit.system.signals import stop_on_signal
+from maekit.system.text import count, first_few
 
 SIDECARS = ("json", "txt", "cls")
 _PLAN, _FOLDER = ".plan", "shards"  # in the temporary folder: the plan, and the future folder of shards
-_NAMED = 3  # problems listed in one message
 
 
 @dataclass(frozen=True)
@@ -106,25 +106,25 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     aside = out.parent / f".{out.name}.packing"
     with locks.sole_owner(aside):
         folder = aside / _FOLDER
-        plan = [
-            _Shard(folder / f"{number:05d}.tar", tuple(part)) for number, part in enumerate(_divide(sources, config))
-        ]
+        divided = enumerate(_divide(sources, config))
+        plan = [_Shard(folder / f"{number:05d}.tar", tuple(group)) for number, group in divided]
         _take_up(aside, _fingerprint(sources, classes, plan))
         resumed = sum(index_path(shard.path).exists() for shard in plan)
         if resumed:
-            progress.note(f"going on: {resumed} of {len(plan)} shards were written before")
+            progress.note(f"going on: {resumed} of {count('shard', len(plan))} written before")
         _write(plan, config.workers or cores(), progress)
         if classes:
             files.write_atomically(folder / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
         _publish(aside, out)
     shards = [out / shard.path.name for shard in plan]
+    labelled = sum(map(_has_label, sources))
     return PackReport(
         shards=shards,
         samples=len(sources),
         bytes=sum(shard.stat().st_size for shard in shards),
         classes=classes,
         class_counts=dict(Counter(classes[source.label] for source in sources if classes and source.label is not None)),
-        unlabelled=sum(not _has_label(source) for source in sources) if any(map(_has_label, sources)) else 0,
+        unlabelled=len(sources) - labelled if labelled else 0,
         empty=sum(_stat(source.members[0][1]).st_size == 0 for source in sources),
         sidecars=dict(Counter(kind for source in sources for kind, _ in source.members if kind in SIDECARS)),
         passed_over=passed_over,
@@ -187,39 +187,35 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
             problems.append(f"{path}: WebDataset sets names such as __x__ aside as its own; rename it")
         elif (owner := owners.setdefault(key, path)) != path:
             problems.append(f"{owner} and {path} would both get the key {key!r}; rename one of them")
-        members = [(extension_of(path), str(found[path]))]
-        for kind in SIDECARS:
-            beside = path.with_suffix(f".{kind}")
-            # A label from the table or the folder replaces a label file, which is counted as passed over.
-            if beside in found and beside not in used and (kind != "cls" or label is None):
-                members.append((kind, str(found[beside])))
-                used.add(beside)
-        used.add(path)
-        sources.append(_Source(key, tuple(members), numbers[label] if isinstance(label, str) else label))
+        # A label from the table or the folder replaces a label file, which is counted as passed over.
+        beside = [path.with_suffix(f".{kind}") for kind in SIDECARS if kind != "cls" or label is None]
+        own = [path, *(other for other in beside if other in found and other not in used)]
+        used.update(own)
+        members = tuple((extension_of(member), str(found[member])) for member in own)
+        sources.append(_Source(key, members, numbers[label] if isinstance(label, str) else label))
     if problems:
-        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise InputError("; ".join(problems[:_NAMED]) + more)
-    passed_over: Counter[str] = Counter()
-    for path, place in found.items():
-        if path not in used and place.resolve() != table:
-            is_image = extension_of(path) in IMAGE_EXTENSIONS
-            passed_over["images not in the table" if is_image else path.suffix.lower() or "no extension"] += 1
+        raise InputError(first_few(problems))
+    passed_over = Counter(
+        "images not in the table" if extension_of(path) in IMAGE_EXTENSIONS else path.suffix.lower() or "no extension"
+        for path, file in found.items()
+        if path not in used and file.resolve() != table
+    )
     return sources, names, dict(passed_over)
 
 
 def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_Source]]:
     """Divide the samples into shards by count and size."""
     limit = None if config.shard_mb is None else int(config.shard_mb * 1e6)
-    part: list[_Source] = []
+    group: list[_Source] = []
     held = tarfile.RECORDSIZE  # the end of an archive is padded to this
     for source in sources:
         size = _bytes_in_tar(source) if limit is not None else 0
-        if part and (len(part) == config.samples_per_shard or (limit is not None and held + size > limit)):
-            yield part
-            part, held = [], tarfile.RECORDSIZE
-        part.append(source)
+        if group and (len(group) == config.samples_per_shard or (limit is not None and held + size > limit)):
+            yield group
+            group, held = [], tarfile.RECORDSIZE
+        group.append(source)
         held += size
-    yield part
+    yield group
 
 
 def _bytes_in_tar(source: _Source) -> int:
@@ -235,10 +231,8 @@ def _bytes_in_tar(source: _Source) -> int:
 
 
 def _stat(path: str) -> os.stat_result:
-    try:
+    with files.reading(path):
         return os.stat(path)
-    except OSError as error:
-        raise MaekitError(f"cannot read {path}: {error.strerror}") from error
 
 
 def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Sequence[_Shard]) -> bytes:
@@ -264,12 +258,10 @@ def _take_up(aside: Path, fingerprint: bytes) -> None:
 def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
     import webdataset  # noqa: F401  (loads torch if installed: once here instead of in each forked process)
 
-    done = 0
     progress.start("pack", sum(len(shard.sources) for shard in plan))
     try:
         with stop_on_signal() as stopped_by, Workers(min(workers, len(plan))) as pool:
-            for written in pool.map(_write_shard, plan):
-                done += written
+            for done in itertools.accumulate(pool.map(_write_shard, plan)):
                 progress.advance(done)
                 if done and (name := stopped_by()):
                     raise Stopped(f"stopped by {name}; finished shards are kept, run the same command again to go on")
@@ -281,54 +273,43 @@ def _write_shard(shard: _Shard) -> int:
     """Write one shard and its index, unless they exist; return its number of samples."""
     import webdataset
 
-    checksums: list[tuple[str, int]] = []
-    if not _is_whole(shard.path):
-        with files.atomic_file(shard.path) as file, _tar_writer(webdataset, file) as writer:
-            for source in shard.sources:
-                sample = _read(source)
-                checksums += [(kind, zlib.crc32(data)) for kind, data in sorted(sample.items())]
-                writer.write({"__key__": source.key, **sample})
-    index = build_index(shard.path, crc=True)
-    members = [member for ordinal in range(index.samples) for member in index.members(ordinal)]
-    if list(index.keys()) != [source.key for source in shard.sources] or (
-        checksums and [(member.extension, member.crc) for member in members] != checksums
+    # What an interrupted run left is scanned: a disk may have lost data it confirmed.
+    kept = read_index(shard.path, index_path(shard.path))
+    if kept and list(kept.keys()) == [source.key for source in shard.sources] and kept.describes(shard.path):
+        return kept.samples
+    written: list[tuple[str, str, int | None]] = []
+    with (
+        files.atomic_file(shard.path) as file,
+        # A fixed mtime for identical bytes, PAX for names of any length.
+        webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer,
     ):
+        for source in shard.sources:
+            sample = _read(source)
+            written += [(source.key, kind, zlib.crc32(data)) for kind, data in sorted(sample.items())]
+            writer.write({"__key__": source.key, **sample})
+    index = build_index(shard.path, crc=True)
+    there = [(index.key(n), member.extension, member.crc) for n in range(index.samples) for member in index.members(n)]
+    if there != written:
         shard.path.unlink()
         raise MaekitError(f"{shard.path}: what was read back is not what was written; is the disk sound?")
     write_index(index)
     return index.samples
 
 
-def _is_whole(path: Path) -> bool:
-    """Whether an interrupted run left a shard that matches its index; a disk may have lost data it confirmed."""
-    kept = read_index(path, index_path(path))
-    try:
-        return kept is not None and kept.difference(build_index(path, crc=True)) is None
-    except MaekitError:
-        return False
-
-
 def _read(source: _Source) -> dict[str, bytes]:
     """Return the members of a sample by extension."""
     sample = {}
     for kind, path in source.members:
-        try:
+        with files.reading(path):
             sample[kind] = Path(path).read_bytes()
-        except OSError as error:
-            raise MaekitError(f"cannot read {path}: {error.strerror or error}") from error
     if source.label is not None:
         sample["cls"] = str(source.label).encode()
     return sample
 
 
-def _tar_writer(webdataset: Any, file: IO[bytes]) -> Any:
-    """Return webdataset's writer: a fixed mtime for identical bytes, PAX for names of any length."""
-    return webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT")
-
-
 def _publish(aside: Path, out: Path) -> None:
     """Rename the finished folder to `out`, and remove the temporary folder."""
-    try:
+    with files.writing(out):
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
         (aside / _FOLDER).rename(out)
@@ -336,5 +317,3 @@ def _publish(aside: Path, out: Path) -> None:
         for own in (_PLAN, ".lock"):  # after the rename: without the plan, a call after a kill would start over
             (aside / own).unlink()
         aside.rmdir()
-    except OSError as error:
-        raise files.write_failure(out, error) from error

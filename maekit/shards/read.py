@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import os
 import threading
 import zlib
@@ -18,9 +19,11 @@ from maekit.shards.cache import RemoteCache
 from maekit.shards.catalogue import CatalogueRow
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
 from maekit.shards.spec import ShardFile
+from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 from maekit.system.machine import cores
 from maekit.system.parallel import Workers, batched, map_in_threads
+from maekit.system.text import count, first_few
 
 # Nobody trains on an image larger than this; it would only fill the memory.
 MAX_MEMBER_BYTES = 256 << 20
@@ -28,6 +31,7 @@ MAX_MEMBER_BYTES = 256 << 20
 _WORTH_PROCESSES = 16 << 20
 # Far below the 65,530 maps that Linux grants a process, far above any window of shards.
 _OPEN_INDEXES = 1024
+_OPEN_SHARDS = 64  # of one reader
 LABEL, CLASS_NAMES = "cls", "classes.txt"
 _LONGEST_LABEL = 1000  # bytes
 _CHUNK = 32  # images per work item of a thread
@@ -90,14 +94,12 @@ class ShardSet:
             MaekitError: the shard has changed since the set was opened.
         """
         with self._lock:
-            index = self._indexes.get(shard)
-            if index is None:
-                index = self._indexes[shard] = self._open_index(shard)
+            if shard not in self._indexes:
+                self._indexes[shard] = self._open_index(shard)
                 if len(self._indexes) > _OPEN_INDEXES:
                     self._indexes.popitem(last=False)
-            else:
-                self._indexes.move_to_end(shard)
-            return index
+            self._indexes.move_to_end(shard)
+            return self._indexes[shard]
 
     def _open_index(self, shard: int) -> ShardIndex:
         file = self.shards[shard]
@@ -123,7 +125,7 @@ class ShardSet:
 
     def reader(self) -> "MemberReader":
         """Return a new reader for these shards; each thread or process needs its own."""
-        return MemberReader(remote=self.remote)
+        return MemberReader(self.remote)
 
     def name(self, number: int) -> tuple[str, str]:
         """Return (name of the shard, key) of a sample."""
@@ -150,12 +152,10 @@ class ShardSet:
                 return [self._image(reader, number, prepare) for number in chunk]
 
         if threads:
-            for images in map_in_threads(read, batched(numbers, _CHUNK), threads=threads):
-                yield from images
+            yield from itertools.chain.from_iterable(map_in_threads(read, batched(numbers, _CHUNK), threads=threads))
             return
         with contextlib.closing(self.reader()) as reader:
-            for number in numbers:
-                yield self._image(reader, number, prepare)
+            yield from (self._image(reader, number, prepare) for number in numbers)
 
     def _image(self, reader: "MemberReader", number: int, prepare: Callable[[bytes], Image]) -> Image | ImageError:
         shard, ordinal = self.locate(number)
@@ -177,21 +177,18 @@ class ShardSet:
 
     def _label(self, reader: "MemberReader", index: ShardIndex, ordinal: int) -> str:
         for member in index.members(ordinal):
-            if member.extension.lower() == LABEL and member.size <= _LONGEST_LABEL:
-                try:
+            if member.extension == LABEL and member.size <= _LONGEST_LABEL:
+                with contextlib.suppress(ImageError):  # the bytes do not match the CRC-32
                     return reader.read(index, member).decode("utf-8", errors="replace").strip()
-                except ImageError:  # the bytes do not match the CRC-32
-                    return ""
         return ""
 
     def class_names(self, shard: int) -> tuple[str, ...]:
         """Return the class names that `maekit pack` wrote beside a shard, by label; empty if there are none."""
         folder = self.index(shard).path.parent
         if folder not in self._class_names:
-            try:
+            text = ""
+            with contextlib.suppress(OSError, ValueError):
                 text = (folder / CLASS_NAMES).read_text(encoding="utf-8")
-            except (OSError, ValueError):
-                text = ""
             self._class_names[folder] = tuple(text.splitlines())
         return self._class_names[folder]
 
@@ -218,52 +215,55 @@ def open_shards(
     Raises:
         InputError: shards are damaged and not skipped, a shard cannot be read, or no shard holds a sample.
     """
-    local = [shard for shard in shards if shard.url is None]
-    found: dict[ShardFile, CatalogueRow | MaekitError] = {}
-    recalled = catalogue.recall([shard.path for shard in local])
-    unknown: list[ShardFile] = []
-    for shard, row in zip(local, recalled, strict=True):
-        if row is None:
-            unknown.append(shard)
-        else:
-            found[shard] = row
-            on_shard(shard)
-    with Workers(worth_processes([shard.path for shard in unknown], workers or cores())) as pool:
-        # In batches: sending a single cached index to a process would cost more than reading it.
-        batch = max(1, min(64, len(unknown) // (8 * pool.count)))
-        parts = [unknown[start : start + batch] for start in range(0, len(unknown), batch)]
-        for part, scanned in zip(parts, pool.map(_rows, parts), strict=True):
-            for shard, result in zip(part, scanned, strict=True):
-                found[shard] = result
-                on_shard(shard)
-    distant = [shard for shard in shards if shard.url is not None]
-    remote = (remote or RemoteCache()) if distant else None
-    if remote is not None:
-        for shard, published in remote.published_rows(distant):
-            found[shard] = published
-            on_shard(shard)
-    good: list[ShardFile] = []
-    rows: list[CatalogueRow] = []
+    remote = (remote or RemoteCache()) if any(shard.url for shard in shards) else None
+    found = _summaries(shards, remote, workers=workers or cores(), on_shard=on_shard)
+    rows: dict[ShardFile, CatalogueRow] = {}
     damaged: list[DamagedShard] = []
     for shard in shards:
         result = found[shard]
         if isinstance(result, CatalogueRow):
-            good.append(shard)
-            rows.append(result)
+            rows[shard] = result
         elif isinstance(result, DamagedShard):
             damaged.append(result)
             on_damage(result)
         else:
             raise InputError(str(result)) from result
-    if unknown and len(good) == len(shards) == len(local):
-        catalogue.remember([shard.path for shard in local], rows)
     if damaged and not skip_damaged:
-        named = "; ".join(str(d) for d in damaged[:3]) + ("; …" if len(damaged) > 3 else "")
-        raise InputError(f"{len(damaged)} of {len(shards)} shards damaged: {named} (`skip_damaged` leaves them out)")
-    shard_set = ShardSet(good, rows, remote)
+        of = count("shard", len(shards))
+        raise InputError(f"{len(damaged)} of {of} damaged: {first_few(damaged)} (`skip_damaged` leaves them out)")
+    shard_set = ShardSet(list(rows), list(rows.values()), remote)
     if not shard_set.samples:
-        raise InputError(f"the {len(shards)} shards hold no sample at all")
+        raise InputError(f"the {count('shard holds', len(shards), 'shards hold')} no sample at all")
     return shard_set
+
+
+def _summaries(
+    shards: Sequence[ShardFile], remote: RemoteCache | None, *, workers: int, on_shard: Callable[[ShardFile], None]
+) -> dict[ShardFile, CatalogueRow | MaekitError]:
+    """Return the summary of each shard's index, or the error that says why there is none."""
+    found: dict[ShardFile, CatalogueRow | MaekitError] = {}
+
+    def add(shards: Sequence[ShardFile], results: Iterable[CatalogueRow | MaekitError]) -> None:
+        for shard, result in zip(shards, results, strict=True):
+            found[shard] = result
+            on_shard(shard)
+
+    local = [shard for shard in shards if shard.url is None]
+    recalled = zip(local, catalogue.recall([shard.path for shard in local]), strict=True)
+    known = {shard: row for shard, row in recalled if row is not None}
+    add(list(known), known.values())
+    unknown = [shard for shard in local if shard not in known]
+    with Workers(worth_processes([shard.path for shard in unknown], workers)) as pool:
+        # In batches: sending a single cached index to a process would cost more than reading it.
+        size = max(1, min(64, len(unknown) // (8 * pool.count)))
+        add(unknown, itertools.chain.from_iterable(pool.map(_rows, batched(unknown, size))))
+    if remote is not None:
+        distant = [shard for shard in shards if shard.url is not None]
+        add(distant, remote.published_rows(distant))
+    rows = [row for row in map(found.get, shards) if isinstance(row, CatalogueRow)]
+    if unknown and len(rows) == len(shards) == len(local):
+        catalogue.remember([shard.path for shard in shards], rows)
+    return found
 
 
 def _rows(shards: Sequence[ShardFile]) -> list[CatalogueRow | MaekitError]:
@@ -278,25 +278,20 @@ def _rows(shards: Sequence[ShardFile]) -> list[CatalogueRow | MaekitError]:
 
 def worth_processes(paths: Sequence[Path], workers: int) -> int:
     """Return how many of `workers` processes are worth starting to read these files (at least 1)."""
-    total = 0
-    for path in paths:
-        total += path.stat().st_size if path.exists() else 0
-        if total > _WORTH_PROCESSES:
-            return max(1, min(workers, len(paths)))
-    return 1
+    totals = itertools.accumulate(path.stat().st_size for path in paths if path.exists())
+    return max(1, min(workers, len(paths))) if any(total > _WORTH_PROCESSES for total in totals) else 1
 
 
 class MemberReader:
     """Reads members of shards by offset and keeps a few files open. Each thread or process needs its own.
 
     Args:
-        max_open: number of shards that stay open at once.
         remote: the cache that holds the remote shards.
     """
 
-    def __init__(self, max_open: int = 64, remote: RemoteCache | None = None) -> None:
+    def __init__(self, remote: RemoteCache | None = None) -> None:
         self._open: OrderedDict[Path, int] = OrderedDict()
-        self._max_open, self._remote = max_open, remote
+        self._remote = remote
 
     def read(self, index: ShardIndex, member: MemberSpan) -> bytes:
         """Return the bytes of one member.
@@ -320,17 +315,16 @@ class MemberReader:
         return self.read(index, member)
 
     def _descriptor(self, index: ShardIndex) -> int:
-        descriptor = self._open.get(index.path)
-        if descriptor is not None:
-            if not os.fstat(descriptor).st_nlink and not (self._remote and self._remote.owns(index.path)):
-                # Its bytes could still be read, but after a stop no run could resume on the same data.
-                raise MaekitError(f"{index.path}: deleted or replaced since it was indexed")
-            self._open.move_to_end(index.path)
-            return descriptor
-        descriptor = self._open[index.path] = open_shard(index, self._remote)
-        if len(self._open) > self._max_open:
-            os.close(self._open.popitem(last=False)[1])
-        return descriptor
+        path = index.path
+        if path not in self._open:
+            self._open[path] = open_shard(index, self._remote)
+            if len(self._open) > _OPEN_SHARDS:
+                os.close(self._open.popitem(last=False)[1])
+        elif not os.fstat(self._open[path]).st_nlink and not (self._remote and self._remote.owns(path)):
+            # Its bytes could still be read, but after a stop no run could resume on the same data.
+            raise MaekitError(f"{path}: deleted or replaced since it was indexed")
+        self._open.move_to_end(path)
+        return self._open[path]
 
     def close(self) -> None:
         """Close all files."""
@@ -346,10 +340,8 @@ def open_shard(index: ShardIndex, remote: RemoteCache | None = None) -> int:
     """
     if remote is not None and remote.owns(index.path):
         return remote.open(index)
-    try:
+    with files.reading(index.path):
         descriptor = os.open(index.path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise MaekitError(f"cannot read {index.path}: {error.strerror or error}") from error
     if not index.matches(os.fstat(descriptor)):
         os.close(descriptor)
         raise MaekitError(f"{index.path}: changed since it was indexed; run the command again")
@@ -372,15 +364,13 @@ def read_bytes(descriptor: int, name: str, offset: int, size: int, crc: int | No
     """
     if size > MAX_MEMBER_BYTES:
         raise ImageError("too_large", f"a member of {size} bytes (at most {MAX_MEMBER_BYTES} are read)")
-    try:
-        data = os.pread(descriptor, size, offset)
+    data = b""
+    with files.reading(name):
         while len(data) < size:  # network file systems may return less than was asked for
             more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:
                 raise MaekitError(f"{name}: shorter than when it was indexed")
             data += more
-    except OSError as error:
-        raise MaekitError(f"cannot read {name}: {error.strerror or error}") from error
     if crc is not None and zlib.crc32(data) != crc:
         raise ImageError("checksum", "the bytes are not those of the CRC-32 in the index")
     return data

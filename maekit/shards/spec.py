@@ -14,7 +14,7 @@ from maekit.system.errors import InputError
 
 TAR = ".tar"
 # Also searched for in a directory, so that a compressed shard is reported as such and never skipped silently.
-COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
+_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 _IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
 
@@ -50,19 +50,17 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if "://" in text or text.startswith("pipe:"):
             root, urls = _expand_remote(text)
             for url in urls:
-                if paths.setdefault(place := _place(url), url) != url:
-                    raise InputError(f"{paths[place]} and {url} would both be named {place.name}; give one of them")
+                if paths.setdefault(path := _url_path(url), url) != url:
+                    raise InputError(f"{paths[path]} and {url} would both be named {path.name}; give one of them")
         else:
-            try:
+            with files.reading(text[:200], InputError):
                 root, found = _expand(text)
-            except OSError as error:
-                raise InputError(f"cannot read {text[:200]}: {error.strerror or error}") from error
             paths.update(dict.fromkeys(found))
         roots.append(root)
     if not paths:
         raise InputError("no shards were given: name a directory of .tar files, a .tar, a glob, a brace pattern, a URL")
-    for found_path in paths:
-        files.require_utf8(found_path)
+    for path in paths:
+        files.require_utf8(path)
     common = os.path.commonpath([str(root) for root in roots])
     shards = [
         ShardFile(os.path.relpath(path, common).replace(os.sep, "/"), path if url is None else _cache_path(url), url)
@@ -80,22 +78,21 @@ def connect(url: str) -> tuple[Any, str]:
     import fsspec
 
     protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
     try:
         if protocol in ("http", "https"):
             import aiohttp
 
             # A silent server must not block a run for ever; a slow one may take any time.
-            timeout = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            filesystem, path = fsspec.core.url_to_fs(url, client_kwargs={"timeout": timeout})
-        else:
-            filesystem, path = fsspec.core.url_to_fs(url)
+            options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)}
+        filesystem, path = fsspec.core.url_to_fs(url, **options)
+        return filesystem, path
     except ImportError as error:
         raise InputError(f"{url}: {error}") from error
     except ValueError as error:
         raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
     except Exception as error:  # some connect at once, and each raises its own types
         raise InputError(f"{url}: cannot connect: {error or type(error).__name__}") from error
-    return filesystem, path
 
 
 def _expand_remote(spec: str) -> tuple[Path, list[str]]:
@@ -106,10 +103,9 @@ def _expand_remote(spec: str) -> tuple[Path, list[str]]:
     for pattern in _braces(spec):
         urls += [pattern] if is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
     behind = _behind_host(spec)
-    before = spec.removesuffix(behind)
-    fixed = before + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
+    fixed = spec.removesuffix(behind) + re.split(r"[*\[{]", behind, maxsplit=1)[0].partition("?")[0]
     is_directory = not is_shard(_file_name(spec)) and not any(c in behind for c in "*[{")
-    root = _place(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
+    root = _url_path(fixed.rstrip("/") if is_directory else fixed.rpartition("/")[0])
     return root, urls
 
 
@@ -143,7 +139,7 @@ def _file_name(url: str) -> str:
     return url.partition("?")[0].rpartition("/")[2]
 
 
-def _place(url: str) -> Path:
+def _url_path(url: str) -> Path:
     """Return the URL as an absolute path, so that one rule names local and remote shards."""
     parts = PurePosixPath(url.partition("?")[0]).parts
     if ".." in parts:  # a listing may contain anything, and shard names become names of output files
@@ -197,7 +193,7 @@ def _matches(pattern: str, spec: str) -> list[str]:
 
 def is_shard(file_name: str) -> bool:
     """Whether the search of a directory takes a file of this name for a shard."""
-    return file_name.lower().endswith((TAR, *COMPRESSED_TARS)) and not file_name.startswith(".")
+    return file_name.lower().endswith((TAR, *_COMPRESSED_TARS)) and not file_name.startswith(".")
 
 
 def _is_index(name: str) -> bool:
@@ -209,16 +205,11 @@ def _contents(directory: Path) -> str:
     if not names:
         return "it is empty"
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    hint = "; `maekit pack` turns a folder of images into shards" if _has_image(names) else ""
+    has_images = any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", "/")) for name in names)
+    hint = "; `maekit pack` turns a folder of images into shards" if has_images else ""
     return f"it holds {', '.join(names[:3])}{more}{hint}"
 
 
-def _has_image(names: list[str]) -> bool:
-    return any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", "/")) for name in names)
-
-
 def _nearest_parent(path: Path) -> str:
-    for parent in path.parents:
-        if parent.is_dir():
-            return f"{parent} exists, {path.relative_to(parent).parts[0]} in it does not"
-    return "nothing of this path exists"
+    parent = next(parent for parent in path.parents if parent.is_dir())
+    return f"{parent} exists, {path.relative_to(parent).parts[0]} in it does not"

@@ -9,11 +9,11 @@ from typing import Any
 from maekit.config.pack import PackConfig
 from maekit.shards.index import IMAGE_EXTENSIONS
 from maekit.system.errors import InputError
+from maekit.system.text import first_few
 
 _PATH_COLUMNS = ("path", "filepath", "file_path", "file", "filename", "file_name", "image")
 _LABEL_COLUMNS = ("label", "cls", "class", "target")
 _WHOLE = re.compile(r"-?(0|[1-9][0-9]{0,14})(\.0+)?")
-_NAMED = 3  # problems listed in one message
 Labels = dict[Path, int | str | None]
 
 
@@ -29,9 +29,10 @@ def read_table(images: Path, config: PackConfig, found: dict[Path, Path]) -> Lab
         InputError: no table that can be read, no such column, or rows that name no image.
     """
     table = Path(str(config.table))
-    rows, names = _load(table)
-    path_column = _choose(table, names, config.path_column, _PATH_COLUMNS, "paths", "`path_column`")
-    label_column = _choose(table, names, config.label_column, _LABEL_COLUMNS, "labels", "`label_column`")
+    rows = _load(table)
+    names = rows.column_names
+    path_column = _choose(table, names, "path", asked=config.path_column, usual=_PATH_COLUMNS)
+    label_column = _choose(table, names, "label", asked=config.label_column, usual=_LABEL_COLUMNS)
     if path_column is None:
         hint = "; is it separated by semicolons? Commas are expected" if any(";" in name for name in names) else ""
         raise InputError(
@@ -60,15 +61,14 @@ def read_table(images: Path, config: PackConfig, found: dict[Path, Path]) -> Lab
         else:
             wanted[path] = label
     if problems:
-        more = f"; and {len(problems) - _NAMED} more" if len(problems) > _NAMED else ""
-        raise InputError(f"{table}: " + "; ".join(problems[:_NAMED]) + more)
+        raise InputError(f"{table}: {first_few(problems)}")
     if not wanted:
         raise InputError(f"{table} names no image")
     return wanted
 
 
-def _load(table: Path) -> tuple[Any, list[str]]:
-    """Return the table, as pyarrow reads it, and the names of its columns.
+def _load(table: Path) -> Any:
+    """Return the table as pyarrow reads it.
 
     Raises:
         InputError: it is no table, or cannot be read.
@@ -76,21 +76,19 @@ def _load(table: Path) -> tuple[Any, list[str]]:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    if table.suffix.lower() not in (".csv", ".tsv", ".parquet"):
+    kind = extension_of(table)
+    if kind not in ("csv", "tsv", "parquet"):
         raise InputError(f"{table}: a table is a .csv, .tsv or .parquet file")
     try:
-        if table.suffix.lower() == ".parquet":
-            rows = parquet.read_table(table)
-            names = list(rows.column_names)
-        else:
-            parse = csv.ParseOptions(delimiter="\t" if table.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
-            names = csv.open_csv(table, parse_options=parse).schema.names
-            # Read as text without conversion: 01 and 1 are two names, and NA is a name.
-            as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
-            rows = csv.read_csv(table, parse_options=parse, convert_options=as_text)
+        if kind == "parquet":
+            return parquet.read_table(table)
+        parse = csv.ParseOptions(delimiter="\t" if kind == "tsv" else ",", newlines_in_values=True)
+        names = csv.open_csv(table, parse_options=parse).schema.names
+        # Read as text without conversion: 01 and 1 are two names, and NA is a name.
+        as_text = csv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False)
+        return csv.read_csv(table, parse_options=parse, convert_options=as_text)
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise InputError(f"cannot read the table {table}: {str(error).splitlines()[0]}") from error
-    return rows, names
 
 
 def _labels(values: list[Any]) -> list[Any]:
@@ -105,9 +103,7 @@ def _labels(values: list[Any]) -> list[Any]:
     return values
 
 
-def _choose(
-    table: Path, names: Sequence[str], asked: str | None, usual: Sequence[str], what: str, option: str
-) -> str | None:
+def _choose(table: Path, names: Sequence[str], what: str, *, asked: str | None, usual: Sequence[str]) -> str | None:
     """Return the requested column, or else the one with a usual name; None if there is none."""
     if asked is not None:
         if names.count(asked) != 1:
@@ -116,7 +112,8 @@ def _choose(
         return asked
     found = [name for name in names if name.lower() in usual]
     if len(found) > 1:
-        raise InputError(f"{table}: {' and '.join(found)} may both be the column of {what}; say which by {option}")
+        both = " and ".join(found)
+        raise InputError(f"{table}: {both} may both be the column of {what}s; say which by `{what}_column`")
     return found[0] if found else None
 
 

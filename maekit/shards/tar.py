@@ -88,7 +88,8 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
             # If only the padding of the last member is missing, `offset` lies beyond the end of the file.
-            raise TarDamage(min(offset, file_size), _describe_end(block, offset))
+            reason = _what_else(block, offset) or "the file is cut off: no end-of-archive marker"
+            raise TarDamage(min(offset, file_size), reason)
         if block == _ZEROS:
             if extended:
                 raise TarDamage(offset, "the archive ends after an extended header, before its member")
@@ -124,17 +125,16 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
         offset = data + -(-size // BLOCK) * BLOCK
 
 
-def _describe_end(block: bytes, offset: int) -> str:
-    if offset == 0 and not block:
-        return "the file is empty"
-    return _what_else(block, offset) or "the file is cut off: no end-of-archive marker"
-
-
 def _what_else(block: bytes, offset: int) -> str:
+    """Say what a file is instead of a tar, by its first block; return an empty text if that is not known."""
+    if offset > 0:
+        return ""
+    if not block:
+        return "the file is empty"
     for magic, name in _MAGIC.items():
-        if offset == 0 and block.startswith(magic):
+        if block.startswith(magic):
             return f"this is {name} data; shards are uncompressed tars"
-    if offset == 0 and block[:200].lstrip().lower().startswith((b"<html", b"<!doctype", b"<?xml")):
+    if block[:200].lstrip().lower().startswith((b"<html", b"<!doctype", b"<?xml")):
         return "this is a web page, and no tar"
     return ""
 
@@ -158,9 +158,8 @@ def _check_end(read: Read, offset: int, file_size: int) -> None:
 def _check_checksum(block: bytes, offset: int) -> None:
     field = block[148:156]
     if _CHECKSUM.fullmatch(field) is None:
-        raise TarDamage(
-            offset, _what_else(block, offset) or "no tar header here (its checksum field is not a checksum)"
-        )
+        reason = _what_else(block, offset) or "no tar header here (its checksum field is not a checksum)"
+        raise TarDamage(offset, reason)
     if sum(block) - sum(field) + 8 * 0x20 != int(field.rstrip(b"\0 "), 8):
         raise TarDamage(offset, "the header checksum does not match")
 
@@ -220,9 +219,9 @@ def _check_same_name(short: bytes, name: str, offset: int) -> None:
         differing = [i for i, (a, b) in enumerate(zip(short, whole[:100], strict=False)) if a != b]
         if len(short) != len(whole[:100]) or len(differing) != 1:
             continue
-        place = differing[0]
+        at = differing[0]
         # A replacement character other than `?` is not damage.
-        if whole[place] < 0x80 if whole is plain else name[place].isascii():
+        if whole[at] < 0x80 if whole is plain else name[at].isascii():
             raise TarDamage(offset, f"the name {name[:60]!r} is another in the header before it, by one character")
 
 

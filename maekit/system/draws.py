@@ -35,22 +35,15 @@ def random_bits(
     count: int, purpose: Purpose, *, seed: int, salt: int = 0, epoch: int = 0, position: int = 0
 ) -> NDArray[np.uint64]:
     """Return `count` random 64-bit words, uint64 `[count]`."""
-    generator = np.random.Philox(
-        key=np.array([seed & _MASK64, salt & _MASK64], np.uint64),
-        # The generator itself counts in the first word.
-        counter=np.array([0, position, epoch, purpose], np.uint64),
-    )
-    bits: NDArray[np.uint64] = generator.random_raw(count)
-    return bits
+    # The generator itself counts in the first word.
+    return _philox(count, [0, position, epoch, purpose], seed=seed, salt=salt)
 
 
 def uniforms(
     count: int, purpose: Purpose, *, seed: int, salt: int = 0, epoch: int = 0, position: int = 0
 ) -> NDArray[np.float64]:
     """Return `count` uniform numbers in [0, 1), float64 `[count]`, with 53 random bits each."""
-    bits = random_bits(count, purpose, seed=seed, salt=salt, epoch=epoch, position=position)
-    result: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return result
+    return _uniforms_of(random_bits(count, purpose, seed=seed, salt=salt, epoch=epoch, position=position))
 
 
 def uniform_rows(
@@ -62,13 +55,18 @@ def uniform_rows(
     one call.
     """
     blocks = -(-count // _WORDS_PER_BLOCK)
-    generator = np.random.Philox(
-        key=np.array([seed & _MASK64, salt & _MASK64], np.uint64),
-        counter=np.array([position * blocks, 0, epoch, purpose], np.uint64),
-    )
-    bits = generator.random_raw(rows * blocks * _WORDS_PER_BLOCK).reshape(rows, -1)[:, :count]
-    result: NDArray[np.float64] = (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return result
+    bits = _philox(rows * blocks * _WORDS_PER_BLOCK, [position * blocks, 0, epoch, purpose], seed=seed, salt=salt)
+    return _uniforms_of(bits.reshape(rows, -1)[:, :count])
+
+
+def _philox(count: int, counter: list[int], *, seed: int, salt: int) -> NDArray[np.uint64]:
+    key = np.array([seed & _MASK64, salt & _MASK64], np.uint64)
+    bits: NDArray[np.uint64] = np.random.Philox(key=key, counter=np.array(counter, np.uint64)).random_raw(count)
+    return bits
+
+
+def _uniforms_of(bits: NDArray[np.uint64]) -> NDArray[np.float64]:
+    return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permutation(

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, digests, and one owner per output directory."""
+"""Files that are either whole or absent: atomic writes, walks, digests, and errors that name the path."""
 
 import contextlib
 import errno
@@ -38,10 +38,18 @@ def require_writable(directory: Path) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=directory):
-            pass
+        tempfile.TemporaryFile(dir=directory).close()
     except OSError as error:
         raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def reading(path: Path | str, kind: type[MaekitError] = MaekitError) -> Iterator[None]:
+    """Context in which an `OSError` becomes an error of this kind, with the path and the system's message."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(f"cannot read {path}: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
@@ -68,16 +76,15 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
     # The counter avoids collisions between threads that write equally named files through one scratch directory.
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
     try:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        fsync_directory(path.parent)
-    except OSError as error:
-        raise write_failure(path, error) from error
+        with writing(path):
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+            fsync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -98,22 +105,21 @@ def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
     whole = scratch / f".{path.name}.{os.getpid()}.{next(_temporaries)}.new"
     write_atomically(whole, data)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(whole, path)  # unlike a rename, it never replaces a file
-        except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
-                raise
-            os.replace(whole, path)  # this file system has no hard links
-        fsync_directory(path.parent)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        raise write_failure(path, error) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(whole, path)  # unlike a rename, it never replaces a file
+            except FileExistsError:
+                return False
+            except OSError as error:
+                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
+                    raise
+                os.replace(whole, path)  # this file system has no hard links
+            fsync_directory(path.parent)
+            return True
     finally:
         with contextlib.suppress(OSError):
             whole.unlink()
-    return True
 
 
 def cache_directory() -> Path:
@@ -142,18 +148,14 @@ def walk_files(directory: Path) -> Iterator[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if name.startswith("."):
-                continue
-            path = os.path.join(folder, name)
+        for path in (os.path.join(folder, name) for name in names if not name.startswith(".")):
             try:
-                kind = os.stat(path).st_mode
+                if stat.S_ISREG(os.stat(path).st_mode):
+                    found.append(path)
             except FileNotFoundError as error:
                 raise InputError(f"{path} is a link that leads nowhere; mend or remove it") from error
             except OSError as error:
                 fail(error)
-            if stat.S_ISREG(kind):
-                found.append(path)
     # Sorted by path components, as `Path` compares: a/x comes before a.b/x.
     yield from map(Path, sorted(found, key=lambda path: path.split(os.sep)))
 
@@ -177,11 +179,11 @@ def write_failure(path: Path, error: OSError) -> MaekitError:
 
 def describe_bytes(count: float) -> str:
     """Return a number of bytes as readable text, such as 1.5 GB."""
-    for unit in ("bytes", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
         count /= 1000
-    raise AssertionError
+    return f"{count:.1f} TB"
 
 
 def sha256_file(path: Path) -> str:

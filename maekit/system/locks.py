@@ -6,16 +6,15 @@ with the clock of the file system itself.
 """
 
 import contextlib
-import errno
 import fcntl
-import itertools
 import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO
 
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
@@ -24,17 +23,9 @@ HEARTBEAT_SECONDS = 15.0
 # A machine whose heartbeat is older than this is considered dead.
 STALE_SECONDS = 120.0
 _mutex = threading.Lock()
-_held: dict[Path, "_Held"] = {}
-_tokens = itertools.count()
+_held: dict[Path, tuple[IO[str], str]] = {}  # open lock files, each with the text written to it
 _SWEEPING = "clearing up, "
 _SWEEP_SECONDS = 30.0  # how long to wait for another process to clean up
-
-
-class _Held(NamedTuple):
-    """An open lock file and the text written to it."""
-
-    file: IO[str]
-    text: str
 
 
 class LockedError(MaekitError):
@@ -61,34 +52,21 @@ def sole_owner(directory: Path) -> Iterator[None]:
     """
     path = directory / ".lock"
     is_new = not directory.exists()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        # Closed in `finally` only: closing ANY descriptor of a file drops the process's lockf locks on it.
-        file = open(path, "r+" if path.exists() else "w+", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot write to {directory}: {error.strerror or error}") from error
+    file = _open(path)  # closed in `finally` only: closing ANY descriptor of a file drops the process's locks on it
     try:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
-            owner = file.read().strip() or "another process"
-            raise InputError(f"{directory} is in use by {owner}; wait for it to end or choose another `out`") from error
-        try:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            file.flush()
-        except OSError as error:
-            raise files.write_failure(path, error) from error
+            _lock(file, path)
+        except LockedError as held:
+            in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
+            raise InputError(in_use) from held
+        _write(file, path, f"{_me()}\n")
         yield
     finally:
         if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
             # Nothing was written to the new directory (the work was refused), so remove it again.
             path.unlink()
             directory.rmdir()
-        with contextlib.suppress(OSError):  # text that could not be flushed before fails again here
-            file.close()
+        _close(file)
 
 
 @contextlib.contextmanager
@@ -120,48 +98,37 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that no other owner's file is removed
         with _mutex:
-            mine = _held.pop(path, None)
-        with contextlib.suppress(OSError):  # a full disk has been reported already
-            if mine is not None:
-                mine.file.close()
+            file, _ = _held.pop(path, (None, ""))
+        if file is not None:  # it is None in a forked child
+            _close(file)
 
 
 def still_owns(path: Path) -> bool:
     """Whether this process still owns a lock it took: while it was suspended, another may have taken it over."""
     path = path.absolute()
-    mine = _held.get(path)
+    file, text = _held.get(path, (None, ""))
     try:
-        return mine is not None and _is_same(mine.file, path) and _read(mine.file) == mine.text.strip()
+        return file is not None and _is_same(file, path) and _read(file) == text.strip()
     except OSError:
         return False
 
 
 def _acquire(path: Path, *, sweeping: bool) -> None:
-    me = f"process {os.getpid()} on {socket.gethostname()}"
-    with _mutex:
+    with _mutex, contextlib.ExitStack() as unfinished:
         if path in _held:
-            raise LockedError(me)
-        while True:
+            raise LockedError(_me())
+        file: IO[str] | None = None
+        while file is None or not _is_same(file, path):  # again if its owner has just deleted it
+            unfinished.close()
             file = _open(path)
-            try:
-                _lock(file, path)
-                if _is_same(file, path):
-                    break
-                file.close()  # its owner has just deleted it
-            except BaseException:
-                file.close()
-                raise
+            unfinished.callback(_close, file)
+            _lock(file, path)
+            _refuse_if_elsewhere(file, path)
         # The token distinguishes this owner from an earlier one with the same process number.
-        text = f"{_SWEEPING if sweeping else ''}{me}\n{time.time_ns()}-{next(_tokens)}\n"
-        try:
-            file.truncate(0)
-            file.write(text)
-            file.flush()
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                file.close()
-            raise files.write_failure(path, error) from error
-        _held[path] = _Held(file, text)
+        text = f"{_SWEEPING if sweeping else ''}{_me()}\n{uuid.uuid4()}\n"
+        _write(file, path, text)
+        unfinished.pop_all()
+        _held[path] = file, text
         _start_heart()
 
 
@@ -176,17 +143,46 @@ def _open(path: Path) -> IO[str]:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
-def _lock(file: IO[str], path: Path) -> None:
+def try_lock(file: IO[str]) -> bool:
+    """Take the lock of an open file without waiting; return False if another process has it."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):  # EAGAIN and EACCES: systems differ
+        return False
+
+
+def _lock(file: IO[str], path: Path) -> None:
+    try:
+        is_mine = try_lock(file)
     except OSError as error:
-        if error.errno not in (errno.EAGAIN, errno.EACCES):
-            raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
-        raise LockedError(_owner(file) or "another process") from error
+        raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
+    if not is_mine:
+        raise LockedError(_owner(file) or "another process")
+
+
+def _refuse_if_elsewhere(file: IO[str], path: Path) -> None:
+    """Refuse a lock whose owner, on another machine, seems to be alive."""
     owner = _owner(file)
     if owner and not owner.endswith(f" on {socket.gethostname()}") and _age(file, path) < STALE_SECONDS:
         # The kernel granted it, but perhaps only because this file system does not share locks between machines.
         raise LockedError(f"{owner} (its last sign is {_age(file, path):.0f} s old)")
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _write(file: IO[str], path: Path, text: str) -> None:
+    with files.writing(path):
+        file.truncate(0)
+        file.write(text)
+        file.flush()
+
+
+def _close(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # text that could not be flushed, as on a full disk, fails again here
+        file.close()
 
 
 def _owner(file: IO[str]) -> str:
@@ -207,15 +203,14 @@ def _age(file: IO[str], path: Path) -> float:
         return 0.0  # no evidence that it is stale
     finally:
         with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+            probe.unlink()
 
 
 def _is_same(file: IO[str], path: Path) -> bool:
     try:
-        there, mine = os.stat(path), os.fstat(file.fileno())
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False
-    return (there.st_dev, there.st_ino) == (mine.st_dev, mine.st_ino)
 
 
 def _forget() -> None:

@@ -6,23 +6,20 @@ from pathlib import Path
 
 def cores() -> int:
     """Return how many CPU cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return first_core_and_count()[1]
 
 
 def first_core_and_count() -> tuple[int, int]:
     """Return the lowest CPU core that this process may use, and how many it may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return min(os.sched_getaffinity(0)), len(os.sched_getaffinity(0))
-    return 0, cores()
+    usable = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    return min(usable), len(usable)
 
 
 def available_memory() -> int:
     """Return how many bytes of memory can be allocated without swapping, within the limit of this process's cgroup."""
     try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            (line,) = [line for line in file if line.startswith("MemAvailable")]
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        (line,) = [line for line in lines if line.startswith("MemAvailable")]
         available = int(line.split()[1]) * 1024
     except (OSError, ValueError):
         available = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -22,7 +22,7 @@ Result = TypeVar("Result")
 _PR_SET_PDEATHSIG = 1
 
 
-class Workers:
+class Workers(contextlib.AbstractContextManager["Workers"]):
     """A pool of processes that maps functions over items in order; a context manager.
 
     Args:
@@ -38,9 +38,6 @@ class Workers:
             self._pool = ProcessPoolExecutor(count, context, follow_parent, (os.getpid(),))
             with forking():
                 self._pool.submit(os.getpid)  # forks now, before the work that follows starts threads
-
-    def __enter__(self) -> "Workers":
-        return self
 
     def __exit__(self, *exception: object) -> None:
         if self._pool is not None:

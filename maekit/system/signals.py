@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _SAME_WISH_SECONDS = 5.0
 
 
@@ -23,27 +24,20 @@ def stop_on_signal(then: Callable[[], None] = lambda: None) -> Iterator[Callable
         that a blocked save can still be interrupted. Within a few seconds of the first it is ignored, because a
         scheduler and a launcher often both send one.
     """
-    received: list[str] = []
-    previous = {}
-
-    first = 0.0
+    received: dict[str, float] = {}  # its name -> when it came
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal first
-        if received:
-            if time.monotonic() - first > _SAME_WISH_SECONDS:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)
-            return
-        first = time.monotonic()
-        received.append(signal.Signals(number).name)
-        then()
+        if not received:
+            received[signal.Signals(number).name] = time.monotonic()
+            then()
+        elif time.monotonic() - min(received.values()) > _SAME_WISH_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            previous[number] = signal.signal(number, handle)
+    is_main = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in _SIGNALS if is_main}
     try:
-        yield lambda: received[0] if received else None
+        yield lambda: next(iter(received), None)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
