@@ -26,9 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
-from maekit.file_kinds import HEAD, kind_of
 from maekit.image_metadata import orientation_of, separate
 from maekit.system.errors import ImageError, InputError
+from maekit.system.file_kinds import HEAD, kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
