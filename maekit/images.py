@@ -2,7 +2,8 @@
 
 There is one rule per kind of image, the same everywhere:
 
-    EXIF orientation is applied; ICC profiles are ignored; an animation gives its first frame;
+    EXIF orientation is applied; other metadata are left out before decoding (image_metadata.py), ICC profiles as well;
+    an animation gives its first frame, a phone's JPEG with several images (MPO) its first image;
     Pillow converts grey, palette, CMYK and YCbCr to RGB; alpha is composited over white;
     16-bit channels keep their high byte (12-bit ones their upper 8 bits), and "white is zero" is inverted;
     signed, 32-bit and float samples are refused, and so is a colour key on 16-bit colours;
@@ -24,7 +25,9 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
+from maekit.image_metadata import orientation_of, separate
 from maekit.system.errors import ImageError, InputError, MaekitError
+from maekit.system.file_kinds import HEAD, kind_of
 
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF")
 MAX_PIXELS = 64_000_000
@@ -117,6 +120,8 @@ class Preprocess:
             ImageError: the image is so elongated that resizing it would fill the memory.
         """
         height, width = self.size
+        if not image.width * image.height:
+            raise ImageError("empty", f"{image.width} x {image.height} pixels")
         scale = max(self.resize[0] / image.height, self.resize[1] / image.width)
         # The limiting side gets its exact size; the other is rounded down to whole pixels, as in torchvision.
         # An image of one pixel row would become extremely long.
@@ -160,12 +165,11 @@ def open_rgb(data: bytes, *, at_least: tuple[int, int] | None = None) -> Image.I
     Raises:
         ImageError: the bytes cannot be decoded; its `reason` is one of `ImageError.REASONS`.
     """
-    with _opened(data) as image:
+    with _opened(data) as (image, orientation):
         if image.format == "JPEG" and at_least is not None:
-            # EXIF orientation may swap the sides later, so both must keep the longer of the two lengths.
+            # The orientation may swap the sides later, so both must keep the longer of the two lengths.
             image.draft(None, (max(at_least), max(at_least)))
-        image.load()
-        return upright_rgb(image)
+        return _upright_rgb(image, orientation)
 
 
 def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple[int, int]) -> tuple[Image.Image, Box]:
@@ -182,16 +186,13 @@ def open_crop(data: bytes, choose: Callable[[int, int], Box], *, at_least: tuple
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _opened(data) as image:
-        width, height = image.size
-        if image.getexif().get(_ORIENTATION, 1) in _SIDEWAYS:
-            width, height = height, width
+    with _opened(data) as (image, orientation):
+        width, height = image.size if orientation not in _SIDEWAYS else image.size[::-1]
         left, top, right, bottom = choose(width, height)
         reduction = reduction_of((right - left, bottom - top), at_least) if image.format == "JPEG" else 1
         if reduction > 1:
             image.draft(None, (image.width // reduction, image.height // reduction))
-        image.load()
-        rgb = upright_rgb(image)
+        rgb = _upright_rgb(image, orientation)
         # Rounded to whole pixels of the decoded image: each edge is at most half a pixel off the chosen box.
         x, y = rgb.width / width, rgb.height / height
         return rgb, (round(left * x), round(top * y), round(right * x), round(bottom * y))
@@ -228,29 +229,67 @@ def examine(data: bytes) -> Examined:
     Raises:
         ImageError: the bytes cannot be decoded.
     """
-    with _opened(data) as image:
+    with _opened(data) as (image, orientation):
         image.load()
-        return Examined(str(image.format), image.mode, upright_rgb(image))
+        return Examined(str(image.format), image.mode, _upright_rgb(image, orientation))
+
+
+def rgb_of(image: Image.Image) -> Image.Image:
+    """Return a Pillow image in mode RGB and upright, by the same rules; it may still have to read its file.
+
+    Raises:
+        ImageError: it cannot be decoded, or there is no rule for its mode.
+    """
+    with _refusals(b""):
+        image.load()
+        orientation = 1
+        # Pillow turns a TIFF while loading it.
+        if not isinstance(image, TiffImagePlugin.TiffImageFile):
+            with contextlib.suppress(Exception):  # whatever broken metadata make Pillow raise
+                orientation = image.getexif().get(_ORIENTATION, 1)
+        return _upright_rgb(image, orientation)
 
 
 @contextlib.contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    """Read an image file's header, and convert any exception until the block ends to an ImageError."""
-    try:
+def _opened(data: bytes) -> Iterator[tuple[Image.Image, int]]:
+    """Read an image file's header; yield the image and its EXIF orientation, under `_refusals`."""
+    with _refusals(data):
         if not data:
             raise ImageError("empty", "zero bytes")
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        pixels, orientation = separate(data)
+        image = Image.open(io.BytesIO(pixels), formats=FORMATS)
+        if orientation is None:
+            orientation = orientation_of(image.info.get("exif"), image.info.get("xmp"))
         _refuse_too_large(image, data)
         _refuse_without_rule(image)
-        yield image
+        yield image, orientation
+
+
+@contextlib.contextmanager
+def _refusals(data: bytes) -> Iterator[None]:
+    """Convert any exception of decoding to an ImageError."""
+    try:
+        yield
     except MaekitError:
         raise
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
     except UnidentifiedImageError as error:
-        raise ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})") from error
+        raise _unidentified(data) from error
     except Exception as error:  # Pillow's decoders raise no documented set of exceptions on damaged files
         raise ImageError("undecodable", f"{type(error).__name__}: {error}") from error
+
+
+def _unidentified(data: bytes) -> ImageError:
+    """Return what is wrong with bytes that Pillow does not take for an image of any format decoded here."""
+    kind = kind_of(data[:HEAD])
+    if kind is None:
+        return ImageError("not_an_image", f"no known image format (starts with {data[:_HEAD_FOR_MESSAGE]!r})")
+    if kind.is_decoded:
+        return ImageError("undecodable", f"starts as {kind.name}, and is damaged or cut off")
+    if kind.is_image:
+        return ImageError("unsupported_format", f"{kind.name} is not decoded; {kind.remedy}")
+    return ImageError("not_an_image", f"this is {kind.name}")
 
 
 def _refuse_too_large(image: Image.Image, data: bytes) -> None:
@@ -264,14 +303,14 @@ def _refuse_too_large(image: Image.Image, data: bytes) -> None:
             raise ImageError("too_large", f"{scans} scans of {image.width} x {image.height} pixels")
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return a decoded image in mode RGB and upright, by the rules above.
+def _upright_rgb(image: Image.Image, orientation: int) -> Image.Image:
+    """Load an opened image; return it in mode RGB and upright, by the rules above.
 
     Raises:
         ImageError: there is no rule for its mode.
     """
-    # Read from the image as opened, because conversions lose the EXIF data.
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    image.load()
+    turn = _TURNS.get(orientation)
     rgb = _to_rgb(image)
     return rgb if turn is None else rgb.transpose(turn)
 

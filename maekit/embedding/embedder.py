@@ -12,7 +12,7 @@ from PIL import Image
 
 from maekit.embedding.pipeline import embed_padded
 from maekit.embedding.session import Embeddings, EncoderSession
-from maekit.images import Pixels, upright_rgb
+from maekit.images import Pixels, rgb_of
 from maekit.system.errors import InputError
 from maekit.system.machine import cores
 from maekit.system.parallel import batched
@@ -96,7 +96,7 @@ class Embedder:
             except OSError as error:
                 raise InputError(f"cannot read {item}: {error.strerror or error}") from error
         if isinstance(item, Image.Image):
-            return preprocess.prepare(upright_rgb(item))
+            return preprocess.prepare(rgb_of(item))
         if isinstance(item, np.ndarray) and item.dtype == np.uint8 and item.ndim == 3 and item.shape[2] == 3:
             return preprocess.prepare(Image.fromarray(item))
         raise _no_image(f"{item.dtype} {list(item.shape)}" if isinstance(item, np.ndarray) else type(item).__name__)

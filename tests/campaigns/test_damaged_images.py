@@ -170,7 +170,7 @@ def bombs() -> list[bytes]:
 
 
 def test_bombs(tmp_path: Path) -> None:
-    """Fifty bombs, each in a process of its own: refused within a second and 300 MB."""
+    """Fifty bombs, each in a process of its own: refused or passed over within a second and 300 MB."""
     made = bombs()
     assert len(made) >= 50
     for number, data in enumerate(made):
@@ -205,6 +205,8 @@ for name in sorted(os.listdir(sys.argv[1])):
     slowest, largest = max(float(row[2]) for row in rows), max(float(row[3]) for row in rows)
     print(f"bombs: {len(rows)}, slowest {slowest * 1000:.0f} ms, largest {largest:.0f} MB")
     for name, verdict, seconds, megabytes in rows:
-        assert verdict in ImageError.REASONS, f"{name} {verdict} {len(made[int(name)])} bytes"
+        # Text that unfolds is passed over: what lies behind it is decoded.
+        passed_over = made[int(name)].startswith(b"\x89PNG") and verdict == "decoded" and b"iTXt" in made[int(name)]
+        assert verdict in ImageError.REASONS or passed_over, f"{name} {verdict} {len(made[int(name)])} bytes"
         assert float(seconds) < 1, name
         assert float(megabytes) < 300, name
