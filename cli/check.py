@@ -16,7 +16,8 @@ _ROWS = 20  # a longer table is cut to what needs looking at
 _REMARKS = {
     "duplicates": "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)",
     "without_image": "samples hold no image",
-    "unused_images": "images are not used: the first of a sample is, and a whole extension goes before a.jpg",
+    "several": "samples have several images: choose one by --image, or such shards are refused",
+    "unused_images": "images are the image of no sample",
     "ignored": "members belong to no sample (no extension, hidden, or metadata)",
     "stale_indexes": "indexes beside shards are of other files (--write-index renews them)",
 }
@@ -59,7 +60,8 @@ def _remark(shard: "ShardReport") -> str:
         parts.append("no sample")
     counts = {
         "without image": shard.without_image,
-        "further images": shard.unused_images,
+        "with several images": shard.several,
+        "images unused": sum(shard.unused.values()),
         "members ignored": shard.ignored,
     }
     parts += [f"{count} {what}" for what, count in counts.items() if count]

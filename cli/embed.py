@@ -1,7 +1,7 @@
 """`maekit embed`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import describe_unused, make_progress
 from maekit.config.embed import EmbedConfig
 
 
@@ -15,9 +15,10 @@ def command(config: EmbedConfig) -> Summary:
     from maekit.embedding.embed import embed, raise_if_incomplete
 
     result = embed(config, make_progress())
+    split = "" if result.split == "all" else f", split {result.split}"
     print(
-        f"{result.rows} rows, {result.errors} errors; {result.shards} shards embedded, {result.skipped} already there"
-        f": {result.out}"
+        f"{result.rows} rows, {result.errors} errors{describe_unused(result.unused)}; {result.shards} shards embedded, "
+        f"{result.skipped} already there{split}: {result.out}"
     )
     if result.binds:
         stages = ", ".join(f"{stage} {rate:.1f}" for stage, rate in result.rates.items())
@@ -27,6 +28,7 @@ def command(config: EmbedConfig) -> Summary:
         )
     if result.verified is not None and not result.verified.problems:
         verified = result.verified
-        print(f"verified: {verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards")
+        counts = f"{verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards"
+        print(f"verified: {counts}" if verified.shards else "nothing to verify")
     yield result
     raise_if_incomplete(result)

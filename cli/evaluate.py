@@ -1,12 +1,13 @@
 """`maekit evaluate`."""
 
+from collections import Counter
 from functools import partial
 from typing import Any
 
 import typer
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import is_main_process, make_progress, print_table
+from maekit.cli.show import describe_unused, is_main_process, make_progress, print_table
 from maekit.config.evaluate import EvaluateConfig
 from maekit.config.finetune import FinetuneConfig, finetuning, linear_probing, training_from_scratch
 
@@ -120,7 +121,9 @@ def _evaluate(config: EvaluateConfig) -> Summary:
         table = [[_shown(key, row.get(key)) for key in headings] for row in result.rows]
         print_table(["", *headings[1:]], table, right=range(1, len(headings)))
     of = "" if result.test is None else f", {result.test['images']} test images"
-    print(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
+    unused = Counter(result.train["unused"]) + Counter(result.test["unused"] if result.test else {})
+    said = f"{result.train['images']} training images of {result.train['classes']} classes{of}"
+    print(f"{said}{describe_unused(unused)}: {result.model}")
     if result.path:
         print(f"kept in {result.path}")
     yield result

@@ -129,6 +129,11 @@ class Bar(Silent):
 _FIGURES = {"epoch": "epoch {:.2f}", "loss": "loss {:.4f}", "lr": "lr {:.2e}", "images_per_second": "{:.1f} img/s"}
 
 
+def describe_unused(unused: dict[str, int]) -> str:
+    """Return what is added to a line of counts: images and files that are the image of no sample, by kind."""
+    return f", unused: {', '.join(f'{count} {kind}' for kind, count in unused.items())}" if unused else ""
+
+
 def describe(row: dict[str, Any]) -> str:
     """Return the most useful figures of a row in one short line."""
     parts = [form.format(row[key]) for key, form in _FIGURES.items() if row.get(key) is not None]

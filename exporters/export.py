@@ -88,7 +88,8 @@ def _comparison_images(trained: TrainedEncoder, config: ExportConfig) -> Pixels:
     """Return the calibration images followed by the comparison images."""
     count = IMAGES + (_CALIBRATION_IMAGES if config.precision == "int8" else 0)
     try:
-        return sample_images(config.parity or trained.shards, trained.preprocess, count)
+        specs, image = config.parity or trained.shards, config.image or trained.image
+        return sample_images(specs, trained.preprocess, count, image=image)
     except InputError as error:
         if config.parity:
             raise
@@ -99,7 +100,8 @@ def _comparison_images(trained: TrainedEncoder, config: ExportConfig) -> Pixels:
 def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> Whitening:
     """Fit the whitening; the encoder runs on a GPU if PyTorch has one."""
     trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
-    sample = Sample(config.whiten, trained.preprocess, config.whiten_images)
+    sample = Sample(config.whiten, trained.preprocess, config.whiten_images, image=config.image or trained.image)
+    sample.refuse_ambiguous()
 
     def batches() -> Any:
         done = 0

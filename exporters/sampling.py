@@ -24,6 +24,7 @@ class Sample:
         specs: input specs: directories, tars, globs, brace patterns.
         preprocess: preprocessing applied to each image.
         count: number of images; all of them if the shards hold fewer.
+        image: which member of a sample is its image.
 
     Attributes:
         digest: SHA-256 of the pixels yielded so far.
@@ -32,11 +33,19 @@ class Sample:
         InputError: no shards there.
     """
 
-    def __init__(self, specs: Iterable[str], preprocess: Preprocess, count: int) -> None:
+    def __init__(self, specs: Iterable[str], preprocess: Preprocess, count: int, *, image: str | None = None) -> None:
         self._specs = tuple(specs)
-        self._shards = open_shards(find_shards(self._specs), skip_damaged=True)
+        self._shards = open_shards(find_shards(self._specs), image=image, skip_damaged=True)
         self._preprocess, self._count = preprocess, min(count, self._shards.samples)
         self.digest = hashlib.sha256()
+
+    def refuse_ambiguous(self) -> None:
+        """Check that each sample has one image, or that it was chosen.
+
+        Raises:
+            InputError: names a sample with several images, and the ways to choose.
+        """
+        self._shards.refuse_ambiguous()
 
     def __len__(self) -> int:
         """Return the maximum number of images."""
@@ -73,10 +82,10 @@ class Sample:
         return [number for start in range(_SPARE) for number in numbers[start::_SPARE]]
 
 
-def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int) -> Pixels:
+def sample_images(specs: Iterable[str], preprocess: Preprocess, count: int, *, image: str | None = None) -> Pixels:
     """Return up to `count` readable images spread over the shards: uint8 `[n, H, W, 3]`.
 
     Raises:
         InputError: no shards there, or no readable image in them.
     """
-    return np.concatenate(list(Sample(specs, preprocess, count)))
+    return np.concatenate(list(Sample(specs, preprocess, count, image=image)))

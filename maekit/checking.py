@@ -47,7 +47,8 @@ class ShardReport:
         bytes: size of the shard.
         extensions: number of members with each extension.
         without_image: number of samples without a member that has an image extension.
-        unused_images: number of members with an image extension besides the image of their sample.
+        several: number of samples of which it is open which of several images is meant.
+        unused: number of images that are not the image of their sample, by extension.
         ignored: number of members that belong to no sample.
         stale_index: whether the index file beside it does not match it.
         verified: whether its members were compared with the CRC-32 in the index beside it.
@@ -62,7 +63,8 @@ class ShardReport:
     bytes: int = 0
     extensions: dict[str, int] = field(default_factory=dict)
     without_image: int = 0
-    unused_images: int = 0
+    several: int = 0
+    unused: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
     stale_index: bool = False
     verified: bool = False
@@ -186,6 +188,11 @@ class CheckReport:
         return [shard for shard in self.shards if shard.damage]
 
     @property
+    def unused(self) -> Counter[str]:
+        """Number of images that are not the image of their sample, by extension."""
+        return sum((Counter(shard.unused) for shard in self.shards), Counter())
+
+    @property
     def extensions(self) -> Counter[str]:
         """Number of members with each extension."""
         return sum((Counter(shard.extensions) for shard in self.shards), Counter())
@@ -193,7 +200,7 @@ class CheckReport:
     def summary(self) -> dict[str, object]:
         """Return the object that `--json` prints."""
         totals = {"stale_indexes": "stale_index"}
-        names = ("without_image", "unused_images", "ignored", "unreadable", "stale_indexes", "verified")
+        names = ("without_image", "several", "ignored", "unreadable", "stale_indexes", "verified")
         summary: dict[str, object] = {
             "samples": self.samples,
             "shards": len(self.shards),
@@ -201,6 +208,8 @@ class CheckReport:
             "damaged": len(self.damaged),
             "duplicates": self.duplicates,
             **{name: sum(getattr(shard, totals.get(name, name)) for shard in self.shards) for name in names},
+            "unused_images": self.unused.total(),
+            "unused": dict(self.unused.most_common()),
             "extensions": dict(self.extensions.most_common()),
             "damage": [
                 {"shard": shard.name, "offset": shard.damage.offset, "reason": shard.damage.reason}
@@ -227,6 +236,7 @@ def check(config: CheckConfig, progress: Progress | None = None) -> CheckReport:
         find_shards(config.shards),
         write_indexes=config.write_index,
         crc=config.crc,
+        image=config.image,
         images=config.images or config.stats,
         workers=config.workers,
         remote=RemoteCache(int(config.cache_gb * 1e9)),
@@ -239,6 +249,7 @@ def check_shards(
     *,
     write_indexes: bool = False,
     crc: bool = False,
+    image: str | None = None,
     images: bool = False,
     workers: int | None = None,
     remote: RemoteCache | None = None,
@@ -252,6 +263,7 @@ def check_shards(
         shards: the shard files, as `find_shards` returns them.
         write_indexes: write `NAME.tar.index` beside each sound shard.
         crc: include the CRC-32 of every member in the index.
+        image: which member of a sample is its image.
         images: also decode every image.
         workers: number of processes; None is one per CPU core.
         remote: the cache that remote shards are fetched into.
@@ -270,8 +282,8 @@ def check_shards(
     report = CheckReport(images=ImageReport() if images else None)
     workers = workers or cores()
     count = workers if are_remote else worth_processes([shard.path for shard in shards], workers)
-    scan = functools.partial(_scan, crc=crc, write=write_indexes, cache_limit=remote.limit)
-    decode = functools.partial(_decode, cache_limit=remote.limit)
+    scan = functools.partial(_scan, crc=crc, image=image, write=write_indexes, cache_limit=remote.limit)
+    decode = functools.partial(_decode, image=image, cache_limit=remote.limit)
     done, started = 0.0, time.perf_counter()
     progress.start("check", sum(weights), unit="" if are_remote else "bytes")
     try:
@@ -324,7 +336,9 @@ def _have(shard: ShardFile, cache_limit: int) -> None:
             RemoteCache(cache_limit).fetch(shard)
 
 
-def _scan(fetched: tuple[ShardFile, MaekitError | None], *, crc: bool, write: bool, cache_limit: int) -> ShardReport:
+def _scan(
+    fetched: tuple[ShardFile, MaekitError | None], *, crc: bool, image: str | None, write: bool, cache_limit: int
+) -> ShardReport:
     """Scan one shard; its damage becomes part of the report."""
     shard, failure = fetched
     report = ShardReport(shard.name)
@@ -347,7 +361,9 @@ def _scan(fetched: tuple[ShardFile, MaekitError | None], *, crc: bool, write: bo
         cache_index(index)
     report.samples, report.digest, report.key_hashes = index.samples, index.digest, _key_hashes(index)
     report.extensions, report.ignored = index.extensions(), index.ignored_count
-    report.without_image, report.unused_images = index.count_images()
+    index.choice = image
+    images = index.count_images()
+    report.without_image, report.several, report.unused = images.without, images.several, images.unused
     return report
 
 
@@ -392,14 +408,14 @@ def _chunks(scanned: Iterable[tuple[ShardFile, ShardReport]], report: CheckRepor
     """Add each shard to the report and yield its chunks of samples; a shard without samples yields an empty one."""
     for number, (shard, found) in enumerate(scanned):
         report.shards.append(found)
-        row = CatalogueRow(found.bytes, 0, found.samples, found.digest)
+        row = CatalogueRow(found.bytes, 0, found.samples, 0, 0, found.digest, {})
         for start in range(0, found.samples or 1, _CHUNK):
             stop = min(start + _CHUNK, found.samples)
             share = (stop - start) / found.samples if found.samples else 1.0
             yield _Chunk(number, shard, row, start, stop, share)
 
 
-def _decode(chunk: _Chunk, *, cache_limit: int) -> tuple[_Chunk, ImageReport | str]:
+def _decode(chunk: _Chunk, *, image: str | None, cache_limit: int) -> tuple[_Chunk, ImageReport | str]:
     """Decode the images of one chunk; return the report, or why the shard can no longer be read."""
     report = ImageReport()
     numbers = range(chunk.start, chunk.stop)
@@ -408,13 +424,13 @@ def _decode(chunk: _Chunk, *, cache_limit: int) -> tuple[_Chunk, ImageReport | s
     try:
         _have(chunk.shard, cache_limit)
         # Its index was just cached by the scan, and a remote shard is a local file now.
-        shards = ShardSet([ShardFile(chunk.shard.name, chunk.shard.path)], [chunk.row])
-        for number, image in zip(numbers, shards.images(numbers, examine), strict=True):
-            if isinstance(image, ImageError):
-                report.failures[image.reason] += 1
-                report.examples.append(ImageFailure(*shards.name(number), image.reason, str(image)))
+        shards = ShardSet([ShardFile(chunk.shard.name, chunk.shard.path)], [chunk.row], image=image)
+        for number, found in zip(numbers, shards.images(numbers, examine), strict=True):
+            if isinstance(found, ImageError):
+                report.failures[found.reason] += 1
+                report.examples.append(ImageFailure(*shards.name(number), found.reason, str(found)))
             else:
-                report.add_image(image)
+                report.add_image(found)
     except MaekitError as error:
         return chunk, str(error)
     return chunk, report

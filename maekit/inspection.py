@@ -14,7 +14,8 @@ from maekit.embedding.commit_record import BOOKKEEPING, read_record, record_path
 from maekit.embedding.stored import is_embeddings
 from maekit.encoder_file import METADATA_KEY, check_external_data, load_graph
 from maekit.runs import FinetuneDirectory, RunDirectory
-from maekit.shards.spec import TAR, find_shards
+from maekit.shards.folder import TAR
+from maekit.shards.spec import find_shards
 from maekit.system.errors import InputError
 from maekit.system.machine import cores
 

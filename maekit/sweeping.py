@@ -241,8 +241,9 @@ def _check(cells: Sequence[Cell], settings: SweepSettings, progress: Progress) -
                     check_pooling(build_autoencoder(cell.config.model, seed=cell.config.seed).encoder, settings.pool)
         except InputError as error:
             raise InputError(f"{cell.name}: {error}") from error
-    open_labelled(settings.train, "sweep.train", progress, images=settings.train_images)
-    open_labelled(settings.test, "sweep.test", progress, images=settings.test_images)
+    image = cells[0].config.data.image
+    open_labelled(settings.train, "sweep.train", progress, images=settings.train_images, image=image)
+    open_labelled(settings.test, "sweep.test", progress, images=settings.test_images, image=image)
 
 
 def _values(config: PretrainConfig) -> dict[str, Any]:
@@ -287,6 +288,7 @@ def _scores(settings: SweepSettings, cell: Cell, progress: Progress) -> dict[str
             train_images=settings.train_images,
             test_images=settings.test_images,
             device=cell.config.run.device,
+            image=cell.config.data.image,
         )
         for row in evaluate(config, progress).rows:
             if row["name"] in names:

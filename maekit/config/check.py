@@ -1,6 +1,7 @@
 """The settings of `maekit check` and `maekit inspect`."""
 
 from maekit.config.fields import Config, argument, check, setting, unlisted
+from maekit.config.images import image_setting
 from maekit.system.errors import InputError
 
 
@@ -10,6 +11,7 @@ class CheckConfig(Config):
     shards: tuple[str, ...] = argument(help="Directories, .tar files, globs, brace patterns or URLs.")
     write_index: bool = setting(False, "Write NAME.tar.index beside each sound shard.")
     crc: bool = setting(False, "Put the CRC-32 of every member into it.")
+    image: str | None = image_setting()
     images: bool = setting(False, "Decode every image: formats, modes, sizes, failures by reason.")
     stats: bool = setting(False, "Mean and standard deviation of each channel, over all images.")
     workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1)

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 from maekit.config.fields import Config, argument, check, count_or_auto, setting
+from maekit.config.images import image_setting
 from maekit.system.errors import InputError
 
 _COLUMNS = ("key", "shard", "index", "embedding")
@@ -18,6 +19,17 @@ _machines = partial(setting, panel="Many machines")
 def parse_extensions(text: str) -> tuple[str, ...]:
     """Parse extensions such as `json,cls`."""
     return tuple(part.strip().lower().lstrip(".") for part in text.split(","))
+
+
+def parse_split(text: str) -> int | str:
+    """Parse the number of a split, or `auto`.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text != "auto" and not text.isdecimal():
+        raise ValueError("must be a whole number, or auto")
+    return text if text == "auto" else int(text)
 
 
 def parse_devices(text: str) -> tuple[str, ...]:
@@ -70,6 +82,7 @@ class EmbedConfig(Config):
         metavar="EXTENSIONS",
         parse=parse_extensions,
     )
+    image: str | None = image_setting(panel="Input")
     limit: int | None = _input(None, "Only the first N samples of the input.", at_least=1)
     select: str | None = _input(None, "Only samples whose key matches.", metavar="GLOB")
     batch_size: int | None = _hardware(
@@ -91,9 +104,14 @@ class EmbedConfig(Config):
         at_least=1,
     )
     num_splits: int | None = _machines(
-        None, "Divide the input among N runs on one `out`.", shown="as SLURM or torchrun says"
+        None, "Divide the input among N runs on one `out`.", shown="as srun or torchrun says"
     )
-    split: int | None = _machines(None, "Which of them this is, from 0.")
+    split: int | Literal["auto"] | None = _machines(
+        None,
+        "Which of them this is, from 0; or auto: what a SLURM array, or RANK and WORLD_SIZE, say.",
+        metavar="N|auto",
+        parse=parse_split,
+    )
     overwrite: bool = _output(False, "Delete what is in `out` and make it anew.")
     verify: bool = _output(
         False, "At the end, read everything again: digests, keys, lengths, values. Exit 1 if anything is wrong."

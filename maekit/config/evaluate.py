@@ -4,6 +4,7 @@ from functools import partial
 from typing import Any, Literal
 
 from maekit.config.fields import Config, argument, check, setting, unlisted
+from maekit.config.images import image_setting
 from maekit.config.poolings import CHOICES, check_pool
 from maekit.config.pretrain import Device
 from maekit.system.errors import InputError
@@ -27,6 +28,7 @@ class EvaluateConfig(Config):
         "the others of its class.",
         metavar="SHARDS",
     )
+    image: str | None = image_setting(panel="Labelled images")
     # From here on, the order is part of the digest that names the file of an evaluation in a run: see `options`.
     pool: tuple[str, ...] = judged((), f"{CHOICES}; may be repeated.", shown="all of avg and cls that the model has")
     whiten: bool = judged(True, "Also whitened by a PCA, fitted without labels on the training images.")
@@ -69,5 +71,6 @@ class EvaluateConfig(Config):
 
     def options(self) -> dict[str, Any]:
         """Return the settings that affect the results besides model and images, as JSON values stored with them."""
-        options = {key: value for key, value in vars(self).items() if key not in ("task", "model", "train", "test")}
+        others = ("task", "model", "train", "test", *(() if self.image else ("image",)))
+        options = {key: value for key, value in vars(self).items() if key not in others}
         return {"model" if key == "architecture" else key: value for key, value in options.items()}

@@ -4,6 +4,7 @@ from functools import partial
 from typing import Literal
 
 from maekit.config.fields import Config, argument, check, setting, settings_of
+from maekit.config.images import image_setting
 from maekit.config.poolings import UNPOOLED, check_pool
 from maekit.system.errors import InputError
 
@@ -32,6 +33,7 @@ class ExportConfig(Config):
         None, "Length of a whitened embedding; by default as many as the images vary in.", at_least=1
     )
     whiten_images: int = _computes(5000, "Images to fit the whitening on, evenly spread.", at_least=2)
+    image: str | None = image_setting(panel="What it computes", shown="as in the training")
     normalize: bool = _computes(True, "Divide each embedding by its L2 norm.")
     precision: Literal["fp32", "fp16", "int8"] = _computes("fp32", "fp32; fp16, for CUDA; int8, for CPUs.")
     opset: Literal[18, 19, 20, 21, 22, 23] = _computes(
@@ -66,9 +68,11 @@ class ExportConfig(Config):
             for name, what in (("whiten_dim", "to fit the whitening on"), ("whiten_images", "to take them from")):
                 if name in self.changed():
                     raise InputError(f"`{name}` = {getattr(self, name)}: needs `whiten`, shards {what}")
+        if self.image is not None and not (self.whiten or self.parity):
+            raise InputError(f"`image` = {self.image}: needs `whiten` or `parity`, shards to take images from")
         if self.whiten and self.pool == UNPOOLED:
             raise InputError("`whiten` is for embeddings; `pool=tokens` gives tokens")
         if self.format == "timm":
             for name in self.changed():
-                if name not in ("source", "out", "format", "model", "parity"):
+                if name not in ("source", "out", "format", "model", "parity", "image"):
                     raise InputError(f"`{name}` is not for `format=timm`, which writes the encoder alone in fp32")

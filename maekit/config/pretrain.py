@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from maekit.config.fields import Config, argument, check, count_or_auto, setting, unlisted
+from maekit.config.images import image_setting
 from maekit.config.settings import load_settings
 from maekit.system.errors import InputError
 
@@ -120,6 +121,7 @@ class ModelConfig(Config):
 class DataConfig(Config):
     """How samples become training images."""
 
+    image: str | None = image_setting(panel="Images")
     augmentation: Literal["random_resized_crop", "fixed_crop", "none"] = _images(
         "random_resized_crop",
         "random_resized_crop; fixed_crop, of fixed size at a random place; or none: the evaluation's centre crop, "

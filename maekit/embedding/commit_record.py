@@ -1,7 +1,7 @@
 """Records kept with an output: the options that made it, and a commit record per shard."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class OutputOptions:
         select: a glob that keys must match, or None.
         limit: embed only the first N samples of the input, or None.
         batch_size: images per run of the model; it changes the last bits of the arithmetic.
+        image: which member of a sample is its image; None for the only one.
     """
 
     model: str
@@ -33,10 +34,14 @@ class OutputOptions:
     select: str | None
     limit: int | None
     batch_size: int
+    image: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as JSON values."""
-        return {**asdict(self), "keep": list(self.keep)}
+        """Return the options as JSON values; `image` is left out where it is not set, as it was before there was it."""
+        options = {**asdict(self), "keep": list(self.keep)}
+        if self.image is None:
+            del options["image"]
+        return options
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class CommitRecord:
         rows: keys with an embedding.
         errors: keys without one.
         outputs: path below the output directory, SHA-256 and bytes of each file; empty if there is no row.
+        unused: number of images, or of files in a folder, that are the image of no sample, by kind.
     """
 
     shard: str
@@ -72,6 +78,11 @@ class CommitRecord:
     rows: int
     errors: int
     outputs: list[dict[str, Any]]
+    unused: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as JSON values; `unused` is left out where nothing is unused."""
+        return {key: value for key, value in asdict(self).items() if value or key != "unused"}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any] | None, name: str) -> "CommitRecord | None":
@@ -82,7 +93,7 @@ class CommitRecord:
             return None
         is_sound = (
             record.shard == name
-            and all(_is_a(field.type, getattr(record, field.name)) for field in fields(cls))
+            and all(_is_a(f.type, getattr(record, f.name)) for f in fields(cls))
             and all(_is_output(output) for output in record.outputs)
             and record.rows + record.errors == record.keys
         )

@@ -198,6 +198,7 @@ class OneDevice:
             rows=0,
             errors=0,
             outputs=[],
+            unused=part.images.unused,
         )
 
     def _settle(self, part: OpenPart, record: CommitRecord | None, failure: str) -> None:
@@ -274,7 +275,7 @@ class OneDevice:
             # The version alone differs: this is a copy, or the part was modified or repaired.
             content = content_of(images, ordinals, output.options.keep, self._job.stopped)
             if content == record.input_content:
-                output.renew(record, images.version)
+                output.renew(record, images.version, images.unused)
                 self._job.report(Outcome(planned.name, "skipped", record))
                 return None
         return OpenPart(planned, images, ordinals, stack.pop_all())

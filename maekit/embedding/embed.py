@@ -14,7 +14,7 @@ from maekit.embedding.devices import Devices, ManyDevices
 from maekit.embedding.inputs import FolderPart, Part, PlannedPart, Scope, TarPart, find_inputs
 from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names
 from maekit.embedding.speed import Speed
-from maekit.embedding.splits import Split, find_split
+from maekit.embedding.splits import Split, find_split, unused_split
 from maekit.embedding.verify import Verdict, verify
 from maekit.images import Preprocess
 from maekit.providers import CPU, check_device, gpu_count
@@ -26,6 +26,7 @@ from maekit.system.machine import cores
 from maekit.system.parallel import map_in_threads
 from maekit.system.progress import Progress, Silent
 from maekit.system.signals import stop_on_signal
+from maekit.system.text import count
 
 # On a CPU larger batches only fall out of the caches: of 4 to 64 images the small batches are fastest, for models of 65
 # and of 197 tokens. A GPU needs large batches, of more images the smaller they are. The size is not measured at the
@@ -58,6 +59,7 @@ class EmbedResult:
         batch_size: images per run of the model.
         split: name of the split: `all`, or for example `0-of-8`.
         verified: result of `--verify`; None if it was not requested.
+        unused: number of images, or of files in a folder, that are the image of no sample, by kind.
     """
 
     out: str
@@ -75,6 +77,7 @@ class EmbedResult:
     batch_size: int = 0
     split: str = "all"
     verified: Verdict | None = None
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
@@ -96,7 +99,9 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             progress.note(f"{on_cpu} of {sum(running.nodes.values())} nodes of the model run on the CPU")
         if split.count > 1:
             progress.note(f"split {split.number} of {split.count}, numbered from 0 (from {split.origin})")
-        parts = find_inputs(config.shards, config.keep)
+        elif config.split is None and (variables := unused_split()):
+            progress.note(f"{variables} name a split; the whole input is embedded (`split=auto` takes that split)")
+        parts = find_inputs(config.shards, config.keep, image=config.image, on_note=progress.note)
         output = _output(config, split, devices)
         output.refuse_foreign()
         check_output_names(output.layout, parts)
@@ -113,7 +118,10 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             planned = split.of(planned if config.limit is None else list(job.first(planned, config.limit)))
             todo = job.without_committed(planned)
             seconds = job.embed(todo, devices)
-            if not (result.rows or result.errors or result.damaged or result.elsewhere) and split.count == 1:
+            if not (result.rows or result.errors or result.damaged or result.elsewhere):
+                if split.count > 1:
+                    progress.note(f"split {split.name} is empty: of {count('shard', len(parts))}, none falls to it")
+                    return result
                 output.discard_if_new()
                 narrowed = f" whose key matches {config.select}" if config.select is not None else ""
                 raise InputError(f"the {len(parts)} shards hold no sample at all{narrowed}")
@@ -168,6 +176,7 @@ def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirect
         keep=config.keep,
         select=config.select,
         limit=config.limit,
+        image=config.image,
         batch_size=config.batch_size or earlier or _usual_batch_size(description.preprocess, running.provider),
     )
     return OutputDirectory(Path(config.out), description, options, split.name)
@@ -237,6 +246,8 @@ class _Job:
         for planned in parts:
             record = self.output.committed(planned.name, planned.scope.first)
             if record is not None and planned.has_version(record.input_version):
+                if isinstance(planned.part, FolderPart) and record.unused != planned.part.unused:
+                    record = self.output.renew(record, record.input_version, dict(planned.part.unused))
                 self._settle(Outcome(planned.name, "skipped", record))
             else:
                 todo.append(planned)
@@ -318,6 +329,8 @@ class _Job:
         if outcome.record is not None:
             result.rows += outcome.record.rows
             result.errors += outcome.record.errors
+            for kind, number in outcome.record.unused.items():
+                result.unused[kind] = result.unused.get(kind, 0) + number
         if outcome.kind == "embedded":
             result.shards += 1
         elif outcome.kind == "skipped":
@@ -356,3 +369,6 @@ def raise_if_incomplete(result: EmbedResult) -> None:
     if result.verified is not None and result.verified.problems:
         problems = result.verified.problems
         raise MaekitError(f"`verify`: {len(problems)} problems, the first: {problems[0]}")
+    if result.errors and not result.rows:
+        of = count("sample", result.errors)
+        raise MaekitError(f"none of {of} has an embedding; {result.out}/_maekit/errors says why")

@@ -16,6 +16,7 @@ becomes one piece of the output. A part has:
     size        size in bytes
     digest      SHA-256 over its keys and sizes, hexadecimal
     version     changes with its content; None if unknown
+    unused      number of images, or of files in a folder, that are the image of no sample, by kind
     descriptor  descriptor of the open file that locations refer to; None if locations are paths
     sidecar     -> a sidecar of a sample, or None if it has none; ImageError if its bytes do not match the CRC-32 in the
                 index, MaekitError if it cannot be read
@@ -28,17 +29,19 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 
 from maekit.shards.cache import RemoteCache
-from maekit.shards.index import IMAGE_EXTENSIONS, ShardIndex, load_index
-from maekit.shards.read import open_shard, read_bytes, read_file
-from maekit.shards.spec import ShardFile, find_shards, is_shard
+from maekit.shards.folder import FolderContents, describe_unused, look_into
+from maekit.shards.index import ShardIndex, load_index
+from maekit.shards.read import ambiguity, open_shard, read_bytes, read_file
+from maekit.shards.spec import ShardFile, find_shards
 from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
 
@@ -52,9 +55,15 @@ Location = tuple[int, int, int | None] | str
 
 @dataclass(frozen=True)
 class TarPart:
-    """A tar shard."""
+    """A tar shard.
+
+    Attributes:
+        shard: the file.
+        image: which member of a sample is its image (shards/image_choice.py).
+    """
 
     shard: ShardFile
+    image: str | None = None
 
     @property
     def name(self) -> str:
@@ -86,7 +95,11 @@ class TarPart:
         """Fetch, index and open the shard."""
         try:
             version, index = self._index(remote)
-            return TarImages(self, version, index, open_shard(index, remote))
+            index.choice = self.image
+            counts = index.count_images()
+            if self.image is None and counts.several:
+                raise MaekitError(ambiguity(index))
+            return TarImages(self, version, index, counts.unused, open_shard(index, remote))
         except DamagedShard as damage:
             raise DamagedShard(self.where, damage.offset, damage.reason) from damage
 
@@ -107,8 +120,10 @@ class TarPart:
 class TarImages:
     """An opened shard."""
 
-    def __init__(self, part: TarPart, version: str | None, index: ShardIndex, descriptor: int) -> None:
-        self.name, self.version, self.number = part.name, version, next(_numbers)
+    def __init__(
+        self, part: TarPart, version: str | None, index: ShardIndex, unused: dict[str, int], descriptor: int
+    ) -> None:
+        self.name, self.version, self.number, self.unused = part.name, version, next(_numbers), unused
         self.samples, self.size, self.digest = index.samples, index.size, index.digest
         self.descriptor: int | None = descriptor
         self._where, self._index, self._descriptor = part.where, index, descriptor
@@ -117,10 +132,10 @@ class TarImages:
         """Return the key of a sample."""
         return self._index.key(ordinal)
 
-    def location(self, ordinal: int) -> Location | None:
-        """Return offset, size and CRC-32 of the image; None if there is none."""
+    def location(self, ordinal: int) -> Location:
+        """Return offset, size and CRC-32 of the image; `ImageError` if there is none, or it must not be read."""
         member = self._index.image(ordinal)
-        return None if member is None else (member.offset, member.size, member.crc)
+        return member.offset, member.size, member.crc
 
     def sidecar(self, ordinal: int, extension: str) -> bytes | None:
         """Return the member with this extension; None if there is none."""
@@ -151,12 +166,14 @@ class FolderPart:
         root: the folder.
         paths: paths of the images relative to the folder, in order; they are the keys.
         keep: extensions of the sidecars to store.
+        unused: number of files of the folder that are no images, by kind; the first part has them all.
     """
 
     name: str
     root: Path
     paths: tuple[str, ...]
     keep: tuple[str, ...] = ()
+    unused: Mapping[str, int] = field(default_factory=dict)
     is_remote: ClassVar[bool] = False
 
     @property
@@ -203,14 +220,14 @@ class FolderImages:
 
     def __init__(self, part: FolderPart, version: str | None, size: int, digest: str) -> None:
         self.name, self.version, self.size, self.digest = part.name, version, size, digest
-        self.number, self.samples = next(_numbers), len(part.paths)
+        self.number, self.samples, self.unused = next(_numbers), len(part.paths), dict(part.unused)
         self._part = part
 
     def key(self, ordinal: int) -> str:
         """Return the path of an image relative to the folder."""
         return self._part.paths[ordinal]
 
-    def location(self, ordinal: int) -> Location | None:
+    def location(self, ordinal: int) -> Location:
         """Return the path of an image."""
         return str(self._part.root / self._part.paths[ordinal])
 
@@ -233,40 +250,52 @@ Part = TarPart | FolderPart
 Images = TarImages | FolderImages
 
 
-def find_inputs(specs: Sequence[str], keep: tuple[str, ...] = ()) -> list[Part]:
+def find_inputs(
+    specs: Sequence[str],
+    keep: tuple[str, ...] = (),
+    *,
+    image: str | None = None,
+    on_note: Callable[[str], None] = lambda text: None,
+) -> list[Part]:
     """Return the parts that the input specs name, sorted by name.
 
     Args:
         specs: directories, tar files, globs, brace patterns and URLs, or one directory of images.
         keep: extensions of the sidecars to store.
+        image: which member of a sample of a shard is its image.
+        on_note: called for each format of images in a folder that is not decoded.
 
     Raises:
         InputError: nothing found (says what exists), or other inputs beside a folder of images.
     """
-    folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := _pictures(Path(spec)))}
+    folders = {spec: found for spec in specs if os.path.isdir(spec) and (found := look_into(Path(spec))).images}
+    for spec, found in folders.items():
+        found.refuse_mixture(Path(spec))
     if not folders:
-        return [TarPart(shard) for shard in find_shards(specs)]
+        return [TarPart(shard, image) for shard in find_shards(specs)]
     if len(specs) > 1:
         raise InputError(f"{next(iter(folders))} is a folder of images: give it alone, or `maekit pack` it into shards")
-    root = Path(os.path.abspath(specs[0]))
-    found = folders[specs[0]]
-    for name in found:
-        files.require_utf8(Path(name))
-    return [
-        FolderPart(f"images-{start // IMAGES_PER_PART:05d}", root, tuple(found[start : start + IMAGES_PER_PART]), keep)
-        for start in range(0, len(found), IMAGES_PER_PART)
-    ]
+    for text in describe_unused(folders[specs[0]]):
+        on_note(text)
+    return _folder_parts(Path(specs[0]), folders[specs[0]], keep)
 
 
-def _pictures(folder: Path) -> list[str]:
-    """Return the paths of the images in a folder, relative to it; empty if it holds shards."""
-    found = list(files.walk_files(folder))
-    if any(is_shard(path.name) for path in found):
-        return []
+def _folder_parts(folder: Path, contents: FolderContents, keep: tuple[str, ...]) -> list[Part]:
+    paths = [path.relative_to(folder).as_posix() for path in contents.images]
+    for path in paths:
+        files.require_utf8(Path(path))
+    kept = {str(Path(path).with_suffix(f".{extension}")) for path in paths for extension in keep}
+    unused = Counter(kind for path, kind in contents.others.items() if path.relative_to(folder).as_posix() not in kept)
+    root = Path(os.path.abspath(folder))
     return [
-        path.relative_to(folder).as_posix()
-        for path in found
-        if path.name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+        FolderPart(
+            f"images-{start // IMAGES_PER_PART:05d}",
+            root,
+            tuple(paths[start : start + IMAGES_PER_PART]),
+            keep,
+            {} if start else dict(unused),
+        )
+        for start in range(0, len(paths), IMAGES_PER_PART)
     ]
 
 
@@ -346,10 +375,8 @@ def content_of(
     for position, ordinal in enumerate(ordinals):
         if stopped():
             raise MaekitError("stopped while reading")
-        location = images.location(ordinal)
-        if location is not None:
-            with contextlib.suppress(ImageError):  # stays 0, as in the commit record
-                crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, location))
+        with contextlib.suppress(ImageError):  # stays 0, as in the commit record
+            crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, images.location(ordinal)))
         for row, extension in enumerate(keep, 1):
             crcs[row, position] = sidecar_crc(images, ordinal, extension)
     return zlib.crc32(crcs.tobytes())

@@ -17,7 +17,6 @@ import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ from maekit.embedding.commit_record import (
 from maekit.embedding.formats import Layout, ShardFiles
 from maekit.embedding.inputs import Images, Part
 from maekit.encoder_file import EncoderDescription
-from maekit.shards.spec import TAR
+from maekit.shards.folder import TAR
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.locks import LockedError, owned, still_owns
@@ -168,13 +167,17 @@ class OutputDirectory:
         paths = [(self.path / output["path"], output["bytes"]) for output in record.outputs]
         return all(path.is_file() and path.stat().st_size == size for path, size in paths)
 
-    def renew(self, record: CommitRecord, version: str | None) -> None:
+    def renew(self, record: CommitRecord, version: str | None, unused: dict[str, int]) -> CommitRecord:
         """Record a shard's new version when its content is unchanged, so that the next run need not read it.
+
+        `unused` are the images, or files, beside it that are now used by no sample.
 
         Raises:
             MaekitError: the record cannot be written.
         """
-        self._note(record.shard, asdict(dataclasses.replace(record, input_version=version)))
+        record = dataclasses.replace(record, input_version=version, unused=unused)
+        self._note(record.shard, record.to_json())
+        return record
 
     def begin(self, name: str) -> ShardFiles:
         """Start writing the files of a shard."""
@@ -220,7 +223,7 @@ class OutputDirectory:
             raise MaekitError(
                 f"{images.name}: {record.rows} rows, {record.errors} errors, {record.keys} keys: an error in maekit"
             )
-        self._note(images.name, asdict(record))
+        self._note(images.name, record.to_json())
         return record
 
     def write_damage(self, name: str, reason: str) -> None:

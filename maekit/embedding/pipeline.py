@@ -21,6 +21,7 @@ from maekit.embedding.inputs import Images, Location, OpenPart
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
 from maekit.providers import CPU
+from maekit.system.errors import ImageError
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
 _GLANCE_SECONDS = 0.2  # how long to wait before yielding to the caller
@@ -83,7 +84,7 @@ class _Batch:
         part: the part.
         positions: positions of the samples whose images fill the rows of the batch, in order.
         locations: where these images lie.
-        imageless: positions of samples without an image, among or after them.
+        refused: samples without an image, among or after them.
         is_last: whether it ends the part.
         slot: its position in the ring.
         chunks: results of decoding its chunks.
@@ -92,7 +93,7 @@ class _Batch:
     part: OpenPart
     positions: list[int] = field(default_factory=list)
     locations: list[Location] = field(default_factory=list)
-    imageless: list[int] = field(default_factory=list)
+    refused: list[Rejected] = field(default_factory=list)
     is_last: bool = False
     slot: int = -1
     chunks: list["Future[Decoded]"] = field(default_factory=list)
@@ -162,9 +163,10 @@ class EmbeddingPipeline:
         """Yield the batches of a part; the last one is empty if the part has no images."""
         batch = _Batch(part)
         for position, ordinal in enumerate(part.ordinals):
-            location = part.images.location(ordinal)
-            if location is None:
-                batch.imageless.append(position)
+            try:
+                location = part.images.location(ordinal)
+            except ImageError as error:
+                batch.refused.append(Rejected(position, error.reason, str(error)))
                 continue
             if len(batch.positions) == self._batch_size:
                 yield batch
@@ -227,9 +229,9 @@ class EmbeddingPipeline:
         crcs = [crc for chunk in decoded for crc in chunk.crcs]
         refusals = {r.row: r for chunk in decoded for r in chunk.refused}
         refused = [refusals[row]._replace(row=batch.positions[row]) for row in refusals]
-        refused += [Rejected(position, "no_image", "no member with an image extension") for position in batch.imageless]
+        refused += batch.refused
         kept = [position for row, position in enumerate(batch.positions) if row not in refusals]
-        samples = len(batch.positions) + len(batch.imageless)
+        samples = len(batch.positions) + len(batch.refused)
         self._timing.samples += samples
         self._timing.images += len(kept)
         self._timing.bytes += images.size * samples / max(1, len(batch.part.ordinals))

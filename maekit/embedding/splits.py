@@ -39,22 +39,42 @@ class Split:
         return list(items[self.number :: self.count])
 
 
-def find_split(number: int | None, count: int | None) -> Split:
-    """Return the requested split, or the one that a launcher assigns to this process.
+def find_split(number: int | str | None, count: int | None) -> Split:
+    """Return the requested split, or the one that srun or torchrun assigns to this process.
 
     Args:
-        number: `--split`.
+        number: `--split`; `auto` also takes what a SLURM array, or RANK and WORLD_SIZE alone, say: each task of an
+            array may have an input of its own.
         count: `--num-splits`.
 
     Raises:
-        InputError: an impossible split.
+        InputError: an impossible split, or `auto` where nothing names one.
     """
+    if number == "auto" and count is None:
+        split = _launcher_split() or _array_split()
+        if split is None:
+            raise InputError("`split=auto`: neither srun, torchrun, a SLURM array nor RANK and WORLD_SIZE name a split")
+        return split
     if (number is None) != (count is None):
         raise InputError("`split` and `num_splits` go together: `num_splits=8` and `split=0` to 7")
     if number is not None and count is not None:
+        if isinstance(number, str):
+            raise InputError("`split=auto` finds the number of splits, too: leave out `num_splits`")
         if not 0 <= number < count:
             raise InputError(f"`split` = {number}: must be 0 to {count - 1} with `num_splits={count}`")
         return Split(number, count, "options" if count > 1 else "")
+    by_step = "TORCHELASTIC_RUN_ID" in os.environ or _is_srun()
+    return (_launcher_split() if by_step else None) or Split()
+
+
+def unused_split() -> str:
+    """Return the variables that name a split which was not asked for, for a note; empty where there are none."""
+    if (array := _array_split()) is not None and array.count > 1:
+        return "SLURM_ARRAY_TASK_ID"
+    return "RANK and WORLD_SIZE" if _launcher_split() is not None else ""
+
+
+def _launcher_split() -> Split | None:
     for origin, names in (
         ("torchrun", ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")),
         ("SLURM", ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")),
@@ -66,13 +86,17 @@ def find_split(number: int | None, count: int | None) -> Split:
             # srun usually gives each task of a node its own CPUs; torchrun does not divide them.
             local_count = (local_world or 1) if origin == "torchrun" else 1
             return Split(rank, world, origin, local or 0, local_count)
+    return None
+
+
+def _array_split() -> Split | None:
     task, first, tasks = (_number(f"SLURM_ARRAY_TASK_{name}") for name in ("ID", "MIN", "COUNT"))
     last, step = _number("SLURM_ARRAY_TASK_MAX"), _number("SLURM_ARRAY_TASK_STEP") or 1
-    if task is not None and first is not None and tasks is not None and last is not None and tasks > 1:
-        if last - first != (tasks - 1) * step:
-            raise InputError("this SLURM array has gaps: give `num_splits` and `split`")
-        return Split((task - first) // step, tasks, "a SLURM array")
-    return Split()
+    if task is None or first is None or tasks is None or last is None:
+        return None
+    if last - first != (tasks - 1) * step:
+        raise InputError("this SLURM array has gaps: give `num_splits` and `split`")
+    return Split((task - first) // step, tasks, "a SLURM array" if tasks > 1 else "")
 
 
 def _is_srun() -> bool:

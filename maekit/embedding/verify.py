@@ -113,6 +113,8 @@ def _unreconciled(
     name = record.shard
     if images.digest != record.input_digest:
         return f"{name}: has changed since it was embedded"
+    if record.unused and images.unused != record.unused:
+        return f"{name}: {images.unused} are used by no sample, {record.unused} by its commit record"
     without = dict(errors)
     expected = iter(ordinals)
     rows = 0

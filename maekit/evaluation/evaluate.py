@@ -76,7 +76,7 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         raise InputError(f"`test_images` = {config.test_images}: is for `test`, which was not given")
     subject = Subject(config, progress)
     images = config.train_images, config.test_images
-    sets, classes = open_sets(config.train, config.test, progress, images=images)
+    sets, classes = open_sets(config.train, config.test, progress, images=images, image=config.image)
     _check_sets(config.task, sets, classes, progress)
     labels = [encode(labelled.texts, classes) for labelled in sets]
     rows: list[dict[str, Any]] = []

@@ -47,11 +47,18 @@ class LabelledSet:
             "classes": len(there & set(classes)),
             "unlabelled": self.unlabelled,
             "unreadable": unreadable,
+            "unused": dict(self.shards.unused),
         }
 
 
 def open_labelled(
-    specs: Sequence[str], name: str, progress: Progress, *, images: int | None = None, cache_gb: float = 50.0
+    specs: Sequence[str],
+    name: str,
+    progress: Progress,
+    *,
+    images: int | None = None,
+    image: str | None = None,
+    cache_gb: float = 50.0,
 ) -> LabelledSet:
     """Read the labels of shards.
 
@@ -60,18 +67,21 @@ def open_labelled(
         name: name of the setting that gave them, for messages.
         progress: receives progress updates, and a note for each damaged shard, which is left out.
         images: draw at most N samples at random, with a fixed seed; None means all.
+        image: which member of a sample is its image.
         cache_gb: gigabytes of disk for remote shards.
 
     Raises:
-        InputError: no such shards, or no sample with a label.
+        InputError: no such shards, samples with several images, or no sample with a label.
     """
     found = find_shards(tuple(specs))
     shards = open_shards(
         found,
+        image=image,
         skip_damaged=True,
         remote=RemoteCache(int(cache_gb * 1e9)),
         on_damage=lambda damage: progress.note(f"left out: {damage}"),
     )
+    shards.refuse_ambiguous()
     count = min(images or shards.samples, shards.samples)
     # Not evenly spaced: if classes alternate, every fourth sample may be of the same class.
     chosen = np.sort(np.random.default_rng(0).choice(shards.samples, count, replace=False)).tolist()
@@ -106,6 +116,7 @@ def open_sets(
     progress: Progress,
     *,
     images: tuple[int | None, int | None],
+    image: str | None = None,
     cache_gb: float = 50.0,
 ) -> tuple[list[LabelledSet], tuple[str, ...]]:
     """Open the training set and, if `test` is given, the test set; return them and the classes of the training set.
@@ -115,9 +126,9 @@ def open_sets(
     Raises:
         InputError: as `open_labelled`; or all training images are of one class.
     """
-    sets = [open_labelled(train, "train", progress, images=images[0], cache_gb=cache_gb)]
+    sets = [open_labelled(train, "train", progress, images=images[0], image=image, cache_gb=cache_gb)]
     if test:
-        sets.append(open_labelled(test, "test", progress, images=images[1], cache_gb=cache_gb))
+        sets.append(open_labelled(test, "test", progress, images=images[1], image=image, cache_gb=cache_gb))
     sets = by_name(sets)
     classes = classes_of(sets[0].texts)
     if len(classes) < 2:

@@ -116,8 +116,14 @@ def _source(config: FinetuneConfig, run: FinetuneDirectory, note: Note) -> Train
 
 def _labels(config: FinetuneConfig, progress: Progress) -> Labelled:
     """Return the labels of the training set, and the test set."""
-    images, cache_gb = (None, config.test_images), config.data.cache_gb
-    (labelled, test), classes = open_sets(config.shards, config.test, progress, images=images, cache_gb=cache_gb)
+    (labelled, test), classes = open_sets(
+        config.shards,
+        config.test,
+        progress,
+        images=(None, config.test_images),
+        image=config.data.image,
+        cache_gb=config.data.cache_gb,
+    )
     if not set(test.texts) & set(classes):
         raise InputError(
             f"`test` {' '.join(config.test)}: `train` has none of its classes, such as {test.texts[0][:60]!r}"

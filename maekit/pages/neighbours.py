@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from maekit.config.pages import NeighboursConfig
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.embedder import Embedder
-from maekit.embedding.inputs import Images, Part, find_inputs, read_image
+from maekit.embedding.inputs import Images, Part, TarPart, find_inputs, read_image
 from maekit.embedding.stored import EmbeddedShard, EmbeddingFolder, is_made_from
 from maekit.images import Pixels, open_rgb
 from maekit.pages import html
@@ -260,11 +260,11 @@ def _pictures(
             continue
         with contextlib.closing(images):
             for _, ordinal in samples:
-                location = images.location(ordinal) if 0 <= ordinal < images.samples else None
-                if location is None:
+                if not 0 <= ordinal < images.samples:
                     continue
                 try:
-                    image = open_rgb(read_image(images.descriptor, images.name, location), at_least=(_SIDE, _SIDE))
+                    data = read_image(images.descriptor, images.name, images.location(ordinal))
+                    image = open_rgb(data, at_least=(_SIDE, _SIDE))
                 except ImageError as error:
                     progress.note(f"{shard}:{images.key(ordinal)}: shown without picture: {error}")
                     continue
@@ -276,9 +276,10 @@ def _open(record: CommitRecord, parts: Sequence[Part], remote: RemoteCache) -> I
     """Open the images that a shard's embeddings were made of: the part of its name, or one with the same digest."""
     same = [part for part in parts if part.name == record.shard]
     others = [part for part in parts if part.name != record.shard and not part.is_remote]  # no trial downloads
+    chosen = record.options.get("image")
     for part in (*same, *others):
         try:
-            images = part.open(remote)
+            images = (replace(part, image=chosen) if isinstance(part, TarPart) else part).open(remote)
         except MaekitError:  # damaged or deleted
             continue
         if is_made_from(record, part, images):

@@ -136,7 +136,10 @@ def _samples(config: PretrainConfig, checkpoint: Checkpoint | None, asked: Repor
     trained = load_encoder(str(checkpoint.path), on_note=progress.note)
     given = asked.shards or config.shards
     shards = open_shards(
-        find_shards(given), skip_damaged=True, on_damage=lambda damage: progress.note(f"left out: {damage}")
+        find_shards(given),
+        image=config.data.image,
+        skip_damaged=True,
+        on_damage=lambda damage: progress.note(f"left out: {damage}"),
     )
     trained.encoder.to(choose_device(asked.device))
     return embed_samples(trained, shards, asked.samples, progress)

@@ -31,6 +31,7 @@ class TrainedEncoder:
         arguments: keyword arguments with which `timm.create_model(name, …)` builds it.
         provenance: JSON values that identify the weights.
         shards: the training shards, if known.
+        image: which member of a sample was its image in the training (maekit/shards/image_choice.py).
     """
 
     encoder: VisionTransformer
@@ -39,6 +40,7 @@ class TrainedEncoder:
     arguments: dict[str, Any]
     provenance: dict[str, Any]
     shards: tuple[str, ...] = ()
+    image: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     if preprocess is None:
         on_note(f"{name} does not say how its images were normalised: taken are ImageNet's mean and std")
         preprocess = Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
-    return TrainedEncoder(encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards)
+    return TrainedEncoder(
+        encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards, source.image
+    )
 
 
 def load_autoencoder(name: str, *, target: str | None = None, on_note: Note = lambda text: None) -> TrainedAutoencoder:

@@ -60,6 +60,7 @@ class Source:
         norm_eps: epsilon of the LayerNorms, if it differs from the published one.
         provenance: JSON values that identify the weights.
         shards: the training shards, if known.
+        image: which member of their samples was the image.
         timm_arguments: all arguments that timm builds the model with; None if only `sizes` are known.
         is_named: whether the source gives its model name; if not, the name is given by the caller or guessed from the
             weights.
@@ -72,6 +73,7 @@ class Source:
     norm_eps: float | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     shards: tuple[str, ...] = ()
+    image: str | None = None
     timm_arguments: dict[str, Any] | None = None
     is_named: bool = True
     task: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -126,7 +128,14 @@ def _from_run(path: Path, on_note: Note) -> Source:
     on_note(f"weights of {checkpoint.path} (step {checkpoint.step})")
     sizes = vars(config.model)
     return Source(
-        encoder, decoder, sizes, task=task, preprocess=preprocess, provenance=provenance, shards=config.shards
+        encoder,
+        decoder,
+        sizes,
+        task=task,
+        preprocess=preprocess,
+        provenance=provenance,
+        shards=config.shards,
+        image=config.data.image,
     )
 
 

@@ -7,7 +7,7 @@ writes the config, loops, and has the encoder written.
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,6 +47,7 @@ class PretrainResult:
         skipped: steps skipped because of a non-finite gradient, over the whole run.
         resumed_from: the step that this process resumed from; 0 for a fresh start.
         already_finished: whether there was nothing left to do.
+        unused: number of images in the shards that are the image of no sample, by extension.
     """
 
     out: str
@@ -60,6 +61,7 @@ class PretrainResult:
     skipped: int
     resumed_from: int
     already_finished: bool = False
+    unused: dict[str, int] = field(default_factory=dict)
 
 
 def pretrain(config: PretrainConfig, progress: Progress | None = None) -> PretrainResult:
@@ -91,6 +93,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
             out=str(Path(resolved.out)),
             val_loss=held_out[-1] if held_out else None,
             skipped=finished.state.skipped,
+            unused=dict(shards.unused),
             **finished.summary(resolved.batch_size),
         )
         shared: PretrainResult = world.share(result)

@@ -2,13 +2,13 @@
 
 Building it applies the strict scan of `tar.py` plus the rules of the WebDataset format: a sample is a run of members
 that share a key (the name up to the first dot of its last path component), a key occurs in one run only, and no member
-occurs twice.
+occurs twice. A member that must not be read (a link, …) costs its sample alone.
 
 With `crc=True` it also reads every member and keeps its CRC-32, so that `maekit check`, and every read of a member,
 detects damage inside members too.
 
 The file (magic "MAEKIDX2", format in columns.py): the header holds the shard's size and mtime, the digest, the probe,
-extensions and ignored members; the columns are
+extensions, ignored members, and the problem of each sample that has one (absent where none has); the columns are
 
     sample_start [S+1]  first member of each sample
     key_start    [S+1]  first byte of each key in `keys`
@@ -26,21 +26,19 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
-from maekit.shards.tar import BLOCK, Read, TarDamage, scan_members
+from maekit.shards.image_choice import FIRST, is_ambiguous, may_be_image, ranks
+from maekit.shards.tar import BLOCK, REWRITE, Read, TarDamage, scan_members
 from maekit.system import files
-from maekit.system.errors import DamagedShard, MaekitError
+from maekit.system.errors import DamagedShard, ImageError, MaekitError
 
 MAGIC = b"MAEKIDX2"
 INDEX_SUFFIX = ".index"
-IMAGE_EXTENSIONS = frozenset(
-    ("jpg", "jpeg", "jpe", "png", "webp", "tif", "tiff", "bmp", "gif", "avif", "ppm", "pgm", "pbm", "pnm")
-)
 
 # The key is the name up to the first dot of its last path component; the rest is the extension.
 _NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
@@ -55,6 +53,7 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_extension": np.dtype("<u2"),
     "member_crc": np.dtype("<u4"),
 }
+_NAMED = 3  # extensions named in a message
 _MOST_IGNORED = 10  # names kept of members that belong to no sample
 _PROBES = 8  # headers compared to tell whether an index built elsewhere belongs to a shard
 _CHUNK = 1 << 20
@@ -78,6 +77,22 @@ class MemberSpan:
     crc: int | None = None
 
 
+class ImageCounts(NamedTuple):
+    """What becomes of the images of a shard.
+
+    Attributes:
+        without: samples without an image.
+        several: samples of which it is open which of several images is meant.
+        changed: samples whose image is another one than by the choice `first`.
+        unused: number of members that are images, or may be, and are not the image of their sample, by extension.
+    """
+
+    without: int
+    several: int
+    changed: int
+    unused: dict[str, int]
+
+
 class ShardIndex:
     """The samples of one shard, by ordinal.
 
@@ -90,7 +105,11 @@ class ShardIndex:
         probe: CRC-32 over a few of its headers, which identifies another copy of the shard.
         ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10;
             `ignored_count` is their number.
+        problems: why a sample must not be read, by its ordinal.
+        choice: the setting `image` (see image_choice.py).
     """
+
+    choice: str | None = None
 
     def __init__(self, path: Path, header: dict[str, Any], columns: columns_file.Columns) -> None:
         self.path = path
@@ -100,6 +119,7 @@ class ShardIndex:
         self.probe = int(header["probe"])
         self.ignored: list[str] = list(header["ignored"])
         self.ignored_count = int(header["ignored_count"])
+        self.problems = {int(ordinal): str(problem) for ordinal, problem in header.get("problems", {}).items()}
         self._extensions = [str(extension) for extension in header["extensions"]]
         self._columns = columns
         self._sample_start = columns["sample_start"]
@@ -136,13 +156,22 @@ class ShardIndex:
         counts = np.bincount(self._columns["member_extension"], minlength=len(self._extensions))
         return dict(zip(self._extensions, counts.tolist(), strict=True))
 
-    def image(self, ordinal: int) -> MemberSpan | None:
-        """Return the image of one sample: the first member with an image extension.
+    def image(self, ordinal: int) -> MemberSpan:
+        """Return the image of one sample, by the index's choice; the first one where several are as good.
 
-        A whole extension (`jpg`) takes precedence over the last part of a longer one (`left.jpg`).
+        Raises:
+            ImageError: the sample has no image, or must not be read.
         """
-        images = [m for m in self.members(ordinal) if m.extension.rpartition(".")[2] in IMAGE_EXTENSIONS]
-        return next((image for image in images if image.extension in IMAGE_EXTENSIONS), images[0] if images else None)
+        if ordinal in self.problems:
+            raise ImageError("bad_member", self.problems[ordinal])
+        members = self.members(ordinal)
+        ranked = ranks([member.extension for member in members], self.choice)
+        best = max(ranked)
+        if not best or (self.choice is None and ranked.count(best) > 1 and not is_ambiguous(best, 2)):
+            there = ", ".join(member.extension for member in members[:_NAMED])
+            what = "image extension" if self.choice in (None, FIRST) else f"extension {self.choice}"
+            raise ImageError("no_image", f"no member with an {what} (there are: {there})")
+        return members[ranked.index(best)]
 
     def matches(self, status: os.stat_result) -> bool:
         """Whether the shard still has the size and modification time of the scan."""
@@ -185,19 +214,54 @@ class ShardIndex:
         except MaekitError:
             return False
 
-    def count_images(self) -> tuple[int, int]:
-        """Return the number of samples without an image member, and the number of image members not used."""
+    def is_ambiguous(self, ordinal: int) -> bool:
+        """Whether it is open which of several images of a sample is meant."""
+        if self.choice is not None or ordinal in self.problems:
+            return False
+        ranked = ranks([member.extension for member in self.members(ordinal)], None)
+        return is_ambiguous(max(ranked), ranked.count(max(ranked)))
+
+    def count_images(self) -> ImageCounts:
+        """Return what becomes of the images of this shard by the index's choice."""
         if not self.samples:
-            return 0, 0
-        is_image = np.array([extension.rpartition(".")[2] in IMAGE_EXTENSIONS for extension in self._extensions])
-        counts = np.add.reduceat(is_image[self._columns["member_extension"]].astype(int), self._sample_start[:-1])
-        return int((counts == 0).sum()), int(np.maximum(counts - 1, 0).sum())
+            return ImageCounts(0, 0, 0, {})
+        chosen, several = self._chosen(self.choice)
+        changed = 0 if self.choice == FIRST else int((chosen != self._chosen(FIRST)[0]).sum())
+        kinds = self._columns["member_extension"]
+        is_unused = np.array([may_be_image(extension) for extension in self._extensions])[kinds]
+        is_unused[chosen[chosen >= 0]] = False
+        for ordinal in self.problems:  # an error already
+            is_unused[self._sample_start[ordinal] : self._sample_start[ordinal + 1]] = False
+        counts = np.bincount(kinds[is_unused], minlength=len(self._extensions)).tolist()
+        unused = {extension: count for extension, count in zip(self._extensions, counts, strict=True) if count}
+        return ImageCounts(int((chosen < 0).sum()), several, changed, unused)
+
+    def _chosen(self, choice: str | None) -> tuple[NDArray[np.int64], int]:
+        """Return the member that is each sample's image, int64 `[S]`, -1 for none; and how many samples are ambiguous.
+
+        The same as `image`, for all samples at once.
+        """
+        starts = self._sample_start[:-1]
+        rank = np.array(ranks(self._extensions, choice))[self._columns["member_extension"]]
+        best = np.maximum.reduceat(rank, starts)
+        is_best = rank == np.repeat(best, np.diff(self._sample_start))
+        count = np.add.reduceat(is_best.astype(np.int64), starts)
+        first = np.flatnonzero(is_best)[np.cumsum(count) - count]
+        several = np.array([is_ambiguous(int(rank), 2) for rank in best]) & (count > 1) & (choice is None)
+        is_none = (best == 0) | ((count > 1) & ~several & (choice is None))
+        if self.problems:
+            bad = list(self.problems)
+            is_none[bad], several[bad] = True, False
+        return np.where(is_none, -1, first), int(several.sum())
 
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""
         names = ("size", "mtime_ns", "digest", "probe", "ignored", "ignored_count")
         header = {name: getattr(self, name) for name in names}
-        return columns_file.to_bytes(MAGIC, {**header, "extensions": self._extensions}, self._columns)
+        header["extensions"] = self._extensions
+        if self.problems:
+            header["problems"] = self.problems
+        return columns_file.to_bytes(MAGIC, header, self._columns)
 
 
 def build_index(path: Path, *, crc: bool = False) -> ShardIndex:
@@ -247,18 +311,23 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
     extensions: dict[str, int] = {}
     sample_start, key_start, offsets, sizes, kinds, crcs = (array("q") for _ in range(6))
     keys = bytearray()
+    problems: dict[int, str] = {}
     digest = hashlib.sha256()
     for member in scan_members(_header_reader(descriptor), status.st_size):
-        match = _NAME.fullmatch(member.name)
-        if match is None or METADATA.match(member.name):
+        name = member.name
+        if member.problem:  # bytes that are no UTF-8 are written as \\xfc
+            name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+        match = _NAME.fullmatch(name)
+        if match is None or METADATA.match(name):
             ignored_count += 1
             if len(ignored) < _MOST_IGNORED:
-                ignored.append(member.name)
+                ignored.append(name)
             continue
         key, extension = match["key"], match["extension"].lower()
         if key != current:
             if key in seen:
-                raise TarDamage(member.header, f"the key {key!r} comes again, apart from its other members")
+                reason = f"the key {key!r} comes again, apart from its other members"
+                raise TarDamage(member.header, f"{reason} (tar --sort=name keeps them together); {REWRITE}")
             seen.add(key)
             current, in_sample = key, set()
             encoded = key.encode()
@@ -267,7 +336,7 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
             keys += encoded
             digest.update(b"k%d:%b" % (len(encoded), encoded))
         if extension in in_sample:
-            raise TarDamage(member.header, f"the member {member.name!r} comes twice in one sample")
+            raise TarDamage(member.header, f"the member {name!r} comes twice in one sample; {REWRITE}")
         in_sample.add(extension)
         offsets.append(member.offset)
         sizes.append(member.size)
@@ -275,6 +344,9 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
         if crc:
             crcs.append(crc32_of(descriptor, member.offset, member.size))
         digest.update(b"m%d:%b:%d" % (len(extension.encode()), extension.encode(), member.size))
+        if member.problem:
+            problems[len(sample_start) - 1] = f"{name}: {member.problem}"
+            digest.update(b"p")
     if len(extensions) > 1 << 16:
         raise TarDamage(0, f"{len(extensions)} different extensions in one shard (at most {1 << 16})")
     sample_start.append(len(offsets))
@@ -290,6 +362,7 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
         "ignored": ignored,
         "ignored_count": ignored_count,
         "extensions": list(extensions),
+        "problems": problems,
     }
     return ShardIndex(path, header, columns)
 

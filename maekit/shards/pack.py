@@ -21,8 +21,9 @@ from pathlib import Path
 
 from maekit.config.fields import check
 from maekit.config.pack import PackConfig
-from maekit.shards.index import IMAGE_EXTENSIONS, METADATA, build_index, index_path, read_index, write_index
-from maekit.shards.table import Labels, extension_of, read_table
+from maekit.shards.folder import FolderContents, describe_unused, extension_of, look_into
+from maekit.shards.index import METADATA, build_index, index_path, read_index, write_index
+from maekit.shards.table import Labels, read_table
 from maekit.system import files, locks
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
@@ -152,21 +153,26 @@ def _check(images: Path, out: Path, config: PackConfig) -> None:
 
 def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
     """Return the samples in order, the class names, and the number of files not packed, per kind."""
-    found = {path.relative_to(images): path for path in files.walk_files(images)}
+    contents = look_into(images)
+    contents.refuse_mixture(images)
+    for text in describe_unused(contents):
+        progress.note(text)
+    every = sorted([*contents.images, *contents.shards, *contents.archives, *contents.others])
+    found = {path.relative_to(images): path for path in every}
+    pictures = [path.relative_to(images) for path in contents.images]
     table = Path(config.table).resolve() if config.table else None
     wanted: Labels
     if config.table is not None:
         wanted = read_table(images, config, found)
     else:
-        pictures = [path for path in found if extension_of(path) in IMAGE_EXTENSIONS]
         astray = [path for path in pictures if len(path.parts) == 1]
         in_folders = config.classes and not astray
         if config.classes and 0 < len(astray) < len(pictures):
             progress.note(f"no classes: {astray[0]} lies in no folder ({len(astray)} of {len(pictures)} images)")
         wanted = {path: path.parts[0] if in_folders else None for path in pictures}
     if not wanted:
-        kinds = ", ".join(sorted(IMAGE_EXTENSIONS))
-        raise InputError(f"{images}: no image file in this folder (looked for {kinds})")
+        raise InputError(f"{images}: no image file in this folder ({contents})")
+    pictured = set(pictures)
     names = sorted({label for label in wanted.values() if isinstance(label, str)})
     numbers = {name: number for number, name in enumerate(names)}
     problems: list[str] = []
@@ -191,16 +197,22 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
         beside = [path.with_suffix(f".{kind}") for kind in SIDECARS if kind != "cls" or label is None]
         own = [path, *(other for other in beside if other in found and other not in used)]
         used.update(own)
-        members = tuple((extension_of(member), str(found[member])) for member in own)
+        members = tuple((contents.formats.get(f) or extension_of(f), str(f)) for f in map(found.__getitem__, own))
         sources.append(_Source(key, members, numbers[label] if isinstance(label, str) else label))
     if problems:
         raise InputError(first_few(problems))
     passed_over = Counter(
-        "images not in the table" if extension_of(path) in IMAGE_EXTENSIONS else path.suffix.lower() or "no extension"
+        "images not in the table" if path in pictured else _kind(file, contents)
         for path, file in found.items()
         if path not in used and file.resolve() != table
     )
     return sources, names, dict(passed_over)
+
+
+def _kind(file: Path, contents: FolderContents) -> str:
+    """Return the kind of a file that is not packed: the format of an image that is not decoded, or its extension."""
+    kind = contents.others.get(file)
+    return kind if kind in contents.remedies else file.suffix.lower() or "no extension"
 
 
 def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_Source]]:

@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from maekit.shards import catalogue
 from maekit.shards.cache import RemoteCache
 from maekit.shards.catalogue import CatalogueRow
+from maekit.shards.image_choice import FIRST, may_be_image
 from maekit.shards.index import MemberSpan, ShardIndex, load_index
 from maekit.shards.spec import ShardFile
 from maekit.system import files
@@ -48,12 +49,20 @@ class ShardSet:
         shards: the shards, sorted by name.
         counts: number of samples in each shard, int64 `[shards]`.
         samples: total number of samples.
-        digest: SHA-256 over the names and digests of all shards, hexadecimal; it identifies the data, wherever stored.
+        digest: SHA-256 over the names and digests of all shards and the choice of images, hexadecimal; it identifies
+            the data, wherever stored.
+        unused: number of images that are not the image of their sample, by extension.
         remote: the cache that remote shards are fetched into; None if all are local.
     """
 
     def __init__(
-        self, shards: Sequence[ShardFile], rows: Sequence[CatalogueRow], remote: RemoteCache | None = None
+        self,
+        shards: Sequence[ShardFile],
+        rows: Sequence[CatalogueRow],
+        remote: RemoteCache | None = None,
+        *,
+        image: str | None = None,
+        known_digest: str | None = None,
     ) -> None:
         self.shards = tuple(shards)
         self.remote = remote
@@ -63,7 +72,14 @@ class ShardSet:
         digest = hashlib.sha256()
         for shard, row in zip(shards, rows, strict=True):
             digest.update(f"{shard.name}\0{row.digest}\n".encode())
+        changed = sum(row.several + row.changed for row in rows)
+        if image is None and changed and known_digest == digest.hexdigest():
+            image = FIRST  # the run was started before there was a choice
+        if image not in (None, FIRST) or (image is None and changed):
+            digest.update(f"image={image}".encode())
+        self._image = image
         self.digest = digest.hexdigest()
+        self.unused = sum((Counter(row.unused) for row in rows), Counter[str]())
         self._ends = self.counts.cumsum()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._class_names: dict[Path, tuple[str, ...]] = {}
@@ -106,7 +122,19 @@ class ShardSet:
         index = self.remote.published_index(file) if file.url and self.remote else load_index(file.path)
         if index is None or index.digest != self._rows[shard].digest:
             raise MaekitError(f"{file.url or file.path}: changed since it was indexed; run the command again")
+        index.choice = self._image
         return index
+
+    def refuse_ambiguous(self) -> None:
+        """Check that each sample has one image, or that it was chosen.
+
+        Raises:
+            InputError: names a sample with several images, and the ways to choose.
+        """
+        ambiguous = [number for number, row in enumerate(self._rows) if row.several]
+        if self._image is None and ambiguous:
+            several = sum(self._rows[number].several for number in ambiguous)
+            raise InputError(f"{ambiguity(self.index(ambiguous[0]))} ({several} such samples in all)")
 
     def fetch(self, shard: int) -> bool:
         """Bring a shard onto this machine; return False if another process is downloading it.
@@ -193,9 +221,21 @@ class ShardSet:
         return self._class_names[folder]
 
 
+def ambiguity(index: ShardIndex) -> str:
+    """Return the message for a shard in which samples have several images, with the ways to choose one."""
+    ordinal = next(n for n in range(index.samples) if index.is_ambiguous(n))
+    found = [member.extension for member in index.members(ordinal) if may_be_image(member.extension)]
+    return (
+        f"{index.path}: the sample {index.key(ordinal)!r} has several images ({first_few(found)}): choose one by "
+        f"`image={found[0]}`, or `image=first`; or `maekit pack` makes a sample of each, with `key_by=name`"
+    )
+
+
 def open_shards(
     shards: Sequence[ShardFile],
     *,
+    image: str | None = None,
+    known_digest: str | None = None,
     skip_damaged: bool = False,
     remote: RemoteCache | None = None,
     workers: int | None = None,
@@ -206,6 +246,8 @@ def open_shards(
 
     Args:
         shards: the shard files, as `find_shards` returns them.
+        image: which member of a sample is its image (image_choice.py).
+        known_digest: digest of the data that a run to be resumed was started with.
         skip_damaged: leave damaged shards out (each is still passed to `on_damage`).
         remote: the cache for remote shards, which need published indexes.
         workers: number of processes that scan; None is one per CPU core.
@@ -231,7 +273,7 @@ def open_shards(
     if damaged and not skip_damaged:
         of = count("shard", len(shards))
         raise InputError(f"{len(damaged)} of {of} damaged: {first_few(damaged)} (`skip_damaged` leaves them out)")
-    shard_set = ShardSet(list(rows), list(rows.values()), remote)
+    shard_set = ShardSet(list(rows), list(rows.values()), remote, image=image, known_digest=known_digest)
     if not shard_set.samples:
         raise InputError(f"the {count('shard holds', len(shards), 'shards hold')} no sample at all")
     return shard_set
@@ -306,13 +348,10 @@ class MemberReader:
         """Return the bytes of a sample's image.
 
         Raises:
-            ImageError: the sample holds no image, or as `read`.
+            ImageError: the sample holds no image or must not be read, or as `read`.
             MaekitError: as `read`.
         """
-        member = index.image(ordinal)
-        if member is None:
-            raise ImageError("no_image", "no member with an image extension")
-        return self.read(index, member)
+        return self.read(index, index.image(ordinal))
 
     def _descriptor(self, index: ShardIndex) -> int:
         path = index.path

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from maekit.shards.folder import TAR, is_shard, look_into
 from maekit.system import files
 from maekit.system.errors import InputError
 
-TAR = ".tar"
-# Also searched for in a directory, so that a compressed shard is reported as such and never skipped silently.
-_COMPRESSED_TARS = (".tar.gz", ".tgz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tar.lz4")
 _IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
 
@@ -156,10 +154,12 @@ def _expand(spec: str) -> tuple[Path, list[Path]]:
     """Return the root and the files of one spec, as absolute paths."""
     path = Path(os.path.abspath(spec))
     if path.is_dir():
-        found = [p for p in files.walk_files(path) if is_shard(p.name)]
-        if not found:
-            raise InputError(f"{spec}: no .tar file in this directory ({_contents(path)})")
-        return path, found
+        contents = look_into(path)
+        if not contents.shards:
+            hint = "; `maekit pack` turns a folder of images into shards" if contents.images else ""
+            raise InputError(f"{spec}: no .tar file in this directory ({contents}{hint})")
+        contents.refuse_mixture(path)
+        return path, contents.shards
     if path.is_file():
         return path.parent, [path]
     if any(c in spec for c in "*?[{"):
@@ -191,23 +191,8 @@ def _matches(pattern: str, spec: str) -> list[str]:
     return found
 
 
-def is_shard(file_name: str) -> bool:
-    """Whether the search of a directory takes a file of this name for a shard."""
-    return file_name.lower().endswith((TAR, *_COMPRESSED_TARS)) and not file_name.startswith(".")
-
-
 def _is_index(name: str) -> bool:
     return name.lower().endswith(f"{TAR}.index")
-
-
-def _contents(directory: Path) -> str:
-    names = sorted(p.name + ("/" if p.is_dir() else "") for p in directory.iterdir())
-    if not names:
-        return "it is empty"
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    has_images = any(name.lower().endswith((".jpg", ".jpeg", ".png", ".webp", "/")) for name in names)
-    hint = "; `maekit pack` turns a folder of images into shards" if has_images else ""
-    return f"it holds {', '.join(names[:3])}{more}{hint}"
 
 
 def _nearest_parent(path: Path) -> str:

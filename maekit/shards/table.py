@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from maekit.config.pack import PackConfig
-from maekit.shards.index import IMAGE_EXTENSIONS
+from maekit.shards.folder import extension_of
+from maekit.shards.image_choice import IMAGE_EXTENSIONS
 from maekit.system.errors import InputError
 from maekit.system.text import first_few
 
@@ -115,8 +116,3 @@ def _choose(table: Path, names: Sequence[str], what: str, *, asked: str | None, 
         both = " and ".join(found)
         raise InputError(f"{table}: {both} may both be the column of {what}s; say which by `{what}_column`")
     return found[0] if found else None
-
-
-def extension_of(path: Path) -> str:
-    """Return the last extension of a file name, in lower case and without its dot."""
-    return path.suffix[1:].lower()

@@ -2,8 +2,9 @@
 
 Formats: V7, USTAR, PAX and GNU long names (POSIX.1-2017, pax "ustar Interchange Format"; GNU tar manual, "Basic Tar
 Format"). Other readers tolerate the following faults and silently lose samples; here each is an error with its offset:
-a wrong or non-canonical checksum field, sizes beyond the end of the file, a missing end marker, data after it, links,
-sparse members, names that lead out of the archive.
+a wrong or non-canonical checksum field, sizes beyond the end of the file, a missing end marker, data after it, sparse
+members. A member that is whole but must not be read (a link, a device, a name that is no UTF-8 or leads out of the
+archive) has a `problem` instead; it costs no other member.
 """
 
 import re
@@ -15,12 +16,14 @@ _ZEROS = bytes(BLOCK)
 _REGULAR = b"\0", b"0", b"7"
 _DIRECTORY = b"5"
 _PAX, _PAX_GLOBAL, _GNU_NAME, _GNU_LINK = b"x", b"g", b"L", b"K"
-_REFUSED = {
-    b"1": "a hard link",
-    b"2": "a symbolic link",
+_WITHOUT_DATA = {
+    b"1": "a hard link (tar --hard-dereference stores the file)",
+    b"2": "a symbolic link (tar --dereference stores the file)",
     b"3": "a character device",
     b"4": "a block device",
     b"6": "a fifo",
+}
+_REFUSED = {
     b"S": "a sparse file",
     b"M": "a part of a multi-volume archive",
     b"V": "a volume label",
@@ -32,8 +35,11 @@ _PAX_KEYWORDS = frozenset(
 ) | {"uname"}
 # Extended headers hold a name or a few numbers. A larger one is an attempt to exhaust memory.
 _MAX_EXTENDED = 1 << 20
-# Every current writer produces six digits, NUL, space. Accepting other padding would leave single-bit flips undetected.
+# Every current writer produces six digits, NUL, space. Other padding (7-Zip, SunOS) is accepted from the first header
+# on or not at all: elsewhere it would leave single-bit flips undetected.
 _CHECKSUM = re.compile(rb"[0-7]{6}\0 |[0-7]{7}\0|[0-7]{6} \0")
+_PADDED_CHECKSUM = re.compile(rb" *[0-7]+[\0 ]*")
+REWRITE = "`maekit pack` rewrites such a shard"
 _OCTAL = re.compile(rb" *([0-7]*)[ \0]*")
 _MAGIC = {
     b"\x1f\x8b": "gzip",
@@ -64,16 +70,18 @@ class Member:
         header: byte offset of its (last) header block.
         offset: byte offset of its data.
         size: bytes of data.
+        problem: why it must not be read; empty for a sound member.
     """
 
     name: str
     header: int
     offset: int
     size: int
+    problem: str = ""
 
 
 def scan_members(read: Read, file_size: int) -> Iterator[Member]:
-    """Yield the regular members of an archive in order; directories are skipped.
+    """Yield the members of an archive in order; directories are skipped.
 
     Args:
         read: `read(offset, count)` returns up to `count` bytes from `offset`.
@@ -84,18 +92,22 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
     """
     offset = 0
     extended: dict[str, str] = {}  # what PAX and GNU headers say about the next member
+    form = _CHECKSUM
     while True:
         block = read(offset, BLOCK)
         if len(block) < BLOCK:
             # If only the padding of the last member is missing, `offset` lies beyond the end of the file.
-            reason = _what_else(block, offset) or "the file is cut off: no end-of-archive marker"
+            closed = "" if block else f", unless its writer never closed it; {REWRITE}"
+            reason = _what_else(block, offset) or f"the file is cut off: no end-of-archive marker{closed}"
             raise TarDamage(min(offset, file_size), reason)
         if block == _ZEROS:
             if extended:
                 raise TarDamage(offset, "the archive ends after an extended header, before its member")
             _check_end(read, offset, file_size)
             return
-        _check_checksum(block, offset)
+        if offset == 0 and _CHECKSUM.fullmatch(block[148:156]) is None:
+            form = _PADDED_CHECKSUM
+        _check_checksum(block, form, offset)
         kind = block[156:157]
         size = _parse_number(block[124:136], offset)
         data = offset + BLOCK
@@ -118,11 +130,22 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
                     raise TarDamage(offset, f"{name!r} is a directory that claims {size} bytes of data")
             elif kind in _REGULAR:
                 _check_inside(offset, data, size, file_size)
-                yield Member(name, offset, data, size)
+                yield Member(name, offset, data, size, _problem_of(name))
+            elif kind in _WITHOUT_DATA and not size:
+                yield Member(name, offset, data, 0, f"it is {_WITHOUT_DATA[kind]}")
             else:
                 what = _REFUSED.get(kind, f"a member of unknown type {kind!r}")
                 raise TarDamage(offset, f"{name!r} is {what}; only regular files and directories are read")
         offset = data + -(-size // BLOCK) * BLOCK
+
+
+def _problem_of(name: str) -> str:
+    """Return why a member of this name must not be read; empty if it may."""
+    if name.startswith("/") or ".." in name.split("/"):
+        # Nothing is unpacked here, but users of the keys may join them to a path.
+        return "its name leads out of the archive"
+    # `_decode_name` keeps bytes that are no UTF-8 as lone surrogates.
+    return "" if name.isascii() or not any("\udc80" <= char <= "\udcff" for char in name) else "its name is not UTF-8"
 
 
 def _what_else(block: bytes, offset: int) -> str:
@@ -142,25 +165,25 @@ def _what_else(block: bytes, offset: int) -> str:
 def _check_end(read: Read, offset: int, file_size: int) -> None:
     """Check the end marker: two blocks of zeros, which writers may pad further, but with zeros only."""
     if file_size < offset + 2 * BLOCK:
-        raise TarDamage(offset, "the file is cut off inside the end-of-archive marker")
+        raise TarDamage(offset, f"the file is cut off inside the end-of-archive marker; {REWRITE}")
     while offset < file_size:
         rest = read(offset, 1 << 16)
         if not rest:
             raise TarDamage(offset, "the file is shorter than its size says")
         if rest.count(0) != len(rest):
             first = next(i for i, byte in enumerate(rest) if byte)
-            raise TarDamage(offset + first, "data behind the end-of-archive marker")
+            raise TarDamage(offset + first, f"data behind the end-of-archive marker; {REWRITE}")
         offset += len(rest)
     if file_size % BLOCK:
         raise TarDamage(file_size, f"the file is cut off: {file_size} bytes are no whole number of {BLOCK}-byte blocks")
 
 
-def _check_checksum(block: bytes, offset: int) -> None:
+def _check_checksum(block: bytes, form: re.Pattern[bytes], offset: int) -> None:
     field = block[148:156]
-    if _CHECKSUM.fullmatch(field) is None:
+    if form.fullmatch(field) is None:
         reason = _what_else(block, offset) or "no tar header here (its checksum field is not a checksum)"
         raise TarDamage(offset, reason)
-    if sum(block) - sum(field) + 8 * 0x20 != int(field.rstrip(b"\0 "), 8):
+    if sum(block) - sum(field) + 8 * 0x20 != int(field.strip(b"\0 "), 8):
         raise TarDamage(offset, "the header checksum does not match")
 
 
@@ -196,16 +219,9 @@ def _header_name(block: bytes, offset: int) -> str:
 
 
 def _decode_name(name: bytes, offset: int) -> str:
-    try:
-        text = name.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise TarDamage(offset, f"the member name {name[:60]!r} is not UTF-8") from error
-    if not text or "\0" in text:
+    if not name or b"\0" in name:
         raise TarDamage(offset, f"{name[:60]!r} is no member name")
-    if text.startswith("/") or ".." in text.split("/"):
-        # Nothing is unpacked here, but users of the keys may join them to a path.
-        raise TarDamage(offset, f"the member name {text[:60]!r} leads out of the archive")
-    return text
+    return name.decode("utf-8", "surrogateescape")
 
 
 def _check_same_name(short: bytes, name: str, offset: int) -> None:
@@ -214,7 +230,7 @@ def _check_same_name(short: bytes, name: str, offset: int) -> None:
     Most writers repeat the name there, unchanged or with `?` for each non-ASCII character. A flipped bit changes one
     byte; if a writer stores something else there, more bytes differ.
     """
-    plain, marked = name.encode(), name.encode("ascii", "replace")
+    plain, marked = name.encode("utf-8", "surrogateescape"), name.encode("ascii", "replace")
     for whole in (plain, marked):
         differing = [i for i, (a, b) in enumerate(zip(short, whole[:100], strict=False)) if a != b]
         if len(short) != len(whole[:100]) or len(differing) != 1:

@@ -42,7 +42,7 @@ class ImageError(MaekitError):
 
     REASONS = (
         *("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode", "checksum"),
-        *("unreadable", "crashed", "no_label", "unsupported_format"),
+        *("unreadable", "crashed", "no_label", "unsupported_format", "bad_member"),
     )
 
     def __init__(self, reason: str, detail: str) -> None:

@@ -117,7 +117,8 @@ def launched(
         if config.run.threads:
             torch.set_num_threads(config.run.threads)
         precision = _choose_precision(config, device, world, progress)
-        shards = world.in_turn(lambda: _index_shards(config, world, progress))
+        known_digest = world.share(world.on_main(lambda: _known_digest(run)))
+        shards = world.in_turn(lambda: _index_shards(config, world, progress, known_digest=known_digest))
         _refuse_different_data(shards, world)
         order = SampleOrder(shards.counts, seed=config.seed, digest=shards.digest, window=config.data.window)
         yield Launch(
@@ -148,9 +149,20 @@ def refuse_foreign_directory(run: RunDirectory, kind: str) -> None:
             raise InputError(f"{run.path} is no {kind} (it holds {others[0]}); choose an empty or new `out`")
 
 
-def _index_shards(config: TrainingConfig, world: DistributedContext, progress: Progress) -> ShardSet:
+def _known_digest(run: RunDirectory) -> str | None:
+    """Return the digest of the data that an earlier start of the run was trained on; None if there was none."""
+    for checkpoint in run.list_checkpoints():
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return str(checkpoint.state()["data_digest"])
+    return None
+
+
+def _index_shards(
+    config: TrainingConfig, world: DistributedContext, progress: Progress, *, known_digest: str | None
+) -> ShardSet:
     """Index the training set, and check that the cache for remote shards is large enough."""
-    shards = open_set(config, config.shards, progress, "index shards")
+    shards = open_set(config, config.shards, progress, "index shards", known_digest=known_digest)
+    shards.refuse_ambiguous()
     if world.is_main:
         progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
     if shards.remote is not None:
@@ -160,7 +172,9 @@ def _index_shards(config: TrainingConfig, world: DistributedContext, progress: P
     return shards
 
 
-def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress, what: str) -> ShardSet:
+def open_set(
+    config: TrainingConfig, specs: tuple[str, ...], progress: Progress, what: str, *, known_digest: str | None = None
+) -> ShardSet:
     """Find and index the shards of the input specs; `what` labels the progress.
 
     Raises:
@@ -177,6 +191,8 @@ def open_set(config: TrainingConfig, specs: tuple[str, ...], progress: Progress,
     try:
         return open_shards(
             found,
+            image=config.data.image,
+            known_digest=known_digest,
             skip_damaged=config.data.skip_damaged,
             remote=RemoteCache(int(config.data.cache_gb * 1e9)),
             on_shard=lambda shard: progress.advance(next(seen)),
