@@ -21,7 +21,7 @@ def command(config: PackConfig) -> Summary:
 
     report = pack(config, make_progress())
     print(f"{report.samples} images in {len(report.shards)} shards, {describe_bytes(report.bytes)}: {config.out}")
-    if report.classes:
+    if report.class_counts:
         shown = ", ".join(f"{name} {report.class_counts[name]}" for name in report.classes[:12])
         more = f", {len(report.classes) - 12} more" if len(report.classes) > 12 else ""
         print(f"classes: {shown}{more} (in {config.out}/classes.txt)")

@@ -47,6 +47,7 @@ class ShardReport:
         bytes: size of the shard.
         extensions: number of members with each extension.
         without_image: number of samples without a member that has an image extension.
+        refused: number of samples with a member that must not be read (a link, a name that is no UTF-8, …).
         several: number of samples of which it is open which of several images is meant.
         unused: number of images that are not the image of their sample, by extension.
         ignored: number of members that belong to no sample.
@@ -63,6 +64,7 @@ class ShardReport:
     bytes: int = 0
     extensions: dict[str, int] = field(default_factory=dict)
     without_image: int = 0
+    refused: int = 0
     several: int = 0
     unused: dict[str, int] = field(default_factory=dict)
     ignored: int = 0
@@ -200,7 +202,7 @@ class CheckReport:
     def summary(self) -> dict[str, object]:
         """Return the object that `--json` prints."""
         totals = {"stale_indexes": "stale_index"}
-        names = ("without_image", "several", "ignored", "unreadable", "stale_indexes", "verified")
+        names = ("without_image", "refused", "several", "ignored", "unreadable", "stale_indexes", "verified")
         summary: dict[str, object] = {
             "samples": self.samples,
             "shards": len(self.shards),
@@ -364,6 +366,7 @@ def _scan(
     index.choice = image
     images = index.count_images()
     report.without_image, report.several, report.unused = images.without, images.several, images.unused
+    report.refused = len(index.problems)
     return report
 
 

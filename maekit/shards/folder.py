@@ -69,8 +69,9 @@ class FolderContents:
 
     def __str__(self) -> str:
         counts = {"images": len(self.images), "archives": len(self.archives), **self.unused}
-        said = [f"{count} {kind}" for kind, count in counts.items() if count]
-        return f"it holds {', '.join(said)}" if said else "it is empty"
+        remedies = {kind: f", not decoded: {remedy}" for kind, remedy in self.remedies.items()}
+        said = [f"{count} {kind}{remedies.get(kind, '')}" for kind, count in counts.items() if count]
+        return f"it holds {'; '.join(said)}" if said else "it is empty"
 
 
 def look_into(folder: Path) -> FolderContents:

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
 from maekit.shards.image_choice import FIRST, is_ambiguous, may_be_image, ranks
-from maekit.shards.tar import BLOCK, REWRITE, Read, TarDamage, scan_members
+from maekit.shards.tar import BLOCK, REWRITE, Member, Read, TarDamage, scan_members
 from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, MaekitError
 
@@ -41,7 +41,7 @@ MAGIC = b"MAEKIDX2"
 INDEX_SUFFIX = ".index"
 
 # The key is the name up to the first dot of its last path component; the rest is the extension.
-_NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
+NAME = re.compile(r"(?P<key>(?:.*/)?[^./]+)\.(?P<extension>[^/]*)", re.DOTALL)
 # Names that WebDataset reserves for its own metadata: members such as __meta__ and __meta__/x.json.
 METADATA = re.compile(r"__[^/]*__($|/)")
 _COLUMNS: dict[str, np.dtype[Any]] = {
@@ -84,7 +84,8 @@ class ImageCounts(NamedTuple):
         without: samples without an image.
         several: samples of which it is open which of several images is meant.
         changed: samples whose image is another one than by the choice `first`.
-        unused: number of members that are images, or may be, and are not the image of their sample, by extension.
+        unused: number of members that are images, or may be, and are not the image of their sample, by extension; and
+            of members that belong to no sample.
     """
 
     without: int
@@ -224,7 +225,7 @@ class ShardIndex:
     def count_images(self) -> ImageCounts:
         """Return what becomes of the images of this shard by the index's choice."""
         if not self.samples:
-            return ImageCounts(0, 0, 0, {})
+            return ImageCounts(0, 0, 0, {"outside samples": self.ignored_count} if self.ignored_count else {})
         chosen, several = self._chosen(self.choice)
         changed = 0 if self.choice == FIRST else int((chosen != self._chosen(FIRST)[0]).sum())
         kinds = self._columns["member_extension"]
@@ -234,6 +235,8 @@ class ShardIndex:
             is_unused[self._sample_start[ordinal] : self._sample_start[ordinal + 1]] = False
         counts = np.bincount(kinds[is_unused], minlength=len(self._extensions)).tolist()
         unused = {extension: count for extension, count in zip(self._extensions, counts, strict=True) if count}
+        if self.ignored_count:
+            unused["outside samples"] = self.ignored_count
         return ImageCounts(int((chosen < 0).sum()), several, changed, unused)
 
     def _chosen(self, choice: str | None) -> tuple[NDArray[np.int64], int]:
@@ -291,6 +294,13 @@ def crc32_of(descriptor: int, offset: int, size: int) -> int:
     return crc
 
 
+def readable_name(member: Member) -> str:
+    """Return the name of a member; bytes that are no UTF-8 are written as \\xfc."""
+    if not member.problem:
+        return member.name
+    return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _probe(descriptor: int, offsets: NDArray[Any], size: int) -> int:
     """Return the CRC-32 of the size and of the header blocks of a few members, including the first and the last."""
     crc = zlib.crc32(str(size).encode())
@@ -313,11 +323,9 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
     keys = bytearray()
     problems: dict[int, str] = {}
     digest = hashlib.sha256()
-    for member in scan_members(_header_reader(descriptor), status.st_size):
-        name = member.name
-        if member.problem:  # bytes that are no UTF-8 are written as \\xfc
-            name = name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-        match = _NAME.fullmatch(name)
+    for member in scan_members(header_reader(descriptor), status.st_size):
+        name = readable_name(member)
+        match = NAME.fullmatch(name)
         if match is None or METADATA.match(name):
             ignored_count += 1
             if len(ignored) < _MOST_IGNORED:
@@ -367,7 +375,7 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
     return ShardIndex(path, header, columns)
 
 
-def _header_reader(descriptor: int) -> Read:
+def header_reader(descriptor: int) -> Read:
     """Return a function that reads ahead, so that one system call reads many headers of small members."""
     start, buffer = 0, b""
 

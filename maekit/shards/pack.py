@@ -23,6 +23,9 @@ from maekit.config.fields import check
 from maekit.config.pack import PackConfig
 from maekit.shards.folder import FolderContents, describe_unused, extension_of, look_into
 from maekit.shards.index import METADATA, build_index, index_path, read_index, write_index
+from maekit.shards.read import CLASS_NAMES
+from maekit.shards.repack import Source, samples_of
+from maekit.shards.spec import find_shards
 from maekit.shards.table import Labels, read_table
 from maekit.system import files, locks
 from maekit.system.errors import InputError, MaekitError, Stopped
@@ -66,11 +69,11 @@ class PackReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Source:
-    """One sample: its key, its member files as (extension, path), and a label to be stored without a file."""
+class _Sample:
+    """One sample: its key, where its members come from, and a label to be stored without a file."""
 
     key: str
-    members: tuple[tuple[str, str], ...]
+    members: tuple[Source, ...]
     label: int | None
 
 
@@ -79,7 +82,7 @@ class _Shard:
     """One shard of the plan."""
 
     path: Path
-    sources: tuple[_Source, ...]
+    samples: tuple[_Sample, ...]
 
 
 def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
@@ -103,13 +106,13 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
     images, out = Path(config.images), Path(os.path.realpath(config.out))
     _check(images, out, config)
     progress.note(f"listing {images}")
-    sources, classes, passed_over = _sources(images, config, progress)
+    samples, classes, passed_over = _samples(images, config, progress)
     aside = out.parent / f".{out.name}.packing"
     with locks.sole_owner(aside):
         folder = aside / _FOLDER
-        divided = enumerate(_divide(sources, config))
+        divided = enumerate(_divide(samples, config))
         plan = [_Shard(folder / f"{number:05d}.tar", tuple(group)) for number, group in divided]
-        _take_up(aside, _fingerprint(sources, classes, plan))
+        _take_up(aside, _fingerprint(samples, classes, plan))
         resumed = sum(index_path(shard.path).exists() for shard in plan)
         if resumed:
             progress.note(f"going on: {resumed} of {count('shard', len(plan))} written before")
@@ -118,31 +121,29 @@ def pack(config: PackConfig, progress: Progress | None = None) -> PackReport:
             files.write_atomically(folder / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
         _publish(aside, out)
     shards = [out / shard.path.name for shard in plan]
-    labelled = sum(map(_has_label, sources))
+    labelled = sum(map(_has_label, samples))
     return PackReport(
         shards=shards,
-        samples=len(sources),
+        samples=len(samples),
         bytes=sum(shard.stat().st_size for shard in shards),
         classes=classes,
-        class_counts=dict(Counter(classes[source.label] for source in sources if classes and source.label is not None)),
-        unlabelled=len(sources) - labelled if labelled else 0,
-        empty=sum(_stat(source.members[0][1]).st_size == 0 for source in sources),
-        sidecars=dict(Counter(kind for source in sources for kind, _ in source.members if kind in SIDECARS)),
+        class_counts=dict(Counter(classes[sample.label] for sample in samples if classes and sample.label is not None)),
+        unlabelled=len(samples) - labelled if labelled else 0,
+        empty=sum(_size(sample.members[0]) == 0 for sample in samples),
+        sidecars=dict(Counter(m.extension for sample in samples for m in sample.members if m.extension in SIDECARS)),
         passed_over=passed_over,
         resumed=resumed,
     )
 
 
-def _has_label(source: _Source) -> bool:
-    return source.label is not None or any(kind == "cls" for kind, _ in source.members)
+def _has_label(sample: _Sample) -> bool:
+    return sample.label is not None or any(member.extension == "cls" for member in sample.members)
 
 
 def _check(images: Path, out: Path, config: PackConfig) -> None:
     check(config)
     if config.table is None and (config.path_column or config.label_column):
         raise InputError("`path_column` and `label_column` name columns of `table`, which is not given")
-    if not images.is_dir():
-        raise InputError(f"{images}: no such folder of images")
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file; SHARDS names a folder")
     if os.path.ismount(out) or out == Path.cwd():
@@ -151,9 +152,13 @@ def _check(images: Path, out: Path, config: PackConfig) -> None:
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
 
 
-def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Source], list[str], dict[str, int]]:
-    """Return the samples in order, the class names, and the number of files not packed, per kind."""
-    contents = look_into(images)
+def _samples(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Sample], list[str], dict[str, int]]:
+    """Return the samples in order, the class names, and the number of files or members not packed, per kind."""
+    contents = look_into(images) if images.is_dir() else None
+    if contents is None or (contents.shards and not contents.images):
+        return _samples_of_shards(config, progress)
+    if config.key_by != PackConfig.key_by:
+        raise InputError(f"`key_by` = {config.key_by}: is for shards; each file of a folder is a sample of its own")
     contents.refuse_mixture(images)
     for text in describe_unused(contents):
         progress.note(text)
@@ -178,7 +183,7 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     problems: list[str] = []
     owners: dict[str, Path] = {}
     used: set[Path] = set()
-    sources = []
+    samples = []
     for path, label in wanted.items():
         # A key ends at the first dot of its last component, so dots inside a stem become underscores.
         key = path.with_name(path.stem.replace(".", "_")).as_posix()
@@ -197,8 +202,9 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
         beside = [path.with_suffix(f".{kind}") for kind in SIDECARS if kind != "cls" or label is None]
         own = [path, *(other for other in beside if other in found and other not in used)]
         used.update(own)
-        members = tuple((contents.formats.get(f) or extension_of(f), str(f)) for f in map(found.__getitem__, own))
-        sources.append(_Source(key, members, numbers[label] if isinstance(label, str) else label))
+        there = [found[member] for member in own]
+        members = tuple(Source(contents.formats.get(file) or extension_of(file), str(file)) for file in there)
+        samples.append(_Sample(key, members, numbers[label] if isinstance(label, str) else label))
     if problems:
         raise InputError(first_few(problems))
     passed_over = Counter(
@@ -206,7 +212,20 @@ def _sources(images: Path, config: PackConfig, progress: Progress) -> tuple[list
         for path, file in found.items()
         if path not in used and file.resolve() != table
     )
-    return sources, names, dict(passed_over)
+    return samples, names, dict(passed_over)
+
+
+def _samples_of_shards(config: PackConfig, progress: Progress) -> tuple[list[_Sample], list[str], dict[str, int]]:
+    if config.table is not None:
+        raise InputError("`table` is for a folder of images; shards keep their labels")
+    shards = find_shards(config.images)
+    found, left_out = samples_of(shards, by_name=config.key_by == "name", on_note=progress.note)
+    if not found:
+        raise InputError(f"{config.images}: no sample in these shards")
+    names = {shard.path.parent / CLASS_NAMES for shard in shards}
+    texts = {path.read_text(encoding="utf-8") if path.is_file() else "" for path in names}
+    classes = texts.pop().splitlines() if len(texts) == 1 else []
+    return [_Sample(key, tuple(members), None) for key, members in found.items()], classes, left_out
 
 
 def _kind(file: Path, contents: FolderContents) -> str:
@@ -215,29 +234,29 @@ def _kind(file: Path, contents: FolderContents) -> str:
     return kind if kind in contents.remedies else file.suffix.lower() or "no extension"
 
 
-def _divide(sources: Sequence[_Source], config: PackConfig) -> Iterator[list[_Source]]:
+def _divide(samples: Sequence[_Sample], config: PackConfig) -> Iterator[list[_Sample]]:
     """Divide the samples into shards by count and size."""
     limit = None if config.shard_mb is None else int(config.shard_mb * 1e6)
-    group: list[_Source] = []
+    group: list[_Sample] = []
     held = tarfile.RECORDSIZE  # the end of an archive is padded to this
-    for source in sources:
-        size = _bytes_in_tar(source) if limit is not None else 0
+    for sample in samples:
+        size = _bytes_in_tar(sample) if limit is not None else 0
         if group and (len(group) == config.samples_per_shard or (limit is not None and held + size > limit)):
             yield group
             group, held = [], tarfile.RECORDSIZE
-        group.append(source)
+        group.append(sample)
         held += size
     yield group
 
 
-def _bytes_in_tar(source: _Source) -> int:
+def _bytes_in_tar(sample: _Sample) -> int:
     """Return how many bytes a sample takes in an archive."""
-    sizes = [(kind, _stat(path).st_size) for kind, path in source.members]
-    if source.label is not None:
-        sizes.append(("cls", len(str(source.label))))
+    sizes = [(member.extension, _size(member)) for member in sample.members]
+    if sample.label is not None:
+        sizes.append(("cls", len(str(sample.label))))
     total = 0
     for kind, size in sizes:
-        header = tarfile.TarInfo(f"{source.key}.{kind}").tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+        header = tarfile.TarInfo(f"{sample.key}.{kind}").tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
         total += len(header) + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
     return total
 
@@ -247,13 +266,20 @@ def _stat(path: str) -> os.stat_result:
         return os.stat(path)
 
 
-def _fingerprint(sources: Sequence[_Source], classes: Sequence[str], plan: Sequence[_Shard]) -> bytes:
+def _size(member: Source) -> int:
+    return _stat(member.path).st_size if member.offset is None else member.size
+
+
+def _fingerprint(samples: Sequence[_Sample], classes: Sequence[str], plan: Sequence[_Shard]) -> bytes:
     """Return a digest of everything that determines the bytes of the shards and the class names."""
-    digest = hashlib.sha256(json.dumps([[len(shard.sources) for shard in plan], list(classes)]).encode())
-    for source in sources:
-        stats = [(kind, path, _stat(path)) for kind, path in source.members]
-        row = [source.key, source.label, [(kind, path, s.st_size, s.st_mtime_ns) for kind, path, s in stats]]
-        digest.update(json.dumps(row).encode())
+    digest = hashlib.sha256(json.dumps([[len(shard.samples) for shard in plan], list(classes)]).encode())
+    for sample in samples:
+        members = []
+        for member in sample.members:
+            status = _stat(member.path)
+            where = () if member.offset is None else (member.offset, member.size)
+            members.append((member.extension, member.path, status.st_size, status.st_mtime_ns, *where))
+        digest.update(json.dumps([sample.key, sample.label, members]).encode())
     return digest.hexdigest().encode()
 
 
@@ -270,7 +296,7 @@ def _take_up(aside: Path, fingerprint: bytes) -> None:
 def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
     import webdataset  # noqa: F401  (loads torch if installed: once here instead of in each forked process)
 
-    progress.start("pack", sum(len(shard.sources) for shard in plan))
+    progress.start("pack", sum(len(shard.samples) for shard in plan))
     try:
         with stop_on_signal() as stopped_by, Workers(min(workers, len(plan))) as pool:
             for done in itertools.accumulate(pool.map(_write_shard, plan)):
@@ -287,7 +313,7 @@ def _write_shard(shard: _Shard) -> int:
 
     # What an interrupted run left is scanned: a disk may have lost data it confirmed.
     kept = read_index(shard.path, index_path(shard.path))
-    if kept and list(kept.keys()) == [source.key for source in shard.sources] and kept.describes(shard.path):
+    if kept and list(kept.keys()) == [sample.key for sample in shard.samples] and kept.describes(shard.path):
         return kept.samples
     written: list[tuple[str, str, int | None]] = []
     with (
@@ -295,10 +321,10 @@ def _write_shard(shard: _Shard) -> int:
         # A fixed mtime for identical bytes, PAX for names of any length.
         webdataset.TarWriter(file, encoder=False, mtime=0, format="PAX_FORMAT") as writer,
     ):
-        for source in shard.sources:
-            sample = _read(source)
-            written += [(source.key, kind, zlib.crc32(data)) for kind, data in sorted(sample.items())]
-            writer.write({"__key__": source.key, **sample})
+        for sample in shard.samples:
+            members = _read(sample)
+            written += [(sample.key, kind, zlib.crc32(data)) for kind, data in sorted(members.items())]
+            writer.write({"__key__": sample.key, **members})
     index = build_index(shard.path, crc=True)
     there = [(index.key(n), member.extension, member.crc) for n in range(index.samples) for member in index.members(n)]
     if there != written:
@@ -308,15 +334,12 @@ def _write_shard(shard: _Shard) -> int:
     return index.samples
 
 
-def _read(source: _Source) -> dict[str, bytes]:
+def _read(sample: _Sample) -> dict[str, bytes]:
     """Return the members of a sample by extension."""
-    sample = {}
-    for kind, path in source.members:
-        with files.reading(path):
-            sample[kind] = Path(path).read_bytes()
-    if source.label is not None:
-        sample["cls"] = str(source.label).encode()
-    return sample
+    members = {member.extension: member.read() for member in sample.members}
+    if sample.label is not None:
+        members["cls"] = str(sample.label).encode()
+    return members
 
 
 def _publish(aside: Path, out: Path) -> None:

@@ -77,7 +77,7 @@ class ShardSet:
             image = FIRST  # the run was started before there was a choice
         if image not in (None, FIRST) or (image is None and changed):
             digest.update(f"image={image}".encode())
-        self._image = image
+        self._choice = image
         self.digest = digest.hexdigest()
         self.unused = sum((Counter(row.unused) for row in rows), Counter[str]())
         self._ends = self.counts.cumsum()
@@ -122,7 +122,7 @@ class ShardSet:
         index = self.remote.published_index(file) if file.url and self.remote else load_index(file.path)
         if index is None or index.digest != self._rows[shard].digest:
             raise MaekitError(f"{file.url or file.path}: changed since it was indexed; run the command again")
-        index.choice = self._image
+        index.choice = self._choice
         return index
 
     def refuse_ambiguous(self) -> None:
@@ -132,7 +132,7 @@ class ShardSet:
             InputError: names a sample with several images, and the ways to choose.
         """
         ambiguous = [number for number, row in enumerate(self._rows) if row.several]
-        if self._image is None and ambiguous:
+        if self._choice is None and ambiguous:
             several = sum(self._rows[number].several for number in ambiguous)
             raise InputError(f"{ambiguity(self.index(ambiguous[0]))} ({several} such samples in all)")
 

@@ -80,12 +80,13 @@ class Member:
     problem: str = ""
 
 
-def scan_members(read: Read, file_size: int) -> Iterator[Member]:
+def scan_members(read: Read, file_size: int, *, lenient: bool = False) -> Iterator[Member]:
     """Yield the members of an archive in order; directories are skipped.
 
     Args:
         read: `read(offset, count)` returns up to `count` bytes from `offset`.
         file_size: bytes in the file.
+        lenient: accept an archive without an end marker, and further archives behind the first one.
 
     Raises:
         TarDamage: at the first rule that the archive breaks.
@@ -95,6 +96,11 @@ def scan_members(read: Read, file_size: int) -> Iterator[Member]:
     form = _CHECKSUM
     while True:
         block = read(offset, BLOCK)
+        if lenient and (offset == file_size or block == _ZEROS) and not extended:
+            offset = _behind_zeros(read, offset)
+            if offset >= file_size:
+                return
+            continue
         if len(block) < BLOCK:
             # If only the padding of the last member is missing, `offset` lies beyond the end of the file.
             closed = "" if block else f", unless its writer never closed it; {REWRITE}"
@@ -176,6 +182,13 @@ def _check_end(read: Read, offset: int, file_size: int) -> None:
         offset += len(rest)
     if file_size % BLOCK:
         raise TarDamage(file_size, f"the file is cut off: {file_size} bytes are no whole number of {BLOCK}-byte blocks")
+
+
+def _behind_zeros(read: Read, offset: int) -> int:
+    """Return the offset of the next block that is not zeros, or of the end of the file."""
+    while (block := read(offset, BLOCK)) and block == _ZEROS[: len(block)]:
+        offset += len(block)
+    return offset
 
 
 def _check_checksum(block: bytes, form: re.Pattern[bytes], offset: int) -> None:
