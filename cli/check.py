@@ -63,7 +63,7 @@ def _remark(shard: "ShardReport") -> str:
         "without image": shard.without_image,
         "refused": shard.refused,
         "with several images": shard.several,
-        "images unused": sum(shard.unused.values()),
+        "images unused": sum(shard.unused.values()) - shard.ignored,
         "members ignored": shard.ignored,
     }
     parts += [f"{count} {what}" for what, count in counts.items() if count]

@@ -23,7 +23,7 @@ from maekit.config.check import CheckConfig
 from maekit.images import Examined, examine
 from maekit.shards.cache import RemoteCache
 from maekit.shards.catalogue import CatalogueRow
-from maekit.shards.index import ShardIndex, build_index, cache_index, index_path, read_index, write_index
+from maekit.shards.index import OUTSIDE, ShardIndex, build_index, cache_index, index_path, read_index, write_index
 from maekit.shards.read import ShardSet, worth_processes
 from maekit.shards.spec import ShardFile, find_shards
 from maekit.system.errors import DamagedShard, ImageError, InputError, MaekitError
@@ -210,7 +210,7 @@ class CheckReport:
             "damaged": len(self.damaged),
             "duplicates": self.duplicates,
             **{name: sum(getattr(shard, totals.get(name, name)) for shard in self.shards) for name in names},
-            "unused_images": self.unused.total(),
+            "unused_images": self.unused.total() - self.unused[OUTSIDE],
             "unused": dict(self.unused.most_common()),
             "extensions": dict(self.extensions.most_common()),
             "damage": [

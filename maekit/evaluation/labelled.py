@@ -47,7 +47,7 @@ class LabelledSet:
             "classes": len(there & set(classes)),
             "unlabelled": self.unlabelled,
             "unreadable": unreadable,
-            "unused": dict(self.shards.unused),
+            "unused": self.shards.unused,
         }
 
 

@@ -93,7 +93,7 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
             out=str(Path(resolved.out)),
             val_loss=held_out[-1] if held_out else None,
             skipped=finished.state.skipped,
-            unused=dict(shards.unused),
+            unused=shards.unused,
             **finished.summary(resolved.batch_size),
         )
         shared: PretrainResult = world.share(result)

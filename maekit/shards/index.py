@@ -53,6 +53,7 @@ _COLUMNS: dict[str, np.dtype[Any]] = {
     "member_extension": np.dtype("<u2"),
     "member_crc": np.dtype("<u4"),
 }
+OUTSIDE = "outside samples"  # the kind of members that belong to no sample
 _NAMED = 3  # extensions named in a message
 _MOST_IGNORED = 10  # names kept of members that belong to no sample
 _PROBES = 8  # headers compared to tell whether an index built elsewhere belongs to a shard
@@ -225,7 +226,7 @@ class ShardIndex:
     def count_images(self) -> ImageCounts:
         """Return what becomes of the images of this shard by the index's choice."""
         if not self.samples:
-            return ImageCounts(0, 0, 0, {"outside samples": self.ignored_count} if self.ignored_count else {})
+            return ImageCounts(0, 0, 0, {OUTSIDE: self.ignored_count} if self.ignored_count else {})
         chosen, several = self._chosen(self.choice)
         changed = 0 if self.choice == FIRST else int((chosen != self._chosen(FIRST)[0]).sum())
         kinds = self._columns["member_extension"]
@@ -236,7 +237,7 @@ class ShardIndex:
         counts = np.bincount(kinds[is_unused], minlength=len(self._extensions)).tolist()
         unused = {extension: count for extension, count in zip(self._extensions, counts, strict=True) if count}
         if self.ignored_count:
-            unused["outside samples"] = self.ignored_count
+            unused[OUTSIDE] = self.ignored_count
         return ImageCounts(int((chosen < 0).sum()), several, changed, unused)
 
     def _chosen(self, choice: str | None) -> tuple[NDArray[np.int64], int]:

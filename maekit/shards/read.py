@@ -51,7 +51,6 @@ class ShardSet:
         samples: total number of samples.
         digest: SHA-256 over the names and digests of all shards and the choice of images, hexadecimal; it identifies
             the data, wherever stored.
-        unused: number of images that are not the image of their sample, by extension.
         remote: the cache that remote shards are fetched into; None if all are local.
     """
 
@@ -79,7 +78,6 @@ class ShardSet:
             digest.update(f"image={image}".encode())
         self._choice = image
         self.digest = digest.hexdigest()
-        self.unused = sum((Counter(row.unused) for row in rows), Counter[str]())
         self._ends = self.counts.cumsum()
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._class_names: dict[Path, tuple[str, ...]] = {}
@@ -124,6 +122,15 @@ class ShardSet:
             raise MaekitError(f"{file.url or file.path}: changed since it was indexed; run the command again")
         index.choice = self._choice
         return index
+
+    @property
+    def unused(self) -> dict[str, int]:
+        """Number of images that are not the image of their sample, by extension."""
+        if self._choice is None:
+            counts = (row.unused for row in self._rows)
+        else:  # the summaries know nothing of choices
+            counts = (self.index(shard).count_images().unused for shard in range(len(self.shards)))
+        return dict(sum(map(Counter, counts), Counter()))
 
     def refuse_ambiguous(self) -> None:
         """Check that each sample has one image, or that it was chosen.

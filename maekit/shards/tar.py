@@ -140,7 +140,7 @@ def scan_members(read: Read, file_size: int, *, lenient: bool = False) -> Iterat
             elif kind in _WITHOUT_DATA and not size:
                 yield Member(name, offset, data, 0, f"it is {_WITHOUT_DATA[kind]}")
             else:
-                what = _REFUSED.get(kind, f"a member of unknown type {kind!r}")
+                what = {**_WITHOUT_DATA, **_REFUSED}.get(kind, f"a member of unknown type {kind!r}")
                 raise TarDamage(offset, f"{name!r} is {what}; only regular files and directories are read")
         offset = data + -(-size // BLOCK) * BLOCK
 

@@ -183,7 +183,7 @@ def test_tables_that_do_not_fit(tmp_path: Path, text: str, said: str) -> None:
 
 
 def test_refused(tmp_path: Path) -> None:
-    with raises(InputError, match="no such folder"):
+    with raises(InputError, match="no such file or directory"):
         pack(PackConfig(tmp_path / "missing", tmp_path / "out"))
     (tmp_path / "images").mkdir()
     with raises(InputError, match="no image file"):

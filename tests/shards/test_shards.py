@@ -150,12 +150,14 @@ def test_a_shard_that_changes_under_the_reader_is_refused(tmp_path: Path) -> Non
         MemberReader().read(index, index.members(0)[0])
 
 
-def test_image_is_the_first_member_with_an_image_extension(tmp_path: Path) -> None:
+def test_image_is_the_only_member_with_an_image_extension(tmp_path: Path) -> None:
     samples = {"a": {"json": b"", "seg.png": b"s", "jpg": b"i"}, "b": {"cls": b"", "left.png": b"l"}, "c": {"txt": b""}}
     index = build_index(write_shard(tmp_path / "x.tar", samples))
     assert index.image(0).extension == "jpg"
     assert index.image(1).extension == "left.png"
-    assert index.image(2) is None
+    with pytest.raises(ImageError) as caught:
+        index.image(2)
+    assert caught.value.reason == "no_image"
 
 
 def test_a_member_of_300_megabytes_is_not_read(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import io
 import resource
 import tarfile
 import time
@@ -11,8 +12,8 @@ import pytest
 from support.errors import raises
 from support.shards import write_shard
 
-from maekit.shards.index import build_index
-from maekit.system.errors import DamagedShard
+from maekit.shards.index import build_index, read_index
+from maekit.system.errors import DamagedShard, ImageError
 
 END = bytes(1024)
 
@@ -87,8 +88,17 @@ def test_links_and_devices_are_refused(tmp_path: Path, kind: bytes, said: str) -
         info = tarfile.TarInfo("a.jpg")
         info.type, info.linkname = kind, "/etc/passwd"
         tar.addfile(info)
-    with raises(DamagedShard, match=said):
-        build_index(path)
+        data = b"whole"
+        info = tarfile.TarInfo("b.jpg")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))
+    index = build_index(path)
+    assert said in index.problems[0]
+    assert (list(index.keys()), list(index.problems)) == (["a", "b"], [0])
+    with pytest.raises(ImageError) as caught:
+        index.image(0)
+    assert caught.value.reason == "bad_member"
+    assert index.image(1).size == 5
 
 
 LIMIT = 1 << 20
@@ -125,18 +135,8 @@ CRAFTED = {
     "a global header that sizes all": (extended(b"size=0", kind=b"g") + FILE + END, "global header"),
     "a PAX sparse file": (extended(b"GNU.sparse.major=1", b"GNU.sparse.minor=0") + FILE + END, "sparse"),
     "a GNU sparse file": (header(size=3, kind=b"S") + padded(b"abc") + END, "sparse"),
-    "a symbolic link": (header(kind=b"2") + END, "symbolic link"),
-    "a hard link": (header(kind=b"1") + END, "hard link"),
-    "a device": (header(kind=b"3") + END, "device"),
+    "a hard link with data": (header(kind=b"1", size=3) + padded(b"abc") + END, "hard link"),
     "a member of no known type": (header(kind=b"Z") + END, "unknown type"),
-    "a name that climbs out": (header(b"../../etc/passwd.jpg") + END, "leads out"),
-    "a name that climbs out later": (header(b"a/../../b.jpg") + END, "leads out"),
-    "an absolute name": (header(b"/etc/passwd.jpg") + END, "leads out"),
-    "a prefix that climbs out": (header(b"b.jpg", prefix=b"..") + END, "leads out"),
-    "a PAX name that climbs out": (extended(b"path=../x.jpg") + FILE + END, "leads out"),
-    "a GNU name that climbs out": (header(kind=b"L", size=9) + padded(b"../x.jpg\0") + FILE + END, "leads out"),
-    "a name that is not UTF-8": (header(b"gr\xfcn.jpg") + END, "not UTF-8"),
-    "a PAX name that is not UTF-8": (extended(b"path=gr\xfcn.jpg") + FILE + END, "not UTF-8"),
     "no name": (header(b"") + END, "no member name"),
     "a PAX name with a zero byte": (extended(b"path=a\0.jpg") + FILE + END, "no member name"),
     "a directory with data": (header(b"folder/", size=512, kind=b"5") + bytes(512) + END, "directory"),
@@ -150,6 +150,51 @@ CRAFTED = {
     "a short web page": (b"<!DOCTYPE html>log in", "a web page"),
     "text": (b"version https://git-lfs.github.com/spec/v1\n".ljust(2048), "no tar header"),
 }
+
+
+NAMES = {
+    "a name that climbs out": (header(b"../../etc/passwd.jpg"), "leads out"),
+    "a name that climbs out later": (header(b"a/../../b.jpg"), "leads out"),
+    "an absolute name": (header(b"/etc/passwd.jpg"), "leads out"),
+    "a prefix that climbs out": (header(b"b.jpg", prefix=b".."), "leads out"),
+    "a PAX name that climbs out": (extended(b"path=../x.jpg") + FILE, "leads out"),
+    "a GNU name that climbs out": (header(kind=b"L", size=9) + padded(b"../x.jpg\0") + FILE, "leads out"),
+    "a name that is not UTF-8": (header(b"gr\xfcn.jpg"), "not UTF-8"),
+    "a PAX name that is not UTF-8": (extended(b"path=gr\xfcn.jpg") + FILE, "not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("what", NAMES)
+def test_a_name_that_is_refused_costs_its_sample_alone(tmp_path: Path, what: str) -> None:
+    data, said = NAMES[what]
+    path = tmp_path / "x.tar"
+    path.write_bytes(data + header(b"sound.jpg", size=3) + padded(b"abc") + END)
+    index = build_index(path)
+    assert said in index.problems[0]
+    assert (index.samples, index.key(1), index.image(1).size) == (2, "sound", 3)
+    file = tmp_path / "x.tar.index"
+    file.write_bytes(index.to_bytes())
+    kept = read_index(path, file)
+    assert kept is not None
+    assert (kept.problems, kept.digest) == (index.problems, index.digest)
+
+
+@pytest.mark.parametrize(
+    "write", [lambda s: (b"%o " % s).rjust(7) + b"\0", lambda s: b"%6o\0 " % s], ids=["7-Zip", "SunOS"]
+)
+def test_padded_checksums_of_a_whole_archive(tmp_path: Path, write) -> None:
+    path = tmp_path / "x.tar"
+    whole = bytearray(header(b"a.jpg", size=3) + padded(b"abc") + header(b"b.jpg", size=3) + padded(b"def") + END)
+    for start in (0, 1024):
+        block = whole[start : start + 512]
+        block[148:156] = b" " * 8
+        whole[start + 148 : start + 156] = write(sum(block))
+    path.write_bytes(whole)
+    assert list(build_index(path).keys()) == ["a", "b"]
+    canonical = header(b"a.jpg", size=3) + padded(b"abc")
+    path.write_bytes(canonical + whole[1024:])
+    with raises(DamagedShard, match="not a checksum"):  # one alone may be a flipped bit
+        build_index(path)
 
 
 @pytest.mark.parametrize("what", CRAFTED)
