@@ -48,8 +48,8 @@ class _Image(NamedTuple):
 class Embedder:
     """Embeds single images or many. May be called from several threads at once, and used in other processes.
 
-    Pickled or copied deeply, it is its path and its options, and opens the file again on the other side. After a fork it
-    opens the file anew at its first call. Both refuse a file that has changed.
+    Pickled or copied deeply, it is its path and its options, and opens the file again on the other side. After a fork
+    it opens the file anew at its first call. Both refuse a file that has changed.
 
     Args:
         path: the ONNX file that `maekit export` wrote.
@@ -166,7 +166,9 @@ class Embedder:
             try:
                 data = Path(item).read_bytes()
             except (OSError, ValueError) as error:  # a path with a NUL is a ValueError
-                raise UnusableImage("unreadable", f"cannot be read: {getattr(error, 'strerror', None) or error}") from error
+                raise UnusableImage(
+                    "unreadable", f"cannot be read: {getattr(error, 'strerror', None) or error}"
+                ) from error
             return preprocess(data)
         if isinstance(item, Image.Image):
             return preprocess.prepare(rgb_of(item))

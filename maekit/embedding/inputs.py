@@ -28,7 +28,7 @@ import itertools
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -300,12 +300,14 @@ class PlannedPart:
         version: its version; None if unknown.
         size: its size in bytes; 0 if unknown.
         scope: which of its samples to embed.
+        is_retried: whether to embed it although it is committed and unchanged.
     """
 
     part: Part
     version: str | None
     size: int
     scope: Scope
+    is_retried: bool = False
 
     @property
     def name(self) -> str:
@@ -335,9 +337,21 @@ class OpenPart:
 
 
 def content_of(
-    images: Images, ordinals: Sequence[int], keep: Sequence[str], stopped: Callable[[], object] = lambda: None
+    images: Images,
+    ordinals: Sequence[int],
+    keep: Sequence[str],
+    stopped: Callable[[], object] = lambda: None,
+    *,
+    without: Container[int] = (),
 ) -> int:
     """Return the CRC-32 over the CRC-32s of all images, followed by those of all stored sidecars.
+
+    Args:
+        images: the images.
+        ordinals: which of them.
+        keep: extensions of the stored sidecars.
+        stopped: returns whether to stop.
+        without: ordinals of images that count as unreadable.
 
     Raises:
         MaekitError: a shard cannot be read, or `stopped` returned true.
@@ -347,7 +361,7 @@ def content_of(
         if stopped():
             raise MaekitError("stopped while reading")
         location = images.location(ordinal)
-        if location is not None:
+        if location is not None and ordinal not in without:
             with contextlib.suppress(ImageError):  # stays 0, as in the commit record
                 crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, location))
         for row, extension in enumerate(keep, 1):

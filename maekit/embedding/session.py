@@ -136,7 +136,7 @@ class EncoderSession:
             self._load(model)
 
     def disown(self) -> None:
-        """Give up the session in a forked child, without destroying it: that would wait for threads that are not there."""
+        """Give up the session in a forked child without destroying it, which would wait for threads that it lacks."""
         for inherited in (self._session, self._own, *self._own.__dict__.values()):
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
         self._opening, self._is_forked = threading.Lock(), True

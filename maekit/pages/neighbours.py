@@ -179,13 +179,16 @@ def _load_embedder(folder: EmbeddingFolder, model: str | None) -> Embedder:
     """
     if model is None:
         raise InputError("a query is an image: name the file that made the embeddings, `model` ENCODER.ONNX")
-    embedder = Embedder(model, device="cpu")  # a few images do not justify the start-up time of a GPU
-    if embedder.sha256 != folder.model:
-        raise InputError(
-            f"`model` {model} is not the file that made {folder.path}: the SHA-256 of the one begins "
-            f"with {embedder.sha256[:12]}, of the other with {folder.model[:12]}"
-        )
-    return embedder
+    with files.reading(f"`model` {model}", InputError):
+        digest = files.sha256_file(Path(model))  # first: a file that is another one may not even load
+    if digest == folder.model:
+        embedder = Embedder(model, device="cpu")  # a few images do not justify the start-up time of a GPU
+        if (digest := embedder.sha256) == folder.model:
+            return embedder
+    raise InputError(
+        f"`model` {model} is not the file that made {folder.path}: the SHA-256 of the one begins "
+        f"with {digest[:12]}, of the other with {folder.model[:12]}"
+    )
 
 
 def _embedded(path: str, embedder: Embedder) -> _Wanted:
