@@ -4,6 +4,7 @@ Needs no torch. onnx itself is imported only for the rare file with weights in a
 """
 
 import errno
+import hashlib
 import json
 import mmap
 import os
@@ -20,6 +21,7 @@ from maekit.system.errors import InputError
 from maekit.system.model_file import ModelFile
 
 METADATA_KEY = "maekit"
+DIGEST = "metadata_sha256"  # within it; files of earlier versions have none
 INPUT = "images"
 EMBEDDINGS, TOKENS = "embeddings", "tokens"
 # Every external tensor stores the name of its file under this key (onnx.proto, TensorProto.external_data). A protobuf
@@ -82,6 +84,12 @@ class EncoderDescription:
             )
         except (*_MALFORMED, InputError) as error:
             raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error
+
+
+def metadata_digest(spec: dict[str, Any]) -> str:
+    """Return the SHA-256 over all fields of an exported file's metadata but the digest itself."""
+    fields = {key: value for key, value in spec.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def check_external_data(path: Path) -> list[Path]:

@@ -254,10 +254,10 @@ class OutputDirectory:
         try:
             # Not splitlines(): keys may contain other characters that it treats as line ends.
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            return [(int(row["index"]), str(row["key"]), str(row["reason"])) for row in rows]
+            return [(int(row["index"]), str(row["key"]), str(row.get("reason"))) for row in rows]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MaekitError(f"{path}: cannot be read: {error!r}") from error
 
     def has_errors(self, record: CommitRecord, reasons: Collection[str]) -> bool:

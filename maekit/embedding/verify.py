@@ -113,7 +113,7 @@ def _problem(
         crashed = {ordinal for ordinal, _, reason in errors if reason == "crashed"}
         content = content_of(images, ordinals, output.options.keep, stopped, without=crashed)
         if content != record.input_content:
-            return f"{name}: its images or kept members have other bytes than when it was embedded; touch it, and embed again"
+            return f"{name}: its images or kept members have other bytes than those embedded; touch it, and embed again"
     return None
 
 

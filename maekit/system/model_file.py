@@ -29,3 +29,10 @@ class ModelFile:
     def external_sha256(self) -> dict[str, str]:
         """SHA-256 of each external weight file, by name."""
         return {name: hashlib.sha256(content).hexdigest() for name, content in self.external.items()}
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the ONNX file; of all digests, if it has external weight files."""
+        if not self.external:
+            return self.sha256
+        return hashlib.sha256(" ".join([self.sha256, *self.external_sha256.values()]).encode()).hexdigest()
