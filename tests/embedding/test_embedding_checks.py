@@ -1,5 +1,6 @@
 """Results are looked at before they count: values that are not finite, inputs that changed, errors tried again."""
 
+import io
 import json
 import os
 from pathlib import Path
@@ -8,16 +9,23 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
 from support.errors import raises
 from support.models import embed_config
 from support.pages import Notes
 from support.rows import rows
-from support.shards import jpeg, png, write_shard
+from support.shards import jpeg, write_shard
 
 from maekit.config.export import ExportConfig
 from maekit.embedding.embed import embed, raise_if_incomplete
 from maekit.exporters.export import export
 from maekit.system.errors import ImageError, InputError, MaekitError
+
+
+def black_png() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (40, 40)).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def errors(out: Path, shard: str) -> list[tuple[str, str]]:
@@ -28,7 +36,7 @@ def errors(out: Path, shard: str) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("file_format", ["parquet", "npy"])
 def test_what_is_not_finite_is_an_error(trained: Path, black_is_infinite: Path, tmp_path: Path, file_format) -> None:
     """One image among others, and a whole shard, of which a note says that it is the model."""
-    black = png(np.zeros((40, 40, 3), np.uint8))
+    black = black_png()
     samples = {f"{i:02d}": {"png": black if i in (3, 12) else jpeg(i), "cls": b"1"} for i in range(20)}
     write_shard(tmp_path / "shards" / "a.tar", samples)
     write_shard(tmp_path / "shards" / "b.tar", {f"b{i}": {"png": black} for i in range(3)})
