@@ -3,10 +3,10 @@
 import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,7 +37,8 @@ class Embedded:
     errors: list[ImageError]
 
 
-class _Image(NamedTuple):
+@dataclass(frozen=True)
+class _Image:
     """An image on its way: its position among those given, its path, and its pixels or why there are none."""
 
     index: int
@@ -114,7 +115,7 @@ class Embedder:
         parts = [(found.embeddings, found.index)]
         for batch in batched(_without_errors(prepared, found.errors, on_error), _BATCH):
             rows = self._embed([image.pixels for image in batch])
-            is_finite = np.isfinite(rows).all(axis=1)
+            is_finite: NDArray[np.bool_] = np.isfinite(rows).all(axis=1)
             for image in (image for image, fine in zip(batch, is_finite, strict=True) if not fine):
                 error = ImageError("not_finite", "the model gives values that are not finite", image.index, image.path)
                 _refuse(error, found.errors, on_error)
@@ -133,16 +134,18 @@ class Embedder:
     def _prepared(self, images: Iterable[Any]) -> Iterator[_Image]:
         """Yield preprocessed images in order, decoding two batches ahead (Pillow releases the GIL)."""
         with ThreadPoolExecutor(cores(), "decode") as pool:
-            flying: deque[Future[_Image]] = deque()
+            flying: deque[tuple[Any, Future[_Image]]] = deque()
             try:
                 for index, image in enumerate(images):
-                    flying.append(pool.submit(self._prepare, index, image))
+                    if isinstance(image, Image.Image):  # given twice, it must not be read by two threads at once
+                        wait([future for other, future in flying if other is image])
+                    flying.append((image, pool.submit(self._prepare, index, image)))
                     if len(flying) > 2 * _BATCH:
-                        yield flying.popleft().result()
+                        yield flying.popleft()[1].result()
                 while flying:
-                    yield flying.popleft().result()
+                    yield flying.popleft()[1].result()
             finally:
-                for future in flying:
+                for _, future in flying:
                     future.cancel()
 
     def _prepare(self, index: int, item: Any) -> _Image:

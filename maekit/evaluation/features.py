@@ -89,8 +89,8 @@ def image_features(labelled: LabelledSet, encoder: "Encoder", what: str, progres
                     kept[at] = True
             if images:
                 parts.append(encoder(np.stack(images)))
-                for name, rows in parts[-1].items():
-                    if not np.isfinite(rows).all():
+                for name, embeddings in parts[-1].items():
+                    if not np.isfinite(embeddings).all():
                         raise MaekitError(f"{name}: the model gives values that are not finite")
             progress.advance(batch[-1][0] + 1)
     finally:

@@ -113,6 +113,14 @@ def test_a_lazily_opened_image_follows_the_rules_of_its_bytes(embedder: maekit.E
             embedder(image)
 
 
+def test_one_opened_image_many_times(embedder: maekit.Embedder, tmp_path: Path) -> None:
+    """Pillow reads its file when it is first used, which two threads must not do at once."""
+    (tmp_path / "a.jpg").write_bytes(jpeg(1, (900, 900)))
+    for _ in range(5):
+        rows = embedder([Image.open(tmp_path / "a.jpg")] * 8)
+        np.testing.assert_array_equal(rows, np.repeat(embedder(tmp_path / "a.jpg"), 8, axis=0))
+
+
 def test_pickled_and_copied_it_gives_the_same(trained: Path, tmp_path: Path, monkeypatch) -> None:
     """By its path, wherever the process stands by then; another file under the path is refused."""
     shutil.copy(trained / "encoder.onnx", tmp_path / "e.onnx")
