@@ -129,9 +129,10 @@ class EmbedConfig(Config):
                 raise InputError(f"`keep` {extension!r}: no member has such an extension")
             if self.keep.count(extension) > 1:
                 raise InputError(f"`keep` {extension}: given twice")
+        known = sorted({*ImageError.REASONS} - {"no_label"})  # that one is of trainings
         for reason in self.reasons_to_retry:
-            if reason not in ImageError.REASONS:
-                raise InputError(f"`retry` {reason}: must be one of {', '.join(sorted(ImageError.REASONS))}")
+            if reason not in known:
+                raise InputError(f"`retry` {reason}: must be one of {', '.join(known)}")
         if self.devices and self.device != "auto":
             raise InputError(f"`device` = {self.device} and `devices` = {','.join(self.devices)}: give one of them")
         if "auto" in self.devices:
