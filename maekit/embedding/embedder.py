@@ -115,7 +115,7 @@ class Embedder:
         parts = [(found.embeddings, found.index)]
         for batch in batched(_without_errors(prepared, found.errors, on_error), _BATCH):
             rows = self._embed([image.pixels for image in batch])
-            is_finite: NDArray[np.bool_] = np.isfinite(rows).all(axis=1)
+            is_finite = np.atleast_1d(np.isfinite(rows).all(axis=1))
             for image in (image for image, fine in zip(batch, is_finite, strict=True) if not fine):
                 error = ImageError("not_finite", "the model gives values that are not finite", image.index, image.path)
                 _refuse(error, found.errors, on_error)
