@@ -90,6 +90,11 @@ def _verify(config: Options, file: str) -> Summary:
                 f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, "
                 f"smallest cosine {figures.min_cosine:.5f}, {figures.images} images"
             )
+    if result.unchecked:
+        print(
+            f"not checked, for this file has no digest of its metadata (an earlier version wrote it, or it was taken "
+            f"out): {', '.join(result.unchecked)}"
+        )
     if not result.problems:
         print(f"{file} is sound on {result.provider}")
     yield result

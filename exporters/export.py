@@ -11,7 +11,7 @@ import torch
 
 from maekit.config.export import ExportConfig
 from maekit.config.poolings import UNPOOLED
-from maekit.encoder_file import EMBEDDINGS, METADATA_KEY, TOKENS
+from maekit.encoder_file import DIGEST, EMBEDDINGS, METADATA_KEY, TOKENS, metadata_digest
 from maekit.exporters.graph import EmbeddingModule, check_exportable
 from maekit.exporters.parity import GATES, IMAGES, Parity, measure
 from maekit.exporters.probe import probe_images, rows_to_json
@@ -162,6 +162,7 @@ def _write(
         }
         if model.external:
             description["external_data"] = model.external
+        description[DIGEST] = metadata_digest(description)
         onnx.helper.set_model_props(proto, {METADATA_KEY: json.dumps(description)})
         proto.producer_name, proto.producer_version = "maekit", __version__
         model.write(proto)

@@ -8,13 +8,14 @@ from maekit.images import Pixels
 from maekit.providers import check_device, first_line, open_cpu, open_cuda
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.machine import cores
+from maekit.system.model_file import ModelFile
 
 
 class ExportedEncoder:
     """A model file, loaded for a device.
 
     Args:
-        path: the ONNX file.
+        model: the ONNX file, or its bytes as they were read.
         output: name of its output.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
 
@@ -25,16 +26,17 @@ class ExportedEncoder:
         InputError: ONNX Runtime cannot load the file, or the device does not work.
     """
 
-    def __init__(self, path: Path, output: str, *, device: str) -> None:
+    def __init__(self, model: Path | ModelFile, output: str, *, device: str) -> None:
         check_device(device)
         opened = None
         if device != "cpu":
-            opened = open_cuda(path, "cuda" if device == "auto" else device, threads=cores())
+            opened = open_cuda(model, "cuda" if device == "auto" else device, threads=cores())
             if opened.problem and device != "auto":
                 raise InputError(f"`device` {device}: {opened.problem.what}; {opened.problem.fix}")
         if opened is None or opened.problem:
-            opened = open_cpu(path, threads=cores())
-        self._path, self._output, self._session = path, output, opened.session
+            opened = open_cpu(model, threads=cores())
+        self._path = model.path if isinstance(model, ModelFile) else model
+        self._output, self._session = output, opened.session
         self.provider = opened.provider
 
     def encode(self, images: Pixels) -> Embeddings:

@@ -3,8 +3,11 @@
 Needs no torch. onnx itself is imported only for the rare file with weights in a second file.
 """
 
+import errno
+import hashlib
 import json
 import mmap
+import os
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,8 +18,10 @@ from maekit.config import poolings
 from maekit.images import Preprocess
 from maekit.system import files
 from maekit.system.errors import InputError
+from maekit.system.model_file import ModelFile
 
 METADATA_KEY = "maekit"
+DIGEST = "metadata_sha256"  # within it; files of earlier versions have none
 INPUT = "images"
 EMBEDDINGS, TOKENS = "embeddings", "tokens"
 # Every external tensor stores the name of its file under this key (onnx.proto, TensorProto.external_data). A protobuf
@@ -81,6 +86,12 @@ class EncoderDescription:
             raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error!r}") from error
 
 
+def metadata_digest(spec: dict[str, Any]) -> str:
+    """Return the SHA-256 over all fields of an exported file's metadata but the digest itself."""
+    fields = {key: value for key, value in spec.items() if key != DIGEST}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
 def check_external_data(path: Path) -> list[Path]:
     """Return a model's external weight files, each a plain file beside it; usually none.
 
@@ -98,34 +109,69 @@ def check_external_data(path: Path) -> list[Path]:
                     return []
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-    found = []
-    for name in dict.fromkeys(_locations(load_graph(path))):
-        beside = path.parent / name
-        if not name or name != Path(name).name or name in (".", ".."):
-            raise InputError(f"{path} keeps weights in {name!r}, which is no name of a file beside it")
-        try:
-            there = beside.lstat()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} keeps weights in {name!r}, and there is no such file beside it") from error
-        if not stat.S_ISREG(there.st_mode) or there.st_nlink != 1:
-            raise InputError(f"{path} keeps weights in {name!r}, which is a link or no plain file")
-        found.append(beside)
-    return found
+    names = list(dict.fromkeys(_locations(load_graph(path))))
+    for name in names:
+        os.close(_open_beside(path, name))
+    return [path.parent / name for name in names]
 
 
-def check_digests(description: EncoderDescription, external: list[Path]) -> None:
+def read_model(path: Path) -> ModelFile:
+    """Read a model and its external weight files, once.
+
+    Raises:
+        InputError: as `check_external_data`.
+    """
+    with files.reading(path, InputError):
+        content = path.read_bytes()
+    if not content:
+        raise InputError(f"{path} is no ONNX file: it is empty")
+    external = {}
+    if _LOCATION in content:
+        for name in dict.fromkeys(_locations(load_graph(path, content))):
+            with open(_open_beside(path, name), "rb") as file, files.reading(path.parent / name, InputError):
+                external[name] = file.read()
+    return ModelFile(path, content, external)
+
+
+def _open_beside(path: Path, name: str) -> int:
+    """Return a descriptor of an external weight file.
+
+    Raises:
+        InputError: it is anything but a plain file beside the model.
+    """
+    if not name or name != Path(name).name or name in (".", ".."):
+        raise InputError(f"{path} keeps weights in {name!r}, which is no name of a file beside it")
+    try:
+        descriptor = os.open(path.parent / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            raise InputError(f"{path} keeps weights in {name!r}, which is a link or no plain file") from error
+        raise InputError(f"{path} keeps weights in {name!r}, and there is no such file beside it") from error
+    there = os.fstat(descriptor)
+    if not stat.S_ISREG(there.st_mode) or there.st_nlink != 1:
+        os.close(descriptor)
+        raise InputError(f"{path} keeps weights in {name!r}, which is a link or no plain file")
+    return descriptor
+
+
+def check_digests(description: EncoderDescription, model: ModelFile) -> None:
     """Check that a model's external weight files are those it was exported with.
 
     Raises:
         InputError: one of them has a different digest.
     """
-    for file in external:
-        if files.sha256_file(file) != description.external.get(file.name):
-            raise InputError(f"{file} is not the file that {description.path} was exported with")
+    for name, digest in model.external_sha256.items():
+        if digest != description.external.get(name):
+            beside = model.path.parent / name
+            raise InputError(f"{beside} is not the file that {description.path} was exported with")
 
 
-def load_graph(path: Path) -> Any:
+def load_graph(path: Path, content: bytes | None = None) -> Any:
     """Return the graph of an ONNX file as onnx's ModelProto, without loading tensors from other files.
+
+    Args:
+        path: the file.
+        content: its bytes, if they have been read.
 
     Raises:
         InputError: the file cannot be read or is no ONNX file.
@@ -133,7 +179,10 @@ def load_graph(path: Path) -> Any:
     import onnx
 
     try:
-        proto = onnx.load(path, load_external_data=False)
+        if content is not None:
+            proto = onnx.load_model_from_string(content)
+        else:
+            proto = onnx.load(path, load_external_data=False)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     except Exception as error:  # protobuf's decode error has no public name

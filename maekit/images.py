@@ -241,6 +241,9 @@ def rgb_of(image: Image.Image) -> Image.Image:
         ImageError: it cannot be decoded, or there is no rule for its mode.
     """
     with _refusals(b""):
+        if getattr(image, "tile", None):  # its pixels are still in the file
+            _refuse_too_large(image, b"")
+        _refuse_without_rule(image)
         image.load()
         orientation = 1
         # Pillow turns a TIFF while loading it.

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import onnxruntime as ort
 
 from maekit.system.errors import InputError
+from maekit.system.model_file import ModelFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
@@ -29,6 +30,8 @@ _CUDA_OPTIONS = {"cudnn_conv_algo_search": "HEURISTIC", "use_tf32": "1"}
 
 # Send nothing about the user's images or machine anywhere.
 ort.disable_telemetry_events()
+
+Model = Path | bytes | ModelFile
 
 
 class Problem(NamedTuple):
@@ -74,7 +77,7 @@ def check_device(device: str) -> None:
         raise InputError(f"`device` {device}: must be auto, cpu, cuda, or cuda:N for the N-th GPU")
 
 
-def open_cpu(model: Path | bytes, *, threads: int) -> Opened:
+def open_cpu(model: Model, *, threads: int) -> Opened:
     """Load a model for the CPU.
 
     Raises:
@@ -83,11 +86,11 @@ def open_cpu(model: Path | bytes, *, threads: int) -> Opened:
     return _opened(_load(model, [CPU], threads))
 
 
-def open_cuda(model: Path | bytes, device: str, *, threads: int, options: Mapping[str, str] | None = None) -> Opened:
+def open_cuda(model: Model, device: str, *, threads: int, options: Mapping[str, str] | None = None) -> Opened:
     """Load a model for a CUDA device; if that fails, the result has no session and says why.
 
     Args:
-        model: an ONNX file, or its bytes.
+        model: an ONNX file, its bytes, or both as they were read.
         device: `cuda` or `cuda:N`.
         threads: CPU threads for the nodes that stay on the CPU.
         options: options of the CUDA provider that override the defaults.
@@ -166,7 +169,7 @@ def reinstall_command(installed: list[str]) -> str:
     return f"pip uninstall -y {' '.join(installed)}; pip install 'maekit[cuda]'"
 
 
-def _load(model: Path | bytes, providers: list[Any], threads: int) -> Any:
+def _load(model: Model, providers: list[Any], threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # Threads that spin while waiting would take the cores from decoding.
@@ -174,9 +177,16 @@ def _load(model: Path | bytes, providers: list[Any], threads: int) -> Any:
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     options.log_severity_level = 3
     try:
+        if isinstance(model, ModelFile):
+            if model.external:  # must stay alive until the session is created
+                buffers = list(model.external.values())
+                options.add_external_initializers_from_files_in_memory(
+                    list(model.external), buffers, list(map(len, buffers))
+                )
+            return ort.InferenceSession(model.content, options, providers=providers, enable_fallback=0)
         return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
     except Exception as error:  # onnxruntime's own exception types have no common base
-        name = "the model" if isinstance(model, bytes) else model
+        name = "the model" if isinstance(model, bytes) else getattr(model, "path", model)
         raise InputError(f"{name}: ONNX Runtime cannot load this file: {first_line(error)}") from error
 
 

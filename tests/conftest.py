@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.shards import MakeShards, jpeg, write_shard
 
@@ -52,3 +53,31 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def python() -> list[str]:
     """Return the command that starts a fresh interpreter."""
     return [sys.executable]
+
+
+@pytest.fixture(scope="session")
+def black_is_infinite(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a model that divides each embedding by its image's largest pixel, so that black ones are not finite."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    proto = onnx.load(trained / "encoder.onnx")
+    output = proto.graph.output[0].name
+    for node in proto.graph.node:
+        node.output[:] = ["before" if name == output else name for name in node.output]
+    proto.graph.node.extend(
+        [
+            helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", ["pixels", "axes"], ["largest"], keepdims=0),
+            helper.make_node("Unsqueeze", ["largest", "one"], ["column"]),
+            helper.make_node("Sign", ["column"], ["divisor"]),
+            helper.make_node("Div", ["before", "divisor"], [output]),
+        ]
+    )
+    constants = {"axes": [1, 2, 3], "one": [1]}
+    proto.graph.initializer.extend(
+        numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()
+    )
+    path = tmp_path_factory.mktemp("infinite") / "encoder.onnx"
+    onnx.save(proto, path)
+    return path

@@ -20,8 +20,9 @@ import maekit.exporters.writing as writing
 from maekit.config import IMAGENET_MEAN, IMAGENET_STD
 from maekit.config.check import InspectConfig
 from maekit.config.export import ExportConfig
-from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_external_data
+from maekit.encoder_file import METADATA_KEY, EncoderDescription, check_external_data, read_model
 from maekit.exporters.export import export
+from maekit.exporters.runtime import ExportedEncoder
 from maekit.exporters.verify import verify
 from maekit.images import Preprocess
 from maekit.inspection import inspect
@@ -83,6 +84,19 @@ def test_other_weights_under_the_same_name(divided: Path) -> None:
         maekit.Embedder(divided, device="cpu")
     weights.unlink()
     with raises(InputError, match="there is no such file beside it"):
+        maekit.Embedder(divided, device="cpu")
+
+
+def test_external_weights_are_those_that_were_hashed(divided: Path) -> None:
+    """They are read once: what replaces the file afterwards is neither hashed nor run."""
+    model = read_model(divided)
+    (weights,) = divided.parent.glob("*.data")
+    before = maekit.Embedder(divided, device="cpu")(jpeg(1))
+    weights.write_bytes(bytes(weights.stat().st_size))
+    opened = ExportedEncoder(model, "embeddings", device="cpu")
+    pixels = Preprocess.for_size((32, 32), IMAGENET_MEAN, IMAGENET_STD)(jpeg(1))
+    np.testing.assert_allclose(opened.encode(pixels[None]), before, atol=1e-6)
+    with raises(InputError, match="is not the file that"):
         maekit.Embedder(divided, device="cpu")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from maekit.config.fields import Config, argument, check, count_or_auto, setting
 from maekit.config.images import image_setting
-from maekit.system.errors import InputError
+from maekit.system.errors import ImageError, InputError
 
 _COLUMNS = ("key", "shard", "index", "embedding")
 _output = partial(setting, panel="Output")
@@ -112,11 +112,24 @@ class EmbedConfig(Config):
         metavar="N|auto",
         parse=parse_split,
     )
+    retry: tuple[str, ...] = _output(
+        (),
+        "Embed shards again whose errors have one of these reasons, such as unreadable,unsupported_format; whole "
+        "shards, no others. May be repeated.",
+        metavar="REASONS",
+    )
     overwrite: bool = _output(False, "Delete what is in `out` and make it anew.")
     verify: bool = _output(
-        False, "At the end, read everything again: digests, keys, lengths, values. Exit 1 if anything is wrong."
+        False,
+        "At the end, read everything again, input and output: bytes, digests, keys, lengths, values. Exit 1 if "
+        "anything is wrong.",
     )
     cache_gb: float = _input(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
+
+    @property
+    def reasons_to_retry(self) -> tuple[str, ...]:
+        """The reasons of `retry`, each of which may be a list with commas."""
+        return tuple(reason.strip() for reasons in self.retry for reason in reasons.split(","))
 
     def validate(self) -> None:
         """Check every value that needs neither the model nor the input.
@@ -134,6 +147,10 @@ class EmbedConfig(Config):
                 raise InputError(f"`keep` {extension!r}: no member has such an extension")
             if self.keep.count(extension) > 1:
                 raise InputError(f"`keep` {extension}: given twice")
+        known = sorted({*ImageError.REASONS} - {"no_label"})  # that one is of trainings
+        for reason in self.reasons_to_retry:
+            if reason not in known:
+                raise InputError(f"`retry` {reason}: must be one of {', '.join(known)}")
         if self.devices and self.device != "auto":
             raise InputError(f"`device` = {self.device} and `devices` = {','.join(self.devices)}: give one of them")
         if "auto" in self.devices:

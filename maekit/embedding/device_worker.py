@@ -167,7 +167,7 @@ class OneDevice:
             concurrency=self.running.concurrency,
             timing=self.timing,
         )
-        writer = Writer(self._job.output, blank=self._blank, done=self._settle, timing=self.timing)
+        writer = Writer(self._job.output, blank=self._blank, done=self._settle, note=self._job.note, timing=self.timing)
         results = self._pipeline.run(parts)
         try:
             for result in results:
@@ -264,7 +264,7 @@ class OneDevice:
 
     def _open(self, planned: PlannedPart, stack: contextlib.ExitStack) -> OpenPart | None:
         output = self._job.output
-        record = output.committed(planned.name, planned.scope.first)
+        record = None if planned.is_retried else output.committed(planned.name, planned.scope.first)
         if record is not None and planned.has_version(record.input_version):
             self._job.report(Outcome(planned.name, "skipped", record))  # another run embedded it in the meantime
             return None

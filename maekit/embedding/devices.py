@@ -98,6 +98,8 @@ class ManyDevices:
             for child, running in zip(self._children, ready, strict=True):
                 if running.provider != self.running.provider:
                     raise MaekitError(f"{child.device} runs on {running.provider}, not on {self.running.provider}")
+                if running.description.sha256 != self.running.description.sha256:
+                    raise MaekitError(f"{running.description.path} was replaced while the devices loaded it; try again")
         except BaseException:
             self.__exit__()
             raise

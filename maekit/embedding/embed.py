@@ -20,7 +20,7 @@ from maekit.images import Preprocess
 from maekit.providers import CPU, check_device, gpu_count
 from maekit.shards.cache import RemoteCache
 from maekit.shards.index import load_index
-from maekit.system import files
+from maekit.system import files, text
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
 from maekit.system.parallel import map_in_threads
@@ -116,7 +116,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
                 progress.note(f"{hidden[0]}: pyarrow.dataset and others pass over files and folders with a leading _")
             job.refuse_renamed(planned)
             planned = split.of(planned if config.limit is None else list(job.first(planned, config.limit)))
-            todo = job.without_committed(planned)
+            todo = job.without_committed(planned, config.reasons_to_retry)
             seconds = job.embed(todo, devices)
             if not (result.rows or result.errors or result.damaged or result.elsewhere):
                 if split.count > 1:
@@ -127,7 +127,12 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
                 raise InputError(f"the {len(parts)} shards hold no sample at all{narrowed}")
             if config.verify:
                 result.verified = verify(
-                    output, planned, remote=remote, progress=progress, stop_if_asked=job.stop_if_asked
+                    output,
+                    planned,
+                    remote=remote,
+                    progress=progress,
+                    stop_if_asked=job.stop_if_asked,
+                    stopped=stopped_by,
                 )
         result.images_per_second, result.rates, result.limit_share, result.binds = Speed.of(devices, seconds)
     return result
@@ -240,17 +245,21 @@ class _Job:
             yield replace(planned, scope=Scope(select, limit if count > limit else None))
             limit -= min(count, limit)
 
-    def without_committed(self, parts: Sequence[PlannedPart]) -> list[PlannedPart]:
-        """Return the parts that are new or look changed; count the others."""
+    def without_committed(self, parts: Sequence[PlannedPart], retry: Sequence[str]) -> list[PlannedPart]:
+        """Return the parts that are new, look changed, or have errors with a reason to retry; count the others."""
         todo = []
         for planned in parts:
             record = self.output.committed(planned.name, planned.scope.first)
-            if record is not None and planned.has_version(record.input_version):
+            if record is not None and retry and self.output.has_errors(record, retry):
+                todo.append(replace(planned, is_retried=True))
+            elif record is not None and planned.has_version(record.input_version):
                 if isinstance(planned.part, FolderPart) and record.unused != planned.part.unused:
                     record = self.output.renew(record, record.input_version, dict(planned.part.unused))
                 self._settle(Outcome(planned.name, "skipped", record))
             else:
                 todo.append(planned)
+        if retried := sum(planned.is_retried for planned in todo):
+            self.progress.note(f"{text.count('shard', retried)} with errors to retry: embedded again")
         if self.result.skipped:
             self.progress.note(f"{self.result.skipped} of {len(parts)} shards are committed already")
         return todo

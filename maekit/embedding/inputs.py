@@ -30,7 +30,7 @@ import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -329,12 +329,14 @@ class PlannedPart:
         version: its version; None if unknown.
         size: its size in bytes; 0 if unknown.
         scope: which of its samples to embed.
+        is_retried: whether to embed it although it is committed and unchanged.
     """
 
     part: Part
     version: str | None
     size: int
     scope: Scope
+    is_retried: bool = False
 
     @property
     def name(self) -> str:
@@ -364,9 +366,21 @@ class OpenPart:
 
 
 def content_of(
-    images: Images, ordinals: Sequence[int], keep: Sequence[str], stopped: Callable[[], object] = lambda: None
+    images: Images,
+    ordinals: Sequence[int],
+    keep: Sequence[str],
+    stopped: Callable[[], object] = lambda: None,
+    *,
+    without: Container[int] = (),
 ) -> int:
     """Return the CRC-32 over the CRC-32s of all images, followed by those of all stored sidecars.
+
+    Args:
+        images: the images.
+        ordinals: which of them.
+        keep: extensions of the stored sidecars.
+        stopped: returns whether to stop.
+        without: ordinals of images that count as unreadable.
 
     Raises:
         MaekitError: a shard cannot be read, or `stopped` returned true.
@@ -376,7 +390,8 @@ def content_of(
         if stopped():
             raise MaekitError("stopped while reading")
         with contextlib.suppress(ImageError):  # stays 0, as in the commit record
-            crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, images.location(ordinal)))
+            if ordinal not in without:
+                crcs[0, position] = zlib.crc32(read_image(images.descriptor, images.name, images.location(ordinal)))
         for row, extension in enumerate(keep, 1):
             crcs[row, position] = sidecar_crc(images, ordinal, extension)
     return zlib.crc32(crcs.tobytes())

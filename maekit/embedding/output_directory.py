@@ -247,8 +247,8 @@ class OutputDirectory:
         found = {path for suffix in ("parquet", "npy") for path in self.path.rglob(f"*.{suffix}")}
         return sorted(path.relative_to(self.path).as_posix() for path in found - known)
 
-    def errors_of(self, name: str) -> list[tuple[int, str]]:
-        """Return ordinal and key of the samples of a shard that have no row.
+    def errors_of(self, name: str) -> list[tuple[int, str, str]]:
+        """Return ordinal, key and reason of the samples of a shard that have no row.
 
         Raises:
             MaekitError: the list cannot be read.
@@ -257,11 +257,18 @@ class OutputDirectory:
         try:
             # Not splitlines(): keys may contain other characters that it treats as line ends.
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-            return [(int(row["index"]), str(row["key"])) for row in rows]
+            return [(int(row["index"]), str(row["key"]), str(row.get("reason"))) for row in rows]
         except FileNotFoundError:
             return []
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise MaekitError(f"{path}: cannot be read: {error!r}") from error
+
+    def has_errors(self, record: CommitRecord, reasons: Collection[str]) -> bool:
+        """Whether an error of a committed shard has one of these reasons; a list that cannot be read counts as one."""
+        try:
+            return record.errors > 0 and any(reason in reasons for _, _, reason in self.errors_of(record.shard))
+        except MaekitError:
+            return True
 
     def _remove_uncommitted(self) -> None:
         """Remove the files of shards whose run was killed before it wrote the commit record.

@@ -1,7 +1,10 @@
 """The model file in ONNX Runtime, on the requested provider and on no other."""
 
+import ctypes
+import os
 import re
 import threading
+import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,12 +15,12 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from maekit.config.poolings import UNPOOLED
-from maekit.encoder_file import EMBEDDINGS, INPUT, METADATA_KEY, EncoderDescription, check_digests, check_external_data
+from maekit.encoder_file import EMBEDDINGS, INPUT, METADATA_KEY, EncoderDescription, check_digests, read_model
 from maekit.images import Pixels
 from maekit.providers import CUDA, Problem, check_device, first_line, open_cpu, open_cuda
-from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.machine import cores
+from maekit.system.model_file import ModelFile
 
 # Messages of ONNX Runtime, CUDA, cuBLAS and the C++ library when memory runs out.
 _OUT_OF_MEMORY = re.compile(
@@ -33,6 +36,9 @@ class OutOfMemory(MaekitError):
 
 class EncoderSession:
     """An exported encoder, loaded and checked. May be called from several threads at once.
+
+    Pickled, it is reopened by its path, and in a forked process it opens the file anew; in both cases it refuses a file
+    with another digest.
 
     Args:
         path: the ONNX file that `maekit export` wrote.
@@ -64,29 +70,37 @@ class EncoderSession:
             raise InputError(f"{path} is a directory; ENCODER.ONNX is the file that `maekit export` wrote")
         if not path.is_file():
             raise InputError(f"{path}: no such file; `maekit export` writes one")
-        threads = threads or cores()
-        external = check_external_data(path)
+        self._path, self._device_asked, self._threads = Path(os.path.abspath(path)), device, threads
+        self._provider_options, self._opening = provider_options, threading.Lock()
+        model = read_model(path)
         # Hundreds of megabytes: hash them while ONNX Runtime loads the model.
         with ThreadPoolExecutor(1) as hashing:
-            digest = hashing.submit(files.sha256_file, path)
-            self._load(path, device, threads=threads, provider_options=provider_options)
+            digest = hashing.submit(lambda: (model.external_sha256, model.sha256)[1])
+            self._load(model)
             try:
                 metadata = self._session.get_modelmeta().custom_metadata_map.get(METADATA_KEY)
             except UnicodeDecodeError as error:
                 raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: {error}") from error
             self.description = EncoderDescription.from_metadata(path, metadata, digest.result())
-        check_digests(self.description, external)
+        check_digests(self.description, model)
+        _sessions.add(self)
         if self.description.pool == UNPOOLED:
             raise InputError(
                 f"{path} gives the tokens of each image, not one vector; export it with another `pool` to embed with it"
             )
 
-    def _load(self, path: Path, device: str, *, threads: int, provider_options: Mapping[str, str] | None) -> None:
+    def __reduce__(self) -> tuple[Any, ...]:
+        options = dict(self._provider_options or {})
+        return _again, (self._path, self._device_asked, self._threads, options, self.description.sha256)
+
+    def _load(self, model: ModelFile) -> None:
         """Open the model on the device, or on the CPU if `auto` finds no working GPU."""
+        path, device, provider_options = model.path, self._device_asked, self._provider_options
+        threads = self._threads or cores()
         opened = None
         self.reason = "asked for"
         if device != "cpu":
-            opened = open_cuda(path, "cuda" if device == "auto" else device, threads=threads, options=provider_options)
+            opened = open_cuda(model, "cuda" if device == "auto" else device, threads=threads, options=provider_options)
             if opened.problem and device != "auto":
                 raise InputError(f"`device` {device}: {opened.problem.what}; {opened.problem.fix}")
             if device == "auto":
@@ -94,11 +108,38 @@ class EncoderSession:
         if opened is None or opened.problem:
             if provider_options:
                 raise InputError(f"`provider_options` is for the CUDA provider, and {path} runs on the CPU here")
-            opened = open_cpu(path, threads=threads)
+            opened = open_cpu(model, threads=threads)
         self._session = opened.session
         self.provider, self.registered, self.nodes = opened.provider, opened.registered, opened.nodes
         self._device = ("cuda", int(device.partition(":")[2] or 0)) if self.provider == CUDA else ("cpu", 0)
         self._own = threading.local()
+        self._is_forked = False
+
+    def _reopen(self) -> None:
+        """Open the model anew in a forked process, which has the parent's session without its threads.
+
+        Raises:
+            MaekitError: the file is another one now, or the parent's session is on a GPU.
+        """
+        with self._opening:
+            if not self._is_forked:
+                return
+            path = self.description.path
+            if self.provider == CUDA:
+                raise MaekitError(
+                    f"{path} runs on CUDA, which a forked process cannot use: start the processes by spawn "
+                    "(`multiprocessing_context='spawn'` of a DataLoader)"
+                )
+            model = read_model(self._path)
+            _refuse_other_digest(path, model.sha256, self.description.sha256)
+            check_digests(self.description, model)
+            self._load(model)
+
+    def disown(self) -> None:
+        """Give up the session in a forked child without destroying it, which would wait for threads that it lacks."""
+        for inherited in (self._session, self._own, *self._own.__dict__.values()):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(inherited))
+        self._opening, self._is_forked = threading.Lock(), True
 
     def __call__(self, images: Pixels) -> Embeddings:
         """Embed a batch: uint8 `[B, H, W, 3]`, C order -> float32 `[B, dim]`.
@@ -107,6 +148,8 @@ class EncoderSession:
             OutOfMemory: the batch is too large for the device.
             MaekitError: ONNX Runtime failed.
         """
+        if self._is_forked:
+            self._reopen()
         try:
             return self._run(images)
         except Exception as error:  # onnxruntime's own exception types have no common base
@@ -121,6 +164,34 @@ class EncoderSession:
         if len(images) not in sets:
             sets[len(images)] = _Buffers(self._session, images.shape, self.description.dim, self._device)
         return sets[len(images)].run(images)
+
+
+_sessions: "weakref.WeakSet[EncoderSession]" = weakref.WeakSet()
+
+
+def _disown_all() -> None:
+    for session in _sessions:
+        session.disown()
+
+
+os.register_at_fork(after_in_child=_disown_all)
+
+
+def _again(
+    path: Path, device: str, threads: int | None, provider_options: dict[str, str], sha256: str
+) -> EncoderSession:
+    """Open the model of a session that was pickled."""
+    session = EncoderSession(path, device=device, threads=threads, provider_options=provider_options)
+    _refuse_other_digest(path, session.description.sha256, sha256)
+    return session
+
+
+def _refuse_other_digest(path: Path, there: str, wanted: str) -> None:
+    if there != wanted:
+        raise InputError(
+            f"{path} is another file now: its SHA-256 begins with {there[:12]}, that of the one opened first with "
+            f"{wanted[:12]}"
+        )
 
 
 class _Buffers:

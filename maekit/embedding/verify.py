@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.embedding.commit_record import CommitRecord
-from maekit.embedding.inputs import Images, PlannedPart
+from maekit.embedding.inputs import Images, PlannedPart, content_of
 from maekit.embedding.output_directory import OutputDirectory
 from maekit.embedding.stored import read_rows
 from maekit.shards.cache import RemoteCache
@@ -47,8 +47,9 @@ def verify(
     remote: RemoteCache,
     progress: Progress,
     stop_if_asked: Callable[[], None],
+    stopped: Callable[[], object],
 ) -> Verdict:
-    """Compare the files of the given shards with their records and with the shards themselves.
+    """Compare the files of the given shards with their records and with the shards themselves, whose bytes are reread.
 
     Args:
         output: the output to verify.
@@ -56,6 +57,7 @@ def verify(
         remote: cache that fetches remote shards.
         progress: receives progress updates.
         stop_if_asked: called for each shard; raises to stop.
+        stopped: returns whether to stop, from any thread.
     """
     verdict = Verdict()
 
@@ -64,7 +66,7 @@ def verify(
         if record is None:
             return f"{planned.name}: has no valid commit record"
         try:
-            return _problem(output, record, planned, remote) or record
+            return _problem(output, record, planned, remote, stopped) or record
         except MaekitError as error:
             return f"{planned.name}: {error}"
 
@@ -85,7 +87,13 @@ def verify(
     return verdict
 
 
-def _problem(output: OutputDirectory, record: CommitRecord, planned: PlannedPart, remote: RemoteCache) -> str | None:
+def _problem(
+    output: OutputDirectory,
+    record: CommitRecord,
+    planned: PlannedPart,
+    remote: RemoteCache,
+    stopped: Callable[[], object],
+) -> str | None:
     """Return the first problem of a shard's files, or None."""
     name = record.shard
     for file in record.outputs:
@@ -98,14 +106,22 @@ def _problem(output: OutputDirectory, record: CommitRecord, planned: PlannedPart
     if len(errors) != record.errors:
         return f"{name}: {len(errors)} errors are listed, {record.errors} in its commit record"
     with contextlib.closing(planned.part.open(remote)) as images:
-        return _unreconciled(output, record, errors=errors, images=images, ordinals=planned.scope.ordinals(images))
+        ordinals = planned.scope.ordinals(images)
+        if (problem := _unreconciled(output, record, errors=errors, images=images, ordinals=ordinals)) is not None:
+            return problem
+        # The digest covers keys and sizes alone. What took a decoder with it has no CRC-32 in the record.
+        crashed = {ordinal for ordinal, _, reason in errors if reason == "crashed"}
+        content = content_of(images, ordinals, output.options.keep, stopped, without=crashed)
+        if content != record.input_content:
+            return f"{name}: its images or kept members have other bytes than those embedded; touch it, and embed again"
+    return None
 
 
 def _unreconciled(
     output: OutputDirectory,
     record: CommitRecord,
     *,
-    errors: Sequence[tuple[int, str]],
+    errors: Sequence[tuple[int, str, str]],
     images: Images,
     ordinals: Sequence[int],
 ) -> str | None:
@@ -115,7 +131,7 @@ def _unreconciled(
         return f"{name}: has changed since it was embedded"
     if record.unused and images.unused != record.unused:
         return f"{name}: {images.unused} are used by no sample, {record.unused} by its commit record"
-    without = dict(errors)
+    without = {ordinal: key for ordinal, key, _ in errors}
     expected = iter(ordinals)
     rows = 0
     batches = read_rows([output.path / file["path"] for file in record.outputs]) if record.outputs else ()

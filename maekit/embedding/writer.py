@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.decode_pool import Rejected
@@ -27,6 +28,7 @@ class Writer:
         output: receives rows and records.
         blank: returns the commit record of a part, given the CRC-32 of its content, without the results of writing it.
         done: called in the writer's thread for each part: with its record, or None and why it could not be embedded.
+        note: called with messages for the user, in the writer's thread.
         timing: the writer adds its seconds and rows here.
     """
 
@@ -36,9 +38,11 @@ class Writer:
         *,
         blank: Callable[[OpenPart, int], CommitRecord],
         done: Callable[[OpenPart, CommitRecord | None, str], None],
+        note: Callable[[str], None],
         timing: Timing,
     ) -> None:
-        self._output, self._blank, self._done, self._timing = output, blank, done, timing
+        self._output, self._blank, self._done, self._note, self._timing = output, blank, done, note, timing
+        self._has_noted = False
         self._queue: queue.Queue[Result | None] = queue.Queue(_WAITING)
         self._files: ShardFiles | None = None
         self._given_up: set[int] = set()
@@ -119,7 +123,11 @@ class Writer:
         refused = list(result.refused)
         kept: dict[str, list[bytes | None]] = {extension: [] for extension in keep}
         good: list[int] = []
+        unfit = _unfit(result.embeddings, self._output.options.dtype)
         for row, position in enumerate(result.positions):
+            if row in unfit:
+                refused.append(Rejected(position, "not_finite", unfit[row]))
+                continue
             try:
                 values = [images.sidecar(ordinals[position], extension) for extension in keep]
             except ImageError as error:
@@ -141,6 +149,13 @@ class Writer:
         return Rows([images.key(ordinal) for ordinal in chosen], chosen, [embeddings], kept)
 
     def _end(self, part: OpenPart, shard_files: ShardFiles) -> None:
+        unfit = [error for error in shard_files.errors if error["reason"] == "not_finite"]
+        if len(unfit) > shard_files.rows and not self._has_noted:
+            self._has_noted = True
+            self._note(
+                f"{part.images.name}: {len(unfit)} of {len(unfit) + shard_files.rows} embeddings are not finite: it is "
+                f"the model, not the images ({unfit[0]['detail']})"
+            )
         if (changed := part.images.changed()) is not None:
             return self._give_up(part, changed)
         record = self._output.commit(part.images, shard_files, self._blank(part, zlib.crc32(self._crcs.tobytes())))
@@ -156,3 +171,17 @@ class Writer:
         if self._files is not None:
             self._files.abandon()
             self._files = None
+
+
+def _unfit(embeddings: NDArray[np.float32], dtype: str) -> dict[int, str]:
+    """Return the rows that cannot be stored because they would not be finite, each with what is wrong."""
+    with np.errstate(over="ignore"):  # of float16
+        is_stored = np.isfinite(embeddings.astype(dtype, copy=False)).all(axis=1)
+    found = {}
+    for row in np.flatnonzero(~is_stored).tolist():
+        if np.isfinite(embeddings[row]).all():
+            largest = np.abs(embeddings[row]).max()
+            found[row] = f"values up to {largest:.3g} are too large for {dtype}; `dtype=float32` holds them"
+        else:
+            found[row] = "the model gives values that are not finite"
+    return found

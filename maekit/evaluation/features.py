@@ -29,7 +29,7 @@ from maekit.evaluation.labelled import LabelledSet
 from maekit.images import Pixels, Preprocess
 from maekit.shards.cache import RemoteCache
 from maekit.shards.spec import ShardFile
-from maekit.system.errors import ImageError, InputError
+from maekit.system.errors import ImageError, InputError, MaekitError
 from maekit.system.machine import cores
 from maekit.system.parallel import batched
 from maekit.system.progress import Progress
@@ -70,6 +70,7 @@ def image_features(labelled: LabelledSet, encoder: "Encoder", what: str, progres
 
     Raises:
         InputError: none of the images can be read.
+        MaekitError: an embedding is not finite.
     """
     kept = np.zeros(len(labelled.numbers), bool)
     numbers = labelled.numbers.tolist()
@@ -88,6 +89,9 @@ def image_features(labelled: LabelledSet, encoder: "Encoder", what: str, progres
                     kept[at] = True
             if images:
                 parts.append(encoder(np.stack(images)))
+                for name, embeddings in parts[-1].items():
+                    if not np.isfinite(embeddings).all():
+                        raise MaekitError(f"{name}: the model gives values that are not finite")
             progress.advance(batch[-1][0] + 1)
     finally:
         progress.stop()

@@ -179,16 +179,16 @@ def _load_embedder(folder: EmbeddingFolder, model: str | None) -> Embedder:
     """
     if model is None:
         raise InputError("a query is an image: name the file that made the embeddings, `model` ENCODER.ONNX")
-    try:
-        digest = files.sha256_file(Path(model))
-    except OSError as error:
-        raise InputError(f"`model` {model}: cannot be read: {error.strerror or error}") from error
-    if digest != folder.model:
-        raise InputError(
-            f"`model` {model} is not the file that made {folder.path}: the SHA-256 of the one begins "
-            f"with {digest[:12]}, of the other with {folder.model[:12]}"
-        )
-    return Embedder(model, device="cpu")  # a few images do not justify the start-up time of a GPU
+    with files.reading(f"`model` {model}", InputError):
+        digest = files.sha256_file(Path(model))  # first: a file that is another one may not even load
+    if digest == folder.model:
+        embedder = Embedder(model, device="cpu")  # a few images do not justify the start-up time of a GPU
+        if (digest := embedder.sha256) == folder.model:
+            return embedder
+    raise InputError(
+        f"`model` {model} is not the file that made {folder.path}: the SHA-256 of the one begins "
+        f"with {digest[:12]}, of the other with {folder.model[:12]}"
+    )
 
 
 def _embedded(path: str, embedder: Embedder) -> _Wanted:
@@ -204,7 +204,7 @@ def _embedded(path: str, embedder: Embedder) -> _Wanted:
     except OSError as error:
         raise InputError(f"`queries` {path}: cannot be read: {error.strerror or error}") from error
     except ImageError as error:
-        raise InputError(f"`queries` {path} is no readable image: {error.reason}, {error}") from error
+        raise InputError(f"`queries` {path} has no embedding: {error.reason}, {error.detail}") from error
 
 
 def _search(folder: EmbeddingFolder, wanted: Sequence[_Wanted], k: int, progress: Progress) -> tuple[Query, ...]:

@@ -1,10 +1,13 @@
 """Weights files: read without running code from them, loaded strictly, written under timm's names."""
 
 import argparse
+import hashlib
+import io
 import json
 import pickle
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,40 @@ from maekit.system.errors import InputError
 _WRAPPERS = ("model", "state_dict")
 
 
+@dataclass(frozen=True)
+class WeightsFile:
+    """A weights file, safetensors or PyTorch, read once: what is hashed is what is loaded, whatever replaces the file.
+
+    Attributes:
+        tensors: the weights, on the CPU.
+        sha256: digest of the file, hexadecimal.
+        description: what `encoder_bytes` stored beside the weights; empty for any other file.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    sha256: str
+    description: dict[str, Any]
+
+
+def read_weights(path: Path) -> WeightsFile:
+    """Read a weights file; no code in it runs.
+
+    Raises:
+        InputError: the file cannot be read or holds no weights.
+    """
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read weights from {path}: {error.strerror or error}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    if path.suffix != ".safetensors":
+        return WeightsFile(_pytorch(path, content), digest, {})
+    try:
+        return WeightsFile(safetensors.torch.load(content), digest, _description(content))
+    except safetensors.SafetensorError as error:
+        raise InputError(f"cannot read weights from {path}: {error}") from error
+
+
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read a safetensors file onto the CPU.
 
@@ -31,16 +68,16 @@ def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
         raise InputError(f"cannot read weights from {path}: {error}") from error
 
 
-def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of a PyTorch file onto the CPU; no code in it runs.
+def _pytorch(path: Path, content: bytes) -> dict[str, torch.Tensor]:
+    """Return the weights of a PyTorch file on the CPU; no code in it runs.
 
     Raises:
-        InputError: the file cannot be read, needs code to be read, or holds no weights.
+        InputError: the file needs code to be read, or holds no weights.
     """
     try:
         # Checkpoints of the reference implementation contain its arguments as a Namespace, which only holds values.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+            loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises running the code.
         raise InputError(
@@ -54,15 +91,6 @@ def read_pytorch(path: Path) -> dict[str, torch.Tensor]:
         if loaded and all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in loaded.items()):
             return dict(loaded)
     raise InputError(f"{path} holds no dictionary of weights")
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read a weights file, safetensors or PyTorch, onto the CPU.
-
-    Raises:
-        InputError: the file cannot be read or holds no weights.
-    """
-    return read_safetensors(path) if path.suffix == ".safetensors" else read_pytorch(path)
 
 
 def load_strictly(module: torch.nn.Module, weights: Mapping[str, torch.Tensor], source: str) -> None:
@@ -107,11 +135,11 @@ def encoder_bytes(encoder: VisionTransformer, description: dict[str, Any]) -> by
     return safetensors.torch.save(tensors, metadata={"maekit": json.dumps(description)})
 
 
-def file_description(path: Path) -> dict[str, Any]:
-    """Return the description that `encoder_bytes` stored in a file's metadata; empty for any other file."""
+def _description(content: bytes) -> dict[str, Any]:
+    """Return the description in the header of a safetensors file: its length in eight bytes, then JSON."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            description = json.loads((file.metadata() or {}).get("maekit", "{}"))
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError):
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        description = json.loads(header.get("__metadata__", {}).get("maekit", "{}"))
+    except (ValueError, RecursionError):
         return {}
     return description if isinstance(description, dict) else {}

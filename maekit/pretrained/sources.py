@@ -24,9 +24,8 @@ from maekit import runs
 from maekit.config import ModelConfig
 from maekit.images import Preprocess
 from maekit.mae.encoder import DEFAULT_MODEL, TIMM_NAMES
-from maekit.pretrained.files import file_description, read_safetensors, read_weights
+from maekit.pretrained.files import read_weights
 from maekit.pretrained.key_names import Parts, from_reference, from_transformers
-from maekit.system import files
 from maekit.system.errors import InputError
 
 Note = Callable[[str], None]
@@ -116,13 +115,16 @@ def read_source(name: str, *, model: str | None = None, on_note: Note = lambda t
 def _from_run(path: Path, on_note: Note) -> Source:
     run, checkpoint = runs.find_checkpoint(path, on_note)
     config = run.config()
-    whole = read_safetensors(checkpoint.path / runs.MODEL)
+    weights = read_weights(checkpoint.path / runs.MODEL)
+    if weights.sha256 != checkpoint.digest():
+        raise InputError(f"{checkpoint.path} was changed while it was read; run the command again")
+    whole = weights.tensors
     encoder, decoder = (
         {key.removeprefix(prefix): tensor for key, tensor in whole.items() if key.startswith(prefix)}
         for prefix in ("encoder.", "decoder.")
     )
     task = {key: tensor for key, tensor in whole.items() if not key.startswith(("encoder.", "decoder."))}
-    provenance = {"source": "run", "step": checkpoint.step, "sha256": checkpoint.digest()}
+    provenance = {"source": "run", "step": checkpoint.step, "sha256": weights.sha256}
     provenance["data_digest"] = checkpoint.state()["data_digest"]
     preprocess = Preprocess.for_size(config.model.size, config.data.mean, config.data.std)
     on_note(f"weights of {checkpoint.path} (step {checkpoint.step})")
@@ -140,9 +142,9 @@ def _from_run(path: Path, on_note: Note) -> Source:
 
 
 def _from_file(path: Path, model: str | None) -> Source:
-    parts = from_reference(read_weights(path))
-    description = file_description(path) if path.suffix == ".safetensors" else {}
-    provenance = {"source": "file", "file": path.name, "sha256": files.sha256_file(path)}
+    weights = read_weights(path)
+    parts, description = from_reference(weights.tensors), weights.description
+    provenance = {"source": "file", "file": path.name, "sha256": weights.sha256}
     if "timm_arguments" not in description:
         sizes = _told_by_weights(path, parts, model)
         preprocess = timm_preprocess(_pretrained_cfg(model), sizes["image_size"]) if model and "." in model else None
@@ -225,16 +227,17 @@ def _from_hugging_face(path: Path) -> Source:
     file = next((path / name for name in _HUGGING_FACE_FILES if (path / name).is_file()), None)
     if file is None:
         raise InputError(f"{path} holds a config.json, and none of {', '.join(_HUGGING_FACE_FILES)} beside it")
-    provenance = {"file": file.name, "sha256": files.sha256_file(file)}
+    weights = read_weights(file)
+    provenance = {"file": file.name, "sha256": weights.sha256}
     if isinstance(config.get("architecture"), str):
         provenance["source"] = "timm"
-        return _from_timm_directory(path, config, read_weights(file), provenance)
+        return _from_timm_directory(path, config, weights.tensors, provenance)
     if config.get("model_type") != "vit_mae":
         raise InputError(
             f"{path}/config.json is of a model of type {config.get('model_type')!r}; known are vit_mae (transformers' "
             "ViTMAE) and timm's models"
         )
-    parts = from_transformers(read_weights(file))
+    parts = from_transformers(weights.tensors)
     try:
         if config.get("hidden_act", "gelu") != "gelu" or int(config.get("num_channels", 3)) != 3:
             raise InputError(f"{path}: only models of three channels with exact GELU are known")

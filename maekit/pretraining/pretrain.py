@@ -6,7 +6,6 @@ writes the config, loops, and has the encoder written.
 """
 
 import copy
-import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 
 from maekit import runs
 from maekit.config import DEFAULT_EPOCHS, PretrainConfig
-from maekit.encoder_file import check_external_data
+from maekit.encoder_file import read_model
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.normalize import Normalizer
@@ -24,7 +23,6 @@ from maekit.pretraining.pca import fit_pca
 from maekit.pretraining.task import Pretraining
 from maekit.runs import RunDirectory
 from maekit.shards.read import ShardSet
-from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.progress import Progress, Silent
 from maekit.training.engine import Engine
@@ -121,12 +119,9 @@ def tokenizer_digest(path: Path) -> str:
         InputError: the file cannot be read, or it names external files that are not allowed.
     """
     try:
-        digests = [files.sha256_file(file) for file in (path, *check_external_data(path))]
+        return read_model(path).digest
     except InputError as error:
         raise InputError(f"`tokenizer`: {error}") from error
-    except OSError as error:
-        raise InputError(f"cannot read `tokenizer` {path}: {error.strerror}") from error
-    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
 
 
 def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:

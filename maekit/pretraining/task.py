@@ -71,6 +71,7 @@ class Pretraining(Task):
             vocabulary=model.vocabulary,
             device=self._launch.device,
             threads=torch.get_num_threads(),
+            sha256=model.tokenizer_sha256,
         )
 
     def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from maekit.encoder_file import read_model
 from maekit.providers import first_line, open_cpu, open_cuda
 from maekit.system.errors import InputError, MaekitError
 
@@ -30,6 +31,7 @@ class Tokenizer:
         vocabulary: number of different tokens.
         device: device to run on, the one used for training.
         threads: number of CPU threads.
+        sha256: the digest that the file must have; None for any.
 
     Raises:
         InputError: the file cannot be loaded, or its input or output is different.
@@ -44,16 +46,20 @@ class Tokenizer:
         vocabulary: int,
         device: torch.device,
         threads: int,
+        sha256: str | None = None,
     ) -> None:
         if not path.is_file():
             raise InputError(f"`tokenizer` {path}: there is no such file")
+        model = read_model(path)
+        if sha256 not in (None, model.digest):
+            raise InputError(f"`tokenizer` {path}: was replaced while the run was starting; run the command again")
         self._path, self._grid, self._vocabulary = path, grid, vocabulary
         if device.type == "cuda":
-            opened = open_cuda(path, f"cuda:{device.index or 0}", threads=threads)
+            opened = open_cuda(model, f"cuda:{device.index or 0}", threads=threads)
             if opened.problem is not None:
                 raise InputError(f"`tokenizer` {path} on CUDA: {opened.problem.what}; {opened.problem.fix}")
         else:
-            opened = open_cpu(path, threads=threads)
+            opened = open_cpu(model, threads=threads)
         self._session = opened.session
         inputs, outputs = self._session.get_inputs(), self._session.get_outputs()
         if len(inputs) != 1 or len(outputs) != 1 or inputs[0].type not in _TYPES or len(inputs[0].shape) != 4:

@@ -34,23 +34,31 @@ class DamagedShard(MaekitError):
 
 
 class ImageError(MaekitError):
-    """Bytes that cannot be decoded to an image.
+    """An image that gives no embedding, most often because its bytes cannot be decoded.
 
     Attributes:
         reason: a short code, one of `REASONS`; it is written to output files.
+        detail: what was found. The message is the detail, after which image it is, if that is known.
+        index: position of the image among those that were given to `Embedder`; else None.
+        path: its path; None if it has none, or it is known from the context.
     """
 
     REASONS = (
         *("no_image", "empty", "not_an_image", "undecodable", "too_large", "unsupported_mode", "checksum"),
-        *("unreadable", "crashed", "no_label", "unsupported_format", "bad_member"),
+        *("unreadable", "crashed", "no_label", "unsupported_format", "bad_member", "not_finite"),
     )
 
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+    def __init__(self, reason: str, detail: str, index: int | None = None, path: str | None = None) -> None:
+        image = "" if index is None else f"image {index}: " if path is None else f"image {index} ({path}): "
+        super().__init__(f"{image}{detail}")
+        self.reason, self.detail, self.index, self.path = reason, detail, index, path
 
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return ImageError, (self.reason, str(self))
+    def __reduce__(self) -> tuple[type, tuple[str, str, int | None, str | None]]:
+        return type(self), (self.reason, self.detail, self.index, self.path)
+
+
+class UnusableImage(ImageError, InputError):
+    """A path given to `Embedder` that cannot be read, or a value that is no image: an `InputError` as well."""
 
 
 class Stopped(MaekitError):

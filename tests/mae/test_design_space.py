@@ -325,6 +325,8 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
         Tokenizer(path, **{**common, "grid": (8, 6)})
     with raises(InputError, match="there is no such file"):
         Tokenizer(tmp_path / "none.onnx", **common)
+    with raises(InputError, match="was replaced while the run was starting"):
+        Tokenizer(path, **common, sha256="0" * 64)
     (tmp_path / "bad.onnx").write_bytes(b"no model")
     with raises(InputError, match="cannot load"):
         Tokenizer(tmp_path / "bad.onnx", **common)

@@ -99,7 +99,7 @@ def test_an_image_is_a_query(embedded: Path, trained: Path, tmp_path: Path) -> N
     with raises(InputError, match=r"other\.onnx is not the file that made .*(parquet|npy): the SHA-256"):
         maekit.neighbours(maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html", model=str(other)))
     picture.write_bytes(b"<html>")
-    with raises(InputError, match=r"mine\.jpg is no readable image: not_an_image"):
+    with raises(InputError, match=r"mine\.jpg has no embedding: not_an_image"):
         maekit.neighbours(maekit.NeighboursConfig(embedded, [str(picture)], tmp_path / "n.html", model=str(model)))
 
 

@@ -4,6 +4,8 @@ import argparse
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +26,12 @@ from maekit.config.export import ExportConfig
 from maekit.exporters.export import export
 from maekit.images import Preprocess
 from maekit.mae.autoencoder import build_autoencoder
+from maekit.pretrained.files import read_weights
 from maekit.pretrained.load import initialize_from, load_autoencoder, load_encoder
 from maekit.pretrained.sources import read_source
 from maekit.runs import RunDirectory
 from maekit.system.errors import InputError
+from maekit.system.files import sha256_file
 
 # A small one of a published width: three heads, and nothing in the file says so.
 SIZES = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "width": 192, "depth": 2, "heads": 3}
@@ -453,3 +457,34 @@ def test_published_models_of_another_kind(monkeypatch) -> None:
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, **rest: other)
     with raises(InputError, match="is a ResNet; VisionTransformers are known"):
         load_encoder("timm:resnet18")
+
+
+@pytest.mark.parametrize("suffix", ["safetensors", "pth"])
+def test_the_digest_is_of_the_weights_that_were_loaded(tmp_path: Path, suffix: str) -> None:
+    """Two files take turns under one name while it is read: digest, description and tensors are of one of them."""
+    known = {}
+    for number in range(2):
+        weights, path = {"w": torch.full((300_000,), float(number))}, tmp_path / f"{number}.{suffix}"
+        about = {"maekit": json.dumps({"number": number})} if suffix == "safetensors" else {}
+        save_file(weights, path, metadata=about) if about else torch.save(weights, path)
+        known[sha256_file(path)] = number
+    os.link(tmp_path / f"0.{suffix}", tmp_path / f"w.{suffix}")
+    swap = (
+        "import itertools, os\n"
+        "for number in itertools.cycle('10'):\n"
+        f"    os.link(f'{{number}}.{suffix}', 'next'); os.rename('next', 'w.{suffix}')\n"
+        "    os.path.exists('next') and os.unlink('next')\n"
+    )
+    swapper = subprocess.Popen([sys.executable, "-c", swap], cwd=tmp_path)
+    try:
+        seen = set()
+        for _ in range(100):
+            read = read_weights(tmp_path / f"w.{suffix}")
+            number = known[read.sha256]
+            assert read.tensors["w"].unique().tolist() == [number]
+            assert read.description == ({"number": number} if suffix == "safetensors" else {})
+            seen.add(number)
+    finally:
+        swapper.kill()
+        swapper.wait()
+    assert seen == {0, 1}
