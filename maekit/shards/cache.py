@@ -238,12 +238,12 @@ class RemoteCache:
                         file.write(piece)
                         self._pause(0)
                     file.flush()
-                    os.fsync(file.fileno())
+                    files.fsync(file)
                 if download.describe(there.url, self._pause) != there:
                     part.unlink()
                     raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
                 _touch(part)
-                os.replace(part, path)
+                files.rename(part, path)
         finally:
             _reservation(part).unlink(missing_ok=True)
 
