@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from maekit.config.export import ExportConfig
 from maekit.config.poolings import UNPOOLED

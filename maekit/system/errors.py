@@ -60,7 +60,7 @@ class Stopped(MaekitError):
 
 
 class MachineWarning(UserWarning):
-    """Something that this machine or file system lacks, and what is done without it; the command line shows the text."""
+    """Something that this machine or file system lacks, and what follows; the command line shows the text."""
 
 
 class OtherRankError(MaekitError):

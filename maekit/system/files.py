@@ -1,7 +1,7 @@
 """Files that are either whole or absent: atomic writes, walks, digests, and errors that name the path.
 
-Mounts of buckets and some network file systems lack calls that disks have. What can be done without is forgiven, with one
-note; what cannot, a rename, is an error that says so.
+Mounts of buckets and some network file systems lack calls that disks have. What can be done without is forgiven, with
+one note; what cannot, a rename, is an error that says so.
 """
 
 import contextlib
