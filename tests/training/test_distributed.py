@@ -161,6 +161,6 @@ def wait_for_steps(trace: Path, steps: int, processes) -> None:
 @pytest.mark.parametrize(("local_rank", "count", "gpu"), [(0, 1, 0), (3, 1, 0), (1, 2, 1), (0, 8, 0)])
 def test_a_process_that_sees_one_gpu_takes_it(local_rank: int, count: int, gpu: int) -> None:
     """As under `srun --gpus-per-task=1`, where LOCAL_RANK counts on."""
-    assert _own_gpu(local_rank, count) == gpu
+    assert distributed._own_gpu(local_rank, count) == gpu
     with raises(InputError, match="LOCAL_RANK=2, and this process sees 2 CUDA devices; start one process per GPU"):
-        _own_gpu(2, 2)
+        distributed._own_gpu(2, 2)
