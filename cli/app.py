@@ -4,7 +4,7 @@ import sys
 import warnings
 from importlib import import_module
 from inspect import cleandoc
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -63,9 +63,13 @@ def _options(
 _python_way = warnings.formatwarning
 
 
-def _one_line(message: Warning | str, category: type[Warning], *place: Any) -> str:
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
     """Show what the machine lacks as one line, and other warnings as ever."""
-    return f"{with_flags(str(message))}\n" if category is MachineWarning else _python_way(message, category, *place)
+    if category is MachineWarning:
+        return f"{with_flags(str(message))}\n"
+    return _python_way(message, category, filename, lineno, line)
 
 
 def main() -> None:
