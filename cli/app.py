@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from maekit.cli.options import with_flags
-from maekit.system.errors import MaekitError, OtherRankError
+from maekit.system.errors import MachineWarning, MaekitError, OtherRankError
 from maekit.version import __version__
 
 # The panels of `maekit --help` and their commands. Each is the function `command` of its module; `evaluate` is an app.
@@ -60,10 +60,23 @@ def _options(
     pass
 
 
+_python_way = warnings.formatwarning
+
+
+def _one_line(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Show what the machine lacks as one line, and other warnings as ever."""
+    if category is MachineWarning:
+        return f"{with_flags(str(message))}\n"
+    return _python_way(message, category, filename, lineno, line)
+
+
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.formatwarning = _one_line
     try:
         app(standalone_mode=True)
     except MaekitError as error:

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 
 from maekit.config.export import ExportConfig
 from maekit.config.poolings import UNPOOLED
@@ -22,6 +21,7 @@ from maekit.exporters.timm_format import refuse_foreign_directory, write_timm
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.exporters.writing import new_model
 from maekit.images import Pixels
+from maekit.mae.device import choose_device, device_errors
 from maekit.pretrained.load import TrainedEncoder, load_encoder
 from maekit.pretrained.torch_embedder import reference_embeddings
 from maekit.system import files
@@ -76,11 +76,12 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
     files.require_writable(out.parent)
     trained = load_encoder(config.source, model=config.model, on_note=progress.note)
     check_exportable(trained.encoder, config.pool)
+    device = choose_device("auto" if config.whiten else "cpu")
     images = _comparison_images(trained, config)
     if config.format == "timm":
         size = sum(file.stat().st_size for file in write_timm(trained, out, images, progress.note))
         return ExportResult(str(out), trained.encoder.embed_dim, None, size, {})
-    whitening = _fit(trained, config, progress) if config.whiten else None
+    whitening = _fit(trained, config, device, progress) if config.whiten else None
     return _write(trained, config, whitening, images, progress)
 
 
@@ -97,9 +98,9 @@ def _comparison_images(trained: TrainedEncoder, config: ExportConfig) -> Pixels:
         raise InputError(f"{said}; name shards with images to compare on: `parity` SHARDS") from error
 
 
-def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> Whitening:
-    """Fit the whitening; the encoder runs on a GPU if PyTorch has one."""
-    trained.encoder.to("cuda" if torch.cuda.is_available() else "cpu")
+def _fit(trained: TrainedEncoder, config: ExportConfig, device: str, progress: Progress) -> Whitening:
+    """Fit the whitening, with the encoder on the device."""
+    trained.encoder.to(device)
     sample = Sample(config.whiten, trained.preprocess, config.whiten_images, image=config.image or trained.image)
     sample.refuse_ambiguous()
 
@@ -112,7 +113,8 @@ def _fit(trained: TrainedEncoder, config: ExportConfig, progress: Progress) -> W
 
     progress.start("whiten", len(sample))
     try:
-        whitening = fit_whitening(batches(), config.whiten_dim, sample.digest)
+        with device_errors():
+            whitening = fit_whitening(batches(), config.whiten_dim, sample.digest)
     finally:
         progress.stop()
         trained.encoder.to("cpu")

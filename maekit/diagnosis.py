@@ -33,7 +33,7 @@ from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError
-from maekit.system.machine import available_memory, cores
+from maekit.system.machine import available_memory, cores, cpu_quota, first_core_and_count
 from maekit.version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +52,19 @@ _LEAST_DISK = 1_000_000_000  # bytes
 _LEAST_FILES = 1024
 _NVIDIA_CARD = "0x10de 0x03"  # PCI: the vendor, and how the class of a graphics or compute card begins
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_TRY_TORCH = """
+import torch
+from maekit.mae.device import run_kernel
+from maekit.system.errors import MaekitError
+
+failure = ""
+try:
+    for number in range(torch.cuda.device_count()):
+        run_kernel(torch.device("cuda", number))
+except MaekitError as error:
+    failure = str(error)
+print(torch.cuda.is_available(), torch.version.cuda, failure)
+"""
 _TORCH_SECONDS = 120  # a first import of torch from a slow disk
 _DECODE_SHARE, _SESSION_SHARE = 0.16, 0.4  # of the time for measuring; the rest is loading
 _BATCH = 16  # images in one call of the model
@@ -159,22 +172,8 @@ def _machine() -> list[Finding]:
 
 
 def _cores(name: str) -> Finding:
-    count, quota = cores(), _cpu_quota()
-    value = f"{name}, {count} of {os.cpu_count()} cores"
-    if quota > count - 1:
-        return Finding("CPU", value)
-    several = ",".join(str(core) for core in sorted(os.sched_getaffinity(0))[: math.ceil(quota)])
-    problem = f"the control group grants the time of {quota:g} of {count} cores, so threads for all of them are held up"
-    fix = f"taskset -c {several} maekit ..., or give a container whole cores: docker run --cpuset-cpus"
-    return Finding("CPU", f"{value}, with the time of {quota:g}", problem, fix)
-
-
-def _cpu_quota(own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return how many cores' time the control groups (version 2) of this process grant; infinite without a limit."""
-    path = re.search(r"^0::/(.*)$", _text(own), re.MULTILINE)
-    folder = root / (path[1] if path else "")
-    limits = (re.match(r"(\d+) (\d+)", _text(group / "cpu.max")) for group in (folder, *folder.parents))
-    return min((int(limit[1]) / int(limit[2]) for limit in limits if limit), default=math.inf)
+    value, quota = f"{name}, {first_core_and_count()[1]} of {os.cpu_count()} cores", cpu_quota()
+    return Finding("CPU", value if math.isinf(quota) else f"{value}, quota {quota:g}: maekit uses {cores()}")
 
 
 class _Driver(NamedTuple):
@@ -333,8 +332,8 @@ def _torch(driver: _Driver) -> Finding:
         return Finding("torch", "not installed: pretrain and export need pip install 'maekit[train]'")
     if not driver.gpus:
         return Finding("torch", version)
-    command = [sys.executable, "-c", "import torch; print(torch.cuda.is_available(), torch.version.cuda)"]
     try:
+        command = [sys.executable, "-c", _TRY_TORCH]
         ran = subprocess.run(command, capture_output=True, text=True, timeout=_TORCH_SECONDS, check=False)
     except subprocess.TimeoutExpired:
         problem = f"importing torch takes more than {_TORCH_SECONDS} s"
@@ -342,9 +341,12 @@ def _torch(driver: _Driver) -> Finding:
     if ran.returncode:
         said = (ran.stderr.strip().splitlines() or [f"exit {ran.returncode}"])[-1]
         return Finding("torch", version, f"it does not load: {said}", _REINSTALL_TORCH)
-    works, cuda = ran.stdout.split()[-2:]
+    works, cuda, failure = ran.stdout.splitlines()[-1].split(" ", 2)
+    if failure:
+        what, _, fix = failure.partition("; ")
+        return Finding("torch", version, what, fix)
     if works == "True":
-        return Finding("torch", f"{version}, works on CUDA")
+        return Finding("torch", f"{version}, works on CUDA: multiplied matrices, the numbers are right")
     if cuda == "None":
         return Finding("torch", version, "a build without CUDA, so pretrain would run on the CPU", _REINSTALL_TORCH)
     problem = f"it was built for CUDA {cuda} and finds no GPU; the NVIDIA driver ends at {driver.cuda}"

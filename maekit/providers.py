@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import onnxruntime as ort
 
 from maekit.system.errors import InputError
@@ -22,6 +23,9 @@ from maekit.system.model_file import ModelFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
+_NO_KERNEL = "no kernel image"  # CUDA error 209, in words
+_TYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
 _QUIET, _USUAL = 4, 2  # ONNX Runtime's log severities: fatal only; warnings
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 _RUNTIME = re.compile(r"onnxruntime|ort[-_]nightly", re.IGNORECASE)
@@ -111,6 +115,8 @@ def open_cuda(model: Model, device: str, *, threads: int, options: Mapping[str, 
         if options and any(key in str(error) for key in options):
             raise
         said = str(error).rpartition("load this file: ")[2]
+        if _NO_KERNEL in said:
+            return Opened(problem=_without_kernels(number))
         return Opened(problem=Problem(f"the CUDA provider fails: {said}", "update the NVIDIA driver"))
     if opened.provider != CUDA:
         library = _missing_library()
@@ -119,6 +125,8 @@ def open_cuda(model: Model, device: str, *, threads: int, options: Mapping[str, 
         return Opened(problem=Problem(f"the CUDA provider does not load ({library})", fix))
     if not opened.nodes.get(CUDA):
         return Opened(problem=Problem("the CUDA provider loads but takes no node of this model", "use `device=cpu`"))
+    if _NO_KERNEL in _failure(opened.session):
+        return Opened(problem=_without_kernels(number))
     return opened
 
 
@@ -143,6 +151,34 @@ def cuda_problem(number: int = 0) -> Problem | None:
     if number >= count:
         return Problem(f"there is no GPU number {number}", f"this machine has {count}, numbered from 0")
     return None
+
+
+def _failure(session: Any) -> str:
+    """Run a model on zeros, one where a size is open, and return what failed; most GPUs' faults show there first."""
+    inputs = {
+        value.name: np.zeros([size if isinstance(size, int) else 1 for size in value.shape], _TYPES[value.type])
+        for value in session.get_inputs()
+        if value.type in _TYPES
+    }
+    try:
+        session.run(None, inputs)
+    except Exception as error:  # onnxruntime's own exception types have no common base
+        return str(error)
+    return ""
+
+
+def _without_kernels(number: int) -> Problem:
+    """Return the problem of a GPU that this ONNX Runtime was not built for."""
+    driver, device, parts, name = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(0), [], ctypes.create_string_buffer(256)
+    driver.cuDeviceGet(ctypes.byref(device), number)
+    driver.cuDeviceGetName(name, len(name), device)
+    for attribute in _CAPABILITY:
+        part = ctypes.c_int(0)
+        driver.cuDeviceGetAttribute(ctypes.byref(part), attribute, device)
+        parts.append(part.value)
+    gpu = f"{name.value.decode(errors='replace')} (compute capability {parts[0]}.{parts[1]})"
+    fix = f"install {'a newer' if parts[0] >= 10 else 'an older'} release of onnxruntime-gpu, or use `device=cpu`"
+    return Problem(f"onnxruntime {ort.__version__} has no kernels for {gpu}", fix)
 
 
 def gpu_count() -> int | None:

@@ -277,9 +277,10 @@ def test_no_driver_is_a_problem_only_where_a_card_is(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("code", "out", "said"),
     [
-        (0, "True 13.0", None),
-        (0, "some library's remark\nFalse None", "without CUDA"),
-        (0, "False 13.0", "built for CUDA 13.0"),
+        (0, "True 13.0 ", None),
+        (0, "some library's remark\nFalse None ", "without CUDA"),
+        (0, "False 13.0 ", "built for CUDA 13.0"),
+        (0, "True 13.0 torch 2.11 has no kernels for V100; pip install another", "no kernels for V100"),
         (1, "", "OSError: libc10.so"),
     ],
 )
@@ -341,23 +342,12 @@ def test_few_open_files() -> None:
     assert "ulimit" in str(finding.fix)
 
 
-def test_a_quota_of_cpu_time(monkeypatch, tmp_path: Path) -> None:
-    """The strictest of a process's control groups counts; a quota below the cores is a problem."""
-    (tmp_path / "own").write_text("4:memory:/x\n0::/pod/container\n")
-    (tmp_path / "pod" / "container").mkdir(parents=True)
-    (tmp_path / "pod" / "container" / "cpu.max").write_text("max 100000\n")
-    assert module._cpu_quota(tmp_path / "own", tmp_path) == math.inf
-    (tmp_path / "pod" / "cpu.max").write_text("150000 100000\n")
-    assert module._cpu_quota(tmp_path / "own", tmp_path) == 1.5
-    (tmp_path / "pod" / "container" / "cpu.max").write_text("300000 100000\n")
-    assert module._cpu_quota(tmp_path / "own", tmp_path) == 1.5
-    assert module._cpu_quota(tmp_path / "none", tmp_path) == math.inf
-    monkeypatch.setattr(module, "_cpu_quota", lambda: 1.5)
-    monkeypatch.setattr(module, "cores", lambda: 2)
-    assert module._cores("CPU").problem is None
-    monkeypatch.setattr(module, "cores", lambda: 8)
-    assert "1.5 of 8 cores" in str(module._cores("CPU").problem)
-    assert str(module._cores("CPU").fix).startswith("taskset -c ")
+def test_a_quota_of_cpu_time_is_said(monkeypatch) -> None:
+    monkeypatch.setattr(module, "cpu_quota", lambda: math.inf)
+    assert module._cores("CPU").value.endswith("cores")
+    monkeypatch.setattr(module, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(module, "cores", lambda: 1)
+    assert module._cores("CPU").value.endswith("cores, quota 0.5: maekit uses 1")
 
 
 def test_a_model_that_is_none_exits_2_before_any_work(monkeypatch, tmp_path: Path, capsys) -> None:

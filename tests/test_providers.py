@@ -1,6 +1,7 @@
 """Execution providers: asked for CUDA means on CUDA, or a refusal that says how to mend it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import onnxruntime
 import pytest
@@ -28,6 +29,15 @@ class Driver:
     def cuDeviceGetCount(self, count) -> int:
         count._obj.value = self._devices
         return 0
+
+    def cuDeviceGet(self, device, number: int) -> None:
+        device._obj.value = number
+
+    def cuDeviceGetName(self, name, size: int, device) -> None:
+        name.value = b"V100"
+
+    def cuDeviceGetAttribute(self, value, attribute: int, device) -> None:
+        value._obj.value = {75: 7, 76: 0}[attribute]
 
 
 class Session:
@@ -95,6 +105,25 @@ def old_driver(patch) -> None:
     opening(patch, open_)
 
 
+class Kernelless(Session):
+    """A session on a GPU that the build has no kernels for."""
+
+    def get_provider_graph_assignment_info(self):
+        found = self._session.get_provider_graph_assignment_info()
+        return [SimpleNamespace(ep_name=module.CUDA, get_nodes=subgraph.get_nodes) for subgraph in found]
+
+    def run(self, *args):
+        raise RuntimeError("CUDA failure 209: no kernel image is available for execution on the device ; GPU=0")
+
+
+def no_kernels(patch) -> None:
+    def open_(load, model, providers, threads):
+        session = load(model, [module.CPU], threads)
+        return session if providers == [module.CPU] else Kernelless(session, [module.CUDA, module.CPU])
+
+    opening(patch, open_)
+
+
 SABOTAGE = {
     "a build without CUDA": (
         without_cuda,
@@ -110,6 +139,7 @@ SABOTAGE = {
     "another number of devices": (with_driver, "there is no GPU number 3; this machine has 1"),
     "libraries that are missing": (silently_cpu, "the CUDA provider does not load"),
     "no node": (no_node, "takes no node of this model; use --device cpu"),
+    "no kernels": (no_kernels, r"has no kernels for V100 \(compute capability 7.0\); install an older release of"),
     "an old driver": (old_driver, "CUDA failure 35: the driver is too old; update the NVIDIA driver"),
 }
 

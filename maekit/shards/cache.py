@@ -28,16 +28,13 @@ from maekit.shards.index import INDEX_SUFFIX, ShardIndex, index_path, parse_inde
 from maekit.shards.spec import ShardFile
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
-from maekit.system.locks import try_lock
+from maekit.system.locks import LockedError, owned
 from maekit.system.parallel import map_in_threads
 from maekit.system.text import count
 
 _DEFAULT_LIMIT = 50_000_000_000
 _INDEX_THREADS = 16
 _LARGEST_INDEX = 1 << 30
-# One mutex per lock file, between the threads of this process: `lockf` locks only distinguish processes.
-_BUSY: dict[str, threading.Lock] = {}
-os.register_at_fork(after_in_child=_BUSY.clear)
 
 
 class RemoteCache:
@@ -238,12 +235,12 @@ class RemoteCache:
                         file.write(piece)
                         self._pause(0)
                     file.flush()
-                    os.fsync(file.fileno())
+                    files.fsync(file)
                 if download.describe(there.url, self._pause) != there:
                     part.unlink()
                     raise MaekitError(f"{there.url}: changed while it was downloaded; run the command again")
                 _touch(part)
-                os.replace(part, path)
+                files.rename(part, path)
         finally:
             _reservation(part).unlink(missing_ok=True)
 
@@ -282,23 +279,17 @@ class RemoteCache:
     @contextlib.contextmanager
     def _owner(self, path: Path, *, wait: bool = True) -> Iterator[bool]:
         """Lock one shard against other threads and processes; yield False if it is locked and `wait` is false."""
-        # `lockf` locks belong to the process, so a mutex decides among threads. It is taken first, because closing a
-        # lock file drops any lock that this process has on it.
-        lock = path.with_suffix(".lock")
-        mutex = _BUSY.setdefault(str(lock), threading.Lock())
-        if not mutex.acquire(blocking=wait):
-            yield False
-            return
         with contextlib.ExitStack() as held:
-            held.callback(mutex.release)
-            with files.writing(lock):
-                lock.parent.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context(open(lock, "w"))
-                # Polled, because the kernel only knows processes: when threads of two processes wait for each other's
-                # locks, it reports a deadlock where there is none.
-                while not (is_mine := try_lock(file)) and wait:
-                    self._pause(0.05)
-            yield is_mine
+            while True:
+                try:
+                    held.enter_context(owned(path.with_suffix(".lock")))
+                    break
+                except LockedError:
+                    if not wait:
+                        yield False
+                        return
+                self._pause(0.05)
+            yield True
 
     def _is_running(self, path: Path) -> bool:
         """Whether a download of this shard has reserved space and still runs, here or in another process."""

@@ -347,7 +347,7 @@ def _publish(aside: Path, out: Path) -> None:
     with files.writing(out):
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()
-        (aside / _FOLDER).rename(out)
+        files.rename(aside / _FOLDER, out)
         files.fsync_directory(out.parent)
         for own in (_PLAN, ".lock"):  # after the rename: without the plan, a call after a kill would start over
             (aside / own).unlink()

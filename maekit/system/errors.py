@@ -67,6 +67,10 @@ class Stopped(MaekitError):
     exit_code = 75
 
 
+class MachineWarning(UserWarning):
+    """Something that this machine or file system lacks, and what follows; the command line shows the text."""
+
+
 class OtherRankError(MaekitError):
     """Another process of the same run failed or was stopped, and reports that itself."""
 

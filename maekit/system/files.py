@@ -1,4 +1,8 @@
-"""Files that are either whole or absent: atomic writes, walks, digests, and errors that name the path."""
+"""Files that are either whole or absent: atomic writes, walks, digests, and errors that name the path.
+
+Mounts of buckets and some network file systems lack calls that disks have. What can be done without is forgiven, with
+one note; what cannot, a rename, is an error that says so.
+"""
 
 import contextlib
 import errno
@@ -7,25 +11,75 @@ import itertools
 import os
 import stat
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-from maekit.system.errors import InputError, MaekitError
+from maekit.system.errors import InputError, MachineWarning, MaekitError
 
 _temporaries = itertools.count()
+# What file systems say of a call that they lack. A disk that fails says EIO, and one that is full ENOSPC.
+LACKING = {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_DIRECTORIES = LACKING | {errno.EPERM, errno.EACCES, errno.EBADF, errno.EISDIR}
+_NO_RENAME = LACKING | {errno.EPERM, errno.EXDEV}
+_CLAIM_SECONDS = 10.0  # a claim is held for milliseconds; an older one is that of a killed process
+
+
+_told: set[str] = set()
+
+
+def tell_once(lacking: str, text: str) -> None:
+    """Warn of something that this machine lacks, once per process."""
+    if lacking not in _told:
+        _told.add(lacking)
+        warnings.warn(text, MachineWarning, stacklevel=2)
+
+
+def fsync(file: IO[bytes]) -> None:
+    """Make the content of a file durable; on a file system that cannot do that, say so once."""
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in LACKING:
+            raise
+        tell_once(
+            "fsync",
+            f"the file system of {file.name} does not write through on request ({error.strerror}): what was written "
+            "shortly before a crash of the machine may be lost",
+        )
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the names in `directory` durable; EINVAL and ENOTSUP (the file system cannot do that) are ignored."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    """Make the names in `directory` durable, on file systems that can."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+        if error.errno not in _NO_DIRECTORIES:
             raise
-    finally:
-        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Rename a file or a directory; a file at `target` is replaced.
+
+    Raises:
+        MaekitError: the file system has no rename, without which nothing can appear whole.
+        OSError: another failure.
+    """
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in _NO_RENAME:
+            raise
+        raise MaekitError(
+            f"cannot write {target}: its file system does not rename ({error.strerror}), so nothing can appear there "
+            "whole; write to a local disk, then copy"
+        ) from error
 
 
 def require_writable(directory: Path) -> None:
@@ -82,8 +136,8 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
             with open(temporary, "wb") as file:
                 yield file
                 file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
+                fsync(file)
+            rename(temporary, path)
             fsync_directory(path.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -111,15 +165,43 @@ def create_whole(path: Path, data: bytes, *, scratch: Path) -> bool:
                 os.link(whole, path)  # unlike a rename, it never replaces a file
             except FileExistsError:
                 return False
-            except OSError as error:
-                if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS) or path.exists():
-                    raise
-                os.replace(whole, path)  # this file system has no hard links
+            except OSError:  # no hard links here; if it is something else, the next lines fail as well
+                with claimed(path):
+                    if path.exists():
+                        return False
+                    rename(whole, path)
             fsync_directory(path.parent)
             return True
     finally:
         with contextlib.suppress(OSError):
             whole.unlink()
+
+
+@contextlib.contextmanager
+def claimed(path: Path) -> Iterator[None]:
+    """Hold a name for milliseconds against other threads and processes, on file systems without links or locks.
+
+    Raises:
+        OSError: the folder is not writable.
+    """
+    claim, seen, since = path.with_name(f".{path.name}.claim"), None, 0.0
+    while True:
+        try:
+            os.close(os.open(claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+            break
+        except FileExistsError:
+            with contextlib.suppress(FileNotFoundError):
+                there = os.stat(claim)
+                if seen != (there.st_ino, there.st_mtime_ns):
+                    seen, since = (there.st_ino, there.st_mtime_ns), time.monotonic()
+                elif time.monotonic() - since > _CLAIM_SECONDS:
+                    claim.unlink()
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            claim.unlink()
 
 
 def cache_directory() -> Path:

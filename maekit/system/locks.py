@@ -2,12 +2,15 @@
 
 On one machine the kernel decides (`lockf`): a lock ends with its process, and forked workers do not inherit it. If the
 file system does not share locks between machines, a heartbeat decides: the modification time of the lock file, compared
-with the clock of the file system itself.
+with the clock of the file system itself. A file system may have no locks at all (Lustre without `flock`, NFS without
+lockd, some FUSE mounts): then the owner is who the file names, and it is dead if its process is, or its heartbeat old.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import socket
 import threading
 import time
@@ -24,6 +27,8 @@ HEARTBEAT_SECONDS = 15.0
 STALE_SECONDS = 120.0
 _mutex = threading.Lock()
 _held: dict[Path, tuple[IO[str], str]] = {}  # open lock files, each with the text written to it
+_NO_LOCKS = files.LACKING | {errno.ENOLCK}
+_BORN = "born "
 _SWEEPING = "clearing up, "
 _SWEEP_SECONDS = 30.0  # how long to wait for another process to clean up
 
@@ -50,23 +55,21 @@ def sole_owner(directory: Path) -> Iterator[None]:
     Raises:
         InputError: another process holds the directory, or it is not writable.
     """
-    path = directory / ".lock"
+    path = (directory / ".lock").absolute()
     is_new = not directory.exists()
-    file = _open(path)  # closed in `finally` only: closing ANY descriptor of a file drops the process's locks on it
     try:
-        try:
-            _lock(file, path)
-        except LockedError as held:
-            in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
-            raise InputError(in_use) from held
-        _write(file, path, f"{_me()}\n")
+        _acquire(path, f"{_me()}\n", judge=False)
+    except LockedError as held:
+        in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
+        raise InputError(in_use) from held
+    try:
         yield
     finally:
         if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
             # Nothing was written to the new directory (the work was refused), so remove it again.
             path.unlink()
             directory.rmdir()
-        _close(file)
+        _release(path)
 
 
 @contextlib.contextmanager
@@ -85,7 +88,8 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
     until = time.monotonic() + _SWEEP_SECONDS
     while True:
         try:
-            _acquire(path, sweeping=sweeping)
+            # The token distinguishes this owner from an earlier one with the same process number.
+            _acquire(path, f"{_SWEEPING if sweeping else ''}{_me()}\n{uuid.uuid4()}\n", judge=True)
             break
         except LockedError as held:
             if not held.owner.startswith(_SWEEPING) or time.monotonic() > until:
@@ -97,10 +101,7 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
         if still_owns(path):
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that no other owner's file is removed
-        with _mutex:
-            file, _ = _held.pop(path, (None, ""))
-        if file is not None:  # it is None in a forked child
-            _close(file)
+        _release(path)
 
 
 def still_owns(path: Path) -> bool:
@@ -113,7 +114,14 @@ def still_owns(path: Path) -> bool:
         return False
 
 
-def _acquire(path: Path, *, sweeping: bool) -> None:
+def _acquire(path: Path, text: str, *, judge: bool) -> None:
+    """Take a lock and write its owner into the file.
+
+    Args:
+        path: the lock file.
+        text: the owner, and what tells it from others.
+        judge: whether an owner on another machine may hold a lock that the kernel grants.
+    """
     with _mutex, contextlib.ExitStack() as unfinished:
         if path in _held:
             raise LockedError(_me())
@@ -122,14 +130,26 @@ def _acquire(path: Path, *, sweeping: bool) -> None:
             unfinished.close()
             file = _open(path)
             unfinished.callback(_close, file)
-            _lock(file, path)
-            _refuse_if_elsewhere(file, path)
-        # The token distinguishes this owner from an earlier one with the same process number.
-        text = f"{_SWEEPING if sweeping else ''}{_me()}\n{uuid.uuid4()}\n"
-        _write(file, path, text)
+            if not _lock(file, path):
+                text = f"{text.partition(_BORN)[0]}{_born(os.getpid())}\n"
+                _claim(file, path, text)
+                continue
+            if judge:
+                _refuse_if_elsewhere(file, path)
+            _write(file, path, text)
         unfinished.pop_all()
         _held[path] = file, text
         _start_heart()
+
+
+def _release(path: Path) -> None:
+    if still_owns(path):
+        with contextlib.suppress(OSError):
+            os.truncate(path, 0)  # or this process would be taken for the owner as long as it lives
+    with _mutex:
+        file, _ = _held.pop(path, (None, ""))
+    if file is not None:  # it is None in a forked child
+        _close(file)
 
 
 def _open(path: Path) -> IO[str]:
@@ -143,22 +163,59 @@ def _open(path: Path) -> IO[str]:
         raise InputError(f"cannot write to {path.parent}: {error.strerror or error}") from error
 
 
-def try_lock(file: IO[str]) -> bool:
-    """Take the lock of an open file without waiting; return False if another process has it."""
+def _lock(file: IO[str], path: Path) -> bool:
+    """Take the kernel's lock of an open file; return False if the file system has no locks."""
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
-    except (BlockingIOError, PermissionError):  # EAGAIN and EACCES: systems differ
-        return False
-
-
-def _lock(file: IO[str], path: Path) -> None:
-    try:
-        is_mine = try_lock(file)
+    except (BlockingIOError, PermissionError) as held:  # EAGAIN and EACCES: systems differ
+        raise LockedError(_owner(file) or "another process") from held
     except OSError as error:
-        raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
-    if not is_mine:
-        raise LockedError(_owner(file) or "another process")
+        if error.errno not in _NO_LOCKS:
+            raise InputError(f"cannot lock {path}: {error.strerror}; choose another `out`") from error
+    return False
+
+
+def _claim(file: IO[str], path: Path, text: str) -> None:
+    """Become the owner where the kernel knows of none, unless the one that the file names lives."""
+    files.tell_once(
+        "locks",
+        f"the file system of {path.parent} has no locks: a run shows by a sign every {HEARTBEAT_SECONDS:.0f} s that it "
+        f"has its output; where a machine dies, others can go on after {STALE_SECONDS:.0f} s",
+    )
+    with files.writing(path), files.claimed(path):
+        if _lives(file, path):
+            raise LockedError(f"{_owner(file)} (its last sign is {_age(file, path):.0f} s old)")
+        _write(file, path, text)
+
+
+def _lives(file: IO[str], path: Path) -> bool:
+    """Whether the owner that a lock file names is alive, as its process says on this machine, or else its heartbeat."""
+    first, *rest = _read(file).splitlines() or [""]
+    named = re.fullmatch(rf"(?:{_SWEEPING})?process (\d+) on (.*)", first)
+    if named and named[2] == socket.gethostname():
+        number, theirs, own = int(named[1]), rest[-1] if rest else "", _born(os.getpid())
+        # In another container of the same host name, the number means another process.
+        if theirs.rpartition(" ")[2] == own.rpartition(" ")[2]:
+            if now := _born(number):
+                return now == theirs != own
+            try:
+                os.kill(number, 0)
+            except ProcessLookupError:
+                return False
+            except PermissionError:
+                pass  # of another user, whose processes the system hides
+    return bool(first) and _age(file, path) < STALE_SECONDS
+
+
+def _born(number: int) -> str:
+    """Return what tells a process from others of its number: its start, and its container; empty if not known."""
+    try:
+        state, *fields = Path(f"/proc/{number}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        container = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return ""
+    return "dead" if state in "ZX" else f"{_BORN}{fields[18]} in {container}"
 
 
 def _refuse_if_elsewhere(file: IO[str], path: Path) -> None:

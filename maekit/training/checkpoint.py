@@ -150,7 +150,7 @@ def write(run: RunDirectory, model: Tensors, optimizer: Tensors, state: Mapping[
             digests = {name: _write_durably(aside / name, blocks) for name, blocks in contents.items()}
             _write_durably(aside / MANIFEST, [json.dumps({"sha256": digests}, indent=1).encode()])
             files.fsync_directory(aside)
-            aside.rename(checkpoint.path)
+            files.rename(aside, checkpoint.path)
             files.fsync_directory(run.checkpoints)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -189,7 +189,7 @@ def _write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
             rest = memoryview(block)
             while rest:
                 rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
+        files.fsync(file)
     return digest.hexdigest()
 
 
@@ -214,7 +214,7 @@ def _delete(checkpoint: Checkpoint) -> None:
     doomed = checkpoint.path.with_name(f".{checkpoint.path.name}.old.tmp")
     shutil.rmtree(doomed, ignore_errors=True)
     with files.writing(checkpoint.path):
-        checkpoint.path.rename(doomed)
+        files.rename(checkpoint.path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)
 
 

@@ -24,6 +24,7 @@ Result = TypeVar("Result")
 
 # Timeout of collectives: ranks wait while one of them draws, saves or reads. The death of a rank shows without it.
 _PATIENCE = datetime.timedelta(hours=2)
+_ONE_PER_GPU = "start one process per GPU"
 _SIGNS_OF_A_LOST_RANK = ("gloo", "Connection reset", "Connection closed", "Broken pipe", "NCCL")
 
 
@@ -34,7 +35,7 @@ class DistributedContext:
     Attributes:
         rank: rank of this process.
         size: number of processes.
-        local_rank: rank of this process on its machine; also the index of its device.
+        local_rank: rank of this process on its machine.
         local_size: number of processes on this machine.
         group: gloo group of the hosts; None for a single process.
         cores: CPU cores available to this process alone.
@@ -163,22 +164,20 @@ def join(device: str) -> Iterator[DistributedContext]:
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise InputError(f"WORLD_SIZE={size} is set and {name} is not; start with torchrun, or set all it sets")
-    if device == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"LOCAL_RANK={local_rank}, and this machine has {torch.cuda.device_count()} CUDA devices; "
-                "start one process per device"
-            )
-        torch.cuda.set_device(local_rank)
+    gpu = torch.device("cuda", _own_gpu(local_rank, torch.cuda.device_count())) if device == "cuda" else None
+    if gpu:
+        torch.cuda.set_device(gpu)
     try:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
             rank=rank,
             world_size=size,
-            device_id=torch.device("cuda", local_rank) if device == "cuda" else None,
+            device_id=gpu,
         )
         group = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
+        if "Duplicate GPU" in str(error):  # so says NCCL
+            raise InputError(f"rank {rank} of {size} has the same GPU as another; {_ONE_PER_GPU}") from error
         raise MaekitError(f"rank {rank} of {size} cannot reach the others: {str(error).splitlines()[0]}") from error
     world = DistributedContext(rank, size, local_rank, _number("LOCAL_WORLD_SIZE", 1), group)
     try:
@@ -194,11 +193,22 @@ def join(device: str) -> Iterator[DistributedContext]:
         dist.destroy_process_group()
 
 
+def _own_gpu(local_rank: int, count: int) -> int:
+    """Return the index of this process's GPU; a launcher may show each process its own alone (--gpus-per-task=1).
+
+    Raises:
+        InputError: there are more processes than GPUs.
+    """
+    if count > 1 and local_rank >= count:
+        raise InputError(f"LOCAL_RANK={local_rank}, and this process sees {count} CUDA devices; {_ONE_PER_GPU}")
+    return local_rank if count > 1 else 0
+
+
 def _own_cores(world: DistributedContext) -> int:
     """Return this process's share of the CPU cores; launchers assign separate cores, or the same ones to all."""
     host = zlib.crc32(socket.gethostname().encode())
     ranks = world.gather([host, *first_core_and_count()])
-    return max(1, first_core_and_count()[1] // ranks.count(ranks[world.rank]))
+    return cores(ranks.count(ranks[world.rank]), sum(host == there for there, *_ in ranks))
 
 
 def _number(name: str, default: int | None = None) -> int:

@@ -18,7 +18,7 @@ from typing import Generic, TypeVar
 import torch
 
 from maekit.config import TrainingConfig
-from maekit.mae.device import choose_device, device_errors
+from maekit.mae.device import device_errors, find_device, run_kernel
 from maekit.runs import Checkpoint, RunDirectory
 from maekit.shards.cache import RemoteCache
 from maekit.shards.order import SampleOrder
@@ -103,19 +103,20 @@ def launched(
     """
     files.require_utf8(run.path)
     stop = Stop(config.run.max_time)
-    kind = choose_device(config.run.device)
+    kind = find_device(config.run.device)
     with (
         stop_on_signal(stop.heed) as stop.received_signal,
         device_errors(),
         distributed.join(kind) as world,
         ExitStack() as stack,
     ):
-        device = torch.device(kind, world.local_rank) if kind == "cuda" else torch.device(kind)
+        # `join` has chosen among several GPUs.
+        device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+        world.together(lambda: run_kernel(device))
         world.on_main(lambda: _refuse_indivisible(config, world))
         world.on_main(resolve)
         config = world.share(config)
-        if config.run.threads:
-            torch.set_num_threads(config.run.threads)
+        torch.set_num_threads(config.run.threads or min(torch.get_num_threads(), world.cores))
         precision = _choose_precision(config, device, world, progress)
         known_digest = world.share(world.on_main(lambda: _known_digest(run)))
         shards = world.in_turn(lambda: _index_shards(config, world, progress, known_digest=known_digest))

@@ -115,7 +115,7 @@ class Step:
             # This also broadcasts the weights of rank 0.
             self._wrapped = DistributedDataParallel(
                 objective,
-                device_ids=[world.local_rank] if on_cuda else None,
+                device_ids=[self._parameters[0].device] if on_cuda else None,
                 gradient_as_bucket_view=True,
             )
         # Compiled outside DistributedDataParallel, not inside: the compiler then splits the graph where gradients are

@@ -1,6 +1,10 @@
 """Files are whole or absent, whatever happens while they are written; walks leave nothing out in silence."""
 
+import contextlib
+import errno
 import os
+import stat
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,7 +12,7 @@ import pytest
 from support.errors import raises
 
 from maekit.system import files
-from maekit.system.errors import InputError, MaekitError
+from maekit.system.errors import InputError, MachineWarning, MaekitError
 
 
 def test_a_file_that_fails_leaves_the_old_one(tmp_path: Path) -> None:
@@ -55,15 +59,57 @@ def test_one_of_many_creates_a_file(tmp_path: Path) -> None:
 
 
 def test_a_file_system_without_hard_links(tmp_path: Path, monkeypatch) -> None:
-    def refuse(source: Path, target: Path) -> None:
-        raise PermissionError(1, "Operation not permitted")
+    """One of many creates a file all the same, also after one that was killed while it did."""
+    monkeypatch.setattr(os, "link", failing(errno.EMLINK))
+    monkeypatch.setattr(files, "_CLAIM_SECONDS", 0.2)
+    (tmp_path / ".record.claim").touch()
+    test_one_of_many_creates_a_file(tmp_path)
 
-    monkeypatch.setattr(os, "link", refuse)
-    assert files.create_whole(tmp_path / "record", b"1", scratch=tmp_path)
-    assert (tmp_path / "record").read_bytes() == b"1"
-    with raises(MaekitError, match="cannot write .*Operation not permitted"):
-        files.create_whole(tmp_path / "record", b"2", scratch=tmp_path)
-    assert (tmp_path / "record").read_bytes() == b"1"
+
+def failing(number: int):
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EPERM, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.EIO])
+def test_names_that_cannot_be_made_durable(tmp_path: Path, monkeypatch, number: int) -> None:
+    """What a mount lacks is forgiven, a disk that fails never."""
+    real, fail = os.fsync, failing(number)
+    monkeypatch.setattr(os, "fsync", lambda fd: fail() if stat.S_ISDIR(os.fstat(fd).st_mode) else real(fd))
+    with raises(MaekitError, match="Input/output") if number == errno.EIO else contextlib.nullcontext():
+        files.write_atomically(tmp_path / "a", b"1")
+    monkeypatch.undo()
+    real_open = os.open
+    monkeypatch.setattr(
+        os, "open", lambda path, flags, *mode: fail() if flags & os.O_DIRECTORY else real_open(path, flags, *mode)
+    )
+    with raises(MaekitError, match="Input/output") if number == errno.EIO else contextlib.nullcontext():
+        files.write_atomically(tmp_path / "a", b"2")
+    assert (tmp_path / "a").read_bytes() == b"2"
+
+
+def test_content_that_cannot_be_made_durable_is_said_once(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(files, "_told", set())
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSYS))
+    with pytest.warns(MachineWarning, match="does not write through"):
+        files.write_atomically(tmp_path / "a", b"1")
+    with warnings.catch_warnings(action="error"):
+        files.write_atomically(tmp_path / "b", b"1")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with raises(MaekitError, match="Input/output"):
+        files.write_atomically(tmp_path / "c", b"1")
+
+
+def test_a_mount_without_rename_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "replace", failing(errno.ENOSYS))
+    with raises(MaekitError, match=r"cannot write .*a: its file system does not rename .*; write to a local disk"):
+        files.write_atomically(tmp_path / "a", b"1")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(os, "replace", failing(errno.ENOSPC))
+    with raises(MaekitError, match="cannot write .*a: No space left"):
+        files.write_atomically(tmp_path / "a", b"1")
 
 
 def test_a_walk_is_sorted_by_folder_and_follows_links_once(tmp_path: Path) -> None:

@@ -156,3 +156,11 @@ def wait_for_steps(trace: Path, steps: int, processes) -> None:
         assert all(process.is_alive() for process in processes)
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("local_rank", "count", "gpu"), [(0, 1, 0), (3, 1, 0), (1, 2, 1), (0, 8, 0)])
+def test_a_process_that_sees_one_gpu_takes_it(local_rank: int, count: int, gpu: int) -> None:
+    """As under `srun --gpus-per-task=1`, where LOCAL_RANK counts on."""
+    assert distributed._own_gpu(local_rank, count) == gpu
+    with raises(InputError, match="LOCAL_RANK=2, and this process sees 2 CUDA devices; start one process per GPU"):
+        distributed._own_gpu(2, 2)
