@@ -4,11 +4,14 @@ import sys
 import warnings
 from importlib import import_module
 from inspect import cleandoc
-from typing import Annotated
+from traceback import format_exception
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from maekit.cli.options import with_flags
+from maekit.cli.show import plain, say
 from maekit.system.errors import MaekitError, OtherRankError
 from maekit.version import __version__
 
@@ -19,8 +22,23 @@ _PANELS = {
     "Look": ("reconstruct", "neighbours", "report", "inspect", "doctor", "demo"),
 }
 
+
+class _Commands(TyperGroup):
+    """The commands. Where Typer refuses an argument, it repeats it: a name that a shell's `*` may have put there."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message"):  # the classes of Click, which Typer keeps to itself
+                error.message = plain(error.message)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="maekit",
+    cls=_Commands,
     help="Pre-train a masked autoencoder on tar shards, export its encoder to ONNX, extract embeddings.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -60,19 +78,26 @@ def _options(
     pass
 
 
+def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print the traceback of a defect: other people's words are in it as well."""
+    for line in "".join(format_exception(kind, error, trace)).splitlines():
+        say(line, error=True)
+
+
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    sys.excepthook = _report
     try:
         app(standalone_mode=True)
     except MaekitError as error:
         if not isinstance(error, OtherRankError):
-            print(f"maekit: {with_flags(str(error))}", file=sys.stderr)
+            say(f"maekit: {with_flags(str(error))}", error=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
         if error.name is None or error.name.split(".")[0] not in extra:
             raise
-        print(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", file=sys.stderr)
+        say(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", error=True)
         sys.exit(2)

@@ -1,7 +1,7 @@
 """`maekit embed`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.embed import EmbedConfig
 
 
@@ -15,18 +15,18 @@ def command(config: EmbedConfig) -> Summary:
     from maekit.embedding.embed import embed, raise_if_incomplete
 
     result = embed(config, make_progress())
-    print(
+    say(
         f"{result.rows} rows, {result.errors} errors; {result.shards} shards embedded, {result.skipped} already there"
         f": {result.out}"
     )
     if result.binds:
         stages = ", ".join(f"{stage} {rate:.1f}" for stage, rate in result.rates.items())
-        print(
+        say(
             f"{result.images_per_second:.1f} img/s on {result.provider}, {result.limit_share:.0%} of the limit "
             f"(alone: {stages} img/s); bottleneck: {result.binds}"
         )
     if result.verified is not None and not result.verified.problems:
         verified = result.verified
-        print(f"verified: {verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards")
+        say(f"verified: {verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards")
     yield result
     raise_if_incomplete(result)

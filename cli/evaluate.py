@@ -6,7 +6,7 @@ from typing import Any
 import typer
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import is_main_process, make_progress, print_table
+from maekit.cli.show import is_main_process, make_progress, print_table, say
 from maekit.config.evaluate import EvaluateConfig
 from maekit.config.finetune import FinetuneConfig, finetuning, linear_probing, training_from_scratch
 
@@ -102,12 +102,12 @@ def _train(config: FinetuneConfig) -> Summary:
     result = finetune(config, make_progress())
     if not is_main_process():
         return
-    print(
+    say(
         f"{result.steps} steps, {result.trained} parameters trained, accuracy {100 * (result.accuracy or 0):.2f} %: "
         f"{result.out}"
     )
     if result.path:
-        print(f"kept in {result.path}")
+        say(f"kept in {result.path}")
     yield result
 
 
@@ -120,9 +120,9 @@ def _evaluate(config: EvaluateConfig) -> Summary:
         table = [[_shown(key, row.get(key)) for key in headings] for row in result.rows]
         print_table(["", *headings[1:]], table, right=range(1, len(headings)))
     of = "" if result.test is None else f", {result.test['images']} test images"
-    print(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
+    say(f"{result.train['images']} training images of {result.train['classes']} classes{of}: {result.model}")
     if result.path:
-        print(f"kept in {result.path}")
+        say(f"kept in {result.path}")
     yield result
 
 

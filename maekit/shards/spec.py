@@ -10,7 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maekit.system import files
-from maekit.system.errors import InputError
+from maekit.system.errors import InputError, MaekitError
+from maekit.system.redaction import address, identity, is_redacted, redact
 
 TAR = ".tar"
 # Also searched for in a directory, so that a compressed shard is reported as such and never skipped silently.
@@ -50,8 +51,9 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if "://" in text or text.startswith("pipe:"):
             root, urls = _expand_remote(text)
             for url in urls:
-                if paths.setdefault(path := _url_path(url), url) != url:
-                    raise InputError(f"{paths[path]} and {url} would both be named {path.name}; give one of them")
+                first = paths.setdefault(path := _url_path(url), url)
+                if first is None or identity(first) != identity(url):
+                    raise InputError(f"{first or path} and {url} would both be named {path.name}; give one of them")
         else:
             with files.reading(text[:200], InputError):
                 root, found = _expand(text)
@@ -88,17 +90,28 @@ def connect(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
         return filesystem, path
     except ImportError as error:
-        raise InputError(f"{url}: {error}") from error
+        raise failure(InputError, url, error) from None
     except ValueError as error:
-        raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
+        raise failure(InputError, url, error, f"fsspec knows no protocol {protocol!r}") from None
     except Exception as error:  # some connect at once, and each raises its own types
-        raise InputError(f"{url}: cannot connect: {error or type(error).__name__}") from error
+        raise failure(InputError, url, error, "cannot connect") from None
+
+
+def failure(kind: type[MaekitError], url: str, error: object, what: str = "") -> MaekitError:
+    """Return the error for a URL from what a library raised or said, without the secrets of the URL.
+
+    It is to be raised `from None`: a traceback would show the message of the library as it is.
+    """
+    said = redact(str(error), url) or type(error).__name__
+    return kind(": ".join(filter(None, (url, what, said))))
 
 
 def _expand_remote(spec: str) -> tuple[Path, list[str]]:
     """Return the root of a remote spec, and its URLs."""
     if spec.startswith("pipe:") or "::" in _IPV6.sub("//", spec):
         raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
+    if is_redacted(spec):
+        raise InputError(f"{spec}: what *** stands for is stored nowhere; name the shards by the whole URL")
     urls: list[str] = []
     for pattern in _braces(spec):
         urls += [pattern] if is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
@@ -118,7 +131,7 @@ def _listed(pattern: str) -> list[str]:
         else:
             found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
     except Exception as error:  # each protocol raises its own types
-        raise InputError(f"{pattern}: cannot be listed: {error or type(error).__name__}") from error
+        raise failure(InputError, pattern, error, "cannot be listed") from None
     if not found:
         what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
         raise InputError(f"{pattern}: {what}")
@@ -141,14 +154,14 @@ def _file_name(url: str) -> str:
 
 def _url_path(url: str) -> Path:
     """Return the URL as an absolute path, so that one rule names local and remote shards."""
-    parts = PurePosixPath(url.partition("?")[0]).parts
+    parts = PurePosixPath(address(url)).parts
     if ".." in parts:  # a listing may contain anything, and shard names become names of output files
         raise InputError(f"{url}: the URL of a shard must not lead back up")
     return Path("/", *parts)
 
 
 def _cache_path(url: str) -> Path:
-    name = hashlib.sha256(url.encode()).hexdigest()
+    name = hashlib.sha256(identity(url).encode()).hexdigest()
     return files.cache_directory() / "shards" / name[:2] / f"{name}{TAR}"
 
 
