@@ -1,5 +1,6 @@
 """The `maekit` command: what every subcommand shares. Loads nothing heavy; the subcommands do that in their bodies."""
 
+import logging
 import sys
 import warnings
 from importlib import import_module
@@ -80,8 +81,19 @@ def _options(
 
 def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
     """Print the traceback of a defect: other people's words are in it as well."""
-    for line in "".join(format_exception(kind, error, trace)).splitlines():
-        say(line, error=True)
+    print(_lines("".join(format_exception(kind, error, trace))), file=sys.stderr, flush=True)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(plain, text.splitlines()))
+
+
+class _Log(logging.Formatter):
+    """What libraries log, as a last resort, on standard error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return _lines(super().format(record))
 
 
 def main() -> None:
@@ -89,6 +101,10 @@ def main() -> None:
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     sys.excepthook = _report
+    format_warning = warnings.formatwarning
+    warnings.formatwarning = lambda *said, **more: _lines(format_warning(*said, **more)) + "\n"
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Log())
     try:
         app(standalone_mode=True)
     except MaekitError as error:

@@ -188,8 +188,8 @@ def _braces(spec: str) -> list[str]:
 
     try:
         return list(braceexpand.braceexpand(spec)) if "{" in spec else [spec]
-    except ValueError as error:
-        raise InputError(f"{spec}: the braces of this pattern do not match up") from error
+    except ValueError:
+        raise InputError(f"{spec}: the braces of this pattern do not match up") from None
 
 
 def _matches(pattern: str, spec: str) -> list[str]:

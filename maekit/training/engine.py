@@ -345,7 +345,7 @@ class Engine:
         """Raise an InputError if a setting or the data differ from those the run was started with."""
         there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
-            if not free and redacted(there.get(key)) != redacted(value):  # a URL may have been signed again
+            if not free and redacted(there.get(key)) != redacted(value):  # as they are stored
                 raise InputError(self.task.mismatch_message(key, there.get(key), value))
         if newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
