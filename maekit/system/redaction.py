@@ -10,7 +10,8 @@ from typing import Any
 from urllib.parse import unquote
 
 HIDDEN = "***"
-# Each pattern takes linear time, whatever the text. The second form: a password with a slash in it, as AWS makes them. A port, an IPv6 address and an ARN are none.
+# Each pattern takes linear time, whatever the text.
+# The second form: a password with a slash in it, as AWS makes them. A port, an IPv6 address and an ARN are none.
 _USERINFO = re.compile(
     r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]{0,20})://"
     r"(?P<userinfo>[^\s/?#]*(?=@)|[^\s/?#@:\[]+:(?!\d{1,5}(?:[/?#\s]|$))[^\s@:]*(?=@))@"

@@ -109,10 +109,7 @@ cli.main()
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ran.stderr.count(r"\x1b[2J of https://***@host/x.tar?***") == 3
     assert "s3cr3t" not in ran.stderr
-    assert ran.stderr.splitlines()[2:4] == [
-        "Traceback (most recent call last):",
-        '  File "<string>", line 10, in <module>',
-    ]
+    assert "\nTraceback (most recent call last):\n" in ran.stderr
 
 
 def test_words_of_an_onnx_file_and_a_config(trained: Path, tmp_path: Path) -> None:
