@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from maekit.shards.spec import connect, failure
+from maekit.shards.spec import connect
 from maekit.system.errors import MaekitError
+from maekit.system.redaction import redact
 
 # The piece size is halved when a piece fails or takes long, and doubled when it arrives soon: a connection that drops
 # often still makes progress, and a signal takes effect within seconds.
@@ -120,6 +121,6 @@ def _insist(url: str, ask: Any, pause: Callable[[float], None], *, attempts: int
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
                 what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
-                raise failure(MaekitError, url, what or error) from None
+                raise MaekitError(redact(f"{url}: {what or type(error).__name__}", url)) from None
             pause(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
     raise AssertionError

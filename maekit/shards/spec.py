@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maekit.system import files
-from maekit.system.errors import InputError, MaekitError
+from maekit.system.errors import InputError
 from maekit.system.redaction import address, identity, is_redacted, redact
 
 TAR = ".tar"
@@ -81,7 +81,7 @@ def connect(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
-    try:
+    try:  # never `from error`: a traceback would show what the library says, with the password
         if protocol in ("http", "https"):
             import aiohttp
 
@@ -90,20 +90,11 @@ def connect(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
         return filesystem, path
     except ImportError as error:
-        raise failure(InputError, url, error) from None
+        raise InputError(redact(f"{url}: {error}", url)) from None
     except ValueError as error:
-        raise failure(InputError, url, error, f"fsspec knows no protocol {protocol!r}") from None
+        raise InputError(redact(f"{url}: fsspec knows no protocol {protocol!r} ({error})", url)) from None
     except Exception as error:  # some connect at once, and each raises its own types
-        raise failure(InputError, url, error, "cannot connect") from None
-
-
-def failure(kind: type[MaekitError], url: str, error: object, what: str = "") -> MaekitError:
-    """Return the error for a URL from what a library raised or said, without the secrets of the URL.
-
-    It is to be raised `from None`: a traceback would show the message of the library as it is.
-    """
-    said = redact(str(error), url) or type(error).__name__
-    return kind(": ".join(filter(None, (url, what, said))))
+        raise InputError(redact(f"{url}: cannot connect: {str(error) or type(error).__name__}", url)) from None
 
 
 def _expand_remote(spec: str) -> tuple[Path, list[str]]:
@@ -131,7 +122,8 @@ def _listed(pattern: str) -> list[str]:
         else:
             found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
     except Exception as error:  # each protocol raises its own types
-        raise failure(InputError, pattern, error, "cannot be listed") from None
+        said = f"{pattern}: cannot be listed: {str(error) or type(error).__name__}"
+        raise InputError(redact(said, pattern)) from None
     if not found:
         what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
         raise InputError(f"{pattern}: {what}")
