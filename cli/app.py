@@ -1,14 +1,18 @@
 """The `maekit` command: what every subcommand shares. Loads nothing heavy; the subcommands do that in their bodies."""
 
+import logging
 import sys
 import warnings
 from importlib import import_module
 from inspect import cleandoc
-from typing import Annotated
+from traceback import format_exception
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from maekit.cli.options import with_flags
+from maekit.cli.show import plain, say
 from maekit.system.errors import MachineWarning, MaekitError, OtherRankError
 from maekit.version import __version__
 
@@ -19,8 +23,23 @@ _PANELS = {
     "Look": ("reconstruct", "neighbours", "report", "inspect", "doctor", "demo"),
 }
 
+
+class _Commands(TyperGroup):
+    """The commands. Where Typer refuses an argument, it repeats it: a name that a shell's `*` may have put there."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "format_message"):  # the classes of Click, which Typer keeps to itself
+                error.message = plain(error.message)  # type: ignore[attr-defined]
+            raise
+
+
 app = typer.Typer(
     name="maekit",
+    cls=_Commands,
     help="Pre-train a masked autoencoder on tar shards, export its encoder to ONNX, extract embeddings.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -63,29 +82,49 @@ def _options(
 _python_way = warnings.formatwarning
 
 
-def _one_line(
+def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
     """Show what the machine lacks as one line, and other warnings as ever."""
-    if category is MachineWarning:
-        return f"{with_flags(str(message))}\n"
-    return _python_way(message, category, filename, lineno, line)
+    is_ours = category is MachineWarning
+    said = with_flags(str(message)) if is_ours else _python_way(message, category, filename, lineno, line)
+    return _lines(said) + "\n"
+
+
+def _report(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Print the traceback of a defect: other people's words are in it as well."""
+    print(_lines("".join(format_exception(kind, error, trace))), file=sys.stderr, flush=True)
+
+
+def _lines(text: str) -> str:
+    return "\n".join(map(plain, text.splitlines()))
+
+
+class _Log(logging.Formatter):
+    """What libraries log, as a last resort, on standard error."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines of a record."""
+        return _lines(super().format(record))
 
 
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
-    warnings.formatwarning = _one_line
+    sys.excepthook = _report
+    warnings.formatwarning = _warning
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_Log())
     try:
         app(standalone_mode=True)
     except MaekitError as error:
         if not isinstance(error, OtherRankError):
-            print(f"maekit: {with_flags(str(error))}", file=sys.stderr)
+            say(f"maekit: {with_flags(str(error))}", error=True)
         sys.exit(error.exit_code)
     except ModuleNotFoundError as error:
         extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
         if error.name is None or error.name.split(".")[0] not in extra:
             raise
-        print(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", file=sys.stderr)
+        say(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", error=True)
         sys.exit(2)

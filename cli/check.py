@@ -1,12 +1,11 @@
 """`maekit check`."""
 
-import sys
 from typing import TYPE_CHECKING
 
 import typer
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress, print_table
+from maekit.cli.show import make_progress, print_table, say
 from maekit.config.check import CheckConfig
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def command(config: CheckConfig) -> Summary:
     for shard in report.damaged:
         assert shard.damage is not None
         what = "unreadable  {}:" if shard.unreadable else "damaged  {}  at byte {}:"
-        print(what.format(shard.name, shard.damage.offset), shard.damage.reason, file=sys.stderr)
+        say(f"{what.format(shard.name, shard.damage.offset)} {shard.damage.reason}", error=True)
     _print_shards(report)
     summary, images = report.summary(), report.images
     if images is not None and config.images:
@@ -91,18 +90,18 @@ def _print_shards(report: "CheckReport") -> None:
     if rows:
         print_table(("shard", "samples", "size", "members", ""), rows, right=(1, 2))
     if len(shown) > _ROWS:
-        print(f"… and {len(shown) - _ROWS} more shards with remarks")
+        say(f"… and {len(shown) - _ROWS} more shards with remarks")
     if hidden := len(report.shards) - len(shown):
-        print(f"{hidden} shards without remarks are not shown")
+        say(f"{hidden} shards without remarks are not shown")
     unreadable = sum(shard.unreadable for shard in report.shards)
-    print(
+    say(
         f"{report.samples} samples in {len(report.shards)} shards, {describe_bytes(report.bytes)}; "
         f"{len(report.damaged) - unreadable} damaged" + (f", {unreadable} unreadable" if unreadable else "")
     )
     summary = report.summary()
     for key, what in _REMARKS.items():
         if summary[key]:
-            print(f"{summary[key]} {what}")
+            say(f"{summary[key]} {what}")
 
 
 def _print_images(images: "ImageReport") -> None:
@@ -117,15 +116,15 @@ def _print_images(images: "ImageReport") -> None:
     rows.append(("failed", f"{images.failed}  {_counts(images.failures)}".rstrip()))
     print_table(("images", ""), rows)
     for failure in images.examples[:_ROWS]:
-        print(f"  {failure.shard}  {failure.key}  {failure.reason}: {failure.detail}")
+        say(f"  {failure.shard}  {failure.key}  {failure.reason}: {failure.detail}")
     if images.failed > _ROWS:
-        print(f"  … and {images.failed - _ROWS} more (--json lists 1,000)")
+        say(f"  … and {images.failed - _ROWS} more (--json lists 1,000)")
 
 
 def _print_stats(images: "ImageReport") -> None:
     mean, std = (", ".join(f"{value:.4f}" for value in values) for values in (images.mean, images.std))
-    print(f"mean {mean}   std {std}   (red, green, blue, in [0, 1]; every image weighs the same)")
-    print(f"for training: --set 'data.mean=[{mean}]' --set 'data.std=[{std}]'")
+    say(f"mean {mean}   std {std}   (red, green, blue, in [0, 1]; every image weighs the same)")
+    say(f"for training: --set 'data.mean=[{mean}]' --set 'data.std=[{std}]'")
 
 
 def _counts(counts: dict[str, int]) -> str:

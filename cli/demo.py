@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.fields import Config, setting
 
 
@@ -24,9 +24,11 @@ def command(config: DemoConfig) -> Summary:
     from maekit.demo.run import run_demo
 
     result = run_demo(Path(config.out), make_progress())
-    print(f"\nin {config.out}: pictures, shards, run (pictures in run/pictures), encoder.onnx, embeddings")
-    print(f"loss {result.loss_first:.3f} -> {result.loss_last:.3f}; file and PyTorch differ by {result.parity:.1e}")
-    print("\nnearest neighbours (k = 20, cosine) tell the class of a test picture:")
+    say()
+    say(f"in {config.out}: pictures, shards, run (pictures in run/pictures), encoder.onnx, embeddings")
+    say(f"loss {result.loss_first:.3f} -> {result.loss_last:.3f}; file and PyTorch differ by {result.parity:.1e}")
+    say()
+    say("nearest neighbours (k = 20, cosine) tell the class of a test picture:")
     for name, accuracy in (
         ("guessing", result.chance),
         ("raw pixels", result.knn_pixels),
@@ -34,6 +36,7 @@ def command(config: DemoConfig) -> Summary:
         ("trained encoder", result.knn_trained),
         ("trained, whitened", result.knn_whitened),
     ):
-        print(f"  {name:<18} {accuracy:6.1%}  {'█' * round(accuracy * 40)}")
-    print(f"\n{result.seconds:.0f} seconds; look at {result.report}")
+        say(f"  {name:<18} {accuracy:6.1%}  {'█' * round(accuracy * 40)}")
+    say()
+    say(f"{result.seconds:.0f} seconds; look at {result.report}")
     yield result

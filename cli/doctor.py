@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from maekit.cli.options import Summary, configured, with_flags
-from maekit.cli.show import print_table
+from maekit.cli.show import plain, print_table, say
 from maekit.config.check import DoctorConfig
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def command(config: DoctorConfig) -> Summary:
         diagnosis = doctor(config)
     rows = [(finding.subject, finding.value, "problem" if finding.problem else "") for finding in diagnosis.findings]
     print_table(("this machine", "", ""), rows)
-    print()
+    say()
     if diagnosis.rates:
         _print_rates(diagnosis.rates)
     _print_problems(diagnosis.problems)
@@ -50,7 +50,7 @@ def _print_rates(rates: "Rates") -> None:
         ]
     shown = [(what, _number(float(rates[key])), where, remark) for what, key, where, remark in rows]
     print_table(("images per second", "", "", ""), shown, right=(1,))
-    print()
+    say()
 
 
 def _number(rate: float) -> str:
@@ -59,11 +59,12 @@ def _number(rate: float) -> str:
 
 def _print_problems(problems: "list[Finding]") -> None:
     from rich.console import Console
+    from rich.text import Text
 
     if not problems:
-        print("no problem found")
-    console = Console(markup=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+        say("no problem found")
+    console = Console(soft_wrap=not sys.stdout.isatty())
     for finding in problems:
-        console.print(f"problem  {finding.subject}: {finding.problem}")
+        console.print(Text(plain(f"problem  {finding.subject}: {finding.problem}")))
         # Never folded: it is there to be copied.
-        print(f"    fix  {with_flags(finding.fix or '')}")
+        say(f"    fix  {with_flags(finding.fix or '')}")

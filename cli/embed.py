@@ -1,7 +1,7 @@
 """`maekit embed`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import describe_unused, make_progress
+from maekit.cli.show import describe_unused, make_progress, say
 from maekit.config.embed import EmbedConfig
 
 
@@ -16,19 +16,19 @@ def command(config: EmbedConfig) -> Summary:
 
     result = embed(config, make_progress())
     split = "" if result.split == "all" else f", split {result.split}"
-    print(
+    say(
         f"{result.rows} rows, {result.errors} errors{describe_unused(result.unused)}; {result.shards} shards embedded, "
         f"{result.skipped} already there{split}: {result.out}"
     )
     if result.binds:
         stages = ", ".join(f"{stage} {rate:.1f}" for stage, rate in result.rates.items())
-        print(
+        say(
             f"{result.images_per_second:.1f} img/s on {result.provider}, {result.limit_share:.0%} of the limit "
             f"(alone: {stages} img/s); bottleneck: {result.binds}"
         )
     if result.verified is not None and not result.verified.problems:
         verified = result.verified
         counts = f"{verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards"
-        print(f"verified: {counts}" if verified.shards else "nothing to verify")
+        say(f"verified: {counts}" if verified.shards else "nothing to verify")
     yield result
     raise_if_incomplete(result)

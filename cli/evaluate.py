@@ -7,7 +7,7 @@ from typing import Any
 import typer
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import describe_unused, is_main_process, make_progress, print_table
+from maekit.cli.show import describe_unused, is_main_process, make_progress, print_table, say
 from maekit.config.evaluate import EvaluateConfig
 from maekit.config.finetune import FinetuneConfig, finetuning, linear_probing, training_from_scratch
 
@@ -103,12 +103,12 @@ def _train(config: FinetuneConfig) -> Summary:
     result = finetune(config, make_progress())
     if not is_main_process():
         return
-    print(
+    say(
         f"{result.steps} steps, {result.trained} parameters trained, accuracy {100 * (result.accuracy or 0):.2f} %: "
         f"{result.out}"
     )
     if result.path:
-        print(f"kept in {result.path}")
+        say(f"kept in {result.path}")
     yield result
 
 
@@ -123,9 +123,9 @@ def _evaluate(config: EvaluateConfig) -> Summary:
     of = "" if result.test is None else f", {result.test['images']} test images"
     unused = Counter(result.train["unused"]) + Counter(result.test["unused"] if result.test else {})
     said = f"{result.train['images']} training images of {result.train['classes']} classes{of}"
-    print(f"{said}{describe_unused(unused)}: {result.model}")
+    say(f"{said}{describe_unused(unused)}: {result.model}")
     if result.path:
-        print(f"kept in {result.path}")
+        say(f"kept in {result.path}")
     yield result
 
 

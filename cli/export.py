@@ -1,7 +1,7 @@
 """`maekit export`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.export import ExportConfig, proves
 from maekit.config.poolings import UNPOOLED
 from maekit.system.errors import InputError, MaekitError
@@ -48,9 +48,9 @@ def _export(config: Options) -> Summary:
         result = export(config, progress)
     size = describe_bytes(result.bytes)
     if result.parity is None:
-        print(f"{result.path}: {size}, dim {result.dim}; timm.create_model('local-dir:{result.path}', pretrained=True)")
+        say(f"{result.path}: {size}, dim {result.dim}; timm.create_model('local-dir:{result.path}', pretrained=True)")
     else:
-        print(
+        say(
             f"{result.path}: {size}, dim {result.dim}, {sum(result.nodes.values())} nodes, parity "
             f"{result.parity.max_relative_difference:.1e} and mean cosine {result.parity.mean_cosine:.5f} on "
             f"{result.parity.images} images"
@@ -58,7 +58,7 @@ def _export(config: Options) -> Summary:
         if result.warning:
             progress.note(f"kept by --force, although it differs from PyTorch: {result.warning}")
         if config.pool != UNPOOLED:
-            print(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
+            say(f"next: maekit embed {result.path} SHARDS --out EMBEDDINGS")
     if result.parity and not result.whitening and config.pool != UNPOOLED:
         progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
     yield result
@@ -86,7 +86,7 @@ def _verify(config: Options, file: str) -> Summary:
     )
     for name, figures in (("as exported", result.probe), ("as PyTorch", result.parity)):
         if figures is not None:
-            print(
+            say(
                 f"{name}: largest difference {figures.max_relative_difference:.1e} of the largest value, "
                 f"smallest cosine {figures.min_cosine:.5f}, {figures.images} images"
             )
@@ -96,7 +96,7 @@ def _verify(config: Options, file: str) -> Summary:
             f"out): {', '.join(result.unchecked)}"
         )
     if not result.problems:
-        print(f"{file} is sound on {result.provider}")
+        say(f"{file} is sound on {result.provider}")
     yield result
     if result.problems:
         raise MaekitError(f"{file} on {result.provider}: {'; '.join(result.problems)}")

@@ -7,6 +7,7 @@ import typer
 
 from maekit.cli.curve import draw
 from maekit.cli.options import Summary, configured
+from maekit.cli.show import say
 from maekit.config.check import InspectConfig
 
 
@@ -36,8 +37,9 @@ def _print_curves(run: str) -> None:
     for name in ("loss", "val_loss"):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if len(points) > 1:
-            print()
-            print("\n".join(draw(points, label=name)))
+            say()
+            for line in draw(points, label=name):
+                say(line)
 
 
 def _print(description: dict[str, Any], indent: int = 0) -> None:
@@ -47,15 +49,15 @@ def _print(description: dict[str, Any], indent: int = 0) -> None:
         key = _plain(key)
         label = " " * indent + f"{key:<{width}}  "
         if isinstance(value, list) and value and isinstance(value[0], dict):
-            print(" " * indent + key)
+            say(" " * indent + key)
             for item in value:
                 is_checkpoint = isinstance(item, dict) and {"step", "problem"} <= set(item)
-                print(" " * (indent + 2) + (_checkpoint(item) if is_checkpoint else _plain(item)))
+                say(" " * (indent + 2) + (_checkpoint(item) if is_checkpoint else _plain(item)))
         elif isinstance(value, dict) and value and not _is_short(value):
-            print(" " * indent + key)
+            say(" " * indent + key)
             _print(value, indent + 2)
         else:
-            print(f"{label}{_plain(value)}".rstrip())
+            say(f"{label}{_plain(value)}".rstrip())
 
 
 def _checkpoint(item: dict[str, Any]) -> str:
@@ -75,5 +77,4 @@ def _plain(value: Any) -> str:
         return f"{value:.6g}"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    # A file's own words may hold what moves the cursor or sets the title of a terminal.
-    return "–" if value is None else "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(value))
+    return "–" if value is None else str(value)

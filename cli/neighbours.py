@@ -1,7 +1,7 @@
 """`maekit neighbours`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.pages import NeighboursConfig
 
 
@@ -14,5 +14,5 @@ def command(config: NeighboursConfig) -> Summary:
     from maekit.pages.neighbours import neighbours
 
     result = neighbours(config, make_progress())
-    print(f"{result.path}: {len(result.queries)} queries among {result.rows} embeddings")
+    say(f"{result.path}: {len(result.queries)} queries among {result.rows} embeddings")
     yield result

@@ -3,7 +3,7 @@
 from dataclasses import asdict
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.pack import PackConfig
 
 
@@ -20,16 +20,16 @@ def command(config: PackConfig) -> Summary:
     from maekit.system.files import describe_bytes
 
     report = pack(config, make_progress())
-    print(f"{report.samples} images in {len(report.shards)} shards, {describe_bytes(report.bytes)}: {config.out}")
+    say(f"{report.samples} images in {len(report.shards)} shards, {describe_bytes(report.bytes)}: {config.out}")
     if report.class_counts:
         shown = ", ".join(f"{name} {report.class_counts[name]}" for name in report.classes[:12])
         more = f", {len(report.classes) - 12} more" if len(report.classes) > 12 else ""
-        print(f"classes: {shown}{more} (in {config.out}/classes.txt)")
+        say(f"classes: {shown}{more} (in {config.out}/classes.txt)")
     for count, what in ((report.unlabelled, "images have no label"), (report.empty, "image files hold no bytes")):
         if count:
-            print(f"{count} {what}")
+            say(f"{count} {what}")
     for what, counts in (("riding along", report.sidecars), ("passed over", report.passed_over)):
         if counts:
-            print(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
-    print(f"next: maekit check {config.out} --images")
+            say(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))
+    say(f"next: maekit check {config.out} --images")
     yield {**asdict(report), "shards": len(report.shards)}

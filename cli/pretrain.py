@@ -1,7 +1,7 @@
 """`maekit pretrain`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import describe_unused, is_main_process, make_progress
+from maekit.cli.show import describe_unused, is_main_process, make_progress, say
 from maekit.config import PretrainConfig
 
 
@@ -20,10 +20,10 @@ def command(config: PretrainConfig) -> Summary:
     if not is_main_process():
         return
     if not result.already_finished:
-        print(
+        say(
             f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, "
             f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}{describe_unused(result.unused)}: "
             f"{result.out}/encoder.safetensors"
         )
-    print(f"next: maekit export {result.out} --out encoder.onnx --whiten SHARDS")
+    say(f"next: maekit export {result.out} --out encoder.onnx --whiten SHARDS")
     yield result

@@ -1,7 +1,7 @@
 """`maekit reconstruct`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.pages import ReconstructConfig
 
 
@@ -15,5 +15,5 @@ def command(config: ReconstructConfig) -> Summary:
     from maekit.pages.reconstruct import reconstruct
 
     result = reconstruct(config, make_progress())
-    print(f"{result.path}: {len(result.samples)} samples, mean loss {result.loss:.4f}")
+    say(f"{result.path}: {len(result.samples)} samples, mean loss {result.loss:.4f}")
     yield result

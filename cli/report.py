@@ -1,7 +1,7 @@
 """`maekit report`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress
+from maekit.cli.show import make_progress, say
 from maekit.config.pages import ReportConfig
 
 
@@ -16,5 +16,5 @@ def command(config: ReportConfig) -> Summary:
     from maekit.system.files import describe_bytes
 
     result = report(config, make_progress())
-    print(f"{result.path}: {describe_bytes(result.bytes)}, {result.samples} samples, {result.evaluations} evaluations")
+    say(f"{result.path}: {describe_bytes(result.bytes)}, {result.samples} samples, {result.evaluations} evaluations")
     yield result

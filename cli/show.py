@@ -10,13 +10,25 @@ from typing import Any
 
 from maekit.cli.options import with_flags
 from maekit.system.progress import Silent, duration
+from maekit.system.redaction import redact, redacted
+from maekit.system.text import printable
 
 _PLAIN_SECONDS = 15.0
 
 
+def plain(text: str) -> str:
+    """Return a text as it may be shown: one line, no control characters, no secret of a URL."""
+    return redact(printable(text))
+
+
+def say(text: str = "", *, error: bool = False) -> None:
+    """Print one line, on standard output or standard error, whatever names and words of others are in it."""
+    print(plain(text), file=sys.stderr if error else sys.stdout, flush=error)
+
+
 def print_json(summary: Any) -> None:
     """Print one object, a dictionary or a dataclass, as the last line of standard output."""
-    print(json.dumps(summary if isinstance(summary, dict) else asdict(summary)), flush=True)
+    print(json.dumps(redacted(summary if isinstance(summary, dict) else asdict(summary))), flush=True)
 
 
 def is_main_process() -> bool:
@@ -43,7 +55,7 @@ class Notes(Silent):
 
     def note(self, text: str) -> None:
         """Print one line."""
-        print(self._prefix + with_flags(text), file=sys.stderr, flush=True)
+        say(self._prefix + with_flags(text), error=True)
 
 
 class Plain(Notes):
@@ -92,21 +104,23 @@ class Bar(Silent):
 
     def note(self, text: str) -> None:
         """Print one line above the bar."""
-        self._console.print(with_flags(text), highlight=False, markup=False)
+        from rich.text import Text  # never read as markup or emoji, unlike a str
+
+        self._console.print(Text(plain(with_flags(text))))
 
     def start(self, what: str, total: int, done: int = 0, unit: str = "") -> None:
         """Show a bar."""
         from rich import progress
 
         self._bar = progress.Progress(
-            "{task.description}",
+            progress.TextColumn("{task.description}", markup=False),
             progress.BarColumn(bar_width=24),
             progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn(),
             progress.TimeRemainingColumn(compact=True),
-            "{task.fields[row]}",
+            progress.TextColumn("{task.fields[row]}", markup=False),
             console=self._console,
         )
-        self._bar.add_task(with_flags(what), total=total, completed=done, row="")
+        self._bar.add_task(plain(with_flags(what)), total=total, completed=done, row="")
         self._bar.start()
 
     def _update(self, **fields: Any) -> None:
@@ -119,7 +133,7 @@ class Bar(Silent):
 
     def figures(self, row: dict[str, Any]) -> None:
         """Show the newest figures beside the bar."""
-        self._update(row=describe(row))
+        self._update(row=plain(describe(row)))
 
     def stop(self) -> None:
         """Stop the bar and leave it on the screen."""
@@ -153,11 +167,12 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[object]], *, ri
     """Print aligned columns on standard output, each as wide as its widest cell; `right` lists right-aligned ones."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     for number, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if number in right else "left", overflow="fold")
+        table.add_column(Text(plain(heading)), justify="right" if number in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(str, row))
+        table.add_row(*(Text(plain(str(cell))) for cell in row))
     # In a file or pipe, lines are not folded at 80 columns, for the sake of scripts and logs.
-    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
+    Console(width=None if sys.stdout.isatty() else 200, highlight=False).print(table)

@@ -1,7 +1,7 @@
 """`maekit sweep`."""
 
 from maekit.cli.options import Summary, configured
-from maekit.cli.show import make_progress, print_table
+from maekit.cli.show import make_progress, print_table, say
 from maekit.config.sweep import SweepConfig
 
 
@@ -25,5 +25,5 @@ def command(config: SweepConfig) -> Summary:
         for row in result.rows
     ]
     print_table(["", *measures, "loss"], table, right=range(1, len(measures) + 2))
-    print(f"{len(result.rows)} cells, {result.trained} trained now: {result.page}")
+    say(f"{len(result.rows)} cells, {result.trained} trained now: {result.page}")
     yield result

@@ -40,6 +40,7 @@ from maekit.runs import RunDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError, OtherRankError, Stopped
 from maekit.system.progress import Progress, Silent
+from maekit.system.redaction import redact, redacted
 
 _TABLE = "sweep."
 _VARY = "sweep.vary."
@@ -212,7 +213,7 @@ def sweep(config: SweepConfig, progress: Progress | None = None) -> SweepResult:
             progress.note(f"{cell.name} failed: {error}")
             row["failed"] = str(error)
         rows.append(row)
-        files.write_atomically(out / "sweep.json", json.dumps({"rows": rows}, indent=1).encode())
+        files.write_atomically(out / "sweep.json", json.dumps({"rows": redacted(rows)}, indent=1).encode())
         files.write_atomically(page, _page(plan, rows, len(cells)))
     failed = [row for row in rows if "failed" in row]
     if failed:
@@ -259,7 +260,7 @@ def _slug(changes: Mapping[str, Any]) -> str:
 def _text(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return "x".join(map(_text, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else redact(str(value))
 
 
 def _scores(settings: SweepSettings, cell: Cell, progress: Progress) -> dict[str, Any]:
@@ -268,12 +269,12 @@ def _scores(settings: SweepSettings, cell: Cell, progress: Progress) -> dict[str
 
     run = RunDirectory(Path(cell.config.out))
     path = run.path / "evaluations" / ".sweep.json"
-    asked = {**asdict(settings), "shards": [settings.train, settings.test]}
+    asked = redacted({**asdict(settings), "shards": [settings.train, settings.test]})
     step = run.list_checkpoints()[0].step
     kept: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):  # missing or damaged
         kept = json.loads(path.read_text(encoding="utf-8"))
-    if kept.get("asked") == json.loads(json.dumps(asked)) and kept.get("step") == step:
+    if redacted(kept.get("asked")) == json.loads(json.dumps(asked)) and kept.get("step") == step:
         return dict(kept["scores"])
     scores: dict[str, Any] = {}
     for task in settings.judge:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from maekit.config.fields import Config, settings_of, shown, without_none
 from maekit.system.errors import InputError
+from maekit.system.redaction import redacted
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
@@ -90,12 +91,12 @@ def _renamed(key: str, value: Any) -> tuple[str, Any]:
 
 
 def dump_toml(config: Any) -> str:
-    """Return a whole config, a dataclass, as TOML; a setting that is None is left out."""
+    """Return a whole config, a dataclass, as TOML: no setting that is None, and no secret of a URL."""
     lines: dict[str, list[str]] = {"": []}
     for key, value, _ in fields_of(config):
         table, _, leaf = key.rpartition(".")
         if value is not None:
-            lines.setdefault(table, []).append(f"{leaf} = {_toml(value)}")
+            lines.setdefault(table, []).append(f"{leaf} = {_toml(redacted(value))}")
     return "\n\n".join("\n".join([f"[{t}]", *rows] if t else rows) for t, rows in lines.items()) + "\n"
 
 
@@ -104,7 +105,8 @@ def _toml(value: Any) -> str:
         return "[" + ", ".join(_toml(v) for v in value) + "]"
     if isinstance(value, float):
         return repr(value) if any(c in repr(value) for c in ".en") else f"{value!r}.0"
-    return json.dumps(value, ensure_ascii=False)  # JSON strings, integers and booleans are TOML as well
+    # JSON strings, integers and booleans are TOML as well, but for one control character.
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -18,6 +18,7 @@ from maekit.runs import RunDirectory
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.progress import Progress, Silent
+from maekit.system.redaction import identity, redacted
 from maekit.vectors.knn import knn_accuracies
 from maekit.vectors.nearest import Labels, Rows
 from maekit.vectors.whitening import fit_whitening
@@ -131,13 +132,13 @@ def _check_sets(task: str, sets: Sequence[LabelledSet], classes: Sequence[str], 
 def _kept(result: EvaluateResult, config: EvaluateConfig, run: RunDirectory, progress: Progress) -> EvaluateResult:
     """Write the result into the run; return it with its path."""
     # Other images or settings make another evaluation, which is stored in its own file.
-    asked = json.dumps([list(config.train), list(config.test), result.options])
+    asked = json.dumps([[*map(identity, config.train)], [*map(identity, config.test)], result.options])
     digest = hashlib.sha256(asked.encode()).hexdigest()[:6]
     path = run.evaluation(f"{result.task}-{digest}", result.step or 0)
     kept = dataclasses.replace(result, path=str(path))
     try:
         path.parent.mkdir(exist_ok=True)
-        files.write_atomically(path, json.dumps(asdict(kept), indent=1).encode())
+        files.write_atomically(path, json.dumps(redacted(asdict(kept)), indent=1).encode())
     except (OSError, MaekitError) as error:
         progress.note(f"not kept in the run: {error}")
         return result

@@ -1,12 +1,11 @@
 """Line charts as inline SVG."""
 
-import html
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from maekit.pages.html import Html, legend
+from maekit.pages.html import Html, escaped, legend
 
 Points = Sequence[tuple[float, float]]
 
@@ -112,10 +111,10 @@ def line_chart(
         drawn.append(f'<path class="line line-{number}" d="M{path}"/>')
         if len(points) <= _FEW:
             drawn += [f'<circle class="dot-{number}" cx="{x:g}" cy="{y:g}" r="2.4"/>' for x, y in positions]
-    in_words = html.escape("; ".join(_in_words(line, _percent if share else "{:.4g}".format, across) for line in lines))
+    in_words = escaped("; ".join(_in_words(line, _percent if share else "{:.4g}".format, across) for line in lines))
     names = zip(("var(--first)", "var(--second)"), (line.name for line in lines), strict=False)
     return Html(
-        f'<figure><h3>{html.escape(title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
+        f'<figure><h3>{escaped(title)}</h3><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
         f'aria-label="{in_words}">{"".join(drawn)}</svg>{legend(names) if len(lines) > 1 else ""}'
         f"<figcaption>{in_words}</figcaption></figure>"
     )
@@ -157,7 +156,7 @@ def _axes(x_scale: Scale, y_scale: Scale, label: Callable[[float], str]) -> str:
 
 
 def _text(x: float, y: float, text: str, *, anchor: str = "start") -> str:
-    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{html.escape(text)}</text>'
+    return f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escaped(text)}</text>'
 
 
 def tick_label(value: float) -> str:

@@ -15,6 +15,8 @@ from PIL import Image
 
 from maekit.images import Pixels
 from maekit.system.errors import InputError
+from maekit.system.redaction import redact
+from maekit.system.text import printable
 
 Html = NewType("Html", str)
 
@@ -52,27 +54,27 @@ def document(title: str, about: str, parts: Iterable[Html]) -> bytes:
     page = (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_text(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<h1>{_text(title)}</h1>\n<p class="about">{_text(about)}</p>\n' + "\n".join(parts) + "\n</main>\n</body>\n"
-        "</html>\n"
+        f"<title>{escaped(title)}</title>\n<style>\n{_STYLE}</style>\n</head>\n<body>\n<main>\n"
+        f'<h1>{escaped(title)}</h1>\n<p class="about">{escaped(about)}</p>\n'
+        + "\n".join(parts)
+        + "\n</main>\n</body>\n</html>\n"
     )
-    # A file name may contain a lone surrogate, which UTF-8 cannot encode.
-    return page.encode("utf-8", "replace")
+    return page.encode()
 
 
 def section(heading: str, *parts: Html, level: int = 2) -> Html:
     """Return a section of the page with a heading; level 3 is a subsection."""
-    return Html(f"<section>\n<h{level}>{_text(heading)}</h{level}>\n" + "\n".join(parts) + "\n</section>")
+    return Html(f"<section>\n<h{level}>{escaped(heading)}</h{level}>\n" + "\n".join(parts) + "\n</section>")
 
 
 def paragraph(text: str) -> Html:
     """Return a paragraph."""
-    return Html(f"<p>{_text(text)}</p>")
+    return Html(f"<p>{escaped(text)}</p>")
 
 
 def note(text: str) -> Html:
     """Return a paragraph that says what is missing and why."""
-    return Html(f'<p class="note">{_text(text)}</p>')
+    return Html(f'<p class="note">{escaped(text)}</p>')
 
 
 def group(name: str, parts: Iterable[Html]) -> Html:
@@ -87,13 +89,13 @@ def scrolling(part: Html) -> Html:
 
 def facts(pairs: Iterable[tuple[str, str]]) -> Html:
     """Return names and values as a grid of small cards."""
-    cards = (f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in pairs)
+    cards = (f"<div><dt>{escaped(name)}</dt><dd>{escaped(value)}</dd></div>" for name, value in pairs)
     return Html('<dl class="facts">\n' + "\n".join(cards) + "\n</dl>")
 
 
 def details(summary: str, *parts: Html) -> Html:
     """Return a collapsible block, closed at first."""
-    return Html(f"<details>\n<summary>{_text(summary)}</summary>\n" + "\n".join(parts) + "\n</details>")
+    return Html(f"<details>\n<summary>{escaped(summary)}</summary>\n" + "\n".join(parts) + "\n</details>")
 
 
 def table(
@@ -118,11 +120,11 @@ def table(
     def align(column: int) -> str:
         return ' class="number"' if column in right else ""
 
-    above = f"<caption>{_text(caption)}</caption>" if caption else ""
-    head = "".join(f'<th scope="col"{align(column)}>{_text(text)}</th>' for column, text in enumerate(heads))
+    above = f"<caption>{escaped(caption)}</caption>" if caption else ""
+    head = "".join(f'<th scope="col"{align(column)}>{escaped(text)}</th>' for column, text in enumerate(heads))
     body = []
     for number, row in enumerate(rows):
-        texts = [f"<b>{_text(t)}</b>" if (number, column) in bold else _text(t) for column, t in enumerate(row)]
+        texts = [f"<b>{escaped(t)}</b>" if (number, column) in bold else escaped(t) for column, t in enumerate(row)]
         body.append(f"<tr>{''.join(f'<td{align(column)}>{text}</td>' for column, text in enumerate(texts))}</tr>")
     return Html(f'<div class="scroll" tabindex="0">{_table(f"<table>{above}", head, body)}</div>')
 
@@ -143,14 +145,14 @@ def picture(pixels: Pixels, alt: str, *, exact: bool | None = None) -> Html:
     Image.fromarray(pixels).save(buffer, kind, **options)
     return Html(
         f'<img{" class=exact" if is_exact else ""} width="{width * factor}" height="{height * factor}" '
-        f'alt="{_text(alt)}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+        f'alt="{escaped(alt)}" src="data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
     )
 
 
 def figure(part: Html, caption: str, *, first: bool = False) -> Html:
     """Return an image with a caption; in a group of neighbours, `first` makes it larger."""
     name = ' class="first"' if first else ""
-    return Html(f"<figure{name}>{part}<figcaption>{_text(caption)}</figcaption></figure>")
+    return Html(f"<figure{name}>{part}<figcaption>{escaped(caption)}</figcaption></figure>")
 
 
 def neighbours(query: Html, caption: str, near: Iterable[tuple[Html, str]], *, named: bool = False) -> Html:
@@ -168,12 +170,12 @@ def neighbours(query: Html, caption: str, near: Iterable[tuple[Html, str]], *, n
 
 def blank(text: str) -> Html:
     """Return a placeholder for a missing image."""
-    return Html(f'<div class="blank">{_text(text)}</div>')
+    return Html(f'<div class="blank">{escaped(text)}</div>')
 
 
 def legend(entries: Iterable[tuple[str, str]]) -> Html:
     """Return a colour legend; each entry is a CSS colour and a name."""
-    items = (f'<li><i style="background: {_text(colour)}"></i>{_text(name)}</li>' for colour, name in entries)
+    items = (f'<li><i style="background: {escaped(colour)}"></i>{escaped(name)}</li>' for colour, name in entries)
     return Html('<ul class="legend">' + "".join(items) + "</ul>")
 
 
@@ -185,13 +187,13 @@ def image_rows(titles: Sequence[str], rows: Sequence[tuple[str, Sequence[Pixels]
         rows: caption and images of each row, one image per title.
     """
     widest = max((max(_SMALLEST, images[0].shape[1]) for _, images in rows), default=_SMALLEST)
-    head = "".join(f'<th scope="col">{_text(title)}</th>' for title in titles)
+    head = "".join(f'<th scope="col">{escaped(title)}</th>' for title in titles)
     body = []
     for caption, images in rows:
         named = zip(titles, images, strict=True)
         cells = [f"<td>{picture(pixels, f'{title}: {caption}', exact=True)}</td>" for title, pixels in named]
         body.append(f"<tr>{''.join(cells)}</tr>")
-        body.append(f'<tr><td class="caption" colspan="{len(titles)}">{_text(caption)}</td></tr>')
+        body.append(f'<tr><td class="caption" colspan="{len(titles)}">{escaped(caption)}</td></tr>')
     return _table(f'<table class="images" style="max-width: {len(titles) * (widest + 4)}px">', head, body)
 
 
@@ -199,5 +201,6 @@ def _table(start: str, head: str, body: Iterable[str]) -> Html:
     return Html(f"{start}\n<thead><tr>{head}</tr></thead>\n<tbody>\n" + "\n".join(body) + "\n</tbody></table>")
 
 
-def _text(text: str) -> str:
-    return html.escape(text, quote=True)
+def escaped(text: str) -> str:
+    """Return text as HTML. No name turns the direction of what follows it, and no secret of a URL is shown."""
+    return html.escape(printable(redact(text)), quote=True)

@@ -2,7 +2,7 @@
 
     CACHE/shards/ab/abcd….tar         a shard, whole
     CACHE/shards/ab/abcd….tar.index   its published index, if there is one
-    CACHE/shards/ab/abcd….json        its URL, and its size and version on the server
+    CACHE/shards/ab/abcd….json        its URL without secrets, its size and version on the server
     CACHE/shards/ab/abcd….part        a running or interrupted download, to be resumed
     CACHE/shards/ab/abcd….room        how many bytes a running download has reserved
 
@@ -30,6 +30,7 @@ from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.locks import LockedError, owned
 from maekit.system.parallel import map_in_threads
+from maekit.system.redaction import redacted
 from maekit.system.text import count
 
 _DEFAULT_LIMIT = 50_000_000_000
@@ -223,7 +224,7 @@ class RemoteCache:
                 while not self._reserve(size, part):
                     # The rest is reserved by running downloads, which can be evicted once they have ended.
                     self._pause(0.2)
-                files.write_atomically(_meta(part), json.dumps(asdict(there)).encode())
+                files.write_atomically(_meta(part), json.dumps(redacted(asdict(there))).encode())
                 done = part.stat().st_size if part.exists() else 0
                 with open(part, "ab") as file:
                     for piece in download.pieces(there, done, self._pause):
@@ -320,7 +321,7 @@ def _is_current(path: Path, there: RemoteFile) -> bool:
 def _is_version(path: Path, there: RemoteFile) -> bool:
     """Whether a cached shard or a begun download is of the version that the server has now."""
     try:
-        return bool(there.version) and json.loads(_meta(path).read_text()) == asdict(there)
+        return bool(there.version) and json.loads(_meta(path).read_text()) == redacted(asdict(there))
     except (OSError, ValueError):
         return False
 

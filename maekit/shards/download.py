@@ -9,6 +9,7 @@ from typing import Any
 
 from maekit.shards.spec import connect
 from maekit.system.errors import MaekitError
+from maekit.system.redaction import redact
 
 # The piece size is halved when a piece fails or takes long, and doubled when it arrives soon: a connection that drops
 # often still makes progress, and a signal takes effect within seconds.
@@ -115,11 +116,11 @@ def _insist(url: str, ask: Any, pause: Callable[[float], None], *, attempts: int
             if isinstance(error, FileNotFoundError):
                 # Over HTTP, fsspec also raises this for a server that is down; `__cause__` is the actual error.
                 if error.__cause__ is None or getattr(error.__cause__, "status", None) in _ABSENT_STATUS:
-                    raise AbsentError(f"{url}: no such file there") from error
+                    raise AbsentError(f"{url}: no such file there") from None
                 error = error.__cause__
             status = getattr(error, "status", None)
             if isinstance(error, PermissionError) or status in _FINAL_STATUS or attempt == attempts:
                 what = f"{status} {getattr(error, 'message', '')}".strip() if status else str(error)
-                raise MaekitError(f"{url}: {what or type(error).__name__}") from error
+                raise MaekitError(redact(f"{url}: {what or type(error).__name__}", url)) from None
             pause(min(_LONGEST_PAUSE, 0.1 * 2**attempt))
     raise AssertionError

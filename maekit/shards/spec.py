@@ -12,6 +12,7 @@ from typing import Any
 from maekit.shards.folder import TAR, is_shard, look_into
 from maekit.system import files
 from maekit.system.errors import InputError
+from maekit.system.redaction import address, identity, is_redacted, redact
 
 _IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
@@ -48,8 +49,9 @@ def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]
         if "://" in text or text.startswith("pipe:"):
             root, urls = _expand_remote(text)
             for url in urls:
-                if paths.setdefault(path := _url_path(url), url) != url:
-                    raise InputError(f"{paths[path]} and {url} would both be named {path.name}; give one of them")
+                first = paths.setdefault(path := _url_path(url), url)
+                if first is None or identity(first) != identity(url):
+                    raise InputError(f"{first or path} and {url} would both be named {path.name}; give one of them")
         else:
             with files.reading(text[:200], InputError):
                 root, found = _expand(text)
@@ -77,7 +79,7 @@ def connect(url: str) -> tuple[Any, str]:
 
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
-    try:
+    try:  # never `from error`: a traceback would show what the library says, with the password
         if protocol in ("http", "https"):
             import aiohttp
 
@@ -86,17 +88,19 @@ def connect(url: str) -> tuple[Any, str]:
         filesystem, path = fsspec.core.url_to_fs(url, **options)
         return filesystem, path
     except ImportError as error:
-        raise InputError(f"{url}: {error}") from error
+        raise InputError(redact(f"{url}: {error}", url)) from None
     except ValueError as error:
-        raise InputError(f"{url}: fsspec knows no protocol {protocol!r} ({error})") from error
+        raise InputError(redact(f"{url}: fsspec knows no protocol {protocol!r} ({error})", url)) from None
     except Exception as error:  # some connect at once, and each raises its own types
-        raise InputError(f"{url}: cannot connect: {error or type(error).__name__}") from error
+        raise InputError(redact(f"{url}: cannot connect: {str(error) or type(error).__name__}", url)) from None
 
 
 def _expand_remote(spec: str) -> tuple[Path, list[str]]:
     """Return the root of a remote spec, and its URLs."""
     if spec.startswith("pipe:") or "::" in _IPV6.sub("//", spec):
         raise InputError(f"{spec}: neither commands nor chained URLs are run; name a directory or tar by its URL")
+    if is_redacted(spec):
+        raise InputError(f"{spec}: what *** stands for is stored nowhere; name the shards by the whole URL")
     urls: list[str] = []
     for pattern in _braces(spec):
         urls += [pattern] if is_shard(_file_name(pattern)) and not _has_wildcard(pattern) else _listed(pattern)
@@ -116,7 +120,8 @@ def _listed(pattern: str) -> list[str]:
         else:
             found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
     except Exception as error:  # each protocol raises its own types
-        raise InputError(f"{pattern}: cannot be listed: {error or type(error).__name__}") from error
+        said = f"{pattern}: cannot be listed: {str(error) or type(error).__name__}"
+        raise InputError(redact(said, pattern)) from None
     if not found:
         what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
         raise InputError(f"{pattern}: {what}")
@@ -139,14 +144,14 @@ def _file_name(url: str) -> str:
 
 def _url_path(url: str) -> Path:
     """Return the URL as an absolute path, so that one rule names local and remote shards."""
-    parts = PurePosixPath(url.partition("?")[0]).parts
+    parts = PurePosixPath(address(url)).parts
     if ".." in parts:  # a listing may contain anything, and shard names become names of output files
         raise InputError(f"{url}: the URL of a shard must not lead back up")
     return Path("/", *parts)
 
 
 def _cache_path(url: str) -> Path:
-    name = hashlib.sha256(url.encode()).hexdigest()
+    name = hashlib.sha256(identity(url).encode()).hexdigest()
     return files.cache_directory() / "shards" / name[:2] / f"{name}{TAR}"
 
 
@@ -175,8 +180,8 @@ def _braces(spec: str) -> list[str]:
 
     try:
         return list(braceexpand.braceexpand(spec)) if "{" in spec else [spec]
-    except ValueError as error:
-        raise InputError(f"{spec}: the braces of this pattern do not match up") from error
+    except ValueError:
+        raise InputError(f"{spec}: the braces of this pattern do not match up") from None
 
 
 def _matches(pattern: str, spec: str) -> list[str]:

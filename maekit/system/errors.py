@@ -1,13 +1,18 @@
 """The errors that maekit raises, each with the exit code that the command line gives it.
 
-The library raises and never prints; the command line prints one line and exits.
+The library raises and never prints; the command line prints one line and exits. No message holds the secrets of a URL.
 """
+
+from maekit.system.redaction import redact
 
 
 class MaekitError(Exception):
     """Something failed during the work. The message is one line and names the fix if there is one."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class InputError(MaekitError):
@@ -27,7 +32,7 @@ class DamagedShard(MaekitError):
 
     def __init__(self, path: str, offset: int, reason: str) -> None:
         super().__init__(f"{path}: damaged at byte {offset}: {reason}")
-        self.path, self.offset, self.reason = path, offset, reason
+        self.path, self.offset, self.reason = redact(path), offset, redact(reason)
 
     def __reduce__(self) -> tuple[type, tuple[str, int, str]]:
         return DamagedShard, (self.path, self.offset, self.reason)

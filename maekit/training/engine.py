@@ -20,6 +20,7 @@ from maekit.sheet import encode_png
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError, OtherRankError, Stopped
 from maekit.system.progress import duration
+from maekit.system.redaction import redacted
 from maekit.training import checkpoint, distributed, metrics
 from maekit.training.checkpoint import CheckpointWriter
 from maekit.training.crops import WorkerProgress, name_of
@@ -344,7 +345,7 @@ class Engine:
         """Raise an InputError if a setting or the data differ from those the run was started with."""
         there = {key: value for key, value, free in fields_of(self.run.config()) if not free}
         for key, value, free in fields_of(self.config):
-            if not free and there.get(key) != value:
+            if not free and redacted(there.get(key)) != redacted(value):  # as they are stored
                 raise InputError(self.task.mismatch_message(key, there.get(key), value))
         if newest.state()["data_digest"] != self.shards.digest:
             raise InputError(
