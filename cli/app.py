@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from maekit.cli.options import with_flags
+from maekit.cli.program import program
 from maekit.system.errors import MaekitError, OtherRankError
 from maekit.version import __version__
 
@@ -62,6 +63,11 @@ def _options(
 
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
+    with program():
+        _main()
+
+
+def _main() -> None:
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.signals import undone
 
 _temporaries = itertools.count()
 
@@ -76,7 +77,7 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
     # The counter avoids collisions between threads that write equally named files through one scratch directory.
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
     try:
-        with writing(path):
+        with writing(path), undone(temporary.unlink):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:

@@ -18,6 +18,7 @@ from typing import IO
 
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.signals import undone
 
 HEARTBEAT_SECONDS = 15.0
 # A machine whose heartbeat is older than this is considered dead.
@@ -52,6 +53,13 @@ def sole_owner(directory: Path) -> Iterator[None]:
     """
     path = directory / ".lock"
     is_new = not directory.exists()
+
+    def tidy() -> None:
+        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
+            # Nothing was written to the new directory (the work was refused), so remove it again.
+            path.unlink()
+            directory.rmdir()
+
     file = _open(path)  # closed in `finally` only: closing ANY descriptor of a file drops the process's locks on it
     try:
         try:
@@ -60,12 +68,10 @@ def sole_owner(directory: Path) -> Iterator[None]:
             in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
             raise InputError(in_use) from held
         _write(file, path, f"{_me()}\n")
-        yield
+        with undone(tidy):
+            yield
     finally:
-        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
-            # Nothing was written to the new directory (the work was refused), so remove it again.
-            path.unlink()
-            directory.rmdir()
+        tidy()
         _close(file)
 
 
@@ -91,12 +97,17 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
             if not held.owner.startswith(_SWEEPING) or time.monotonic() > until:
                 raise
             time.sleep(0.05)
-    try:
-        yield
-    finally:
+
+    def give_up() -> None:
         if still_owns(path):
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that no other owner's file is removed
+
+    try:
+        with undone(give_up):
+            yield
+    finally:
+        give_up()
         with _mutex:
             file, _ = _held.pop(path, (None, ""))
         if file is not None:  # it is None in a forked child

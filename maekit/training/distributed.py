@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from maekit.system.errors import InputError, MaekitError, OtherRankError
 from maekit.system.machine import cores, first_core_and_count
+from maekit.system.signals import StopNow
 
 Result = TypeVar("Result")
 
@@ -111,11 +112,11 @@ class DistributedContext:
         Raises:
             MaekitError: the error of `work` on the first rank that failed; an `OtherRankError` on all others.
         """
-        error: MaekitError | None = None
+        error: MaekitError | StopNow | None = None
         result: Result | None = None
         try:
             result = work()
-        except MaekitError as raised:
+        except (MaekitError, StopNow) as raised:
             error = raised
         codes = [int(code) for (code,) in self.gather([error.exit_code if error else 0])]
         failed = [rank for rank, code in enumerate(codes) if code]
