@@ -86,7 +86,7 @@ class Streams:
                 setattr(sys, name, stream)
 
     def lost(self) -> OSError | None:
-        """Return why a part of standard output is missing; None if nothing is, or its reader left or was never there."""
+        """Return why a part of standard output is missing; None if nothing is, or nobody wanted to read it."""
         _drain(sys.stdout)
         if self._output is None or (self._output.was_closed and not self.is_asked_for):
             return None

@@ -66,7 +66,7 @@ def stop_on_signal(
     before: str = "",
     after: str = "as soon as everything is saved",
 ) -> Iterator[Callable[[], str | None]]:
-    """Catch SIGTERM, SIGINT, SIGHUP and SIGUSR1 inside the context; the last two not where they are ignored, as by nohup.
+    """Catch SIGTERM, SIGINT, SIGHUP and SIGUSR1 inside the context; the last two unless they are ignored, as by nohup.
 
     Args:
         then: called when the signal arrives, in the middle of whatever the main thread is doing, or in the thread of

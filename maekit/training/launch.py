@@ -109,7 +109,7 @@ def launched(
             stop.heed, has_begun=stop.needs_saving, before="the first step of this start", after="after this step"
         ) as stop.received_signal,
         device_errors(),
-        distributed.join(kind) as world,
+        distributed.join(kind, progress.note) as world,
         ExitStack() as stack,
     ):
         stop.is_alone = world.size == 1
