@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from maekit.system.errors import InputError, MaekitError, OtherRankError
 from maekit.system.machine import cores, first_core_and_count
@@ -202,8 +203,8 @@ def join(device: str, note: Callable[[str], None] = lambda text: None) -> Iterat
         dist.destroy_process_group()
 
 
-def _meet(rank: int, size: int, note: Callable[[str], None]) -> dist.Store:
-    """Return the store of all ranks, once all have come to it.
+def _meet(rank: int, size: int, note: Callable[[str], None]) -> Any:
+    """Return the `Store` of all ranks, once all have come to it.
 
     Attempts are short, because a signal's handler does not run, and nothing is told, within one of torch's own.
 
@@ -213,7 +214,7 @@ def _meet(rank: int, size: int, note: Callable[[str], None]) -> dist.Store:
     host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
     hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun itself opens one
     prefix = f"maekit-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-    store: dist.Store | None = None
+    store: Any = None
     came, problem, began = 0, "", time.monotonic()
     told = began - _MEETING_NOTE_SECONDS / 2
     while True:
@@ -221,8 +222,10 @@ def _meet(rank: int, size: int, note: Callable[[str], None]) -> dist.Store:
             if store is None:
                 if not hosts:  # a knock first: torch prints pages about a door that is still closed
                     socket.create_connection((host, port), timeout=_ATTEMPT.total_seconds()).close()
-                opened = dist.TCPStore(host, port, size, hosts, _ATTEMPT, wait_for_workers=False, multi_tenant=True)
-                store = dist.PrefixStore(prefix, opened)
+                opened = dist.TCPStore(  # type: ignore[attr-defined]
+                    host, port, size, hosts, _ATTEMPT, wait_for_workers=False, multi_tenant=True
+                )
+                store = c10d.PrefixStore(prefix, opened)
                 store.add("here", 1)
             came, problem = store.add("here", 0), ""
         except (RuntimeError, OSError) as error:
