@@ -70,7 +70,7 @@ def test_sigterm_at_any_moment_of_a_start(make_shards, tmp_path: Path, rounds) -
     moments, said = rounds(5, 30), []
     for number in range(moments):
         process = pretrain(tmp_path)
-        # At first the interpreter itself takes a moment, before it can hear; on an idle machine a start takes 4 seconds.
+        # The interpreter itself takes a moment before it can hear; on an idle machine a start takes 4 seconds.
         time.sleep(0.4 + 4 * (number / moments))
         os.killpg(process.pid, signal.SIGTERM)
         code, line = end(process)
