@@ -23,7 +23,13 @@ TINY = [
 def start(cwd: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess.Popen[str]:
     command = [*through, sys.executable, "-m", "maekit", *arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **streams)
+    process = subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **streams)
+    # The interpreter itself takes a moment before it can catch anything.
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
 
 
 def pretrain(cwd: Path, *, steps: int = 100_000, through: Sequence[str] = ()) -> subprocess.Popen[str]:
@@ -70,8 +76,7 @@ def test_sigterm_at_any_moment_of_a_start(make_shards, tmp_path: Path, rounds) -
     moments, said = rounds(5, 30), []
     for number in range(moments):
         process = pretrain(tmp_path)
-        # The interpreter itself takes a moment before it can hear; on an idle machine a start takes 4 seconds.
-        time.sleep(0.4 + 4 * (number / moments))
+        time.sleep(4 * number / moments)  # on an idle machine, a start takes 4 seconds
         os.killpg(process.pid, signal.SIGTERM)
         code, line = end(process)
         assert code == 75, line
@@ -144,7 +149,6 @@ def test_other_commands(trained: Path, tmp_path: Path, command: str) -> None:
         "evaluate": ["evaluate", "knn", model, "--train", shards, "--test", shards],
     }
     process = start(tmp_path, *arguments[command])
-    time.sleep(0.3)
     process.send_signal(signal.SIGHUP)
     code, line = end(process)
     assert (code, "stopped by SIGHUP" in line) == (75, True)
