@@ -87,17 +87,19 @@ def stop_on_signal(
         yield lambda: None
         return
     work = _Work(then, has_begun, before, after)
-    with contextlib.nullcontext() if _stack else _handlers():
-        if _received:
-            raise Stopped(work.stopped(next(iter(_received))))
-        _stack.append(work)
-        try:
-            yield lambda: next(iter(_received), None)
-        except StopNow:
-            raise Stopped(work.stopped(next(iter(_received)))) from None
-        finally:
-            if work in _stack:
-                _stack.remove(work)
+    if _received:
+        raise Stopped(work.stopped(next(iter(_received))))
+    handlers = contextlib.nullcontext() if _stack else _handlers()
+    _stack.append(work)
+    try:
+        with handlers:
+            try:
+                yield lambda: next(iter(_received), None)
+            except StopNow:
+                raise Stopped(work.stopped(next(iter(_received)))) from None
+    finally:
+        if work in _stack:
+            _stack.remove(work)
 
 
 @contextlib.contextmanager
@@ -147,15 +149,15 @@ def answering(tell: Callable[[str], None]) -> Iterator["_Answer"]:
         tell: shows one line. Called in another thread; must not wait.
     """
     global _answer
-    with _handlers():
-        _stack.append(_Work(lambda: None, lambda: False))
-        _answer = _Answer(tell)
-        try:
-            yield _answer
-        finally:
-            _answer.close()
-            _answer = None
-            _stack.clear()
+    _stack.append(_Work(lambda: None, lambda: False))
+    _answer = answer = _Answer(tell)
+    try:
+        with _handlers():
+            yield answer
+    finally:
+        answer.close()
+        _answer = None
+        _stack.clear()
 
 
 class _Answer:

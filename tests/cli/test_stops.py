@@ -24,9 +24,9 @@ def start(cwd: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess
     command = [*through, sys.executable, "-m", "maekit", *arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     process = subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **streams)
-    # The interpreter itself takes a moment before it can catch anything.
+    # The interpreter itself takes a moment before it can catch anything; this one is caught last.
     status = Path(f"/proc/{process.pid}/status")
-    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGTERM - 1) & 1:
+    while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1:
         assert process.poll() is None
         time.sleep(0.01)
     return process
