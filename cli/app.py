@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from maekit.cli.options import with_flags
+from maekit.cli.program import program
 from maekit.cli.show import plain, say
 from maekit.system.errors import MachineWarning, MaekitError, OtherRankError
 from maekit.version import __version__
@@ -110,6 +111,11 @@ class _Log(logging.Formatter):
 
 def main() -> None:
     """Run the command; print a MaekitError in one line and exit with its code."""
+    with program():
+        _main()
+
+
+def _main() -> None:
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     sys.excepthook = _report

@@ -41,11 +41,9 @@ def command(config: Options) -> Summary:
 def _export(config: Options) -> Summary:
     from maekit.exporters.export import export
     from maekit.system.files import describe_bytes
-    from maekit.system.signals import stop_on_signal
 
     progress = make_progress()
-    with stop_on_signal(_interrupt):
-        result = export(config, progress)
+    result = export(config, progress)
     size = describe_bytes(result.bytes)
     if result.parity is None:
         say(f"{result.path}: {size}, dim {result.dim}; timm.create_model('local-dir:{result.path}', pretrained=True)")
@@ -62,11 +60,6 @@ def _export(config: Options) -> Summary:
     if result.parity and not result.whitening and config.pool != UNPOOLED:
         progress.note("for cosine search, --whiten SHARDS makes the embeddings of a masked autoencoder far better")
     yield result
-
-
-def _interrupt() -> None:
-    """End a SIGTERM as Ctrl-C ends: what is unfinished is removed."""
-    raise KeyboardInterrupt
 
 
 def _verify(config: Options, file: str) -> Summary:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -92,7 +93,9 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
     split = _check(config)
     remote = RemoteCache(int(config.cache_gb * 1e9))
     # A signal stops downloads at once: the main thread may be waiting for one.
-    with stop_on_signal(remote.stop) as stopped_by, _devices(config, split, remote) as devices:
+    begun = threading.Event()
+    stopping = stop_on_signal(remote.stop, has_begun=begun.is_set, before="the first image", after="after this batch")
+    with stopping as stopped_by, _devices(config, split, remote) as devices:
         running = devices.running
         progress.note(f"provider: {running.provider} ({running.reason})")
         if on_cpu := running.nodes.get(CPU) if running.provider != CPU else None:
@@ -117,6 +120,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
             job.refuse_renamed(planned)
             planned = split.of(planned if config.limit is None else list(job.first(planned, config.limit)))
             todo = job.without_committed(planned, config.reasons_to_retry)
+            begun.set()
             seconds = job.embed(todo, devices)
             if not (result.rows or result.errors or result.damaged or result.elsewhere):
                 if split.count > 1:

@@ -298,7 +298,7 @@ def _write(plan: Sequence[_Shard], workers: int, progress: Progress) -> None:
 
     progress.start("pack", sum(len(shard.samples) for shard in plan))
     try:
-        with stop_on_signal() as stopped_by, Workers(min(workers, len(plan))) as pool:
+        with stop_on_signal(after="after this shard") as stopped_by, Workers(min(workers, len(plan))) as pool:
             for done in itertools.accumulate(pool.map(_write_shard, plan)):
                 progress.advance(done)
                 if done and (name := stopped_by()):

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO
 
 from maekit.system.errors import InputError, MachineWarning, MaekitError
+from maekit.system.signals import undone
 
 _temporaries = itertools.count()
 # What file systems say of a call that they lack. A disk that fails says EIO, and one that is full ENOSPC.
@@ -130,7 +131,7 @@ def atomic_file(path: Path, *, scratch: Path | None = None) -> Iterator[IO[bytes
     # The counter avoids collisions between threads that write equally named files through one scratch directory.
     temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.{next(_temporaries)}.tmp"
     try:
-        with writing(path):
+        with writing(path), undone(temporary.unlink):
             temporary.parent.mkdir(parents=True, exist_ok=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(temporary, "wb") as file:

@@ -21,6 +21,7 @@ from typing import IO
 
 from maekit.system import files
 from maekit.system.errors import InputError, MaekitError
+from maekit.system.signals import undone
 
 HEARTBEAT_SECONDS = 15.0
 # A machine whose heartbeat is older than this is considered dead.
@@ -57,18 +58,23 @@ def sole_owner(directory: Path) -> Iterator[None]:
     """
     path = (directory / ".lock").absolute()
     is_new = not directory.exists()
+
+    def tidy() -> None:
+        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
+            # Nothing was written to the new directory (the work was refused), so remove it again.
+            path.unlink()
+            directory.rmdir()
+
     try:
         _acquire(path, f"{_me()}\n", judge=False)
     except LockedError as held:
         in_use = f"{directory} is in use by {held.owner}; wait for it to end or choose another `out`"
         raise InputError(in_use) from held
     try:
-        yield
+        with undone(tidy):
+            yield
     finally:
-        if is_new and directory.is_dir() and [child.name for child in directory.iterdir()] == [path.name]:
-            # Nothing was written to the new directory (the work was refused), so remove it again.
-            path.unlink()
-            directory.rmdir()
+        tidy()
         _release(path)
 
 
@@ -95,12 +101,17 @@ def owned(path: Path, *, sweeping: bool = False) -> Iterator[None]:
             if not held.owner.startswith(_SWEEPING) or time.monotonic() > until:
                 raise
             time.sleep(0.05)
-    try:
-        yield
-    finally:
+
+    def give_up() -> None:
         if still_owns(path):
             with contextlib.suppress(OSError):
                 path.unlink()  # while it is held, so that no other owner's file is removed
+
+    try:
+        with undone(give_up):
+            yield
+    finally:
+        give_up()
         _release(path)
 
 

@@ -15,6 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from maekit.system.errors import MaekitError
+from maekit.system.signals import SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -117,8 +118,8 @@ def follow_parent(parent: int) -> None:
 
     Ctrl-C goes to the whole process group, and schedulers send SIGTERM to it; the parent alone decides when to stop.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before prctl took effect

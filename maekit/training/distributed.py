@@ -9,6 +9,7 @@ import contextlib
 import datetime
 import os
 import socket
+import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,15 +17,21 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from maekit.system.errors import InputError, MaekitError, OtherRankError
 from maekit.system.machine import cores, first_core_and_count
+from maekit.system.progress import duration
+from maekit.system.signals import StopNow
 
 Result = TypeVar("Result")
 
 # Timeout of collectives: ranks wait while one of them draws, saves or reads. The death of a rank shows without it.
 _PATIENCE = datetime.timedelta(hours=2)
 _ONE_PER_GPU = "start one process per GPU"
+# How long ranks wait for each other at the start, in attempts of this length.
+_MEETING, _ATTEMPT = datetime.timedelta(minutes=30), datetime.timedelta(seconds=2)
+_MEETING_NOTE_SECONDS = 20.0
 _SIGNS_OF_A_LOST_RANK = ("gloo", "Connection reset", "Connection closed", "Broken pipe", "NCCL")
 
 
@@ -112,11 +119,11 @@ class DistributedContext:
         Raises:
             MaekitError: the error of `work` on the first rank that failed; an `OtherRankError` on all others.
         """
-        error: MaekitError | None = None
+        error: MaekitError | StopNow | None = None
         result: Result | None = None
         try:
             result = work()
-        except MaekitError as raised:
+        except (MaekitError, StopNow) as raised:
             error = raised
         codes = [int(code) for (code,) in self.gather([error.exit_code if error else 0])]
         failed = [rank for rank, code in enumerate(codes) if code]
@@ -146,11 +153,12 @@ class DistributedContext:
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[DistributedContext]:
+def join(device: str, note: Callable[[str], None] = lambda text: None) -> Iterator[DistributedContext]:
     """Join the processes of this run, as the environment describes them, and leave them at the end.
 
     Args:
         device: `cpu` or `cuda`.
+        note: is told for whom it waits.
 
     Raises:
         InputError: the environment describes them only in part, or there are more processes than devices.
@@ -170,6 +178,7 @@ def join(device: str) -> Iterator[DistributedContext]:
     try:
         dist.init_process_group(
             "nccl" if device == "cuda" else "gloo",
+            store=_meet(rank, size, note),
             rank=rank,
             world_size=size,
             device_id=gpu,
@@ -202,6 +211,47 @@ def _own_gpu(local_rank: int, count: int) -> int:
     if count > 1 and local_rank >= count:
         raise InputError(f"LOCAL_RANK={local_rank}, and this process sees {count} CUDA devices; {_ONE_PER_GPU}")
     return local_rank if count > 1 else 0
+
+
+def _meet(rank: int, size: int, note: Callable[[str], None]) -> Any:
+    """Return the `Store` of all ranks, once all have come to it.
+
+    Attempts are short, because a signal's handler does not run, and nothing is told, within one of torch's own.
+
+    Raises:
+        RuntimeError: not all came in time, or this rank cannot open the store for the others.
+    """
+    host, port = os.environ["MASTER_ADDR"], _number("MASTER_PORT")
+    hosts = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun itself opens one
+    prefix = f"maekit-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    store: Any = None
+    came, problem, began = 0, "", time.monotonic()
+    told = began - _MEETING_NOTE_SECONDS / 2
+    while True:
+        try:
+            if store is None:
+                if not hosts:  # a knock first: torch prints pages about a door that is still closed
+                    socket.create_connection((host, port), timeout=_ATTEMPT.total_seconds()).close()
+                opened = dist.TCPStore(  # type: ignore[attr-defined]
+                    host, port, size, hosts, _ATTEMPT, wait_for_workers=False, multi_tenant=True
+                )
+                store = c10d.PrefixStore(prefix, opened)
+                store.add("here", 1)
+            came, problem = store.add("here", 0), ""
+        except (RuntimeError, OSError) as error:
+            if hosts:
+                raise
+            problem = f": {str(error).splitlines()[0]}"
+        if store is not None and came >= size:
+            store.set_timeout(_MEETING)
+            return store
+        now = time.monotonic()
+        if now - began > _MEETING.total_seconds():
+            raise RuntimeError(f"{came} of {size} came to {host}:{port} within {duration(now - began)}{problem}")
+        if now - told > _MEETING_NOTE_SECONDS:
+            told = now
+            note(f"waiting for the other processes: {came} of {size} are at {host}:{port}{problem}")
+        time.sleep(0.1)
 
 
 def _own_cores(world: DistributedContext) -> int:

@@ -105,11 +105,14 @@ def launched(
     stop = Stop(config.run.max_time)
     kind = find_device(config.run.device)
     with (
-        stop_on_signal(stop.heed) as stop.received_signal,
+        stop_on_signal(
+            stop.heed, has_begun=stop.needs_saving, before="the first step of this start", after="after this step"
+        ) as stop.received_signal,
         device_errors(),
-        distributed.join(kind) as world,
+        distributed.join(kind, progress.note) as world,
         ExitStack() as stack,
     ):
+        stop.is_alone = world.size == 1
         # `join` has chosen among several GPUs.
         device = torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
         world.together(lambda: run_kernel(device))

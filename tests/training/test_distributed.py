@@ -1,8 +1,12 @@
 """Several processes on one machine, over gloo."""
 
+import datetime
 import os
+import re
 import shutil
 import signal
+import socket
+import threading
 import time
 from pathlib import Path
 
@@ -12,8 +16,10 @@ from support.processes import finish, read_trace, start, tiny_config
 
 import maekit
 from maekit.runs import RunDirectory
-from maekit.system.errors import InputError
+from maekit.system.errors import InputError, MaekitError, Stopped
+from maekit.system.signals import stop_on_signal
 from maekit.training import distributed
+from maekit.training.stop import Stop
 
 pytestmark = pytest.mark.whole
 
@@ -124,6 +130,35 @@ def test_half_an_environment_is_refused(make_shards, tmp_path: Path, monkeypatch
     monkeypatch.setenv("WORLD_SIZE", "1")
     with distributed.join("cpu") as world:
         assert (world.rank, world.size, world.sum([1.0, 2.0])) == (0, 1, [1.0, 2.0])
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_who_waits_for_others_tells_and_can_be_stopped(monkeypatch, rank: int) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, **there}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(seconds=1))
+    monkeypatch.setattr(distributed, "_MEETING_NOTE_SECONDS", 0.4)
+    notes: list[str] = []
+    where = f"{1 - rank} of 2 .*127.0.0.1:{there['MASTER_PORT']}"
+    with (
+        raises(MaekitError, match=f"rank {rank} of 2 cannot reach the others: {where}"),
+        distributed.join("cpu", notes.append),
+    ):
+        pass
+    assert re.match(f"waiting for the other processes: {where}", notes[0])
+    monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(minutes=1))
+    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
+    stop = Stop(None)
+    timer.start()
+    with (
+        raises(Stopped, match="before the first step"),
+        stop_on_signal(stop.heed, before="the first step"),
+        distributed.join("cpu"),
+    ):
+        pass
 
 
 def test_a_signal_while_starting_exits_75_at_once(make_shards, tmp_path: Path) -> None:
