@@ -1,6 +1,8 @@
 """The `maekit` command: what every subcommand shares. Loads nothing heavy; the subcommands do that in their bodies."""
 
+import os
 import sys
+import traceback
 import warnings
 from importlib import import_module
 from inspect import cleandoc
@@ -8,8 +10,8 @@ from typing import Annotated
 
 import typer
 
-from maekit.cli.options import with_flags
-from maekit.system.errors import MaekitError, OtherRankError
+from maekit.cli.failures import described
+from maekit.system.errors import InputError, OtherRankError
 from maekit.version import __version__
 
 # The panels of `maekit --help` and their commands. Each is the function `command` of its module; `evaluate` is an app.
@@ -61,18 +63,26 @@ def _options(
 
 
 def main() -> None:
-    """Run the command; print a MaekitError in one line and exit with its code."""
+    """Run the command; print whatever error it raises in one line, and exit with its code.
+
+    With MAEKIT_DEBUG=1 the traceback comes before the line.
+    """
     # Refused images are reported as errors rows, not as warnings of a library.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
+        _require_working_directory()
         app(standalone_mode=True)
-    except MaekitError as error:
+    except Exception as error:
+        if os.environ.get("MAEKIT_DEBUG"):
+            traceback.print_exc()
+        line, code = described(error)
         if not isinstance(error, OtherRankError):
-            print(f"maekit: {with_flags(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
-        if error.name is None or error.name.split(".")[0] not in extra:
-            raise
-        print(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", file=sys.stderr)
-        sys.exit(2)
+            print(f"maekit: {line}", file=sys.stderr)
+        sys.exit(code)
+
+
+def _require_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the working directory is gone ({error.strerror}); cd to one that exists") from error
