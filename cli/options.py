@@ -88,6 +88,7 @@ def configured(
             }
             make = next((other for key, other in (instead or {}).items() if key in given), config)
             chosen = _filled(make(**preset), given, config_file, changes or ())
+            chosen.validate()  # the library does, too, but only after it has loaded PyTorch
             for summary in function(chosen, **({"as_json": as_json} if told else {})):
                 if as_json:
                     print_json(summary)

@@ -29,7 +29,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 _LARGEST = 10**12  # of a number whose field sets no upper bound: more would only overflow somewhere, hours later
 # Bounds that commands share: far above what a machine has, and low enough to be refused before memory is asked for.
-MOST_PROCESSES = 4096
+MOST_PROCESSES = 1024
 MOST_IMAGES = 1 << 20  # of a batch
 
 
