@@ -24,7 +24,7 @@ _REMEDIES = {
 _OUT_OF_MEMORY = (
     "out of memory; use fewer `workers` or a smaller `batch_size`, or give it more (ulimit -v, the job's limit)"
 )
-_LONG_NAME = re.compile(r"\S{500,}")
+_LONG_NAME = re.compile(r"[^\s:;,']{500,}")
 # How libraries say so in exceptions of their own.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
 

@@ -53,6 +53,7 @@ class ClassifierConfig(Config):
         "Train the last N blocks only: all, 12, 4, 1, 0.5 (the MLP of the last), 0 (the head).",
         shown="all",
         parse=parse_blocks,
+        at_least=0,
     )
     batch_norm: bool = unlisted(False, "Normalise features before the head, without affine parameters.")
     drop_path: float = _augmented(
@@ -108,7 +109,7 @@ class FinetuneConfig(Config):
         1024, "Images per step, over all devices.", shown="as published", above=0, at_most=MOST_IMAGES
     )
     seed: int = setting(0, "Of the head, order, crops, and all that is mixed.", at_least=0, below=1 << 63)
-    classes: int | None = unlisted(None, "Of the training set; found by itself.")
+    classes: int | None = unlisted(None, "Of the training set; found by itself.", above=0)
     labels_sha256: str | None = unlisted(None, "Names classes and labels of the training set; found by itself.")
     model: ClassifierConfig = setting(factory=ClassifierConfig)
     data: DataConfig = setting(factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))
