@@ -1,6 +1,7 @@
 """The `maekit` command: what every subcommand shares. Loads nothing heavy; the subcommands do that in their bodies."""
 
 import logging
+import os
 import sys
 import warnings
 from importlib import import_module
@@ -11,10 +12,11 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from maekit.cli.failures import described
 from maekit.cli.options import with_flags
 from maekit.cli.program import program
 from maekit.cli.show import plain, say
-from maekit.system.errors import MachineWarning, MaekitError, OtherRankError
+from maekit.system.errors import InputError, MachineWarning, OtherRankError
 from maekit.version import __version__
 
 # The panels of `maekit --help` and their commands. Each is the function `command` of its module; `evaluate` is an app.
@@ -110,7 +112,10 @@ class _Log(logging.Formatter):
 
 
 def main() -> None:
-    """Run the command; print a MaekitError in one line and exit with its code."""
+    """Run the command; print whatever error it raises in one line, and exit with its code.
+
+    With MAEKIT_DEBUG=1 the traceback comes before the line.
+    """
     with program():
         _main()
 
@@ -123,14 +128,19 @@ def _main() -> None:
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_Log())
     try:
+        _require_working_directory()
         app(standalone_mode=True)
-    except MaekitError as error:
+    except Exception as error:
+        if os.environ.get("MAEKIT_DEBUG"):
+            _report(type(error), error, error.__traceback__)
+        line, code = described(error)
         if not isinstance(error, OtherRankError):
-            say(f"maekit: {with_flags(str(error))}", error=True)
-        sys.exit(error.exit_code)
-    except ModuleNotFoundError as error:
-        extra = {"torch", "timm", "torchvision", "onnxscript", "safetensors", "sklearn"}
-        if error.name is None or error.name.split(".")[0] not in extra:
-            raise
-        say(f"maekit: this command needs {error.name.split('.')[0]}: pip install 'maekit[train]'", error=True)
-        sys.exit(2)
+            say(f"maekit: {line}", error=True)
+        sys.exit(code)
+
+
+def _require_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the working directory is gone ({error.strerror}); cd to one that exists") from error

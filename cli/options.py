@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 
 from maekit.cli.streams import streams
-from maekit.config.fields import Field, Setting, choices_of, settings_of, shown, without_none
+from maekit.config.fields import Field, Setting, check, choices_of, settings_of, shown, without_none
 from maekit.config.settings import load_settings, parse_setting, set_value
 from maekit.system.errors import InputError
 
@@ -89,6 +89,7 @@ def configured(
             }
             make = next((other for key, other in (instead or {}).items() if key in given), config)
             chosen = _filled(make(**preset), given, config_file, changes or ())
+            check(chosen)  # the library does, too, but only after it has loaded PyTorch
             streams.is_result, streams.is_asked_for = as_json or getattr(chosen, "out", "") == "", as_json
             for summary in function(chosen, **({"as_json": as_json} if told else {})):
                 if as_json:

@@ -33,7 +33,7 @@ def print_json(summary: Any) -> None:
 
 def is_main_process() -> bool:
     """Whether this process prints for the run; launchers of several processes set RANK."""
-    return os.environ.get("RANK", "0") == "0" or int(os.environ.get("WORLD_SIZE") or 1) < 2
+    return os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "") in ("", "0", "1")
 
 
 def make_progress() -> "Bar | Plain | Notes":

@@ -200,10 +200,10 @@ class _RowAttention(nn.Module):
     def __init__(self, attention: Any, tokens: int, *, fused: bool) -> None:
         super().__init__()
         self.tokens, self.fused = tokens, fused
-        self.heads, self.scale, self.inner = attention.num_heads, attention.scale, attention.attn_dim
+        self.heads, self.scale, self.inner = attention.num_heads, attention.scale, attention.proj.in_features
         self.query, self.key, self.value = _thirds(attention.qkv)
         self.q_norm, self.k_norm, self.norm = attention.q_norm, attention.k_norm, attention.norm
-        self.gate, self.proj = attention.gate, attention.proj
+        self.gate, self.proj = getattr(attention, "gate", None), attention.proj  # timm 1.0.20 has no gates
 
     def forward(self, x: torch.Tensor, **unused: Any) -> torch.Tensor:
         # [B·T, h·d] -> [B, T, h·d]

@@ -17,6 +17,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator
+from typing import Any
 
 from PIL import Image
 
@@ -71,7 +72,7 @@ def orientation_of(exif: bytes | None, xmp: bytes | None) -> int:
         exif: a TIFF structure, with or without the prefix of its JPEG segment.
         xmp: an XMP packet.
     """
-    found = None
+    found: Any = None
     if exif is not None:
         reader = Image.Exif()
         try:

@@ -1,6 +1,6 @@
 """The settings of `maekit check` and `maekit inspect`."""
 
-from maekit.config.fields import Config, argument, check, setting, unlisted
+from maekit.config.fields import MOST_PROCESSES, Config, argument, check, setting, unlisted
 from maekit.config.images import image_setting
 from maekit.system.errors import InputError
 
@@ -14,7 +14,7 @@ class CheckConfig(Config):
     image: str | None = image_setting()
     images: bool = setting(False, "Decode every image: formats, modes, sizes, failures by reason.")
     stats: bool = setting(False, "Mean and standard deviation of each channel, over all images.")
-    workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1)
+    workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1, at_most=MOST_PROCESSES)
     cache_gb: float = setting(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
 
     def validate(self) -> None:

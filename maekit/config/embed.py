@@ -1,11 +1,10 @@
 """The settings of `maekit embed`."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Literal
 
-from maekit.config.fields import Config, argument, check, count_or_auto, setting
+from maekit.config.fields import MOST_IMAGES, MOST_PROCESSES, Config, argument, check, count_or_auto, setting
 from maekit.config.images import image_setting
 from maekit.system.errors import ImageError, InputError
 
@@ -93,6 +92,7 @@ class EmbedConfig(Config):
         shown="auto",
         parse=count_or_auto,
         at_least=1,
+        at_most=MOST_IMAGES,
     )
     workers: int | None = _hardware(
         None,
@@ -102,6 +102,7 @@ class EmbedConfig(Config):
         shown="auto",
         parse=count_or_auto,
         at_least=1,
+        at_most=MOST_PROCESSES,
     )
     num_splits: int | None = _machines(
         None, "Divide the input among N runs on one `out`.", shown="as srun or torchrun says"
@@ -155,8 +156,6 @@ class EmbedConfig(Config):
             raise InputError(f"`device` = {self.device} and `devices` = {','.join(self.devices)}: give one of them")
         if "auto" in self.devices:
             raise InputError("`devices`: name each of them, such as 0,1")
-        if not self.cache_gb < math.inf:
-            raise InputError(f"`cache_gb` = {self.cache_gb:g}: must be a number greater than 0")
         if "device_id" in self.provider_options:
             raise InputError("`provider_options` device_id: choose the GPU by `device=cuda:N`")
         if "://" in self.model:

@@ -27,6 +27,10 @@ _BOUNDS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "below": ("less than", operator.lt),
     "at_most": ("at most", operator.le),
 }
+_LARGEST = 10**12  # of a number whose field sets no upper bound: more would only overflow somewhere, hours later
+# Bounds that commands share: far above what a machine has, and low enough to be refused before memory is asked for.
+MOST_PROCESSES = 1024
+MOST_IMAGES = 1 << 20  # of a batch
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Setting:
         positional: it is an argument of its command, not an option.
         only_set: it has no option of its own; only `--set` and TOML files reach it.
         free: it may change when a run is resumed.
-        above: the value must be greater than this; likewise `below`, `at_least`, `at_most`.
+        above: the value must be greater than this; likewise `below`, `at_least`, `at_most`, which is 10¹² by default.
     """
 
     help: str
@@ -62,16 +66,19 @@ class Setting:
 
     def problem(self, value: Any) -> str | None:
         """Return the violated bound of a number, or None; each number of a tuple is checked."""
-        bounds = [(*_BOUNDS[name], getattr(self, name)) for name in _BOUNDS if getattr(self, name) is not None]
+        given = {name: getattr(self, name) for name in _BOUNDS if getattr(self, name) is not None}
+        bounds = [(*_BOUNDS[name], bound) for name, bound in given.items()]
         for number in value if isinstance(value, tuple) else (value,):
             if isinstance(number, bool) or not isinstance(number, int | float):
                 continue
-            if not math.isfinite(number):
+            if isinstance(number, float) and not math.isfinite(number):  # isfinite(10**400) overflows
                 return "must be finite"
             if not all(holds(number, bound) for _, holds, bound in bounds):
                 if self.above is not None and self.below is not None:
-                    return f"must lie between {self.above:g} and {self.below:g}"
-                return "must be " + ", and ".join(f"{words} {bound:g}" for words, _, bound in bounds)
+                    return f"must lie between {shown(self.above)} and {shown(self.below)}"
+                return "must be " + ", and ".join(f"{words} {shown(bound)}" for words, _, bound in bounds)
+            if not {"below", "at_most"} & set(given) and number > _LARGEST:
+                return f"must be at most {_LARGEST}"
         return None
 
 
@@ -154,7 +161,7 @@ def check(config: Any, prefix: str = "") -> None:
     Raises:
         InputError: names the first impossible value.
     """
-    for key, kind, about, _ in settings_of(type(config)):
+    for key, kind, about, default in settings_of(type(config)):
         value = operator.attrgetter(key)(config)
         if value is None:
             continue
@@ -162,6 +169,10 @@ def check(config: Any, prefix: str = "") -> None:
         for one in value if isinstance(value, tuple | list) else (value,):
             if choices and one not in choices:
                 raise InputError(f"`{prefix}{key}` = {one}: must be one of {shown(choices)}")
+            if one == "" and about.positional and value != default:
+                raise InputError(f"`{prefix}{key}` is empty; it must be a name")
+            if isinstance(one, str) and "\0" in one:
+                raise InputError(f"`{prefix}{key}` = {one!r}: no name or text may hold a NUL character")
         if problem := about.problem(value):
             raise InputError(f"`{prefix}{key}` = {shown(value)}: {problem}")
 

@@ -7,9 +7,9 @@ probing.
 from functools import partial
 
 from maekit.config.evaluate import judged, labelled
-from maekit.config.fields import Config, argument, check, setting, unlisted
+from maekit.config.fields import MOST_IMAGES, Config, argument, check, setting, unlisted
 from maekit.config.poolings import CHOICES, check_pool
-from maekit.config.pretrain import DataConfig, OptimizerConfig, RunConfig, check_training
+from maekit.config.pretrain import MOST_EPOCHS, MOST_STEPS, DataConfig, OptimizerConfig, RunConfig, check_training
 from maekit.system.errors import InputError
 
 DEFAULT_FINETUNE_EPOCHS = 100.0
@@ -53,6 +53,7 @@ class ClassifierConfig(Config):
         "Train the last N blocks only: all, 12, 4, 1, 0.5 (the MLP of the last), 0 (the head).",
         shown="all",
         parse=parse_blocks,
+        at_least=0,
     )
     batch_norm: bool = unlisted(False, "Normalise features before the head, without affine parameters.")
     drop_path: float = _augmented(
@@ -97,12 +98,18 @@ class FinetuneConfig(Config):
     test: tuple[str, ...] = labelled((), "Likewise, held out.", metavar="SHARDS", free=True)
     test_images: int | None = labelled(None, "At most this many, drawn at random.", shown="all", free=True, above=0)
     epochs: float | None = _training(
-        None, "Passes over the training images.", shown="100; 300 from scratch; 90 to probe", above=0
+        None,
+        "Passes over the training images.",
+        shown="100; 300 from scratch; 90 to probe",
+        above=0,
+        at_most=MOST_EPOCHS,
     )
-    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0)
-    batch_size: int = _training(1024, "Images per step, over all devices.", shown="as published", above=0)
+    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0, at_most=MOST_STEPS)
+    batch_size: int = _training(
+        1024, "Images per step, over all devices.", shown="as published", above=0, at_most=MOST_IMAGES
+    )
     seed: int = setting(0, "Of the head, order, crops, and all that is mixed.", at_least=0, below=1 << 63)
-    classes: int | None = unlisted(None, "Of the training set; found by itself.")
+    classes: int | None = unlisted(None, "Of the training set; found by itself.", above=0)
     labels_sha256: str | None = unlisted(None, "Names classes and labels of the training set; found by itself.")
     model: ClassifierConfig = setting(factory=ClassifierConfig)
     data: DataConfig = setting(factory=lambda: DataConfig(crop_scale=(0.08, 1.0)))

@@ -3,7 +3,7 @@
 from functools import partial
 from typing import Literal
 
-from maekit.config.fields import Config, argument, setting
+from maekit.config.fields import MOST_PROCESSES, Config, argument, setting
 
 _table = partial(setting, panel="Table")
 
@@ -32,4 +32,4 @@ class PackConfig(Config):
         "Its column of labels, whole numbers or text; an empty one gives no .cls.",
         shown="one named label, cls, class or target",
     )
-    workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1)
+    workers: int | None = setting(None, "Processes.", shown="one per core", at_least=1, at_most=MOST_PROCESSES)

@@ -10,13 +10,18 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
-from maekit.config.fields import Config, argument, check, count_or_auto, setting, unlisted
+from maekit.config.fields import MOST_IMAGES, MOST_PROCESSES, Config, argument, check, count_or_auto, setting, unlisted
 from maekit.config.images import image_setting
 from maekit.config.settings import load_settings
 from maekit.system.errors import InputError
 
 DEFAULT_EPOCHS = 400.0
 WINDOW_SHARDS = 16
+MOST_STEPS = 10**9
+MOST_EPOCHS = 1e6
+MOST_PIXELS = 8192  # of a side of the input
+MOST_WIDTH = 1 << 16
+MOST_BLOCKS = 1000
 Masking = Literal["random", "block", "grid"]
 Device = Literal["auto", "cpu", "cuda"]
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -51,13 +56,15 @@ class ModelConfig(Config):
 
     name: str | None = _encoder(None, "Encoder, by its timm name.", flag="--model", shown="vit_base_patch16_224")
     image_size: int | tuple[int, int] = _encoder(
-        224, "Side of the input in pixels, or HEIGHTxWIDTH.", parse=parse_image_size, above=0
+        224, "Side of the input in pixels, or HEIGHTxWIDTH.", parse=parse_image_size, above=0, at_most=MOST_PIXELS
     )
     channels: Literal[1, 3] = _encoder(3, "3 for RGB, 1 for grey (the luma).")
-    patch_size: int | None = _encoder(None, "Side of a patch, in pixels; the model's own by default.", above=0)
-    width: int | None = unlisted(None, "Width of the encoder.", above=0)
-    depth: int | None = unlisted(None, "Number of its blocks.", above=0)
-    heads: int | None = unlisted(None, "Number of its attention heads.", above=0)
+    patch_size: int | None = _encoder(
+        None, "Side of a patch, in pixels; the model's own by default.", above=0, at_most=MOST_PIXELS
+    )
+    width: int | None = unlisted(None, "Width of the encoder.", above=0, at_most=MOST_WIDTH)
+    depth: int | None = unlisted(None, "Number of its blocks.", above=0, at_most=MOST_BLOCKS)
+    heads: int | None = unlisted(None, "Number of its attention heads.", above=0, at_most=MOST_WIDTH)
     class_token: bool | None = _encoder(None, "Whether the encoder has a class token; the model's own way by default.")
     positions: Literal["sincos", "learned"] = _encoder("sincos", "Positions of the encoder: sincos (fixed) or learned.")
     masking: Masking = _masking("random", "Which patches are removed: random, block (BEiT's) or grid.")
@@ -71,9 +78,9 @@ class ModelConfig(Config):
     decoder: Literal["self", "cross"] = _decoder(
         "self", "self: blocks of self-attention; cross: of cross-attention to the encoder alone (CrossMAE)."
     )
-    decoder_width: int = _decoder(512, "Width.", above=0)
-    decoder_depth: int = _decoder(8, "Blocks.", above=0)
-    decoder_heads: int = _decoder(16, "Attention heads.", above=0)
+    decoder_width: int = _decoder(512, "Width.", above=0, at_most=MOST_WIDTH)
+    decoder_depth: int = _decoder(8, "Blocks.", above=0, at_most=MOST_BLOCKS)
+    decoder_heads: int = _decoder(16, "Attention heads.", above=0, at_most=MOST_WIDTH)
     predict_ratio: float = _decoder(1.0, "Share of the removed patches that are predicted.", above=0, at_most=1)
     target: Literal["norm_pixel", "pixel", "pca", "tokens"] = _target(
         "norm_pixel",
@@ -91,7 +98,7 @@ class ModelConfig(Config):
         free=True,
     )
     tokenizer_sha256: str | None = unlisted(None, "Digest of the tokenizer; found by itself.")
-    vocabulary: int | None = _target(None, "How many different tokens there are.", above=0)
+    vocabulary: int | None = _target(None, "How many different tokens there are.", above=0, at_most=1 << 24)
     init_from: str | None = _encoder(
         None, "Start from timm:NAME (published weights), a run, a file of weights, or transformers' ViTMAE directory."
     )
@@ -148,9 +155,13 @@ class DataConfig(Config):
         at_most=1,
     )
     workers: int | None = _machine(
-        None, "Processes that read and decode.", shown="on CUDA one per core, at most 16; on a CPU 1", at_least=0
+        None,
+        "Processes that read and decode.",
+        shown="on CUDA one per core, at most 16; on a CPU 1",
+        at_least=0,
+        at_most=MOST_PROCESSES,
     )
-    prefetch: int = unlisted(2, "Steps whose batches are kept ready, at least.", free=True, above=0)
+    prefetch: int = unlisted(2, "Steps whose batches are kept ready, at least.", free=True, above=0, at_most=1000)
     cache: Literal["off", "ram"] = _machine("off", "ram: keep the images of a small set decoded in memory; or off.")
     cache_gb: float = _machine(50.0, "Gigabytes that remote shards may take in $MAEKIT_CACHE.", above=0)
     patience: float = unlisted(
@@ -185,7 +196,9 @@ class RunConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = _machine(
         "auto", "auto (bf16 where the hardware has it), fp32 or bf16."
     )
-    threads: int | None = unlisted(None, "CPU threads of the model; torch's own choice by default.", free=True, above=0)
+    threads: int | None = unlisted(
+        None, "CPU threads of the model; torch's own choice by default.", free=True, above=0, at_most=MOST_PROCESSES
+    )
     compile: bool | None = _machine(None, "Compile the step.", shown="on CUDA only")
     micro_batch: int | None = _machine(
         None,
@@ -193,6 +206,7 @@ class RunConfig(Config):
         shown="auto: as memory allows",
         parse=count_or_auto,
         above=0,
+        at_most=MOST_IMAGES,
     )
     checkpoint_every: int | None = _output(
         None, "Steps between checkpoints.", shown="a tenth of the run, at most 1000", above=0
@@ -244,9 +258,11 @@ class PretrainConfig(Config):
     # The paths of the shards may change on resuming; their contents may not (the run stores their digest).
     shards: tuple[str, ...] = argument((), "Directories, .tar files, globs, brace patterns or URLs.", free=True)
     out: str = _output("", "The run directory.")
-    epochs: float | None = _training(None, "Passes over the data.", shown=f"{DEFAULT_EPOCHS:g}", above=0)
-    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0)
-    batch_size: int = _training(256, "Images per step, over all devices.", above=0)
+    epochs: float | None = _training(
+        None, "Passes over the data.", shown=f"{DEFAULT_EPOCHS:g}", above=0, at_most=MOST_EPOCHS
+    )
+    steps: int | None = _training(None, "Optimiser steps, instead of epochs.", above=0, at_most=MOST_STEPS)
+    batch_size: int = _training(256, "Images per step, over all devices.", above=0, at_most=MOST_IMAGES)
     seed: int = _training(0, "Of weights, order, crops, flips and masks.", at_least=0, below=1 << 63)
     model: ModelConfig = setting(factory=ModelConfig)
     data: DataConfig = setting(factory=DataConfig)

@@ -52,7 +52,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
         raise InputError(f"{text!r}: a setting must be key=value, as in model.mask_ratio=0.6")
     try:
         read = tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # ValueError alone: a whole number of thousands of digits
         read = None if value.strip() in ("none", "None", "null") else value.strip()
     return _renamed(key.strip(), read)
 
@@ -68,7 +68,7 @@ def load_toml(path: Path) -> dict[str, Any]:
             return dict(_renamed(*item) for item in _flatten(tomllib.load(file)))
     except OSError as error:
         raise InputError(f"cannot read the config {path}: {error.strerror or error}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is no valid TOML: {error}") from error
 
 
@@ -141,7 +141,10 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
             raise wrong
         return tuple(_convert(key, v, items[0]) for v in value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise wrong from None
     if not isinstance(value, origin or kind) or (kind is int and isinstance(value, bool)):
         raise wrong
     return value

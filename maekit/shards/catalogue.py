@@ -69,7 +69,10 @@ def recall(paths: Sequence[Path]) -> list[CatalogueRow | None]:
     numbers = zip(*(columns[name].tolist() for name in _NUMBERS), strict=True)
     for number, (path, values) in enumerate(zip(paths, numbers, strict=False)):
         at = number * 2 * _DIGEST_BYTES
-        row = CatalogueRow(*values, digests[at : at + 2 * _DIGEST_BYTES], unused.get(str(number), {}))
+        size, mtime_ns, samples, several, changed = values
+        row = CatalogueRow(
+            size, mtime_ns, samples, several, changed, digests[at : at + 2 * _DIGEST_BYTES], unused.get(str(number), {})
+        )
         try:
             status = os.stat(path)
             rows.append(row if (status.st_size, status.st_mtime_ns) == (row.size, row.mtime_ns) else None)

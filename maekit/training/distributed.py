@@ -7,6 +7,7 @@ process at once, where NCCL would wait.
 
 import contextlib
 import datetime
+import math
 import os
 import socket
 import time
@@ -164,14 +165,15 @@ def join(device: str, note: Callable[[str], None] = lambda text: None) -> Iterat
         InputError: the environment describes them only in part, or there are more processes than devices.
         MaekitError: the others do not respond.
     """
-    size = _number("WORLD_SIZE", 1)
-    if size <= 1:
+    size = _number("WORLD_SIZE", 1, least=1)
+    if size == 1:
         yield DistributedContext()
         return
-    rank, local_rank = _number("RANK"), _number("LOCAL_RANK")
+    rank, local_rank = _number("RANK", below=size), _number("LOCAL_RANK")
     for name in ("MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise InputError(f"WORLD_SIZE={size} is set and {name} is not; start with torchrun, or set all it sets")
+    _number("MASTER_PORT", least=1, below=1 << 16)
     gpu = torch.device("cuda", _own_gpu(local_rank, torch.cuda.device_count())) if device == "cuda" else None
     if gpu:
         torch.cuda.set_device(gpu)
@@ -261,17 +263,18 @@ def _own_cores(world: DistributedContext) -> int:
     return cores(ranks.count(ranks[world.rank]), sum(host == there for there, *_ in ranks))
 
 
-def _number(name: str, default: int | None = None) -> int:
+def _number(name: str, default: int | None = None, *, least: int = 0, below: float = math.inf) -> int:
     text = os.environ.get(name, "")
     if not text and default is not None:
         return default
-    try:
-        return int(text)
-    except ValueError:
-        raise InputError(
-            f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set and {name} is {text!r}; start with torchrun, or set "
-            "RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
-        ) from None
+    with contextlib.suppress(ValueError):
+        if least <= (number := int(text)) < below:
+            return number
+    size = "" if name == "WORLD_SIZE" else f"WORLD_SIZE={os.environ.get('WORLD_SIZE')} is set and "
+    raise InputError(
+        f"{size}{name} is {text!r}; start with torchrun, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and "
+        "MASTER_PORT, or unset them for a single process"
+    )
 
 
 def share_optimizer(optimizer: torch.optim.Optimizer, world: DistributedContext) -> None:
