@@ -212,9 +212,9 @@ def _separate_tiff(data: bytes) -> tuple[bytes, int]:
     directory = struct.pack(order + count_format, len(kept)) + b"".join(kept) + bytes(struct.calcsize(offset_format))
     header = data[:header_size] + struct.pack(order + offset_format, len(data) + len(padding))
     rest = data[len(header) :]
-    return b"".join((header, rest, padding, directory)), orientation if orientation in range(1, 9) else orientation_of(
-        None, xmp
-    )
+    if orientation not in range(1, 9):
+        orientation = orientation_of(None, xmp)
+    return b"".join((header, rest, padding, directory)), orientation
 
 
 def _separate_gif(data: bytes) -> bytes:
