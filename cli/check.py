@@ -7,6 +7,7 @@ import typer
 from maekit.cli.options import Summary, configured
 from maekit.cli.show import make_progress, print_table, say
 from maekit.config.check import CheckConfig
+from maekit.system.errors import InputError
 
 if TYPE_CHECKING:
     from maekit.checking import CheckReport, ImageReport, ShardReport
@@ -49,6 +50,8 @@ def command(config: CheckConfig) -> Summary:
     else:
         summary.pop("stats", None)
     yield summary
+    if not report.samples and not report.damaged:
+        raise InputError(f"{' '.join(config.shards)}: no sample at all")
     if report.damaged or (images is not None and config.images and images.failed):
         raise typer.Exit(1)
 
