@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import threading
 import time
 from pathlib import Path
 
@@ -16,10 +15,8 @@ from support.processes import finish, read_trace, start, tiny_config
 
 import maekit
 from maekit.runs import RunDirectory
-from maekit.system.errors import InputError, MaekitError, Stopped
-from maekit.system.signals import stop_on_signal
+from maekit.system.errors import InputError, MaekitError
 from maekit.training import distributed
-from maekit.training.stop import Stop
 
 pytestmark = pytest.mark.whole
 
@@ -133,7 +130,7 @@ def test_half_an_environment_is_refused(make_shards, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_who_waits_for_others_tells_and_can_be_stopped(monkeypatch, rank: int) -> None:
+def test_who_waits_for_others_tells(monkeypatch, rank: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
@@ -149,16 +146,6 @@ def test_who_waits_for_others_tells_and_can_be_stopped(monkeypatch, rank: int) -
     ):
         pass
     assert re.match(f"waiting for the other processes: {where}", notes[0])
-    monkeypatch.setattr(distributed, "_MEETING", datetime.timedelta(minutes=1))
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM))
-    stop = Stop(None)
-    timer.start()
-    with (
-        raises(Stopped, match="before the first step"),
-        stop_on_signal(stop.heed, before="the first step"),
-        distributed.join("cpu"),
-    ):
-        pass
 
 
 def test_a_signal_while_starting_exits_75_at_once(make_shards, tmp_path: Path) -> None:
