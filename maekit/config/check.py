@@ -53,5 +53,7 @@ class DoctorConfig(Config):
             InputError: names the first impossible value.
         """
         check(self)
+        if self.model == "":
+            raise InputError("`model` is empty; it must name the file that `maekit export` wrote")
         if self.shards and self.model is None:
             raise InputError("decoding is measured for a model: name the file that `maekit export` wrote first")

@@ -161,7 +161,7 @@ def check(config: Any, prefix: str = "") -> None:
     Raises:
         InputError: names the first impossible value.
     """
-    for key, kind, about, default in settings_of(type(config)):
+    for key, kind, about, _ in settings_of(type(config)):
         value = operator.attrgetter(key)(config)
         if value is None:
             continue
@@ -169,8 +169,6 @@ def check(config: Any, prefix: str = "") -> None:
         for one in value if isinstance(value, tuple | list) else (value,):
             if choices and one not in choices:
                 raise InputError(f"`{prefix}{key}` = {one}: must be one of {shown(choices)}")
-            if one == "" and about.positional and value != default:
-                raise InputError(f"`{prefix}{key}` is empty; it must be a name")
             if isinstance(one, str) and "\0" in one:
                 raise InputError(f"`{prefix}{key}` = {one!r}: no name or text may hold a NUL character")
         if problem := about.problem(value):
