@@ -100,7 +100,7 @@ def build_tar(path: Path, chance: random.Random, expected: Expected) -> None:
 
 
 FILES: list[tuple[str, bytes, str]] = [
-    *((f".{extension}", PICTURES[0], "row") for extension in ("jpg", "JPG", "jfif", "pjpeg", "img", "jpg:large", "x.y.jpeg")),
+    *((f".{end}", PICTURES[0], "row") for end in ("jpg", "JPG", "jfif", "pjpeg", "img", "jpg:large", "x.y.jpeg")),
     ("", PICTURES[1], "row"),
     (".png", BROKEN_METADATA, "row"),
     (".jpg", b"", "empty"),
