@@ -107,7 +107,7 @@ class EmbedConfig(Config):
     num_splits: int | None = _machines(
         None, "Divide the input among N runs on one `out`.", shown="as srun or torchrun says"
     )
-    split: int | Literal["auto"] | None = _machines(
+    split: int | str | None = _machines(
         None,
         "Which of them this is, from 0; or auto: what a SLURM array, or RANK and WORLD_SIZE, say.",
         metavar="N|auto",

@@ -55,11 +55,11 @@ def find_split(number: int | str | None, count: int | None) -> Split:
         if split is None:
             raise InputError("`split=auto`: neither srun, torchrun, a SLURM array nor RANK and WORLD_SIZE name a split")
         return split
-    if (number is None) != (count is None):
+    if (number is None) != (count is None) or (isinstance(number, str) and number != "auto"):
         raise InputError("`split` and `num_splits` go together: `num_splits=8` and `split=0` to 7")
     if number is not None and count is not None:
         if isinstance(number, str):
-            raise InputError("`split=auto` finds the number of splits, too: leave out `num_splits`")
+            raise InputError(f"`split` = {number}: with `num_splits`, a number from 0; `auto` finds both")
         if not 0 <= number < count:
             raise InputError(f"`split` = {number}: must be 0 to {count - 1} with `num_splits={count}`")
         return Split(number, count, "options" if count > 1 else "")
@@ -69,8 +69,8 @@ def find_split(number: int | str | None, count: int | None) -> Split:
 
 def unused_split() -> str:
     """Return the variables that name a split which was not asked for, for a note; empty where there are none."""
-    if (array := _array_split()) is not None and array.count > 1:
-        return "SLURM_ARRAY_TASK_ID"
+    if (_number("SLURM_ARRAY_TASK_COUNT") or 1) > 1:
+        return "SLURM_ARRAY_TASK_ID and _COUNT"
     return "RANK and WORLD_SIZE" if _launcher_split() is not None else ""
 
 

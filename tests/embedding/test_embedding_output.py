@@ -222,10 +222,15 @@ def test_splits_share_an_output(trained: Path, shards: Path, tmp_path: Path) -> 
 
 def test_which_split_a_launcher_means(monkeypatch) -> None:
     for name in list(os.environ):
-        if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (
+            "RANK",
+            "WORLD_SIZE",
+            "LOCAL_RANK",
+            "LOCAL_WORLD_SIZE",
+        ):
             monkeypatch.delenv(name)
 
-    def split(*asked: int | None, **environment: str) -> Split:
+    def split(*asked: int | str | None, **environment: str) -> Split:
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
@@ -233,17 +238,24 @@ def test_which_split_a_launcher_means(monkeypatch) -> None:
 
     assert split() == Split()
     assert split(2, 5) == Split(2, 5, "options")
-    torchrun = split(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4")
-    assert torchrun == Split(5, 8, "torchrun", 1, 4)
+    ranks = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    assert split(**ranks, TORCHELASTIC_RUN_ID="1") == Split(5, 8, "torchrun", 1, 4)
+    assert split(**ranks) == Split()  # of a platform: every worker may have an input of its own
+    assert split("auto", None, **ranks) == Split(5, 8, "torchrun", 1, 4)
     tasks = {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "1"}
     assert split(**tasks) == Split()  # the script of a job, not one of its tasks
     slurm = split(**tasks, SLURM_STEP_ID="0")
     assert (slurm.number, slurm.count, slurm.origin) == (3, 4, "SLURM")
     array = dict(zip(("ID", "MIN", "MAX", "COUNT", "STEP"), ("7", "1", "10", "4", "3"), strict=True))
-    found = split(**{f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}, SLURM_NTASKS="1")
+    variables = {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()}
+    assert split(**variables) == Split()  # each task of an array may have an input of its own
+    found = split("auto", None, **variables, SLURM_NTASKS="1")
     assert (found.number, found.count) == (2, 4)
+    gaps = {f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "1", "MIN": "1", "MAX": "9", "COUNT": "3"}.items()}
     with raises(InputError, match="gaps"):
-        split(**{f"SLURM_ARRAY_TASK_{k}": v for k, v in {"ID": "1", "MIN": "1", "MAX": "9", "COUNT": "3"}.items()})
+        split("auto", None, **gaps)
+    with raises(InputError, match="name a split"):
+        split("auto", None)
     assert split(0, 1, RANK="1", WORLD_SIZE="2").count == 1  # what was asked for goes first
     for number, count, said in ((5, 5, "0 to 4"), (None, 5, "go together"), (1, None, "go together")):
         with raises(InputError, match=said):
