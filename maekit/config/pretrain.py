@@ -178,7 +178,7 @@ class DataConfig(Config):
 class OptimizerConfig(Config):
     """AdamW and its schedule: linear warm-up, then half a cosine to `min_lr`, per step."""
 
-    lr: float = _training(1.5e-4, "Base learning rate, per 256 images.", above=0)
+    lr: float = _training(1.5e-4, "Base learning rate, per 256 images.", above=0, at_most=1e38)
     min_lr: float = unlisted(0.0, "Learning rate at the end, absolute.", at_least=0)
     warmup_epochs: float = _training(40.0, "Length of the warm-up; at most a tenth of the run.", at_least=0)
     weight_decay: float = unlisted(0.05, "On parameters of two or more dimensions.", at_least=0)

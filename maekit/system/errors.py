@@ -56,7 +56,8 @@ class ImageError(MaekitError):
     def __init__(self, reason: str, detail: str, index: int | None = None, path: str | None = None) -> None:
         image = "" if index is None else f"image {index}: " if path is None else f"image {index} ({path}): "
         super().__init__(f"{image}{detail}")
-        self.reason, self.detail, self.index, self.path = reason, detail, index, path
+        self.reason, self.detail, self.index = reason, redact(detail), index
+        self.path = path if path is None else redact(path)
 
     def __reduce__(self) -> tuple[type, tuple[str, str, int | None, str | None]]:
         return type(self), (self.reason, self.detail, self.index, self.path)

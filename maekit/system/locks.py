@@ -209,7 +209,7 @@ def _lives(file: IO[str], path: Path) -> bool:
         # In another container of the same host name, the number means another process.
         if theirs.rpartition(" ")[2] == own.rpartition(" ")[2]:
             if now := _born(number):
-                return now == theirs != own
+                return now == theirs and number != os.getpid()  # this process has let it go
             try:
                 os.kill(number, 0)
             except ProcessLookupError:

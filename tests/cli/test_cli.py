@@ -137,7 +137,7 @@ def test_write_index(make_shards, tmp_path: Path) -> None:
         (("inspect", "shards/readme.txt"), "none of the things"),
         (("embed", "shards", "shards", "--out", "e"), "is a directory"),
         (("embed", "nothing.onnx", "shards", "--out", "e"), "no such file"),
-        (("pack", "nothing", "out"), "no such folder"),
+        (("pack", "nothing", "out"), "no such file or directory"),
         (("demo", "--out", "shards"), "no demo made"),
     ],
 )

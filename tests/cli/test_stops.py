@@ -1,5 +1,6 @@
 """Signals to the command line: at any moment of a start, several at once, and those that nohup ignores."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -23,7 +24,9 @@ TINY = [
 def start(cwd: Path, *arguments: str, through: Sequence[str] = ()) -> subprocess.Popen[str]:
     command = [*through, sys.executable, "-m", "maekit", *arguments]
     streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, **streams)
+    # Whoever runs the tests may ignore hang-ups.
+    asked = functools.partial(signal.signal, signal.SIGHUP, signal.SIG_DFL)
+    process = subprocess.Popen(command, cwd=cwd, text=True, start_new_session=True, preexec_fn=asked, **streams)
     # The interpreter itself takes a moment before it can catch anything; this one is caught last.
     status = Path(f"/proc/{process.pid}/status")
     while not int(status.read_text().split("SigCgt:")[1].split()[0], 16) >> (signal.SIGUSR1 - 1) & 1:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -106,8 +107,10 @@ def fail(**options):
 cli.app = fail
 cli.main()
 """
-    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert ran.stderr.count(r"\x1b[2J of https://***@host/x.tar?***") == 3
+    debug = {**os.environ, "MAEKIT_DEBUG": "1"}  # the traceback, too
+    command = [sys.executable, "-c", script]
+    ran = subprocess.run(command, cwd=tmp_path, env=debug, capture_output=True, text=True, check=False)
+    assert ran.stderr.count(r"\x1b[2J of https://***@host/x.tar?***") == 4
     assert "s3cr3t" not in ran.stderr
     assert "\nTraceback (most recent call last):\n" in ran.stderr
 

@@ -201,6 +201,7 @@ def test_what_is_deployed_is_what_is_judged(judged: Path) -> None:
         "classes": 4,
         "unlabelled": 0,
         "unreadable": 0,
+        "unused": {},
     }
     assert run.path is not None
     kept = json.loads(Path(run.path).read_text())

@@ -1,5 +1,7 @@
 """Failures of a GPU are one line each; one without kernels is refused before any work."""
 
+import contextlib
+
 import pytest
 import torch
 from support.errors import raises
@@ -23,6 +25,7 @@ def test_a_gpu_without_kernels_is_named_with_the_build_to_take(monkeypatch, capa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "V100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "to", lack)
     said = rf"no kernels for V100 \(compute capability {capability[0]}.0\); pip install .*/{build}, or hide the GPU"
     with raises(InputError, match=said):
