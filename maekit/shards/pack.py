@@ -162,8 +162,9 @@ def _samples(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     contents.refuse_mixture(images)
     for text in describe_unused(contents):
         progress.note(text)
-    every = sorted([*contents.images, *contents.shards, *contents.archives, *contents.others])
-    found = {path.relative_to(images): path for path in every}
+    found = {
+        path.relative_to(images): path for path in sorted([*contents.images, *contents.archives, *contents.others])
+    }
     pictures = [path.relative_to(images) for path in contents.images]
     table = Path(config.table).resolve() if config.table else None
     wanted: Labels
