@@ -16,7 +16,7 @@ _ROWS = 20  # a longer table is cut to what needs looking at
 _REMARKS = {
     "duplicates": "keys stand in more than one shard (a sample is named by its shard too, so nothing is lost)",
     "without_image": "samples hold no image",
-    "refused": "samples have a member that is refused (a link, a name that is no UTF-8 or leads out of the archive)",
+    "refused": "samples have a member that is refused (a link, a name that is not UTF-8 or leads out of the archive)",
     "several": "samples have several images: choose one by --image, or such shards are refused",
     "unused_images": "images are the image of no sample",
     "ignored": "members belong to no sample (no extension, hidden, or metadata)",

@@ -47,7 +47,7 @@ class ShardReport:
         bytes: size of the shard.
         extensions: number of members with each extension.
         without_image: number of samples without a member that has an image extension.
-        refused: number of samples with a member that must not be read (a link, a name that is no UTF-8, …).
+        refused: number of samples with a member that must not be read (a link, a name that is not UTF-8, …).
         several: number of samples of which it is open which of several images is meant.
         unused: number of images that are not the image of their sample, by extension.
         ignored: number of members that belong to no sample.

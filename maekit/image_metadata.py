@@ -6,7 +6,6 @@ broken or large. Nothing of this determines a pixel except the orientation, whic
     JPEG   ITU-T T.81, B.2.4.6   segments APP0 to APP15 and COM; JFIF and Adobe stay, which tell the colour space
     PNG    W3C PNG, 5.4 and 11   ancillary chunks; tRNS stays, which is transparency
     TIFF   TIFF 6.0, section 2   fields of the first directory that describe no pixels, and all further directories
-
     GIF    GIF 89a, 23 to 26     extensions before the first image; a sound graphic control stays, which is transparency
     AVIF   HEIF, 6 and A.2.1     the EXIF item; libavif takes the orientation from the properties of the image
 

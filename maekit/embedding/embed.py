@@ -21,7 +21,7 @@ from maekit.images import Preprocess
 from maekit.providers import CPU, check_device, gpu_count
 from maekit.shards.cache import RemoteCache
 from maekit.shards.index import load_index
-from maekit.system import files, text
+from maekit.system import files
 from maekit.system.errors import InputError, MaekitError, Stopped
 from maekit.system.machine import cores
 from maekit.system.parallel import map_in_threads
@@ -263,7 +263,7 @@ class _Job:
             else:
                 todo.append(planned)
         if retried := sum(planned.is_retried for planned in todo):
-            self.progress.note(f"{text.count('shard', retried)} with errors to retry: embedded again")
+            self.progress.note(f"{count('shard', retried)} with errors to retry: embedded again")
         if self.result.skipped:
             self.progress.note(f"{self.result.skipped} of {len(parts)} shards are committed already")
         return todo

@@ -38,7 +38,7 @@ from typing import ClassVar
 import numpy as np
 
 from maekit.shards.cache import RemoteCache
-from maekit.shards.folder import FolderContents, describe_unused, look_into
+from maekit.shards.folder import FolderContents, look_into, undecoded_notes
 from maekit.shards.index import ShardIndex, load_index
 from maekit.shards.read import ambiguity, open_shard, read_bytes, read_file
 from maekit.shards.spec import ShardFile, find_shards
@@ -275,7 +275,7 @@ def find_inputs(
         return [TarPart(shard, image) for shard in find_shards(specs)]
     if len(specs) > 1:
         raise InputError(f"{next(iter(folders))} is a folder of images: give it alone, or `maekit pack` it into shards")
-    for text in describe_unused(folders[specs[0]]):
+    for text in undecoded_notes(folders[specs[0]]):
         on_note(text)
     return _folder_parts(Path(specs[0]), folders[specs[0]], keep)
 

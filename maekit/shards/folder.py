@@ -114,7 +114,7 @@ def _sort_in(found: FolderContents, path: Path) -> None:
         found.others[path] = extension_of(path) or "no extension"
 
 
-def describe_unused(contents: FolderContents) -> Iterator[str]:
+def undecoded_notes(contents: FolderContents) -> Iterator[str]:
     """Yield a note for each format of images that is not decoded."""
     for kind, remedy in contents.remedies.items():
         yield f"{contents.unused[kind]} files of {kind} are not decoded; {remedy}"

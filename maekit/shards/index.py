@@ -296,7 +296,7 @@ def crc32_of(descriptor: int, offset: int, size: int) -> int:
 
 
 def readable_name(member: Member) -> str:
-    """Return the name of a member; bytes that are no UTF-8 are written as \\xfc."""
+    """Return the name of a member; bytes that are not UTF-8 are written as \\xfc."""
     if not member.problem:
         return member.name
     return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from maekit.config.fields import check
 from maekit.config.pack import PackConfig
-from maekit.shards.folder import FolderContents, describe_unused, extension_of, look_into
+from maekit.shards.folder import FolderContents, extension_of, look_into, undecoded_notes
 from maekit.shards.index import METADATA, build_index, index_path, read_index, write_index
 from maekit.shards.read import CLASS_NAMES
 from maekit.shards.repack import Source, samples_of
@@ -160,7 +160,7 @@ def _samples(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     if config.key_by != PackConfig.key_by:
         raise InputError(f"`key_by` = {config.key_by}: is for shards; each file of a folder is a sample of its own")
     contents.refuse_mixture(images)
-    for text in describe_unused(contents):
+    for text in undecoded_notes(contents):
         progress.note(text)
     found = {
         path.relative_to(images): path for path in sorted([*contents.images, *contents.archives, *contents.others])

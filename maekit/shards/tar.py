@@ -3,7 +3,7 @@
 Formats: V7, USTAR, PAX and GNU long names (POSIX.1-2017, pax "ustar Interchange Format"; GNU tar manual, "Basic Tar
 Format"). Other readers tolerate the following faults and silently lose samples; here each is an error with its offset:
 a wrong or non-canonical checksum field, sizes beyond the end of the file, a missing end marker, data after it, sparse
-members. A member that is whole but must not be read (a link, a device, a name that is no UTF-8 or leads out of the
+members. A member that is whole but must not be read (a link, a device, a name that is not UTF-8 or leads out of the
 archive) has a `problem` instead; it costs no other member.
 """
 
@@ -103,7 +103,7 @@ def scan_members(read: Read, file_size: int, *, lenient: bool = False) -> Iterat
             continue
         if len(block) < BLOCK:
             # If only the padding of the last member is missing, `offset` lies beyond the end of the file.
-            closed = "" if block else f", unless its writer never closed it; {REWRITE}"
+            closed = f", unless its writer never closed it; {REWRITE}" if offset == file_size else ""
             reason = _what_else(block, offset) or f"the file is cut off: no end-of-archive marker{closed}"
             raise TarDamage(min(offset, file_size), reason)
         if block == _ZEROS:
@@ -150,7 +150,7 @@ def _problem_of(name: str) -> str:
     if name.startswith("/") or ".." in name.split("/"):
         # Nothing is unpacked here, but users of the keys may join them to a path.
         return "its name leads out of the archive"
-    # `_decode_name` keeps bytes that are no UTF-8 as lone surrogates.
+    # `_decode_name` keeps bytes that are not UTF-8 as lone surrogates.
     return "" if name.isascii() or not any("\udc80" <= char <= "\udcff" for char in name) else "its name is not UTF-8"
 
 

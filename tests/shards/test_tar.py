@@ -272,3 +272,12 @@ def test_a_size_of_nine_gigabytes_is_read(tmp_path: Path) -> None:
         file.write(header(b"b.jpg", size=3) + padded(b"abc") + END)
     index = build_index(path)
     assert [index.image(i).size for i in range(2)] == [size, 3]
+
+
+def test_only_an_archive_that_ends_with_a_member_is_said_to_be_repairable(tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    for data, is_repairable in ((FILE, True), (FILE[:-100], False), (FILE + FILE[:300], False)):
+        path.write_bytes(data)
+        with raises(DamagedShard, match="no end-of-archive marker") as caught:
+            build_index(path)
+        assert ("maekit pack" in caught.value.reason) is is_repairable
