@@ -29,9 +29,9 @@ def program(*, ends: bool = False) -> Iterator[None]:
         yield
         return
     _entered = True
-    if ends:
-        atexit.register(_ignore_signals)  # runs last: whoever registers later runs before
     stack = contextlib.ExitStack()
+    if ends:
+        atexit.register(_ignore_signals, stack)  # runs last: whoever registers later runs before
     stack.enter_context(streams.mended())
     answer = stack.enter_context(answering(_tell))
     try:
@@ -51,7 +51,8 @@ def program(*, ends: bool = False) -> Iterator[None]:
             _entered = False
 
 
-def _ignore_signals() -> None:
+def _ignore_signals(kept: contextlib.ExitStack) -> None:
+    """End signal handling; `kept` holds the contexts until now, as collecting them would bring back the defaults."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 

@@ -125,7 +125,7 @@ def _load_encoder(
 ) -> None:
     """Load all weights but a classifier's, if the encoder has no classifier; `on_note` receives the omitted names."""
     known = encoder.state_dict()
-    left_out = [key for key in weights if key.startswith(_HEAD) and key not in known]
+    left_out = sorted(key for key in weights if key.startswith(_HEAD) and key not in known)
     if left_out:
         on_note(f"left out, a classifier: {', '.join(left_out)}")
     load_strictly(encoder, {key: tensor for key, tensor in weights.items() if key not in left_out}, said)

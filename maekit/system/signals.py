@@ -110,7 +110,8 @@ def _handlers() -> Iterator[None]:
         yield
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            if signal.getsignal(number) == _handle:  # not where somebody has set another one since
+                signal.signal(number, handler)
         _received.clear()
 
 

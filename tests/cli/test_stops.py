@@ -116,6 +116,18 @@ def test_a_signal_that_the_main_thread_cannot_hear(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_signal_while_the_interpreter_shuts_down(tmp_path: Path) -> None:
+    """Everything is saved and said: it changes neither the exit code nor what stands on the screen."""
+    script = (
+        "import atexit, gc, os, signal\nfrom maekit.cli.program import program\n"
+        "with program(ends=True):\n"
+        "    @atexit.register\n    def interrupted():\n        gc.collect()\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "        for step in range(10**6): pass\n    raise SystemExit(75)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", "")
+
+
 def test_three_at_once_are_one(running: subprocess.Popen[str], tmp_path: Path) -> None:
     for _ in range(3):
         os.killpg(running.pid, signal.SIGINT)
