@@ -121,7 +121,8 @@ def test_a_signal_while_the_interpreter_shuts_down(tmp_path: Path) -> None:
     script = (
         "import atexit, gc, os, signal\nfrom maekit.cli.program import program\n"
         "with program(ends=True):\n"
-        "    @atexit.register\n    def interrupted():\n        gc.collect()\n        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    @atexit.register\n    def interrupted():\n"
+        "        gc.collect()\n        os.kill(os.getpid(), signal.SIGINT)\n"
         "        for step in range(10**6): pass\n    raise SystemExit(75)\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
