@@ -26,13 +26,13 @@ from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
-from maekit.shards.image_choice import FIRST, is_ambiguous, may_be_image, ranks
+from maekit.shards.image_choice import FIRST, ImageCounts, count_images, is_ambiguous, ranks
 from maekit.shards.tar import BLOCK, REWRITE, Member, Read, TarDamage, scan_members
 from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, MaekitError
@@ -78,23 +78,6 @@ class MemberSpan:
     crc: int | None = None
 
 
-class ImageCounts(NamedTuple):
-    """What becomes of the images of a shard.
-
-    Attributes:
-        without: samples without an image.
-        several: samples of which it is open which of several images is meant.
-        changed: samples whose image is another one than by the choice `first`.
-        unused: number of members that are images, or may be, and are not the image of their sample, by extension; and
-            of members that belong to no sample.
-    """
-
-    without: int
-    several: int
-    changed: int
-    unused: dict[str, int]
-
-
 class ShardIndex:
     """The samples of one shard, by ordinal.
 
@@ -108,10 +91,7 @@ class ShardIndex:
         ignored: names of members that belong to no sample (no extension, hidden, or WebDataset metadata), at most 10;
             `ignored_count` is their number.
         problems: why a sample must not be read, by its ordinal.
-        choice: the setting `image` (see image_choice.py).
     """
-
-    choice: str | None = None
 
     def __init__(self, path: Path, header: dict[str, Any], columns: columns_file.Columns) -> None:
         self.path = path
@@ -127,8 +107,20 @@ class ShardIndex:
         self._sample_start = columns["sample_start"]
         self._key_start = columns["key_start"]
         self._keys = columns["keys"]
+        self._kinds = columns["member_extension"]
         self._crc = columns.get("member_crc")
         self.samples = len(self._sample_start) - 1
+        self.choice = None
+
+    @property
+    def choice(self) -> str | None:
+        """The setting `image` (see image_choice.py)."""
+        return self._choice
+
+    @choice.setter
+    def choice(self, image: str | None) -> None:
+        self._choice = image
+        self._ranks = ranks(self._extensions, image)
 
     @property
     def has_crc(self) -> bool:
@@ -149,13 +141,13 @@ class ShardIndex:
         return [self._member(m) for m in range(int(self._sample_start[ordinal]), int(self._sample_start[ordinal + 1]))]
 
     def _member(self, number: int) -> MemberSpan:
-        extension = self._extensions[int(self._columns["member_extension"][number])]
+        extension = self._extensions[int(self._kinds[number])]
         offset, size = int(self._columns["member_offset"][number]), int(self._columns["member_size"][number])
         return MemberSpan(extension, offset, size, None if self._crc is None else int(self._crc[number]))
 
     def extensions(self) -> dict[str, int]:
         """Return how many members have each extension."""
-        counts = np.bincount(self._columns["member_extension"], minlength=len(self._extensions))
+        counts = np.bincount(self._kinds, minlength=len(self._extensions))
         return dict(zip(self._extensions, counts.tolist(), strict=True))
 
     def image(self, ordinal: int) -> MemberSpan:
@@ -166,14 +158,17 @@ class ShardIndex:
         """
         if ordinal in self.problems:
             raise ImageError("bad_member", self.problems[ordinal])
-        members = self.members(ordinal)
-        ranked = ranks([member.extension for member in members], self.choice)
+        ranked = self._ranked(ordinal)
         best = max(ranked)
         if not best or (self.choice is None and ranked.count(best) > 1 and not is_ambiguous(best, 2)):
-            there = ", ".join(member.extension for member in members[:_NAMED])
+            there = ", ".join(member.extension for member in self.members(ordinal)[:_NAMED])
             what = "image extension" if self.choice in (None, FIRST) else f"extension {self.choice}"
             raise ImageError("no_image", f"no member with an {what} (there are: {there})")
-        return members[ranked.index(best)]
+        return self._member(int(self._sample_start[ordinal]) + ranked.index(best))
+
+    def _ranked(self, ordinal: int) -> list[int]:
+        kinds = self._kinds[self._sample_start[ordinal] : self._sample_start[ordinal + 1]].tolist()
+        return [self._ranks[kind] for kind in kinds]
 
     def matches(self, status: os.stat_result) -> bool:
         """Whether the shard still has the size and modification time of the scan."""
@@ -220,43 +215,15 @@ class ShardIndex:
         """Whether it is open which of several images of a sample is meant."""
         if self.choice is not None or ordinal in self.problems:
             return False
-        ranked = ranks([member.extension for member in self.members(ordinal)], None)
+        ranked = self._ranked(ordinal)
         return is_ambiguous(max(ranked), ranked.count(max(ranked)))
 
     def count_images(self) -> ImageCounts:
         """Return what becomes of the images of this shard by the index's choice."""
-        if not self.samples:
-            return ImageCounts(0, 0, 0, {OUTSIDE: self.ignored_count} if self.ignored_count else {})
-        chosen, several = self._chosen(self.choice)
-        changed = 0 if self.choice == FIRST else int((chosen != self._chosen(FIRST)[0]).sum())
-        kinds = self._columns["member_extension"]
-        is_unused = np.array([may_be_image(extension) for extension in self._extensions])[kinds]
-        is_unused[chosen[chosen >= 0]] = False
-        for ordinal in self.problems:  # an error already
-            is_unused[self._sample_start[ordinal] : self._sample_start[ordinal + 1]] = False
-        counts = np.bincount(kinds[is_unused], minlength=len(self._extensions)).tolist()
-        unused = {extension: count for extension, count in zip(self._extensions, counts, strict=True) if count}
+        counts = count_images(self._extensions, self._kinds, self._sample_start, list(self.problems), self.choice)
         if self.ignored_count:
-            unused[OUTSIDE] = self.ignored_count
-        return ImageCounts(int((chosen < 0).sum()), several, changed, unused)
-
-    def _chosen(self, choice: str | None) -> tuple[NDArray[np.int64], int]:
-        """Return the member that is each sample's image, int64 `[S]`, -1 for none; and how many samples are ambiguous.
-
-        The same as `image`, for all samples at once.
-        """
-        starts = self._sample_start[:-1]
-        rank = np.array(ranks(self._extensions, choice))[self._columns["member_extension"]]
-        best = np.maximum.reduceat(rank, starts)
-        is_best = rank == np.repeat(best, np.diff(self._sample_start))
-        count = np.add.reduceat(is_best.astype(np.int64), starts)
-        first = np.flatnonzero(is_best)[np.cumsum(count) - count]
-        several = np.array([is_ambiguous(int(rank), 2) for rank in best]) & (count > 1) & (choice is None)
-        is_none = (best == 0) | ((count > 1) & ~several & (choice is None))
-        if self.problems:
-            bad = list(self.problems)
-            is_none[bad], several[bad] = True, False
-        return np.where(is_none, -1, first), int(several.sum())
+            counts.unused[OUTSIDE] = self.ignored_count
+        return counts
 
     def to_bytes(self) -> bytes:
         """Return the index as the bytes of its file."""
@@ -297,8 +264,6 @@ def crc32_of(descriptor: int, offset: int, size: int) -> int:
 
 def readable_name(member: Member) -> str:
     """Return the name of a member; bytes that are not UTF-8 are written as \\xfc."""
-    if not member.problem:
-        return member.name
     return member.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -325,7 +290,7 @@ def _collect(path: Path, descriptor: int, *, crc: bool) -> ShardIndex:
     problems: dict[int, str] = {}
     digest = hashlib.sha256()
     for member in scan_members(header_reader(descriptor), status.st_size):
-        name = readable_name(member)
+        name = readable_name(member) if member.problem else member.name
         match = NAME.fullmatch(name)
         if match is None or METADATA.match(name):
             ignored_count += 1
@@ -400,7 +365,7 @@ def parse_index(path: Path, data: bytes | mmap.mmap | NDArray[np.uint8]) -> Shar
     except (KeyError, TypeError, ValueError):
         return None
     ends = index._columns["member_offset"] + index._columns["member_size"]
-    kinds = index._columns["member_extension"]
+    kinds = index._kinds
     if len(ends) and (int(ends.max()) > index.size or int(kinds.max()) >= len(index._extensions)):
         return None
     return index

@@ -8,6 +8,7 @@ archive) has a `problem` instead; it costs no other member.
 """
 
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -147,7 +148,7 @@ def scan_members(read: Read, file_size: int, *, lenient: bool = False) -> Iterat
 
 def _problem_of(name: str) -> str:
     """Return why a member of this name must not be read; empty if it may."""
-    if name.startswith("/") or ".." in name.split("/"):
+    if name.startswith("/") or (".." in name and ".." in name.split("/")):
         # Nothing is unpacked here, but users of the keys may join them to a path.
         return "its name leads out of the archive"
     # `_decode_name` keeps bytes that are not UTF-8 as lone surrogates.
@@ -196,8 +197,17 @@ def _check_checksum(block: bytes, form: re.Pattern[bytes], offset: int) -> None:
     if form.fullmatch(field) is None:
         reason = _what_else(block, offset) or "no tar header here (its checksum field is not a checksum)"
         raise TarDamage(offset, reason)
-    if sum(block) - sum(field) + 8 * 0x20 != int(field.strip(b"\0 "), 8):
+    if _sum_of_bytes(block) - sum(field) + 8 * 0x20 != int(field.strip(b"\0 "), 8):
         raise TarDamage(offset, "the header checksum does not match")
+
+
+def _sum_of_bytes(block: bytes) -> int:
+    """Return `sum(block)` of 512 bytes, several times faster.
+
+    The low half of an Adler-32 (RFC 1950, section 9) is 1 + the sum of the bytes, modulo 65521, which 256 bytes cannot
+    reach.
+    """
+    return (zlib.adler32(block[:256]) & 0xFFFF) + (zlib.adler32(block[256:]) & 0xFFFF) - 2
 
 
 def _check_inside(offset: int, data: int, size: int, file_size: int) -> None:
