@@ -25,6 +25,7 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _LARGEST = 1 << 20  # bytes of text or EXIF data that are looked at
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_XMP, _PNG_EXIF = b"XML:com.adobe.xmp", b"Raw profile type exif"
+_SEGMENT = struct.Struct(">HH")  # marker and length
 _JPEG_EXIF, _JPEG_XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 # What decides how the pixels are stored: TIFF 6.0, and its technical notes on JPEG.
 _TIFF_FIELDS = frozenset(
@@ -91,28 +92,27 @@ def _separate_jpeg(data: bytes) -> tuple[bytes, int]:
     exif = xmp = None
     kept = [b"\xff\xd8"]
     copied = at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
-        marker = data[at + 1]
-        if marker == 0xFF:  # a fill byte
+    last = len(data) - 4
+    while at <= last:
+        marker, length = _SEGMENT.unpack_from(data, at)
+        if marker == 0xFFFF:  # a fill byte
             at += 1
             continue
-        if marker == 0xDA or marker < 0xC0:  # the first scan; or no marker that stands before it
+        if marker == 0xFFDA or marker < 0xFFC0 or length < 2:  # the first scan; or nothing that stands before it
             break
-        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-        if (0xE0 <= marker <= 0xEF or marker == 0xFE) and end >= at + 4:
+        end = at + 2 + length
+        if 0xFFE0 <= marker <= 0xFFEF or marker == 0xFFFE:
             body = data[at + 4 : end]
-            if marker == 0xE1 and exif is None and body.startswith(_JPEG_EXIF):
+            if marker == 0xFFE1 and exif is None and body.startswith(_JPEG_EXIF):
                 exif = body
-            elif marker == 0xE1 and xmp is None and body.startswith(_JPEG_XMP):
+            elif marker == 0xFFE1 and xmp is None and body.startswith(_JPEG_XMP):
                 xmp = body
             # Shorter ones mean nothing to libjpeg, but end Pillow's parser.
-            is_jfif = marker == 0xE0 and body.startswith(b"JFIF\0") and len(body) >= 14
-            is_adobe = marker == 0xEE and body.startswith(b"Adobe") and len(body) >= 12
+            is_jfif = marker == 0xFFE0 and body.startswith(b"JFIF\0") and len(body) >= 14
+            is_adobe = marker == 0xFFEE and body.startswith(b"Adobe") and len(body) >= 12
             if not (is_jfif or is_adobe):
                 kept.append(data[copied:at])
                 copied = end
-        elif end < at + 4:
-            break
         at = end
     if len(kept) == 1 and copied == 2:
         return data, 1

@@ -410,13 +410,15 @@ def read_bytes(descriptor: int, name: str, offset: int, size: int, crc: int | No
     """
     if size > MAX_MEMBER_BYTES:
         raise ImageError("too_large", f"a member of {size} bytes (at most {MAX_MEMBER_BYTES} are read)")
-    data = b""
-    with files.reading(name):
+    try:
+        data = os.pread(descriptor, size, offset)
         while len(data) < size:  # network file systems may return less than was asked for
             more = os.pread(descriptor, size - len(data), offset + len(data))
             if not more:
                 raise MaekitError(f"{name}: shorter than when it was indexed")
             data += more
+    except OSError as error:
+        raise files.read_failure(name, error) from error
     if crc is not None and zlib.crc32(data) != crc:
         raise ImageError("checksum", "the bytes are not those of the CRC-32 in the index")
     return data

@@ -104,7 +104,7 @@ def reading(path: Path | str, kind: type[MaekitError] = MaekitError) -> Iterator
     try:
         yield
     except OSError as error:
-        raise kind(f"cannot read {path}: {error.strerror or error}") from error
+        raise read_failure(path, error, kind) from error
 
 
 @contextlib.contextmanager
@@ -253,6 +253,11 @@ def require_utf8(path: Path) -> None:
         str(path).encode()
     except UnicodeEncodeError as error:
         raise InputError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename it") from error
+
+
+def read_failure(path: Path | str, error: OSError, kind: type[MaekitError] = MaekitError) -> MaekitError:
+    """Return the error of this kind for a failed read, with the path and the system's message."""
+    return kind(f"cannot read {path}: {error.strerror or error}")
 
 
 def write_failure(path: Path, error: OSError) -> MaekitError:
