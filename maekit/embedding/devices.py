@@ -71,6 +71,7 @@ class ManyDevices:
         running: where the model runs; known once entered. Its `concurrency` is the sum over the devices.
         count: number of devices.
         workers: decoding processes, over all devices.
+        cores: CPU cores that they may use, over all devices.
     """
 
     running: Running
@@ -78,6 +79,7 @@ class ManyDevices:
     def __init__(self, devices: Sequence[OneDevice]) -> None:
         self._devices = devices
         self.count, self.workers = len(devices), sum(device.workers for device in devices)
+        self.cores = sum(device.cores for device in devices)
         self._children: list[_Child] = []
         self._stop = mmap.mmap(-1, 1)  # shared with the children
 

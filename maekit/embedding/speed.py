@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 from maekit.embedding.devices import Devices
 from maekit.providers import CPU
-from maekit.system.machine import cores
 
 
 class Speed(NamedTuple):
@@ -26,7 +25,7 @@ class Speed(NamedTuple):
     def of(cls, devices: Devices, seconds: float) -> "Speed":
         """Return the speed of what the devices have done in `seconds`."""
         timing, running = devices.timing, devices.running
-        decode = timing.samples * min(devices.workers, cores()) / timing.decoding if timing.decoding else 0.0
+        decode = timing.samples * min(devices.workers, devices.cores) / timing.decoding if timing.decoding else 0.0
         model = timing.images * running.concurrency / timing.running if timing.running else 0.0
         write = timing.rows * devices.count / timing.writing if timing.writing else 0.0
         whole = timing.images / seconds if seconds else 0.0
