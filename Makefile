@@ -34,18 +34,17 @@ types: setup
 PYTEST := python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test: lint types
-	$(BIN)/$(PYTEST)
+	$(BIN)/$(PYTEST) -m "not whole or source"
 	$(MAKE) test-wheel
 
 # The built wheel, from outside the root, so that a sub-package missing from it cannot hide behind the source tree.
-# The tests that go through whole commands (marker `whole`): what packaging cannot change (numbers, damage, kills) was
-# tested above.
+# The tests that go through whole commands (marker `whole`) run here only: the wheel is what users have.
 test-wheel: setup
 	rm -rf build/wheel build/lib && mkdir -p build/wheel/site build/wheel/run
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir build/wheel .
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/wheel/site build/wheel/*.whl
 	cp -r tests build/wheel/run/tests && cp pyproject.toml README.md build/wheel/run/
-	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) -m whole
+	cd build/wheel/run && PYTHONPATH=$(CURDIR)/build/wheel/site MAEKIT_WHEEL=$(CURDIR)/build/wheel/site $(CURDIR)/$(BIN)/$(PYTEST) -m "whole and not source"
 
 # The same campaigns as in `make test`, in full: 10,000 of each damage, 300 kills of packing, training, embedding, and the
 # dry run of bench/gpu; an hour.

@@ -10,7 +10,6 @@ from traceback import format_exception
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from maekit.cli.failures import described
 from maekit.cli.options import with_flags
@@ -27,22 +26,8 @@ _PANELS = {
 }
 
 
-class _Commands(TyperGroup):
-    """The commands. Where Typer refuses an argument, it repeats it: a name that a shell's `*` may have put there."""
-
-    def invoke(self, ctx: Any) -> Any:
-        """Run the command that was named."""
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            if hasattr(error, "format_message"):  # the classes of Click, which Typer keeps to itself
-                error.message = plain(error.message)  # type: ignore[attr-defined]
-            raise
-
-
 app = typer.Typer(
     name="maekit",
-    cls=_Commands,
     help="Pre-train a masked autoencoder on tar shards, export its encoder to ONNX, extract embeddings.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -129,7 +114,7 @@ def _main() -> None:
         logging.lastResort.setFormatter(_Log())
     try:
         _require_working_directory()
-        app(standalone_mode=True)
+        sys.exit(app(standalone_mode=False) or 0)  # else Typer would print its own errors, in boxes
     except Exception as error:
         if os.environ.get("MAEKIT_DEBUG"):
             _report(type(error), error, error.__traceback__)

@@ -8,6 +8,7 @@ from maekit.cli.options import Summary, configured
 from maekit.cli.show import make_progress, print_table, say
 from maekit.config.check import CheckConfig
 from maekit.system.errors import InputError
+from maekit.system.text import count
 
 if TYPE_CHECKING:
     from maekit.checking import CheckReport, ImageReport, ShardReport
@@ -95,10 +96,10 @@ def _print_shards(report: "CheckReport") -> None:
     if len(shown) > _ROWS:
         say(f"… and {len(shown) - _ROWS} more shards with remarks")
     if hidden := len(report.shards) - len(shown):
-        say(f"{hidden} shards without remarks are not shown")
+        say(f"{count('shard', hidden)} without remarks not shown")
     unreadable = sum(shard.unreadable for shard in report.shards)
     say(
-        f"{report.samples} samples in {len(report.shards)} shards, {describe_bytes(report.bytes)}; "
+        f"{count('sample', report.samples)} in {count('shard', len(report.shards))}, {describe_bytes(report.bytes)}; "
         f"{len(report.damaged) - unreadable} damaged" + (f", {unreadable} unreadable" if unreadable else "")
     )
     summary = report.summary()

@@ -3,6 +3,7 @@
 from maekit.cli.options import Summary, configured
 from maekit.cli.show import describe_unused, make_progress, say
 from maekit.config.embed import EmbedConfig
+from maekit.system.text import count
 
 
 @configured(EmbedConfig)
@@ -17,8 +18,8 @@ def command(config: EmbedConfig) -> Summary:
     result = embed(config, make_progress())
     split = "" if result.split == "all" else f", split {result.split}"
     say(
-        f"{result.rows} rows, {result.errors} errors{describe_unused(result.unused)}; {result.shards} shards embedded, "
-        f"{result.skipped} already there{split}: {result.out}"
+        f"{result.rows} rows, {result.errors} errors{describe_unused(result.unused)}; "
+        f"{count('shard', result.shards)} embedded, {result.skipped} already there{split}: {result.out}"
     )
     if result.binds:
         stages = ", ".join(f"{stage} {rate:.1f}" for stage, rate in result.rates.items())
@@ -28,7 +29,7 @@ def command(config: EmbedConfig) -> Summary:
         )
     if result.verified is not None and not result.verified.problems:
         verified = result.verified
-        counts = f"{verified.rows} rows and {verified.errors} errors are all keys of {verified.shards} shards"
+        counts = f"{verified.rows} rows and {verified.errors} errors are all keys of {count('shard', verified.shards)}"
         say(f"verified: {counts}" if verified.shards else "nothing to verify")
     yield result
     raise_if_incomplete(result)

@@ -5,6 +5,7 @@ import os
 import re
 import traceback
 from pathlib import Path
+from typing import Any
 
 from maekit.cli.options import with_flags
 from maekit.system.errors import MaekitError
@@ -24,6 +25,7 @@ _REMEDIES = {
 _OUT_OF_MEMORY = (
     "out of memory; use fewer `workers` or a smaller `batch_size`, or give it more (ulimit -v, the job's limit)"
 )
+_QUOTED_OPTION = re.compile(r"'(--?[a-z][a-z-]*)'")
 _LONG_NAME = re.compile(r"[^\s:;,']{500,}")
 # How libraries say so in exceptions of their own.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
@@ -40,6 +42,8 @@ def _described(error: BaseException) -> tuple[str, int]:
     said = (str(error).strip().splitlines() or [""])[0]
     if isinstance(error, MaekitError):
         return str(error).strip(), error.exit_code
+    if hasattr(error, "format_message"):  # of a wrong command line; Typer keeps the class to itself
+        return _of_usage(error), getattr(error, "exit_code", 2)
     if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] in _TRAINING:
         return f"this command needs {str(error.name).partition('.')[0]}: pip install 'maekit[train]'", 2
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
@@ -58,6 +62,15 @@ def _described(error: BaseException) -> tuple[str, int]:
         "the same command prints with MAEKIT_DEBUG=1 before it",
         1,
     )
+
+
+def _of_usage(error: Any) -> str:
+    """Return the line for a command line that Typer refused: `--batch-size: 'x' is not a valid int; see …`."""
+    said = " ".join(error.format_message().split()).rstrip(".")
+    said = said[:1].lower() + said[1:]
+    said = re.sub(r"^invalid value for (.*?): ", r"\1: ", said)
+    command = getattr(getattr(error, "ctx", None), "command_path", "maekit")
+    return f"{_QUOTED_OPTION.sub(lambda option: option[1], said)}; {command} --help lists what there is"
 
 
 def _place(error: BaseException) -> str:

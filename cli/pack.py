@@ -5,6 +5,7 @@ from dataclasses import asdict
 from maekit.cli.options import Summary, configured
 from maekit.cli.show import make_progress, say
 from maekit.config.pack import PackConfig
+from maekit.system.text import count
 
 
 @configured(PackConfig)
@@ -20,14 +21,15 @@ def command(config: PackConfig) -> Summary:
     from maekit.system.files import describe_bytes
 
     report = pack(config, make_progress())
-    say(f"{report.samples} images in {len(report.shards)} shards, {describe_bytes(report.bytes)}: {config.out}")
+    shards = f"{count('shard', len(report.shards))}, {describe_bytes(report.bytes)}"
+    say(f"{count('image', report.samples)} in {shards}: {config.out}")
     if report.class_counts:
         shown = ", ".join(f"{name} {report.class_counts[name]}" for name in report.classes[:12])
         more = f", {len(report.classes) - 12} more" if len(report.classes) > 12 else ""
         say(f"classes: {shown}{more} (in {config.out}/classes.txt)")
-    for count, what in ((report.unlabelled, "images have no label"), (report.empty, "image files hold no bytes")):
-        if count:
-            say(f"{count} {what}")
+    for number, what in ((report.unlabelled, "images have no label"), (report.empty, "image files hold no bytes")):
+        if number:
+            say(f"{number} {what}")
     for what, counts in (("riding along", report.sidecars), ("passed over", report.passed_over)):
         if counts:
             say(f"{what}: " + ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items())))

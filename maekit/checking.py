@@ -351,7 +351,7 @@ def _scan(
         index = _verified_index(shard, report, crc=crc, cache_limit=cache_limit)
     except MaekitError as error:  # an unreadable shard counts as damaged; the others are still checked
         report.unreadable = not isinstance(error, DamagedShard)
-        whole = DamagedShard(str(shard.url or shard.path), 0, str(error))
+        whole = DamagedShard(shard.where, 0, str(error))
         report.damage = error if isinstance(error, DamagedShard) else whole
         return report
     finally:

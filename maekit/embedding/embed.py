@@ -128,7 +128,7 @@ def embed(config: EmbedConfig, progress: Progress | None = None) -> EmbedResult:
                     return result
                 output.discard_if_new()
                 narrowed = f" whose key matches {config.select}" if config.select is not None else ""
-                raise InputError(f"the {len(parts)} shards hold no sample at all{narrowed}")
+                raise InputError(f"the {count('shard holds', len(parts), 'shards hold')} no sample at all{narrowed}")
             if config.verify:
                 result.verified = verify(
                     output,
@@ -265,7 +265,7 @@ class _Job:
         if retried := sum(planned.is_retried for planned in todo):
             self.progress.note(f"{count('shard', retried)} with errors to retry: embedded again")
         if self.result.skipped:
-            self.progress.note(f"{self.result.skipped} of {len(parts)} shards are committed already")
+            self.progress.note(f"{self.result.skipped} of {count('shard', len(parts))} committed already")
         return todo
 
     def refuse_renamed(self, parts: Sequence[PlannedPart]) -> None:
@@ -373,15 +373,15 @@ def raise_if_incomplete(result: EmbedResult) -> None:
         MaekitError: names the first of them.
     """
     if result.damaged:
-        raise MaekitError(f"{len(result.damaged)} shards were left out: {result.damaged[0]}")
+        raise MaekitError(f"{count('shard was', len(result.damaged), 'shards were')} left out: {result.damaged[0]}")
     if result.elsewhere:
         raise MaekitError(
-            f"{len(result.elsewhere)} shards are in the hands of another run: {result.elsewhere[0]}; run the command "
-            "again when it has ended"
+            f"{count('shard is', len(result.elsewhere), 'shards are')} in the hands of another run: "
+            f"{result.elsewhere[0]}; run the command again when it has ended"
         )
     if result.verified is not None and result.verified.problems:
         problems = result.verified.problems
-        raise MaekitError(f"`verify`: {len(problems)} problems, the first: {problems[0]}")
+        raise MaekitError(f"`verify`: {count('problem', len(problems))}, the first: {problems[0]}")
     if result.errors and not result.rows:
         of = count("sample", result.errors)
         raise MaekitError(f"none of {of} has an embedding; {result.out}/_maekit/errors says why")

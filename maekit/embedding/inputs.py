@@ -73,7 +73,7 @@ class TarPart:
     @property
     def where(self) -> str:
         """Its path or URL."""
-        return self.shard.url or str(self.shard.path)
+        return self.shard.where
 
     @property
     def is_remote(self) -> bool:
@@ -98,7 +98,7 @@ class TarPart:
             index.choice = self.image
             counts = index.count_images()
             if self.image is None and counts.several:
-                raise MaekitError(ambiguity(index))
+                raise MaekitError(ambiguity(index, self.where))
             return TarImages(self, version, index, counts.unused, open_shard(index, remote))
         except DamagedShard as damage:
             raise DamagedShard(self.where, damage.offset, damage.reason) from damage

@@ -217,7 +217,7 @@ def stored_features(labelled: LabelledSet, folder: EmbeddingFolder, name: str) -
         record = _record_of(folder, file, labelled.shards.index(shard).digest, labelled.shards.remote)
         if record is None:
             raise InputError(
-                f"{folder.path} has no embeddings of {file.url or file.path} (`{name}`); embed it into the same `out`, "
+                f"{folder.path} has no embeddings of {file.where} (`{name}`); embed it into the same `out`, "
                 "or name the shards that were embedded"
             )
         if not record.rows:

@@ -119,7 +119,7 @@ class ShardSet:
         file = self.shards[shard]
         index = self.remote.published_index(file) if file.url and self.remote else load_index(file.path)
         if index is None or index.digest != self._rows[shard].digest:
-            raise MaekitError(f"{file.url or file.path}: changed since it was indexed; run the command again")
+            raise MaekitError(f"{file.where}: changed since it was indexed; run the command again")
         index.choice = self._choice
         return index
 
@@ -141,7 +141,8 @@ class ShardSet:
         ambiguous = [number for number, row in enumerate(self._rows) if row.several]
         if self._choice is None and ambiguous:
             several = sum(self._rows[number].several for number in ambiguous)
-            raise InputError(f"{ambiguity(self.index(ambiguous[0]))} ({several} such samples in all)")
+            said = ambiguity(self.index(ambiguous[0]), self.shards[ambiguous[0]].where)
+            raise InputError(f"{said} ({several} such samples in all)")
 
     def fetch(self, shard: int) -> bool:
         """Bring a shard onto this machine; return False if another process is downloading it.
@@ -228,12 +229,12 @@ class ShardSet:
         return self._class_names[folder]
 
 
-def ambiguity(index: ShardIndex) -> str:
+def ambiguity(index: ShardIndex, where: str) -> str:
     """Return the message for a shard in which samples have several images, with the ways to choose one."""
     ordinal = next(n for n in range(index.samples) if index.is_ambiguous(n))
     found = [member.extension for member in index.members(ordinal) if may_be_image(member.extension)]
     return (
-        f"{index.path}: the sample {index.key(ordinal)!r} has several images ({first_few(found)}): choose one by "
+        f"{where}: the sample {index.key(ordinal)!r} has several images ({first_few(found)}): choose one by "
         f"`image={found[0]}`, or `image=first`; or `maekit pack` makes a sample of each, with `key_by=name`"
     )
 

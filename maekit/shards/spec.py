@@ -10,9 +10,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from maekit.shards.folder import TAR, is_shard, look_into
+from maekit.shards.image_choice import IMAGE_EXTENSIONS
 from maekit.system import files
 from maekit.system.errors import InputError
 from maekit.system.redaction import address, identity, is_redacted, redact
+from maekit.system.text import count
 
 _IPV6 = re.compile(r"//\[[0-9a-fA-F:.]+\]")  # an IPv6 address as host
 
@@ -30,6 +32,11 @@ class ShardFile:
     name: str
     path: Path
     url: str | None = None
+
+    @property
+    def where(self) -> str:
+        """What messages call it: its path, or its URL without secrets."""
+        return str(self.path) if self.url is None else address(self.url)
 
 
 def find_shards(specs: str | os.PathLike[str] | Iterable[str | os.PathLike[str]]) -> list[ShardFile]:
@@ -116,15 +123,18 @@ def _listed(pattern: str) -> list[str]:
     filesystem, path = connect(pattern)
     try:
         if _has_wildcard(pattern):
-            found = [name for name in filesystem.glob(path) if not _is_index(name)]
+            there = [name for name in filesystem.glob(path) if not _is_index(name)]
         else:
-            found = [name for name in filesystem.find(path) if is_shard(_file_name(name))]
+            there = filesystem.find(path)
     except Exception as error:  # each protocol raises its own types
         said = f"{pattern}: cannot be listed: {str(error) or type(error).__name__}"
         raise InputError(redact(said, pattern)) from None
+    found = there if _has_wildcard(pattern) else [name for name in there if is_shard(_file_name(name))]
     if not found:
         what = "no file matches this pattern" if _has_wildcard(pattern) else "no .tar file is listed there"
-        raise InputError(f"{pattern}: {what}")
+        if images := [name for name in there if PurePosixPath(name).suffix[1:].lower() in IMAGE_EXTENSIONS]:
+            what += f", but {count('image', len(images))}; download the folder, and `maekit pack` it into shards"
+        raise InputError(f"{redact(pattern, pattern)}: {what}")
     return [filesystem.unstrip_protocol(name) for name in sorted(found)]
 
 

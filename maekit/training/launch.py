@@ -28,6 +28,7 @@ from maekit.system import files, locks
 from maekit.system.errors import DamagedShard, InputError, OtherRankError
 from maekit.system.progress import Progress
 from maekit.system.signals import stop_on_signal
+from maekit.system.text import count
 from maekit.training import distributed
 from maekit.training.distributed import DistributedContext
 from maekit.training.step import check_micro_batch
@@ -168,7 +169,7 @@ def _index_shards(
     shards = open_set(config, config.shards, progress, "index shards", known_digest=known_digest)
     shards.refuse_ambiguous()
     if world.is_main:
-        progress.note(f"{shards.samples} samples in {len(shards.shards)} shards")
+        progress.note(f"{count('sample', shards.samples)} in {count('shard', len(shards.shards))}")
     if shards.remote is not None:
         # Two windows of remote shards must fit; otherwise each read would be a download.
         sizes = [shards.bytes_of(shard) for shard, file in enumerate(shards.shards) if file.url]

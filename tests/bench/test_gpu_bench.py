@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 FOLDER = Path(__file__).parents[2] / "bench" / "gpu"
-pytestmark = pytest.mark.skipif(not FOLDER.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.source
 
 PARTS = """
 import json, os, subprocess, sys, time

@@ -77,7 +77,8 @@ def test_any_option_with_any_value_is_refused_in_one_line(
         last = said.strip().splitlines()[-1]
         shown = f"{words} {[argument[:80] for argument in arguments]}: exit {code}: {said[-600:]}"
         assert code == 2, shown
-        assert last.startswith(("maekit: ", "╰")), shown  # the box is that of Typer, for values of the wrong type
+        assert last.startswith("maekit: "), shown
+        assert "╭" not in said, shown
         assert len(last) < 1000, shown
         assert "unforeseen" not in said, shown
         assert "Traceback" not in said, shown
@@ -110,6 +111,10 @@ def test_every_number_is_bounded_on_both_sides() -> None:
             ("embed", "m.onnx", "x", "--out", "y", "--workers", "20000"),
             "--workers 20000: must be at least 1, and at most",
         ),
+        (("check", "x", "--workers", "abc"), "--workers: "),
+        (("check", "x", "--wokers", "2"), "no such option: --wokers"),
+        (("embed",), "missing argument 'ENCODER.ONNX'; maekit embed --help lists what there is"),
+        (("embd", "m.onnx"), "did you mean 'embed'"),
         (("check", "x", "--workers", "20000"), "--workers 20000: must be at least 1, and at most 1024"),
         (("pack", "x", "y", "--shard-mb", "1e300"), "--shard-mb 1e+300: must be at most 1000000000000"),
     ],
@@ -117,7 +122,7 @@ def test_every_number_is_bounded_on_both_sides() -> None:
 def test_the_line_names_the_setting_and_what_is_possible(arguments: tuple[str, ...], said: str, maekit_: Any) -> None:
     code, err = maekit_(*arguments)
     assert (code, err.count("\n")) == (2, 1), err
-    assert said in err
+    assert said.lower() in err.lower()
     assert len(err) < 700
 
 

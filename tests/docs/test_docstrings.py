@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = [path for folder in ("maekit", "cli", "exporters") for path in sorted((ROOT / folder).rglob("*.py"))]
 
-pytestmark = pytest.mark.skipif(not FILES, reason="needs the source tree")
+pytestmark = pytest.mark.source
 
 
 def described(docstring: str, heading: str) -> Iterator[str]:

@@ -35,7 +35,7 @@ COMMANDS = {
     "pack": "pack INPUT-images OUT",
 }
 
-pytestmark = pytest.mark.skipif(not PAGE.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.source
 
 
 def rows() -> dict[str, dict[str, str]]:

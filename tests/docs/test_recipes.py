@@ -26,7 +26,7 @@ from maekit.config.settings import fields_of, load_toml
 from maekit.pretrained import load as loading
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "pretrain.sbatch"
-pytestmark = pytest.mark.skipif(not SCRIPT.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.source
 
 STAND_INS = {
     # As srun: starts the processes, passes their numbers, gives the highest exit code.

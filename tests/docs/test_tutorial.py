@@ -12,7 +12,7 @@ DOCS = Path(__file__).parents[2] / "docs" / "tutorial.md"
 SHORT = ("epochs = 50\n", "epochs = 2\n")  # the page says so
 SETTINGS = "small.toml"
 
-pytestmark = pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+pytestmark = pytest.mark.source
 
 
 def blocks() -> list[tuple[str, str]]:

@@ -117,7 +117,7 @@ def test_verify_reads_the_input_again(trained: Path, tmp_path: Path) -> None:
         result = embed(config)
         assert result.skipped == 2
         with raises(
-            MaekitError, match=r"--verify: 1 problems, the first: a\.tar: its images or kept members have other"
+            MaekitError, match=r"--verify: 1 problem, the first: a\.tar: its images or kept members have other"
         ):
             raise_if_incomplete(result)
         os.utime(shards / "a.tar")  # as the message says

@@ -274,7 +274,7 @@ def test_a_second_run_is_refused(trained: Path, shards: Path, tmp_path: Path) ->
     write_shard(shards / "new.tar", {"n": {"jpg": jpeg(1)}})
     with owned(tmp_path / "out" / "_maekit" / ".locks" / "shards" / "new.tar"):
         assert finish(start(config, tmp_path / "log")) == [1]  # all but the shard that another run has
-        assert "1 shards are in the hands of another run: new.tar" in (tmp_path / "log").read_text()
+        assert "1 shard is in the hands of another run: new.tar" in (tmp_path / "log").read_text()
     assert embed(config).shards == 1
 
 

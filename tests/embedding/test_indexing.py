@@ -302,13 +302,13 @@ def snippets() -> dict[str, str]:
     return found
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+@pytest.mark.source
 def test_each_reader_has_a_snippet() -> None:
     names = {name.rpartition(" ")[0] for name in snippets()}
     assert names >= {"pyarrow", "embedding-reader", "faiss", "usearch", "LanceDB", "DuckDB"}
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="needs the source tree")
+@pytest.mark.source
 @pytest.mark.parametrize("name", snippets())
 def test_snippets(embedded: Embedded, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each snippet runs as it is printed, and leaves what it says."""

@@ -414,3 +414,29 @@ def test_check_reads_remote_shards(server: Server) -> None:
     assert (report.samples, [shard.name for shard in report.damaged]) == (12, ["1.tar"])
     with raises(InputError, match="beside local shards"):
         check_shards(find_shards(f"{server.url}/sub/"), write_indexes=True)
+
+
+def test_several_images_in_remote_samples(server: Server) -> None:
+    """The published index says so: nothing is downloaded to refuse, and the line names the shard by its address."""
+    both = {"depth.png": jpeg(1), "rgb.png": jpeg(2)}
+    write_shard(server.folder / "several" / "0.tar", {"a": both, "b": both})
+    publish_indexes(server)
+    found = find_shards(f"{server.url}/several/")
+    said = rf"^{server.url}/several/0.tar: the sample 'a' has several images .*--image depth.png"
+    with raises(InputError, match=said):
+        open_shards(found).refuse_ambiguous()
+    shards = open_shards(found, image="rgb.png")
+    shards.refuse_ambiguous()
+    assert shards.unused == {"depth.png": 2}
+    assert ("GET", "0.tar", None) not in server.asked
+    assert list(shards.images([0, 1], lambda data: data)) == [both["rgb.png"]] * 2
+
+
+def test_a_remote_folder_of_images_is_refused_with_the_way(server: Server) -> None:
+    (server.folder / "pictures").mkdir()
+    (server.folder / "pictures" / "a.jpg").write_bytes(jpeg(1))
+    with raises(
+        InputError,
+        match="pictures/: no .tar file is listed there, but 1 image; download .* maekit pack it",
+    ):
+        find_shards(f"{server.url}/pictures/")
