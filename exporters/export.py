@@ -74,7 +74,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
     elif out.is_dir() or out.suffix != ".onnx":
         raise InputError(f"`out` {out}: must name a file that ends in .onnx")
     files.require_writable(out.parent)
-    trained = load_encoder(config.source, model=config.model, on_note=progress.note)
+    trained = load_encoder(config.source, model=config.model, image_size=config.image_size, on_note=progress.note)
     check_exportable(trained.encoder, config.pool)
     device = choose_device("auto" if config.whiten else "cpu")
     images = _comparison_images(trained, config)

@@ -103,8 +103,8 @@ class EmbeddingModule(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Return embeddings: uint8 `[B, H, W, C]` -> float32 `[B, D]`; for the pooling `tokens` `[B, N, D]`."""
         x = images.reshape(-1, self.rows, self.patch, self.columns, self.patch * 3)  # [B, H, W, C] -> by row of patches
-        # [B, rows, p, columns, p·C] -> [B, rows, columns, p, p·C]; `reshape` would add Shape, Mul and Concat (PyTorch 2.11)
-        x = x.transpose(2, 3).contiguous()
+        # PyTorch 2.11 would write a `reshape` of it as Shape, Mul and Concat.
+        x = x.transpose(2, 3).contiguous()  # [B, rows, p, columns, p·C] -> [B, rows, columns, p, p·C]
         x = x.view(-1, self.embedding.in_features).float()  # -> [B·N, p·p·C]
         if self.is_half:
             x = (x * self.scale - self.shift).half()

@@ -117,7 +117,8 @@ def verify(
         from maekit.pretrained.load import load_encoder
         from maekit.pretrained.torch_embedder import reference_embeddings
 
-        trained = load_encoder(os.fspath(source), model=model, on_note=progress.note)
+        size = description.preprocess.size
+        trained = load_encoder(os.fspath(source), model=model, image_size=size, on_note=progress.note)
         if recorded != (here := trained.provenance.get("sha256")):
             raise InputError(f"{path} was exported from other weights ({recorded}) than {source} has ({here})")
         problems += _unlike_source(spec, description, trained)

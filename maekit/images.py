@@ -17,7 +17,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,6 +103,13 @@ class Preprocess:
         """Return the usual evaluation preprocessing: a centre crop of 0.875, or no margin below 128 pixels."""
         ratio = 0.875 if min(size) >= 128 else 1.0
         return cls(size, (math.floor(size[0] / ratio), math.floor(size[1] / ratio)), mean, std)
+
+    def at(self, size: tuple[int, int]) -> "Preprocess":
+        """Return the same preprocessing for another input (height, width): the crop keeps its share of the image."""
+        height, width = (
+            math.floor(new * covered / old) for new, covered, old in zip(size, self.resize, self.size, strict=True)
+        )
+        return replace(self, size=size, resize=(height, width))
 
     def __call__(self, data: bytes) -> Pixels:
         """Decode an image file and prepare it for evaluation: bytes -> uint8 `[H, W, 3]`.

@@ -4,7 +4,7 @@ from functools import partial
 from typing import Literal
 
 from maekit.config.fields import Config, argument, check, setting, settings_of
-from maekit.config.images import image_setting
+from maekit.config.images import MOST_PIXELS, image_setting, parse_image_size
 from maekit.config.poolings import UNPOOLED, check_pool
 from maekit.system.errors import InputError
 
@@ -33,6 +33,14 @@ class ExportConfig(Config):
         None, "Length of a whitened embedding; by default as many as the images vary in.", at_least=1
     )
     whiten_images: int = _computes(5000, "Images to fit the whitening on, evenly spread.", at_least=2)
+    image_size: int | tuple[int, int] | None = _computes(
+        None,
+        "Side of the input in pixels, or HEIGHTxWIDTH, of another size than the encoder was trained at: its positions "
+        "are resized.",
+        parse=parse_image_size,
+        above=0,
+        at_most=MOST_PIXELS,
+    )
     image: str | None = image_setting(panel="What it computes", shown="as in the training")
     normalize: bool = _computes(True, "Divide each embedding by its L2 norm.")
     precision: Literal["fp32", "fp16", "int8"] = _computes("fp32", "fp32; fp16, for CUDA; int8, for CPUs.")
@@ -74,5 +82,5 @@ class ExportConfig(Config):
             raise InputError("`whiten` is for embeddings; `pool=tokens` gives tokens")
         if self.format == "timm":
             for name in self.changed():
-                if name not in ("source", "out", "format", "model", "parity", "image"):
+                if name not in ("source", "out", "format", "model", "parity", "image", "image_size"):
                     raise InputError(f"`{name}` is not for `format=timm`, which writes the encoder alone in fp32")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from maekit.config.fields import MOST_IMAGES, MOST_PROCESSES, Config, argument, check, count_or_auto, setting, unlisted
-from maekit.config.images import image_setting
+from maekit.config.images import MOST_PIXELS, image_setting, parse_image_size
 from maekit.config.settings import load_settings
 from maekit.system.errors import InputError
 
@@ -19,7 +19,6 @@ DEFAULT_EPOCHS = 400.0
 WINDOW_SHARDS = 16
 MOST_STEPS = 10**9
 MOST_EPOCHS = 1e6
-MOST_PIXELS = 8192  # of a side of the input
 MOST_WIDTH = 1 << 16
 MOST_BLOCKS = 1000
 Masking = Literal["random", "block", "grid"]
@@ -34,18 +33,6 @@ _target = partial(setting, panel="Target")
 _images = partial(setting, panel="Images")
 _machine = partial(setting, panel="Machine", free=True)
 _output = partial(setting, panel="Output", free=True)
-
-
-def parse_image_size(text: str) -> int | tuple[int, int]:
-    """Parse a number of pixels, or HEIGHTxWIDTH.
-
-    Raises:
-        ValueError: it is neither.
-    """
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise ValueError(f"{text!r}: must be a number of pixels, or two as in 192x256 (height x width)")
-    return int(sides[0]) if len(sides) == 1 else (int(sides[0]), int(sides[1]))
 
 
 class ModelConfig(Config):

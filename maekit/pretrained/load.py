@@ -13,6 +13,7 @@ from maekit.images import Preprocess
 from maekit.mae.autoencoder import MaskedAutoencoder, build_autoencoder
 from maekit.mae.encoder import DEFAULT_MODEL, TIMM_NAMES, build_encoder, timm_arguments
 from maekit.pretrained.files import load_strictly
+from maekit.pretrained.resize import POSITIONS, PROJECTION, resized_encoder, resized_positions
 from maekit.pretrained.sources import TIMM_PREFIX, Note, create_timm, fetch_timm, read_source, timm_preprocess
 from maekit.system.errors import InputError
 
@@ -58,14 +59,22 @@ class TrainedAutoencoder:
     masking: str
 
 
-def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda text: None) -> TrainedEncoder:
+def load_encoder(
+    name: str,
+    *,
+    model: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    on_note: Note = lambda text: None,
+) -> TrainedEncoder:
     """Load the encoder that a source names.
 
     Args:
         name: the source; `maekit.pretrained.sources` lists the kinds.
         model: timm's name of the architecture, for a weights file: any plain ViT, with or without a tag. A tag
             (`vit_base_patch16_224.mae`) also selects the preprocessing. Without it, the weights' shapes decide.
-        on_note: receives notes on damaged checkpoints, omitted weights and assumptions.
+        image_size: input of the encoder in pixels, or (height, width); by default the one it was trained at. The
+            positions are resized (maekit/pretrained/resize.py).
+        on_note: receives notes on damaged checkpoints, omitted weights, assumptions and resized positions.
 
     Raises:
         InputError: no such source, or it does not fit the model.
@@ -74,17 +83,24 @@ def load_encoder(name: str, *, model: str | None = None, on_note: Note = lambda 
     if model and (source is None or source.is_named):
         raise InputError(f"`model` {model}: {name} says itself which model it is")
     if source is None:
-        return _published(name.removeprefix(TIMM_PREFIX))
+        return _published(name.removeprefix(TIMM_PREFIX), image_size, on_note)
     config = source.config()
     config.name = config.name or DEFAULT_MODEL
+    trained_size = config.size
     arguments = source.timm_arguments or timm_arguments(config)
+    if image_size is not None and ModelConfig(image_size=image_size).size != trained_size:
+        config.image_size = image_size
+        arguments = {**arguments, "img_size": timm_arguments(config)["img_size"]}
     encoder = create_timm(config.name, arguments) if source.sizes.get("is_any_vit") else build_encoder(config)
-    _load_encoder(encoder, source.encoder, name, on_note)
+    weights = _resized(encoder, source.encoder, trained_size, name, on_note)
+    _load_encoder(encoder, weights, name, on_note)
     set_norm_eps(encoder, source.norm_eps)
     preprocess = source.preprocess
     if preprocess is None:
         on_note(f"{name} does not say how its images were normalised: taken are ImageNet's mean and std")
-        preprocess = Preprocess.for_size(config.size, IMAGENET_MEAN, IMAGENET_STD)
+        preprocess = Preprocess.for_size(trained_size, IMAGENET_MEAN, IMAGENET_STD)
+    if config.size != preprocess.size:
+        preprocess = preprocess.at(config.size)
     return TrainedEncoder(
         encoder.eval(), config.name, preprocess, arguments, source.provenance, source.shards, source.image
     )
@@ -131,6 +147,22 @@ def _load_encoder(
     load_strictly(encoder, {key: tensor for key, tensor in weights.items() if key not in left_out}, said)
 
 
+def _resized(
+    encoder: VisionTransformer, weights: dict[str, torch.Tensor], size: tuple[int, int], said: str, on_note: Note
+) -> dict[str, torch.Tensor]:
+    """Return weights that were trained at images of `size` (height, width), for the sizes of this encoder."""
+    if POSITIONS not in weights or PROJECTION not in weights:
+        return weights  # loading says what is missing
+    patch = weights[PROJECTION].shape[-1]
+    grid, patch_size = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
+    fitted, done = resized_encoder(
+        weights, old=(size[0] // patch, size[1] // patch), new=(grid[0], grid[1]), patch_size=patch_size
+    )
+    if done:
+        on_note(f"{said}: {done}")
+    return fitted
+
+
 def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], name: str) -> None:
     """Load the weights outside encoder and decoder."""
     tensors = {key: p for key, p in model.named_parameters() if not key.startswith(("encoder.", "decoder."))}
@@ -142,13 +174,16 @@ def _load_task(model: MaskedAutoencoder, weights: Mapping[str, torch.Tensor], na
             parameter.copy_(weights[key])
 
 
-def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) -> str:
+def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig, on_note: Note = lambda text: None) -> str:
     """Load the weights that `--init-from` names: the encoder's, and the decoder's if the decoders are the same.
+
+    Weights of another image or patch size are resized (maekit/pretrained/resize.py).
 
     Args:
         model: changed in place; its positions are also replaced by the source's.
         name: the source; `maekit.pretrained.sources` lists the kinds.
         config: config of the model being built.
+        on_note: receives a note on what was resized.
 
     Returns:
         a sentence that says what was loaded.
@@ -158,8 +193,11 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     """
     said = f"`init_from` {name}"
     if name.startswith(TIMM_PREFIX):
-        donor = fetch_timm(name.removeprefix(TIMM_PREFIX), timm_arguments(config), said)
-        _load_encoder(model.encoder, donor.state_dict(), said)
+        # At their own sizes: timm would interpolate sine-cosine positions, too.
+        kept = {key: value for key, value in timm_arguments(config).items() if key not in ("img_size", "patch_size")}
+        donor = fetch_timm(name.removeprefix(TIMM_PREFIX), kept, said)
+        weights = _resized(model.encoder, donor.state_dict(), donor.patch_embed.img_size, said, on_note)
+        _load_encoder(model.encoder, weights, said)
         return f"the encoder starts from {name}"
     source = read_source(name, model=config.name)
     if (channels := source.sizes.get("channels", 3)) != config.channels:
@@ -168,16 +206,22 @@ def initialize_from(model: MaskedAutoencoder, name: str, config: ModelConfig) ->
     theirs = source.timm_arguments or {}
     if unknown := [key for key in theirs if key not in plain and ours.get(key) != theirs[key]]:
         raise InputError(f"{said} was built with {', '.join(unknown)}; pretrain builds plain ViTs only")
-    _load_encoder(model.encoder, source.encoder, said)
+    trained = source.config()
+    _load_encoder(model.encoder, _resized(model.encoder, source.encoder, trained.size, said, on_note), said)
     if not source.decoder:
         return f"the encoder starts from {name}"
     own = vars(config)
     kinds = ("decoder_heads", "decoder", "mask_tokens", "target", "tokenizer_sha256")
     differing = [key for key in kinds if source.sizes.get(key, own[key]) != own[key]]
+    decoder = dict(source.decoder)
+    patch = source.encoder[PROJECTION].shape[-1]
+    grid = (trained.size[0] // patch, trained.size[1] // patch)
+    if grid != model.grid and patch == model.patch_size and POSITIONS in decoder:
+        decoder[POSITIONS], _ = resized_positions(decoder[POSITIONS], grid, model.grid)
     shapes = {key: tensor.shape for key, tensor in model.decoder.state_dict().items()}
-    if differing or shapes != {key: tensor.shape for key, tensor in source.decoder.items()}:
+    if differing or shapes != {key: tensor.shape for key, tensor in decoder.items()}:
         return f"the encoder starts from {name}, the decoder anew: it is not the one of these settings"
-    load_strictly(model.decoder, source.decoder, said)
+    load_strictly(model.decoder, decoder, said)
     _load_task(model, source.task, said)
     basis = ", with its basis of principal components" if source.task and config.target == "pca" else ""
     return f"encoder and decoder start from {name}{basis}"
@@ -218,8 +262,8 @@ def set_norm_eps(module: torch.nn.Module, eps: float | None) -> None:
             part.eps = eps
 
 
-def _published(name: str) -> TrainedEncoder:
-    """Fetch published weights with timm, in the model they were published for."""
+def _published(name: str, image_size: int | tuple[int, int] | None, on_note: Note) -> TrainedEncoder:
+    """Fetch published weights with timm, in the model they were published for, or that model for another image size."""
     encoder = fetch_timm(name, {"num_classes": 0}, f"{TIMM_PREFIX}{name}")
     kind = type(encoder)
     if kind is not VisionTransformer:
@@ -228,4 +272,11 @@ def _published(name: str) -> TrainedEncoder:
     arguments = {"img_size": encoder.patch_embed.img_size[0], "num_classes": 0}
     provenance = {"source": "timm", "name": name, "hub": cfg.get("hf_hub_id"), "license": cfg.get("license")}
     preprocess = timm_preprocess(cfg, arguments["img_size"])
+    if image_size is not None:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        arguments["img_size"] = image_size if isinstance(image_size, int) else [height, width]
+        resized = create_timm(name, arguments)
+        weights = _resized(resized, encoder.state_dict(), encoder.patch_embed.img_size, name, on_note)
+        load_strictly(resized, weights, name)
+        encoder, preprocess = resized, preprocess.at((height, width))
     return TrainedEncoder(encoder.eval(), name.split(".")[0], preprocess, arguments, provenance)

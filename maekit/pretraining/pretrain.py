@@ -127,7 +127,7 @@ def tokenizer_digest(path: Path) -> str:
 def start_from(config: PretrainConfig, model: MaskedAutoencoder, shards: ShardSet, progress: Progress) -> None:
     """Initialise what a new model does not learn: the weights to start from, and the basis of a PCA target."""
     if config.model.init_from:
-        progress.note(initialize_from(model, config.model.init_from, config.model))
+        progress.note(initialize_from(model, config.model.init_from, config.model, progress.note))
     if isinstance(model.target, PcaTarget) and not model.target.is_fitted:
         data = config.data
         fit_pca(

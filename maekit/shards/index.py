@@ -32,7 +32,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.shards import columns as columns_file
-from maekit.shards.image_choice import FIRST, ImageCounts, count_images, is_ambiguous, ranks
+from maekit.shards.image_choice import FIRST, is_ambiguous, ranks
+from maekit.shards.image_counts import ImageCounts, count_images
 from maekit.shards.tar import BLOCK, REWRITE, Member, Read, TarDamage, scan_members
 from maekit.system import files
 from maekit.system.errors import DamagedShard, ImageError, MaekitError
