@@ -1,5 +1,7 @@
 """Which member of a sample is its image, by the members' extensions and the setting `image`.
 
+The setting says:
+
     not set    the only image of the sample. Members named as masks (a.mask.png) are no images. A sample without a known
                image extension has its only member of an unknown kind as its image: the bytes decide. Samples with
                several images are ambiguous, and where rows come from them, they are refused.
