@@ -71,7 +71,8 @@ def pool_tokens(
         "avg": lambda: norm(patches.mean(dim=1)),
         "cls": lambda: norm(tokens[:, 0]),
         "std": lambda: _deviation(patches),
-        "avg2x2": lambda: norm(quarters(patches)).flatten(1),  # -> [B, 4·D]
+        # `flatten` would export a Shape node (PyTorch 2.11).
+        "avg2x2": lambda: norm(quarters(patches)).reshape(-1, 4 * patches.shape[2]),  # [B, 4, D] -> [B, 4·D]
     }
     parts = [by_name[name]() for name in parts_of(pool)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)

@@ -251,8 +251,8 @@ def test_lars_scales_by_the_ratio_of_norms() -> None:
     weight, bias = model.head.weight, model.head.bias
     before = weight.detach().clone(), bias.detach().clone()
     weight.grad, bias.grad = torch.full_like(weight, 0.5), torch.full_like(bias, 0.5)
-    optimizer.step()
     trust = 0.001 * before[0].norm() / weight.grad.norm()  # You et al. 2017, equation 6
+    optimizer.step()
     torch.testing.assert_close(weight.detach(), before[0] - 2 * trust * 0.5)
     torch.testing.assert_close(bias.detach(), before[1] - 2 * 0.5)
     optimizer.found_inf = torch.ones(())
