@@ -28,7 +28,11 @@ _OUT_OF_MEMORY = (
 _QUOTED_OPTION = re.compile(r"'(--?[a-z][a-z-]*)'")
 _LONG_NAME = re.compile(r"[^\s:;,']{500,}")
 # How libraries say so in exceptions of their own.
-_NO_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "Failed to allocate memory", "bad allocation")
+_NO_MEMORY = (
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "Failed to allocate memory"),
+    *("bad_alloc", "bad allocation"),
+    "failed to map segment",  # of a shared library, by the loader
+)
 
 
 def described(error: BaseException) -> tuple[str, int]:
@@ -48,6 +52,8 @@ def _described(error: BaseException) -> tuple[str, int]:
         return f"this command needs {str(error.name).partition('.')[0]}: pip install 'maekit[train]'", 2
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in _NO_MEMORY):
         return _OUT_OF_MEMORY, 1
+    if isinstance(error, ImportError) and ".so" in said:
+        return f"a library cannot be loaded: {said}; reinstall the package that it belongs to", 1
     if isinstance(error, OSError) and error.errno is not None:
         subject = [os.fsdecode(error.filename)] if isinstance(error.filename, str | bytes) else []
         said = error.strerror or os.strerror(error.errno)

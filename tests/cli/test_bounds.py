@@ -146,6 +146,8 @@ def raised(work: Callable[[], object]) -> BaseException:
         (OSError(errno.ENOSPC, "No space left on device", "a"), "a: No space left on device: the disk is full", 1),
         (RuntimeError("can't start new thread"), "ulimit -u", 1),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory", 1),
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), "out of memory", 1),
+        (ImportError("libx.so.3: cannot open shared object file"), "reinstall the package that it belongs to", 1),
         (RecursionError("maximum recursion depth exceeded"), "unforeseen RecursionError", 1),
     ],
 )
