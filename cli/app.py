@@ -118,6 +118,8 @@ def _main() -> None:
     except Exception as error:
         if os.environ.get("MAEKIT_DEBUG"):
             _report(type(error), error, error.__traceback__)
+        else:  # what half-made objects of libraries raise when they are collected
+            sys.unraisablehook = lambda unraisable: None
         line, code = described(error)
         if not isinstance(error, OtherRankError):
             say(f"maekit: {line}", error=True)

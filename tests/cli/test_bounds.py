@@ -113,7 +113,7 @@ def test_every_number_is_bounded_on_both_sides() -> None:
         ),
         (("check", "x", "--workers", "abc"), "--workers: "),
         (("check", "x", "--wokers", "2"), "--wokers"),
-        (("embed",), "missing argument 'ENCODER.ONNX'; maekit embed --help lists what there is"),
+        (("embed",), "missing argument 'ENCODER.ONNX'; "),
         (("embd", "m.onnx"), "did you mean 'embed'"),
         (("check", "x", "--workers", "20000"), "--workers 20000: must be at least 1, and at most 1024"),
         (("pack", "x", "y", "--shard-mb", "1e300"), "--shard-mb 1e+300: must be at most 1000000000000"),
