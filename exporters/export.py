@@ -75,7 +75,7 @@ def export(config: ExportConfig, progress: Progress | None = None) -> ExportResu
         raise InputError(f"`out` {out}: must name a file that ends in .onnx")
     files.require_writable(out.parent)
     trained = load_encoder(config.source, model=config.model, image_size=config.image_size, on_note=progress.note)
-    check_exportable(trained.encoder, config.pool)
+    check_exportable(trained.encoder, config.pooling)
     device = choose_device("auto" if config.whiten else "cpu")
     images = _comparison_images(trained, config)
     if config.format == "timm":
@@ -107,7 +107,7 @@ def _fit(trained: TrainedEncoder, config: ExportConfig, device: str, progress: P
     def batches() -> Any:
         done = 0
         for images in sample:
-            yield reference_embeddings(trained, images, pool=config.pool, normalize=False)
+            yield reference_embeddings(trained, images, pool=config.pooling, normalize=False)
             done += len(images)
             progress.advance(done)
 
@@ -138,7 +138,9 @@ def _write(
             progress.note(f"only {len(images)} images: int8 is compared on those it is calibrated on as well")
     elif len(images) < IMAGES:
         progress.note(f"compared on {len(images)} images only, there are no more")
-    expected = reference_embeddings(trained, images, pool=config.pool, normalize=config.normalize, whitening=whitening)
+    expected = reference_embeddings(
+        trained, images, pool=config.pooling, normalize=config.normalize, whitening=whitening
+    )
     with new_model(out, proto) as model:
         # The written file is compared before it gets its final name. The figures then go into its metadata; the graph
         # does not change.
@@ -153,7 +155,7 @@ def _write(
             "maekit": __version__,
             "model": trained.name,
             "preprocess": trained.preprocess.to_json(),
-            "pool": config.pool,
+            "pool": config.pooling,
             "normalize": config.normalize,
             "whitening": whitening.to_json() if whitening else None,
             "dim": probe["shape"][-1],
@@ -182,7 +184,7 @@ def _trace(
     module = EmbeddingModule(
         trained.encoder,
         trained.preprocess,
-        pool=config.pool,
+        pool=config.pooling,
         normalize=config.normalize,
         whitening=whitening,
         half=config.precision == "fp16",

@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from maekit.config.export import OPSET_WITH_ATTENTION
+from maekit.config.poolings import parts_of
 from maekit.images import LUMA, Preprocess
 from maekit.mae.pooling import check_pooling, pool_tokens
 from maekit.system.errors import InputError
@@ -35,7 +36,8 @@ class EmbeddingModule(nn.Module):
         pool: `avg`, the mean of the patch tokens after the final LayerNorm (without class and register tokens; timm's
             own `avg` pools before its norm); `cls`, the class token after the final LayerNorm; `std`, the standard
             deviation of the patch tokens; `avg2x2`, the mean of each quarter of the image, row by row; several of
-            these joined by `+`, concatenated; or `tokens`, the patch tokens themselves, row by row.
+            these joined by `+`, concatenated; or `tokens`, the patch tokens themselves, row by row. With layers as in
+            `avg@8:pre` (maekit/config/poolings.py), the graph ends at the last one that is named.
         normalize: divide each embedding (or token) by its L2 norm.
         whitening: applied between pooling and L2 normalisation.
         half: compute the encoder in fp16; normalisation, pooling, whitening and L2 stay in fp32.
@@ -69,7 +71,10 @@ class EmbeddingModule(nn.Module):
         self.table = nn.Buffer(_token_table(encoder))
         self.patch_norm, self.norm_pre = encoder.patch_embed.norm, encoder.norm_pre
         is_fused = opset >= OPSET_WITH_ATTENTION
-        self.blocks = nn.ModuleList(_in_rows(block, self.tokens, fused=is_fused) for block in encoder.blocks)
+        depth = len(encoder.blocks)
+        self.taken = {part[1:]: part.layer or depth for part in parts_of(pool)}  # (layer, is normed) -> block
+        blocks = list(encoder.blocks)[: max(self.taken.values())]
+        self.blocks = nn.ModuleList(_in_rows(block, self.tokens, fused=is_fused) for block in blocks)
         self.norm, self.pooled_norm = encoder.norm, encoder.fc_norm
         self.quarters = nn.Buffer(_quarter_weights((self.rows, self.columns)))
         if half:
@@ -112,11 +117,15 @@ class EmbeddingModule(nn.Module):
         # Zero rows are padded in front; adding the table turns them into the class and register tokens.
         x = F.pad(x, (0, 0, self.prefix, 0)) + self.table  # -> [B, T, D]
         x = self.norm_pre(x.reshape(-1, self.width))  # -> [B·T, D]
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x).float().view(-1, self.tokens, self.width)  # -> [B, T, D]
+        outputs = {}
+        for number, block in enumerate(self.blocks, 1):
+            outputs[number] = x = block(x)
+        tokens = {
+            key: (self.norm(outputs[number]) if key[1] else outputs[number]).float().view(-1, self.tokens, self.width)
+            for key, number in self.taken.items()
+        }  # [B·T, D] -> [B, T, D]
         x = pool_tokens(
-            x, self.pool, prefix=self.prefix, norm=self.pooled_norm, quarters=lambda rows: self.quarters @ rows
+            tokens, self.pool, prefix=self.prefix, norm=self.pooled_norm, quarters=lambda rows: self.quarters @ rows
         )
         if self.whitening is not None:
             x = self.whitening(x)

@@ -71,7 +71,7 @@ class EncoderDescription:
             raise InputError(f"{path}: not written by `maekit export` (no {METADATA_KEY} entry in its metadata)")
         try:
             spec = json.loads(metadata)
-            poolings.check_pool("pool", str(spec["pool"]), also=(poolings.UNPOOLED,))
+            poolings.check_pool("pool", str(spec["pool"]), also=(poolings.UNPOOLED,), layers=True)
             return cls(
                 path,
                 sha256,

@@ -6,9 +6,10 @@ from typing import Any, Literal
 from maekit.config.fields import Config, argument, check, setting, unlisted
 from maekit.config.images import image_setting
 from maekit.config.poolings import CHOICES, check_pool
-from maekit.config.pretrain import Device
+from maekit.config.pretrain import MOST_BLOCKS, Device
 from maekit.system.errors import InputError
 
+ALL_LAYERS = "all"
 judged = partial(setting, panel="What is judged")
 labelled = partial(setting, panel="Labelled images")
 
@@ -31,6 +32,13 @@ class EvaluateConfig(Config):
     image: str | None = image_setting(panel="Labelled images")
     # From here on, the order is part of the digest that names the file of an evaluation in a run: see `options`.
     pool: tuple[str, ...] = judged((), f"{CHOICES}; may be repeated.", shown="all of avg and cls that the model has")
+    layers: tuple[str, ...] = judged(
+        (),
+        "Pool the output of this block, counted from 1, with and without the final norm; or all. May be repeated.",
+        flag="--layer",
+        metavar="N",
+        shown="the last",
+    )
     whiten: bool = judged(True, "Also whitened by a PCA, fitted without labels on the training images.")
     whiten_dims: tuple[int, ...] = judged(
         (),
@@ -62,8 +70,13 @@ class EvaluateConfig(Config):
             InputError: names the first impossible value, or two that conflict.
         """
         for pool in self.pool:
-            check_pool("pool", pool)
+            check_pool("pool", pool, layers=True)
         check(self)
+        for layer in self.layers:
+            if layer != ALL_LAYERS and not (layer.isdecimal() and 0 < int(layer) <= MOST_BLOCKS):
+                raise InputError(f"`layers` = {layer}: must be the number of a block, counted from 1, or all")
+        if self.layers and self.precisions != ("fp32",):
+            raise InputError(f"`layers` = {self.layers[0]}: they are judged in fp32; `maekit export` takes one")
         if not self.precisions:
             raise InputError("`precisions`: at least one is needed")
         if not self.whiten and self.whiten_dims:
@@ -71,6 +84,7 @@ class EvaluateConfig(Config):
 
     def options(self) -> dict[str, Any]:
         """Return the settings that affect the results besides model and images, as JSON values stored with them."""
-        others = ("task", "model", "train", "test", *(() if self.image else ("image",)))
+        unset = [name for name in ("image", "layers") if not getattr(self, name)]  # as before they were there
+        others = ("task", "model", "train", "test", *unset)
         options = {key: value for key, value in vars(self).items() if key not in others}
         return {"model" if key == "architecture" else key: value for key, value in options.items()}

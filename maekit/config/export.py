@@ -5,7 +5,8 @@ from typing import Literal
 
 from maekit.config.fields import Config, argument, check, setting, settings_of
 from maekit.config.images import MOST_PIXELS, image_setting, parse_image_size
-from maekit.config.poolings import UNPOOLED, check_pool
+from maekit.config.poolings import UNPOOLED, at_layer, check_pool
+from maekit.config.pretrain import MOST_BLOCKS
 from maekit.system.errors import InputError
 
 OPSET_WITH_ATTENTION = 23  # the first that has the operator
@@ -26,6 +27,14 @@ class ExportConfig(Config):
         "avg: mean of the patch tokens; cls: the class token; std: standard deviation of the patch tokens; avg2x2: "
         "mean of each quarter of the image; several joined by +; or tokens: all patch tokens.",
     )
+    layer: int | None = _computes(
+        None,
+        "Pool the output of this block, counted from 1, and end the graph there; by default the last. Parts of `pool` "
+        "may name their own, as in avg@8+avg@12.",
+        at_least=1,
+        at_most=MOST_BLOCKS,
+    )
+    pre_norm: bool = _computes(False, "Pool before the final norm.")
     whiten: tuple[str, ...] = _computes(
         (), "Fit a whitening on images of these shards and bake it in: recommended for cosine search.", metavar="SHARDS"
     )
@@ -64,14 +73,22 @@ class ExportConfig(Config):
         """Return the names of the settings that differ from their default."""
         return [key for key, _, _, default in settings_of(type(self)) if getattr(self, key) != default]
 
+    @property
+    def pooling(self) -> str:
+        """The pooling with its layers, as in `avg@8:pre`; it stands in the file's metadata."""
+        return self.pool if self.pool == UNPOOLED else at_layer(self.pool, self.layer, is_normed=not self.pre_norm)
+
     def validate(self) -> None:
         """Check every value that needs no model.
 
         Raises:
             InputError: names the first impossible value, or two that conflict.
         """
-        check_pool("pool", self.pool, also=(UNPOOLED,))
+        check_pool("pool", self.pool, also=(UNPOOLED,), layers=True)
         check(self)
+        if self.pool == UNPOOLED and (self.layer or self.pre_norm):
+            name = "layer" if self.layer else "pre_norm"
+            raise InputError(f"`{name}` is for embeddings; `pool=tokens` gives those of the last layer")
         if not self.whiten:
             for name, what in (("whiten_dim", "to fit the whitening on"), ("whiten_images", "to take them from")):
                 if name in self.changed():

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit import runs
-from maekit.config.evaluate import EvaluateConfig
+from maekit.config.evaluate import ALL_LAYERS, EvaluateConfig
+from maekit.config.poolings import at_layer
 from maekit.embedding.commit_record import CommitRecord
 from maekit.embedding.inputs import TarPart
 from maekit.embedding.stored import EmbeddingFolder, is_embeddings, is_made_from
@@ -121,6 +122,7 @@ class TorchEncoder:
         trained: the encoder.
         pools: poolings to compute; empty means all that the encoder has of one token or one mean.
         device: `auto`, `cpu` or `cuda`.
+        layers: blocks whose outputs are pooled, with and without the final norm, or `all`; empty means the last.
         prefix: precedes the pooling in the name of the rows.
 
     Raises:
@@ -129,7 +131,15 @@ class TorchEncoder:
 
     is_whitened = False
 
-    def __init__(self, trained: "TrainedEncoder", pools: tuple[str, ...], device: str, prefix: str = "") -> None:
+    def __init__(
+        self,
+        trained: "TrainedEncoder",
+        pools: tuple[str, ...],
+        device: str,
+        *,
+        layers: tuple[str, ...] = (),
+        prefix: str = "",
+    ) -> None:
         import torch
 
         from maekit.mae.device import choose_device
@@ -137,11 +147,12 @@ class TorchEncoder:
         from maekit.mae.normalize import Normalizer
         from maekit.mae.pooling import check_pooling, poolings_of
 
-        for pool in pools:
+        self._pools = _at_layers(pools or poolings_of(trained.encoder), layers, len(trained.encoder.blocks))
+        for pool in self._pools:
             check_pooling(trained.encoder, pool)
         self._torch, self._device = torch, torch.device(choose_device(device))
         self._encoder, self._prefix = trained.encoder.eval().to(self._device), prefix
-        self._pools, self.preprocess = pools or poolings_of(trained.encoder), trained.preprocess
+        self.preprocess = trained.preprocess
         channels = trained.encoder.patch_embed.proj.weight.shape[1]
         self._normalizer = Normalizer(self.preprocess.mean, self.preprocess.std, self._device, channels=channels)
         self._context = choose_kernels(trained.encoder, self._device, "fp32")
@@ -149,13 +160,22 @@ class TorchEncoder:
     def __call__(self, images: Pixels) -> dict[str, Rows]:
         """Embed uint8 `[b, H, W, 3]`."""
         from maekit.mae.device import device_errors
-        from maekit.mae.pooling import pooled
+        from maekit.mae.pooling import pooled, tokens_by_layer
 
         with device_errors(), self._torch.no_grad(), self._context():
             pixels = self._torch.from_numpy(images).permute(0, 3, 1, 2).to(self._device)
-            tokens = self._encoder.forward_features(self._normalizer(pixels))
+            tokens = tokens_by_layer(self._encoder, self._normalizer(pixels), self._pools)
             rows = {pool: pooled(self._encoder, tokens, pool) for pool in self._pools}
             return {f"{self._prefix}{pool}": vectors.float().cpu().numpy() for pool, vectors in rows.items()}
+
+
+def _at_layers(pools: Sequence[str], layers: Sequence[str], depth: int) -> list[str]:
+    """Return the poolings at each of the layers, with and without the final norm."""
+    if not layers:
+        return list(pools)
+    numbers = range(1, depth + 1) if ALL_LAYERS in layers else sorted(set(map(int, layers)))
+    found = [at_layer(pool, n, is_normed=normed) for n in numbers for normed in (True, False) for pool in pools]
+    return list(dict.fromkeys(found))  # parts that name a layer stay as they are
 
 
 class ExportedEncoder:
@@ -278,7 +298,8 @@ class Subject:
             from maekit.pretrained.load import load_encoder
 
             self._trained = load_encoder(config.model, model=config.architecture, on_note=progress.note)
-            self._encoders = [("embed", TorchEncoder(self._trained, config.pool, config.device))]
+            encoder = TorchEncoder(self._trained, config.pool, config.device, layers=config.layers)
+            self._encoders = [("embed", encoder)]
             if self._trained.provenance.get("source") == "run":
                 self.run, _ = runs.find_checkpoint(path)
                 self.step = int(self._trained.provenance["step"])
@@ -348,6 +369,8 @@ def _refuse_options(config: EvaluateConfig, what: str) -> None:
         raise InputError(f"`pool` = {config.pool[0]}: {model} is {what}, pooled already")
     if config.architecture:
         raise InputError(f"`architecture` = {config.architecture}: {model} is {what}, and needs no architecture")
+    if config.layers:
+        raise InputError(f"`layers` = {config.layers[0]}: {model} is {what}, which has one")
     if config.precisions != ("fp32",):
         raise InputError(
             f"`precisions` = {config.precisions[0]} is for models with weights; {model} is judged as it is"

@@ -15,7 +15,7 @@ from torch.nn import functional
 from maekit.config.finetune import ClassifierConfig, MixConfig, SupervisedOptimizer
 from maekit.config.poolings import vectors_in
 from maekit.mae.normalize import Normalizer
-from maekit.mae.pooling import pooled
+from maekit.mae.pooling import pooled, tokens_by_layer
 from maekit.system.errors import InputError
 from maekit.training.crops import Chunk
 from maekit.training.step import Objective
@@ -50,7 +50,7 @@ class Classifier(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Classify normalised images: float32 `[B, C, H, W]` -> float32 `[B, classes]`."""
-        features = pooled(self.encoder, self.encoder.forward_features(images), self.pool)
+        features = pooled(self.encoder, tokens_by_layer(self.encoder, images, [self.pool]), self.pool)
         return self.head(self.norm(features)).float()
 
 

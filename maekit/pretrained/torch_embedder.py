@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from maekit.images import LUMA, Pixels
-from maekit.mae.pooling import pooled
+from maekit.mae.pooling import pooled, tokens_by_layer
 from maekit.pretrained.load import TrainedEncoder
 from maekit.vectors.whitening import Whitening
 
@@ -47,7 +47,7 @@ def reference_embeddings(
         values = pixels.float() / 255
         if is_grey:
             values = (values * luma).sum(1, keepdim=True)
-        tokens = encoder.forward_features((values - mean) / std)
+        tokens = tokens_by_layer(encoder, (values - mean) / std, [pool])
         rows = pooled(encoder, tokens, pool)
         if whitening is not None:
             matrix, bias = (torch.from_numpy(v).to(device) for v in (whitening.matrix, whitening.bias))

@@ -229,6 +229,25 @@ def test_baselines_and_whitening_stand_beside_it(judged: Path) -> None:
     assert again.rows == result.rows
 
 
+def test_layers_are_judged_in_one_pass(judged: Path, tmp_path: Path) -> None:
+    """Each as the file that `export` makes of it; a whole pooling may name its own layers."""
+    options = dict(baselines=False, whiten_dims=(5,), **CPU)
+    source = str(judged / "run")
+    result = maekit.evaluate(
+        maekit.EvaluateConfig("knn", source, **sets(judged), layers=("all",), pool=("avg", "avg@1+cls@2"), **options)
+    )
+    plain = [row["name"] for row in result.rows if "whitened" not in row["name"]]
+    assert plain == ["avg@1", "avg@1+cls@2", "avg@1:pre", "avg@1:pre+cls@2:pre", "avg@2", "avg@2:pre"]
+    assert len(result.rows) == 2 * len(plain)
+    export(ExportConfig(source, tmp_path / "e.onnx", layer=1, pre_norm=True, normalize=False))
+    config = maekit.EvaluateConfig("knn", str(tmp_path / "e.onnx"), **sets(judged), **options)
+    (deployed, whitened) = maekit.evaluate(config).rows
+    ours = {row["name"]: row for row in result.rows}
+    assert deployed["accuracy"] == ours["avg@1:pre"]["accuracy"]
+    assert whitened["accuracy"] == ours["avg@1:pre, whitened"]["accuracy"]
+    assert deployed["name"] == "avg@1:pre as exported"
+
+
 def test_the_untrained_encoder_is_another_one(judged: Path, tmp_path: Path) -> None:
     hard = str(plant(tmp_path / "hard", 0, 24, label=lambda number: str(number // 4 % 2)))
     rows = {}
@@ -336,6 +355,10 @@ def test_a_part_of_the_images(judged: Path) -> None:
         ("run", {"pool": ("",)}, "--pool : must be one of"),
         ("run", {"whiten_dims": (999,)}, "--whiten-dim 999"),
         ("run", {"whiten": False, "whiten_dims": (9,)}, "does not go with --no-whiten"),
+        ("run", {"layers": ("0",)}, "--layer 0: must be the number of a block"),
+        ("run", {"layers": ("3",)}, "avg@3: this model has 2 blocks"),
+        ("run", {"layers": ("all",), "precisions": ("int8",)}, "judged in fp32"),
+        ("encoder.onnx", {"layers": ("1",)}, "which has one"),
         ("encoder.onnx", {"pool": ("cls",)}, "pooled already"),
         ("embeddings", {"precisions": ("int8",)}, "judged as it is"),
         ("missing", {}, "does not exist"),

@@ -19,6 +19,8 @@ from maekit.exporters.quantization import best_range, quantize
 from maekit.exporters.trace import node_census, to_onnx
 from maekit.exporters.whitening import read_whitening
 from maekit.images import Preprocess
+from maekit.pretrained.load import TrainedEncoder
+from maekit.pretrained.torch_embedder import reference_embeddings
 from maekit.system.errors import InputError
 from maekit.vectors.whitening import Whitening
 
@@ -155,6 +157,56 @@ def test_other_vits_of_timm(variant: str) -> None:
     pool = "avg+std+avg2x2"
     proto = to_onnx(EmbeddingModule(encoder, preprocess, pool=pool).eval(), images, opset=23, output="embeddings")
     np.testing.assert_allclose(run(proto, images), oracle(encoder, images, pool), atol=2e-6)
+
+
+LAYERED = ["avg@1", "avg@2", "avg@1:pre", "cls@1:pre", "avg:pre", "std@1+avg2x2@2:pre", "avg@1+avg@2+avg:pre"]
+
+
+def layered_oracle(encoder, images: np.ndarray, pool: str) -> np.ndarray:
+    """By hooks on the blocks of timm's model, in double precision."""
+    double, outputs = timm_copy(encoder).double(), []
+    hooks = [block.register_forward_hook(lambda block, given, out: outputs.append(out)) for block in double.blocks]
+    mean, std = (torch.tensor(v).double().view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    with torch.no_grad():
+        double((torch.from_numpy(images).permute(0, 3, 1, 2).double() / 255 - mean) / std)
+        for hook in hooks:
+            hook.remove()
+        rows = []
+        for part in pool.split("+"):
+            name, _, layer = part.removesuffix(":pre").partition("@")
+            tokens = outputs[int(layer or len(outputs)) - 1]
+            tokens = tokens if part.endswith(":pre") else double.norm(tokens)
+            patches = tokens[:, encoder.num_prefix_tokens :]
+            grid = patches.unflatten(1, encoder.patch_embed.grid_size)
+            quarters = [grid[:, r : r + 2, c : c + 2].mean((1, 2)) for r in (0, 2) for c in (0, 2)]
+            by_name = {"avg": patches.mean(1), "cls": tokens[:, 0], "std": (patches.var(1, correction=0) + 1e-6).sqrt()}
+            rows.append(torch.cat(quarters, 1) if name == "avg2x2" else by_name[name])
+    rows = torch.cat(rows, 1)
+    return (rows / rows.norm(dim=1, keepdim=True)).numpy()
+
+
+@pytest.mark.parametrize("pool", LAYERED)
+@pytest.mark.parametrize(
+    "variant", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg", "fc_norm": False}]
+)
+def test_layers_are_the_outputs_of_the_blocks(pool: str, variant: dict) -> None:
+    """Of the exported file, and of PyTorch's reference; the graph ends at the last layer that is taken."""
+    if "cls" in pool and "class_token" in variant:
+        pytest.skip("there is no class token")
+    encoder = vit(depth=3, **variant)
+    preprocess, images = Preprocess.for_size((32, 32), IMAGENET_MEAN, IMAGENET_STD), pictures(3)
+    proto = to_onnx(EmbeddingModule(encoder, preprocess, pool=pool).eval(), images, opset=23, output="embeddings")
+    wanted = layered_oracle(encoder, images, pool)
+    np.testing.assert_allclose(run(proto, images), wanted, atol=2e-6)
+    trained = TrainedEncoder(encoder, "vit_tiny_patch16_224", preprocess, {}, {})
+    np.testing.assert_allclose(reference_embeddings(trained, images, pool=pool), wanted, atol=2e-6)
+    blocks = 3 if ":pre" in pool.replace("@1:pre", "").replace("@2:pre", "") else 2 if "@2" in pool else 1
+    assert node_census(proto)["Attention"] == blocks
+
+
+def test_no_such_layer() -> None:
+    with pytest.raises(InputError, match=r"`pool` avg@3: this model has 2 blocks"):
+        check_exportable(vit(), "avg@1+avg@3")
 
 
 def test_fc_norm_is_applied_after_pooling() -> None:
