@@ -1,5 +1,6 @@
 """The settings of `maekit evaluate knn`, `linear` and `retrieval`."""
 
+import re
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ from maekit.config.pretrain import MOST_BLOCKS, Device
 from maekit.system.errors import InputError
 
 ALL_LAYERS = "all"
+_NUMBER = re.compile("[1-9][0-9]{0,3}")
 judged = partial(setting, panel="What is judged")
 labelled = partial(setting, panel="Labelled images")
 
@@ -73,7 +75,7 @@ class EvaluateConfig(Config):
             check_pool("pool", pool, layers=True)
         check(self)
         for layer in self.layers:
-            if layer != ALL_LAYERS and not (layer.isdecimal() and 0 < int(layer) <= MOST_BLOCKS):
+            if layer != ALL_LAYERS and not (_NUMBER.fullmatch(layer) and int(layer) <= MOST_BLOCKS):
                 raise InputError(f"`layers` = {layer}: must be the number of a block, counted from 1, or all")
         if self.layers and self.precisions != ("fp32",):
             raise InputError(f"`layers` = {self.layers[0]}: they are judged in fp32; `maekit export` takes one")

@@ -281,9 +281,9 @@ def test_impossible_models_are_refused(changes: dict, said: str) -> None:
 def test_parts_of_a_pooling_stand_one_after_the_other() -> None:
     encoder = tiny().encoder
     tokens = torch.randn(3, 1 + 16, 48)
-    parts = [pooled(encoder, tokens, part) for part in ("std", "cls", "avg2x2", "avg")]
+    parts = [pooled(encoder, {(None, True): tokens}, part) for part in ("std", "cls", "avg2x2", "avg")]
     assert [part.shape[1] for part in parts] == [48, 48, 192, 48]
-    torch.testing.assert_close(pooled(encoder, tokens, "std+cls+avg2x2+avg"), torch.cat(parts, 1))
+    torch.testing.assert_close(pooled(encoder, {(None, True): tokens}, "std+cls+avg2x2+avg"), torch.cat(parts, 1))
     assert vectors_in("std+cls+avg2x2+avg") == 7
     torch.testing.assert_close(parts[0], tokens[:, 1:].std(dim=1, correction=0))
     torch.testing.assert_close(parts[1], tokens[:, 0])
@@ -294,7 +294,7 @@ def test_parts_of_a_pooling_stand_one_after_the_other() -> None:
 def test_equal_patches_have_a_gradient() -> None:
     """A blank image must not make the deviation's root infinitely steep."""
     tokens = torch.ones(1, 17, 48, requires_grad=True)
-    pooled(tiny().encoder, tokens, "avg+std").sum().backward()
+    pooled(tiny().encoder, {(None, True): tokens}, "avg+std").sum().backward()
     assert tokens.grad is not None
     assert tokens.grad.isfinite().all()
 
