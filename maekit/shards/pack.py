@@ -152,6 +152,15 @@ def _check(images: Path, out: Path, config: PackConfig) -> None:
         raise InputError(f"{out} already holds {present[0].name}; pack into a new or empty folder")
 
 
+def _labels_of_folders(pictures: Sequence[Path], config: PackConfig, progress: Progress) -> Labels:
+    """Return the label of each picture: its first folder, or None if one lies in no folder, or none is asked for."""
+    astray = [path for path in pictures if len(path.parts) == 1]
+    in_folders = config.classes and not astray
+    if config.classes and 0 < len(astray) < len(pictures):
+        progress.note(f"no classes: {astray[0]} lies in no folder ({len(astray)} of {len(pictures)} images)")
+    return {path: path.parts[0] if in_folders else None for path in pictures}
+
+
 def _samples(images: Path, config: PackConfig, progress: Progress) -> tuple[list[_Sample], list[str], dict[str, int]]:
     """Return the samples in order, the class names, and the number of files or members not packed, per kind."""
     contents = look_into(images) if images.is_dir() else None
@@ -167,15 +176,10 @@ def _samples(images: Path, config: PackConfig, progress: Progress) -> tuple[list
     }
     pictures = [path.relative_to(images) for path in contents.images]
     table = Path(config.table).resolve() if config.table else None
-    wanted: Labels
     if config.table is not None:
         wanted = read_table(images, config, found)
     else:
-        astray = [path for path in pictures if len(path.parts) == 1]
-        in_folders = config.classes and not astray
-        if config.classes and 0 < len(astray) < len(pictures):
-            progress.note(f"no classes: {astray[0]} lies in no folder ({len(astray)} of {len(pictures)} images)")
-        wanted = {path: path.parts[0] if in_folders else None for path in pictures}
+        wanted = _labels_of_folders(pictures, config, progress)
     if not wanted:
         raise InputError(f"{images}: no image file in this folder ({contents})")
     pictured = set(pictures)
