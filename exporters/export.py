@@ -89,8 +89,9 @@ def _comparison_images(trained: TrainedEncoder, config: ExportConfig) -> Pixels:
     """Return the calibration images followed by the comparison images."""
     count = IMAGES + (_CALIBRATION_IMAGES if config.precision == "int8" else 0)
     try:
-        specs, image = config.parity or trained.shards, config.image or trained.image
-        return sample_images(specs, trained.preprocess, count, image=image)
+        if config.parity:
+            return sample_images(config.parity, trained.preprocess, count, image=config.image or trained.image)
+        return sample_images(trained.shards, trained.preprocess, count, image=trained.image)
     except InputError as error:
         if config.parity:
             raise

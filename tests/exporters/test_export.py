@@ -243,6 +243,25 @@ def test_measure_counts_neighbours_and_looks_at_every_batch_size() -> None:
     assert (few.images, few.neighbours) == (2, 1)
 
 
+def test_a_whitening_is_fitted_on_the_images_that_are_chosen(trained: Path, tmp_path: Path) -> None:
+    """Of samples with several images; without a choice it is refused."""
+    both = {str(number): {"depth.png": jpeg(50), "rgb.png": jpeg(number)} for number in range(12)}
+    write_shard(tmp_path / "several.tar", both)
+    alone = {str(number): {"jpg": jpeg(number)} for number in range(12)}
+    write_shard(tmp_path / "alone.tar", alone)
+
+    def digest(shards: str, image: str | None) -> str:
+        whiten = (str(tmp_path / shards),)
+        config = ExportConfig(trained / "run", tmp_path / f"{image}.onnx", whiten=whiten, whiten_dim=2, image=image)
+        whitening = export(config).whitening
+        assert whitening is not None
+        return whitening["sample_sha256"]
+
+    assert digest("several.tar", "rgb.png") == digest("alone.tar", None)
+    with raises(InputError, match=r"several.tar: the sample '0' has several images \(depth.png; rgb.png\)"):
+        digest("several.tar", None)
+
+
 def test_samples_are_spread_and_skip_what_cannot_be_read(tmp_path: Path) -> None:
     samples = {f"{i:03d}": {"jpg": jpeg(i) if i % 4 else b"no image"} for i in range(40)}
     write_shard(tmp_path / "s" / "a.tar", samples)
