@@ -151,13 +151,15 @@ def _resized(
     encoder: VisionTransformer, weights: dict[str, torch.Tensor], size: tuple[int, int], said: str, on_note: Note
 ) -> dict[str, torch.Tensor]:
     """Return weights that were trained at images of `size` (height, width), for the sizes of this encoder."""
-    if POSITIONS not in weights or PROJECTION not in weights:
-        return weights  # loading says what is missing
+    if POSITIONS not in weights or PROJECTION not in weights or weights[PROJECTION].ndim != 4:
+        return weights  # loading says what does not fit
     patch = weights[PROJECTION].shape[-1]
+    old = (size[0] // patch, size[1] // patch)
+    prefix = 0 if encoder.no_embed_class else encoder.num_prefix_tokens
+    if weights[POSITIONS].shape[:2] != (1, prefix + old[0] * old[1]) or weights[POSITIONS].ndim != 3:
+        return weights
     grid, patch_size = encoder.patch_embed.grid_size, encoder.patch_embed.patch_size[0]
-    fitted, done = resized_encoder(
-        weights, old=(size[0] // patch, size[1] // patch), new=(grid[0], grid[1]), patch_size=patch_size
-    )
+    fitted, done = resized_encoder(weights, old=old, new=(grid[0], grid[1]), patch_size=patch_size)
     if done:
         on_note(f"{said}: {done}")
     return fitted

@@ -1,9 +1,11 @@
 """Weights at another image size or patch size than they were trained at.
 
-sine-cosine positions   evaluated at coordinates scaled to the trained grid: on a larger grid, whole numbers would
-leave the range that was trained
-learned positions       interpolated, bicubic and antialiased, by timm
-patch projection        resampled by timm with the pseudo-inverse of a resize (FlexiViT, Beyer et al. 2023, 3.4)
+What is done depends on the kind of weights:
+
+    sine-cosine positions   evaluated at coordinates scaled to the trained grid: on a larger grid, whole numbers would
+                            leave the range that was trained
+    learned positions       interpolated, bicubic and antialiased, by timm
+    patch projection        resampled by timm with the pseudo-inverse of a resize (FlexiViT, Beyer et al. 2023, 3.4)
 """
 
 from collections.abc import Mapping

@@ -18,9 +18,11 @@ from maekit.config.export import ExportConfig
 from maekit.exporters.export import export
 from maekit.mae.autoencoder import build_autoencoder
 from maekit.mae.positions import sincos_positions
-from maekit.pretrained.load import initialize_from, load_encoder
+from maekit.pretrained.files import load_strictly
+from maekit.pretrained.load import _resized, initialize_from, load_encoder
 from maekit.pretrained.resize import resized_encoder, resized_positions, trained_grid
 from maekit.pretrained.sources import read_source
+from maekit.system.errors import InputError
 
 SIZES = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "width": 192, "depth": 2, "heads": 3}
 DECODER = {"decoder_width": 64, "decoder_depth": 1, "decoder_heads": 16}
@@ -210,6 +212,15 @@ def test_training_starts_from_every_source_at_another_size(source: str, image_si
     if takes_decoder:
         spanned = sincos_positions(64, (side, side), prefix_tokens=1, trained_grid=(4, 4))
         torch.testing.assert_close(model.decoder.pos_embed, spanned, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 12, 192), (1, 17), (17, 192), (0,)])
+def test_positions_that_do_not_fit_their_own_size_are_named(model, tmp_path: Path, shape: tuple[int, ...]) -> None:
+    weights = {**reference_names(model), "pos_embed": torch.ones(shape)}
+    encoder = timm.create_model("vit_tiny_patch16_224", img_size=48, patch_size=8, depth=2, num_classes=0)
+    assert _resized(encoder, weights, (32, 32), "x", print) is weights
+    with pytest.raises(InputError, match="pos_embed is"):
+        load_strictly(encoder, {**encoder.state_dict(), "pos_embed": weights["pos_embed"]}, "x")
 
 
 def test_a_second_phase_at_another_size_resumes_and_is_exported(trained: Path, tmp_path: Path) -> None:
