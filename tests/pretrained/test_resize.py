@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from support.processes import tiny_config
-from support.reference import reference_names
+from support.reference import reference_names, vit_mae_config
 from support.shards import jpeg, write_shard
 from timm.models.vision_transformer import checkpoint_filter_fn
 
@@ -137,19 +137,7 @@ def of_reference(model, folder: Path) -> str:
 def of_transformers(model, folder: Path) -> str:
     import transformers
 
-    config = transformers.ViTMAEConfig(
-        hidden_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=32,
-        patch_size=8,
-        decoder_hidden_size=64,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=16,
-        decoder_intermediate_size=256,
-    )
-    theirs = transformers.ViTMAEForPreTraining(config)
+    theirs = transformers.ViTMAEForPreTraining(vit_mae_config())
     # Published weights have them; built from a config, transformers leaves them at zero.
     theirs.vit.embeddings.position_embeddings.data = sincos_positions(192, (4, 4), prefix_tokens=1)
     theirs.decoder.decoder_pos_embed.data = sincos_positions(64, (4, 4), prefix_tokens=1)

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from support.errors import raises
 from support.processes import tiny_config
-from support.reference import reference_names
+from support.reference import reference_names, vit_mae_config
 from support.shards import jpeg
 
 import maekit
@@ -82,20 +82,7 @@ def vit_mae(tmp_path_factory):
     """A transformers ViTMAE with weights that are no zeros, saved."""
     import transformers
 
-    config = transformers.ViTMAEConfig(
-        hidden_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        intermediate_size=768,
-        image_size=32,
-        patch_size=8,
-        decoder_hidden_size=64,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=4,
-        decoder_intermediate_size=256,
-        norm_pix_loss=True,
-        layer_norm_eps=1e-3,
-    )
+    config = vit_mae_config(decoder_num_attention_heads=4, norm_pix_loss=True, layer_norm_eps=1e-3)
     theirs = transformers.ViTMAEForPreTraining(config).eval()
     for parameter in theirs.parameters():
         parameter.data += 0.02 * torch.randn(
