@@ -135,4 +135,6 @@ def _shown(key: str, value: Any) -> str:
         return ""
     if key == "c":
         return f"{value:g}"
+    if key == "rank":
+        return f"{value:.1f}"
     return f"{100 * value:.1f}" if isinstance(value, float) else str(value)

@@ -20,8 +20,17 @@ def command(config: PretrainConfig) -> Summary:
     if not is_main_process():
         return
     if not result.already_finished:
+        held_out = [
+            text.format(value)
+            for value, text in (
+                (result.val_loss, "held-out loss {:.4f}, "),
+                (result.val_rank, "effective rank {:.1f}, "),
+                (result.val_knn, "kNN {:.1%}, "),
+            )
+            if value is not None
+        ]
         say(
-            f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, "
+            f"{result.steps} steps, {result.samples} images, loss {result.loss or math.nan:.4f}, {''.join(held_out)}"
             f"{result.images_per_second:.1f} img/s, data-wait {result.data_wait:.0%}{describe_unused(result.unused)}: "
             f"{result.out}/encoder.safetensors"
         )

@@ -127,7 +127,7 @@ def _tensor_type(value: Any) -> str:
 
 
 def _last(rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the newest metrics; a held-out loss has its own row, which is merged with the row before it."""
+    """Return the newest metrics; a validation has its own row, which is merged with the row before it."""
     *before, newest = rows or [{}]
     merged = newest if "loss" in newest or not before else before[-1] | newest
     return merged or None

@@ -142,7 +142,7 @@ def keys(old: Path) -> Iterator[tuple[str, list[str]]]:
     import onnx
     from safetensors import safe_open
 
-    command = ("pretrain", "shards", "--out", "new", "--config", "finished/config.toml")
+    command = ("pretrain", "shards", "--out", "new", "--config", "finished/config.toml", "--val", "shards")
     yield "json of pretrain", flat(run(*command))
     yield "json of inspect RUN", flat(run("inspect", "new"))
     yield "config.toml", flat(tomllib.loads(Path("new/config.toml").read_text()))

@@ -34,7 +34,7 @@ ROOMS = {
     "exporters": "config encoder_file images mae pretrained providers shards system vectors version",
     "pages": "config embedding images mae pretrained runs shards sheet system vectors",
     "evaluation": "config embedding exporters images mae pretrained providers runs shards system vectors",
-    "pretraining": "config encoder_file images mae pretrained providers runs shards sheet system training",
+    "pretraining": "config encoder_file images mae pretrained providers runs shards sheet system training vectors",
     "sweeping": "config evaluation mae pages pretraining runs system",
     "finetuning": "config evaluation images mae pretrained runs system training",
     "demo": "checking config embedding exporters images pages pretraining runs shards system vectors",

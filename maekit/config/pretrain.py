@@ -156,7 +156,8 @@ class DataConfig(Config):
     )
     val: tuple[str, ...] = _training(
         (),
-        "Held-out shards: the loss on 2000 of their images at every checkpoint (data.val_images, run.val_every).",
+        "Held-out shards: at every checkpoint the loss on 2000 of their images, the effective rank of embeddings, and, "
+        "where there are .cls members, kNN (data.val_images, run.val_every).",
         free=True,
     )
     val_images: int = unlisted(2000, "At most this many of them, evenly spread.", free=True, above=0)
@@ -209,7 +210,7 @@ class RunConfig(Config):
         at_least=0,
     )
     val_every: int | None = unlisted(
-        None, "Steps between held-out losses; at every checkpoint by default.", free=True, above=0
+        None, "Steps between validations; at every checkpoint by default.", free=True, above=0
     )
     max_time: str | None = _output(None, "Save and exit with 75 after a time such as 3h50m; the same command goes on.")
     skip_nonfinite: int = _training(

@@ -21,6 +21,7 @@ from maekit.system.progress import Progress, Silent
 from maekit.system.redaction import identity, redacted
 from maekit.vectors.knn import knn_accuracies
 from maekit.vectors.nearest import Labels, Rows
+from maekit.vectors.rank import effective_rank
 from maekit.vectors.whitening import fit_whitening
 
 # Directions of raw pixels after the first 64 are noise; whitened pixels score better without them.
@@ -28,6 +29,7 @@ _PIXEL_DIM = 64
 # Images per direction that a whitening needs; with fewer it overfits to these images.
 _PER_DIRECTION = 10
 _BLOCK = 4096
+_RANKED = 2000  # rows; the singular values of many more take longer than the neighbours of all
 
 # Vectors and labels of each set: of the training set, then of the test set if there is one.
 Sets = list[tuple[Rows, Labels]]
@@ -43,7 +45,8 @@ class EvaluateResult:
         step: training step of a run or checkpoint; None for any other model.
         train: the training set: shards, damaged (left out), samples, images, classes, unlabelled, unreadable.
         test: the test set, with the same fields; None if each training image searches among the others.
-        rows: one row per kind of embedding: `name`, `dim`, and its scores.
+        rows: one row per kind of embedding: `name`, `dim`, `rank` (the effective rank of at most 2,000 training rows,
+            see `maekit.vectors.rank`; not of raw pixels), and its scores.
         options: settings of the evaluation.
         path: file of this result in the run; None for any other model.
     """
@@ -90,7 +93,8 @@ def evaluate(config: EvaluateConfig, progress: Progress | None = None) -> Evalua
         kept = [every[part.kept] for every, part in zip(labels, features, strict=True)]
         for name, vectors in _variants(config, features, progress):
             scores = _SCORES[config.task](config, list(zip(vectors, kept, strict=True)))
-            rows.append({"name": name, "dim": vectors[0].shape[1], **scores})
+            rank = {} if name == RAW_PIXELS else {"rank": _rank(vectors[0])}
+            rows.append({"name": name, "dim": vectors[0].shape[1], **rank, **scores})
     summaries = [labelled.summary(classes, count) for labelled, count in zip(sets, unreadable, strict=True)]
     result = EvaluateResult(
         task=config.task,
@@ -182,6 +186,12 @@ def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
     blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes memory
     made = fit_whitening(blocks, dim)
     return [part @ made.matrix.T + made.bias for part in rows]
+
+
+def _rank(rows: Rows) -> float:
+    """Return the effective rank of a sample of the rows, evenly spaced."""
+    count = min(len(rows), _RANKED)
+    return round(effective_rank(rows[np.arange(count) * len(rows) // count]), 2)
 
 
 def _knn(config: EvaluateConfig, sets: Sets) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from maekit.shards.spec import find_shards
 from maekit.system import files
 from maekit.system.errors import ImageError, InputError, MaekitError
 from maekit.system.progress import Progress, Silent, duration
+from maekit.vectors.rank import collapse
 
 _QUERIES, _NEIGHBOURS = 8, 8
 _PICTURES = 6
@@ -161,6 +162,8 @@ def _summary(
         ("samples", "Images seen", "{:,.0f}", _last),
         ("loss", "Last loss", "{:.4f}", _last),
         ("val_loss", "Last held-out loss", "{:.4f}", _last),
+        ("val_rank", "Last effective rank, held out", "{:.1f}", _last),
+        ("val_knn", "Last kNN accuracy, held out", "{:.1%}", _last),
         ("images_per_second", "Images/s, median", "{:,.1f}", median),
         ("data_wait", "Wait for data, median", "{:.1%}", median),
     ):
@@ -203,6 +206,8 @@ def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
     loss = "cross-entropy" if target == "tokens" else "mean squared error"
     for title, keys, unit, from_zero, share in (
         ("Loss", (("loss", "training"), ("val_loss", "held out")), loss, False, False),
+        ("Effective rank of embeddings", (("val_rank", "held out"),), "directions", True, False),
+        ("Nearest neighbours", (("val_knn", "held out"),), "accuracy", True, True),
         ("Learning rate", (("lr", "learning rate"),), "per step", True, False),
         ("Throughput", (("images_per_second", "throughput"),), "images per second", True, False),
         ("Wait for data", (("data_wait", "wait"),), "share of the time", True, True),
@@ -211,7 +216,18 @@ def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
         lines = [Line(name, _series(rows, key)) for key, name in keys]
         if any(line.points for line in lines):
             charts.append(line_chart(title, lines, unit=unit, from_zero=from_zero, share=share))
-    return [html.group("charts", charts)] if charts else [html.note("Not shown: the run has no row of metrics yet.")]
+    if not charts:
+        return [html.note("Not shown: the run has no row of metrics yet.")]
+    return [*map(html.note, _collapse(rows)), html.group("charts", charts)]
+
+
+def _collapse(rows: list[dict[str, Any]]) -> list[str]:
+    """Return one sentence if the last effective rank shows a collapse of the embeddings."""
+    counts = _series(rows, "val_embeddings")
+    images = counts[-1][1] if counts else 0
+    ranks = [rank for _, rank in _series([row for row in rows if row.get("val_embeddings") == images], "val_rank")]
+    said = collapse(ranks, int(images)) if ranks else None
+    return [f"{said[0].upper()}{said[1:]}."] if said else []
 
 
 def _series(rows: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:

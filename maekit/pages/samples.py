@@ -88,7 +88,7 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
         for batch in batched(readable, _BATCH):
             rows.append(reference_embeddings(trained, np.stack([image for _, image, _ in batch]), normalize=False))
             for number, image, label in batch:
-                name, in_words = ":".join(shards.name(number)), _class_of(shards, number, label)
+                name, in_words = ":".join(shards.name(number)), shards.in_words(number, label)[:_LONGEST_LABEL] or None
                 pictures.append(Picture(name, in_words, thumbnail(image, _THUMBNAIL)))
             progress.advance(len(pictures))
     finally:
@@ -111,10 +111,3 @@ def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | No
     except InputError:  # they hardly differ
         return unit(vectors), None
     return unit(vectors @ whitening.matrix.T + whitening.bias), whitening.dim
-
-
-def _class_of(shards: ShardSet, number: int, label: str) -> str | None:
-    """Return the class of a label, as a name if `maekit pack` wrote names beside the shard."""
-    names = shards.class_names(shards.locate(number)[0])
-    is_known = label.isascii() and label.isdigit() and int(label) < len(names)
-    return (names[int(label)] if is_known else label)[:_LONGEST_LABEL] or None

@@ -17,7 +17,7 @@ _TASKS = {
     "retrieval": "Retrieval",
 }
 # Columns whose floats are not shares. In all others, floats lie in [0, 1] and the largest is best.
-_PLAIN = ("seconds", "lr", "c", "loss", "temperature")
+_PLAIN = ("seconds", "lr", "c", "loss", "temperature", "rank")
 
 
 def evaluation_parts(folder: Path) -> tuple[list[Html], list[str]]:

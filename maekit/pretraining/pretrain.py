@@ -8,6 +8,7 @@ writes the config, loops, and has the encoder written.
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -39,6 +40,8 @@ class PretrainResult:
         samples: images trained on, repeats counted.
         loss: mean loss over the last logged steps; None if there is no row of metrics.
         val_loss: the last loss on held-out images; None without `--val`.
+        val_rank: the last effective rank of their embeddings; see `maekit.vectors.rank`.
+        val_knn: the last share of them that kNN classifies correctly; None if they have no labels.
         images_per_second: rate of all ranks together since this start of the run.
         data_wait: fraction of this process's time spent waiting for data.
         bad: samples replaced, over the whole run.
@@ -53,6 +56,8 @@ class PretrainResult:
     samples: int
     loss: float | None
     val_loss: float | None
+    val_rank: float | None
+    val_knn: float | None
     images_per_second: float
     data_wait: float
     bad: int
@@ -86,10 +91,12 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         # Only rank 0 knows whether a checkpoint exists, so it decides; every rank then enters the same collectives.
         world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
         finished = Engine(launch, Pretraining(launch, model.to(launch.device))).go(newest)
-        held_out = [row["val_loss"] for row in finished.rows if "val_loss" in row]
+        held_out: dict[str, Any] = next((row for row in reversed(finished.rows) if "val_loss" in row), {})
         result = PretrainResult(
             out=str(Path(resolved.out)),
-            val_loss=held_out[-1] if held_out else None,
+            val_loss=held_out.get("val_loss"),
+            val_rank=held_out.get("val_rank"),
+            val_knn=held_out.get("val_knn"),
             skipped=finished.state.skipped,
             unused=shards.unused,
             **finished.summary(resolved.batch_size),

@@ -1,6 +1,6 @@
 """Training of the masked autoencoder: the `Task` that `maekit pretrain` passes to the engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,15 @@ from maekit.mae.encoder import timm_arguments
 from maekit.mae.kernels import choose_kernels
 from maekit.mae.mask_shapes import MaskShape
 from maekit.mae.normalize import Normalizer
+from maekit.mae.pooling import pooled, tokens_by_layer
 from maekit.mae.reconstruction import images_of, reconstruct
 from maekit.pretrained.files import encoder_bytes
 from maekit.pretraining.tokenizer import Tokenizer
-from maekit.shards.read import ShardSet
+from maekit.pretraining.validation import Validation
 from maekit.sheet import sheet
 from maekit.system import files
 from maekit.system.draws import Purpose, uniform_rows, uniforms
-from maekit.system.errors import ImageError, MaekitError
-from maekit.system.parallel import batched
+from maekit.system.errors import ImageError
 from maekit.training.crops import Augmentation, CropLoader
 from maekit.training.data import Uploader
 from maekit.training.launch import Launch, open_set
@@ -33,6 +33,7 @@ from maekit.training.task import Task, changed_setting
 
 _PICTURED = 8  # images
 _VALIDATION_BATCH = 64  # images per forward pass, at most
+_POOL = "avg"  # of held-out embeddings
 
 
 class Pretraining(Task):
@@ -75,47 +76,39 @@ class Pretraining(Task):
         )
 
     def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:
-        """Return a function that measures the held-out loss, called on all ranks; None without `data.val`."""
+        """Return what measures held-out loss and embeddings, called on all ranks; None without `data.val`."""
         config, launch = self.config, self._launch
         if not config.data.val:
             return None
         shards = launch.world.in_turn(
             lambda: open_set(config, config.data.val, launch.progress, "index held-out shards")
         )
-        return lambda: self._validate(shards, min(micro_batch, _VALIDATION_BATCH))
+        return Validation(
+            launch,
+            shards,
+            prepare=self._prepare,
+            loss=self._held_out_loss,
+            embed=self._embed,
+            batch_size=min(micro_batch, _VALIDATION_BATCH),
+        )
 
-    def _validate(self, shards: ShardSet, batch_size: int) -> dict[str, Any]:
-        """Return `val_loss`, the mean over all images on all ranks, and `val_images`, the number of readable images.
+    def _held_out_loss(self, pixels: torch.Tensor, positions: Sequence[int]) -> float:
+        """Return the mean loss of images, uint8 `[B, 3, H, W]`; those at the same position have the same mask."""
+        draws, seed = self._shape.draws, self.config.seed
+        rows = [uniform_rows(1, draws, Purpose.VALIDATION, seed=seed, position=position)[0] for position in positions]
+        tokens = None
+        if self._tokenizer is not None:
+            tokens = self._tokenizer(pixels, torch.zeros(len(pixels), dtype=torch.bool)).to(self._launch.device)
+        with torch.no_grad(), self.forward():
+            normalized = self._normalizer(pixels.to(self._launch.device))
+            return float(self.model(normalized, self._noise(rows), tokens).loss)
 
-        The images are evenly spaced over the set. They and their masks are the same every time.
-
-        Raises:
-            MaekitError: no image could be read.
-        """
-        world, device, seed, draws = self._launch.world, self._launch.device, self.config.seed, self._shape.draws
-        count = min(self.config.data.val_images, shards.samples)
-        positions = range(count)[world.rank :: world.size]
-        numbers = [shards.samples * position // count for position in positions]
-        found = zip(positions, shards.images(numbers, self._prepare, threads=max(1, world.cores)), strict=True)
-        # `val_images` does not count unreadable ones.
-        readable = ((position, image) for position, image in found if not isinstance(image, ImageError))
-        total = seen = 0.0
-        for batch in batched(readable, batch_size):
-            rows = [
-                uniform_rows(1, draws, Purpose.VALIDATION, seed=seed, position=position)[0] for position, _ in batch
-            ]
-            pixels = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2)
-            tokens = None
-            if self._tokenizer is not None:
-                tokens = self._tokenizer(pixels, torch.zeros(len(pixels), dtype=torch.bool)).to(device)
-            with torch.no_grad(), self.forward():
-                loss = self.model(self._normalizer(pixels.to(device)), self._noise(rows), tokens).loss
-            total += float(loss) * len(batch)
-            seen += len(batch)
-        total, seen = world.sum([total, seen])
-        if not seen:
-            raise MaekitError("`val`: none of the held-out images can be read")
-        return {"val_loss": total / seen, "val_images": int(seen)}
+    def _embed(self, pixels: torch.Tensor) -> NDArray[np.float32]:
+        """Embed images, uint8 `[B, 3, H, W]`, by the mean of their patch tokens: -> `[B, D]`."""
+        encoder = self.model.encoder
+        with torch.no_grad(), self.forward():
+            tokens = tokens_by_layer(encoder, self._normalizer(pixels.to(self._launch.device)), [_POOL])
+            return pooled(encoder, tokens, _POOL).float().cpu().numpy()
 
     def draw(self) -> Pixels | None:
         """Draw masked | reconstruction | original for eight evenly spaced samples, under the same masks every time.

@@ -228,6 +228,12 @@ class ShardSet:
             self._class_names[folder] = tuple(text.splitlines())
         return self._class_names[folder]
 
+    def in_words(self, number: int, label: str) -> str:
+        """Return the class name of a sample's label if `maekit pack` wrote names beside the shard, else the label."""
+        names = self.class_names(self.locate(number)[0])
+        is_known = label.isascii() and label.isdigit() and int(label) < len(names)
+        return names[int(label)] if is_known else label
+
 
 def ambiguity(index: ShardIndex, where: str) -> str:
     """Return the message for a shard in which samples have several images, with the ways to choose one."""

@@ -14,7 +14,7 @@ class Intervals:
         checkpoint: steps between checkpoints.
         keep: checkpoints at multiples of this step are never deleted.
         pictures: steps between pictures.
-        validate: steps between held-out losses.
+        validate: steps between validations.
         last: the last step, at which everything is due.
     """
 

@@ -1,1 +1,1 @@
-"""Arithmetic on embeddings: nearest neighbours, kNN classification, whitening."""
+"""Arithmetic on embeddings: nearest neighbours, kNN classification, effective rank, whitening."""
