@@ -34,7 +34,7 @@ def _print_curves(run: str) -> None:
     from maekit.runs import RunDirectory
 
     rows = RunDirectory(Path(run)).metrics()
-    for name in ("loss", "val_loss", "val_rank", "val_knn"):
+    for name in ("loss", "val_loss", "val_rank", "val_knn", "val_knn_whitened"):
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if len(points) > 1:
             say()

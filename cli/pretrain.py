@@ -25,7 +25,8 @@ def command(config: PretrainConfig) -> Summary:
             for value, text in (
                 (result.val_loss, "held-out loss {:.4f}, "),
                 (result.val_rank, "effective rank {:.1f}, "),
-                (result.val_knn, "kNN {:.1%}, "),
+                (result.val_knn, "kNN {:.1%}"),
+                (result.val_knn_whitened, " (whitened {:.1%}), "),
             )
             if value is not None
         ]

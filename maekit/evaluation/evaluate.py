@@ -22,12 +22,10 @@ from maekit.system.redaction import identity, redacted
 from maekit.vectors.knn import knn_accuracies
 from maekit.vectors.nearest import Labels, Rows
 from maekit.vectors.rank import effective_rank
-from maekit.vectors.whitening import fit_whitening
+from maekit.vectors.whitening import PER_DIRECTION, fit_whitening
 
 # Directions of raw pixels after the first 64 are noise; whitened pixels score better without them.
 _PIXEL_DIM = 64
-# Images per direction that a whitening needs; with fewer it overfits to these images.
-_PER_DIRECTION = 10
 _BLOCK = 4096
 _RANKED = 2000  # rows; the singular values of many more take longer than the neighbours of all
 
@@ -161,10 +159,10 @@ def _variants(
         for asked in (config.whiten_dims or (None,)) if whitens else ():
             whitened = (_whitened_pixels if name == RAW_PIXELS else _whitened)(rows, asked)
             dim = whitened[0].shape[1]
-            if len(rows[0]) < _PER_DIRECTION * dim:
+            if len(rows[0]) < PER_DIRECTION * dim:
                 progress.note(
                     f"{name}, whitened: {len(rows[0])} training images are few for {dim} directions; below "
-                    f"{_PER_DIRECTION} for each, take fewer by `whiten_dims`"
+                    f"{PER_DIRECTION} for each, take fewer by `whiten_dims`"
                 )
             yield f"{name}, whitened", whitened
 

@@ -120,9 +120,9 @@ class Supervised(Task):
         np.random.seed(words[1] & 0xFFFFFFFF)
         random.seed(words[2])
 
-    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]]:
+    def open_validation(self, micro_batch: int) -> Callable[[int], dict[str, Any]]:
         """Return a function that measures the model on the test set, called on all ranks."""
-        return lambda: self._measure(self._world)
+        return lambda done: self._measure(self._world)
 
     def tested(self, finished: Finished) -> dict[str, Any]:
         """Return the row of metrics with the test of the final weights.

@@ -163,7 +163,8 @@ def _summary(
         ("loss", "Last loss", "{:.4f}", _last),
         ("val_loss", "Last held-out loss", "{:.4f}", _last),
         ("val_rank", "Last effective rank, held out", "{:.1f}", _last),
-        ("val_knn", "Last kNN accuracy, held out", "{:.1%}", _last),
+        ("val_knn", "Last kNN, held out", "{:.1%}", _last),
+        ("val_knn_whitened", "Last kNN, held out, whitened", "{:.1%}", _last),
         ("images_per_second", "Images/s, median", "{:,.1f}", median),
         ("data_wait", "Wait for data, median", "{:.1%}", median),
     ):
@@ -207,7 +208,7 @@ def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
     for title, keys, unit, from_zero, share in (
         ("Loss", (("loss", "training"), ("val_loss", "held out")), loss, False, False),
         ("Effective rank of embeddings", (("val_rank", "held out"),), "directions", True, False),
-        ("Nearest neighbours", (("val_knn", "held out"),), "accuracy", True, True),
+        ("kNN", (("val_knn", "plain"), ("val_knn_whitened", "whitened")), "accuracy, held out", True, True),
         ("Learning rate", (("lr", "learning rate"),), "per step", True, False),
         ("Throughput", (("images_per_second", "throughput"),), "images per second", True, False),
         ("Wait for data", (("data_wait", "wait"),), "share of the time", True, True),
@@ -223,10 +224,8 @@ def _curves(rows: list[dict[str, Any]], target: str) -> list[Html]:
 
 def _collapse(rows: list[dict[str, Any]]) -> list[str]:
     """Return one sentence if the last effective rank shows a collapse of the embeddings."""
-    counts = _series(rows, "val_embeddings")
-    images = counts[-1][1] if counts else 0
-    ranks = [rank for _, rank in _series([row for row in rows if row.get("val_embeddings") == images], "val_rank")]
-    said = collapse(ranks, int(images)) if ranks else None
+    ranks, counts = _series(rows, "val_rank"), _series(rows, "val_embeddings")
+    said = collapse(ranks[-1][1], int(counts[-1][1])) if ranks and counts else None
     return [f"{said[0].upper()}{said[1:]}."] if said else []
 
 

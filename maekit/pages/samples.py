@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,10 @@ from maekit.shards.read import ShardSet
 from maekit.system.errors import ImageError, InputError
 from maekit.system.parallel import batched
 from maekit.system.progress import Progress
-from maekit.vectors.nearest import unit
-from maekit.vectors.whitening import fit_whitening
+from maekit.vectors.whitening import whiten_sample
 
 _THUMBNAIL = 96  # pixels, the longer side
 _BATCH = 32
-# A whitening with as many directions as images would make all images equally dissimilar.
-_IMAGES_PER_DIRECTION = 10
 _LONGEST_LABEL = 60
 
 
@@ -100,14 +96,4 @@ def embed_samples(trained: TrainedEncoder, shards: ShardSet, count: int, progres
     vectors = np.concatenate(rows)
     if not np.isfinite(vectors).all():
         raise InputError("the model gives values that are not finite")
-    return Samples(pictures, *_whiten(vectors))
-
-
-def _whiten(vectors: NDArray[np.float32]) -> tuple[NDArray[np.float32], int | None]:
-    """Return the whitened vectors, of unit length, and the number of directions kept."""
-    dim = max(2, min(len(vectors) // _IMAGES_PER_DIRECTION, vectors.shape[1]))
-    try:
-        whitening = fit_whitening([vectors], dim, sha256())
-    except InputError:  # they hardly differ
-        return unit(vectors), None
-    return unit(vectors @ whitening.matrix.T + whitening.bias), whitening.dim
+    return Samples(pictures, *whiten_sample(vectors))

@@ -6,9 +6,9 @@ writes the config, loops, and has the encoder written.
 """
 
 import copy
+from collections import ChainMap
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -42,6 +42,7 @@ class PretrainResult:
         val_loss: the last loss on held-out images; None without `--val`.
         val_rank: the last effective rank of their embeddings; see `maekit.vectors.rank`.
         val_knn: the last share of them that kNN classifies correctly; None if they have no labels.
+        val_knn_whitened: the same, of the whitened embeddings.
         images_per_second: rate of all ranks together since this start of the run.
         data_wait: fraction of this process's time spent waiting for data.
         bad: samples replaced, over the whole run.
@@ -58,6 +59,7 @@ class PretrainResult:
     val_loss: float | None
     val_rank: float | None
     val_knn: float | None
+    val_knn_whitened: float | None
     images_per_second: float
     data_wait: float
     bad: int
@@ -91,12 +93,13 @@ def pretrain(config: PretrainConfig, progress: Progress | None = None) -> Pretra
         # Only rank 0 knows whether a checkpoint exists, so it decides; every rank then enters the same collectives.
         world.on_main(lambda: None if newest else start_from(resolved, model, shards, progress))
         finished = Engine(launch, Pretraining(launch, model.to(launch.device))).go(newest)
-        held_out: dict[str, Any] = next((row for row in reversed(finished.rows) if "val_loss" in row), {})
+        held_out = ChainMap(*reversed(finished.rows))  # the last of each figure
         result = PretrainResult(
             out=str(Path(resolved.out)),
             val_loss=held_out.get("val_loss"),
             val_rank=held_out.get("val_rank"),
             val_knn=held_out.get("val_knn"),
+            val_knn_whitened=held_out.get("val_knn_whitened"),
             skipped=finished.state.skipped,
             unused=shards.unused,
             **finished.summary(resolved.batch_size),

@@ -75,7 +75,7 @@ class Pretraining(Task):
             sha256=model.tokenizer_sha256,
         )
 
-    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:
+    def open_validation(self, micro_batch: int) -> Callable[[int], dict[str, Any]] | None:
         """Return what measures held-out loss and embeddings, called on all ranks; None without `data.val`."""
         config, launch = self.config, self._launch
         if not config.data.val:

@@ -7,6 +7,7 @@ each, the embeddings the whole encoder: of fewer images, so that they take at mo
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from maekit.training.intervals import Intervals
 from maekit.training.launch import Launch
 from maekit.vectors.knn import leave_one_out_accuracy
 from maekit.vectors.rank import collapse, effective_rank
+from maekit.vectors.whitening import whiten_sample
 
 # Share of the run's time that embeddings may take.
 _SHARE = 0.02
@@ -29,7 +31,9 @@ _SHARE = 0.02
 # all patches. Of the three, two are counted: attention costs more than its share of the patches, and a compiled step
 # less than this.
 _FORWARD_PASSES = 2
-# Fewer show nothing. They are embedded also where 2 % of a very short run is less.
+# With fewer, kNN says little: where 2 % of the time do not suffice, it is measured less often instead.
+_ENOUGH = 500
+# Embedded at the end of a run that is too short even for these.
 _FEWEST = 32
 
 
@@ -55,23 +59,24 @@ class Validation:
         embed: Callable[[torch.Tensor], NDArray[np.float32]],
         batch_size: int,
     ) -> None:
-        self._run, self._world, self._progress = launch.run, launch.world, launch.progress
+        self._world, self._progress = launch.world, launch.progress
         self._shards, self._prepare, self._loss, self._embed = shards, prepare, loss, embed
         self._batch_size = batch_size
         count = min(launch.config.data.val_images, shards.samples)
         # Evenly spaced over the set.
         self._numbers = [shards.samples * position // count for position in range(count)]
-        embedded = min(count, images_to_embed(launch.config, launch.shards.samples))
+        self._schedule = EmbeddingSchedule.of(launch.config, launch.shards.samples, count)
+        embedded = self._schedule.images
         self._embedded = [count * number // embedded for number in range(embedded)]  # positions
         self._classes: dict[int, float] = {}  # by position, of this rank's
         self._is_told = False
 
-    def __call__(self) -> dict[str, Any]:
-        """Return the row of metrics; called on all ranks, which divide the images.
+    def __call__(self, done: int) -> dict[str, Any]:
+        """Return the row of metrics after `done` steps; called on all ranks, which divide the images.
 
-        Keys: `val_loss`, the mean over `val_images` readable images; `val_rank`, the effective rank of the embeddings
-        of `val_embeddings` of them; and `val_knn`, the share of those that are classified correctly by their nearest
-        among the others, if they have labels.
+        Keys: `val_loss`, the mean over `val_images` readable images. Where embeddings are due, `val_rank`, the
+        effective rank of those of `val_embeddings` images; if these have labels, `val_knn` and `val_knn_whitened`, the
+        share that is classified correctly by the nearest among the others.
 
         Raises:
             MaekitError: no image could be read.
@@ -82,7 +87,8 @@ class Validation:
         # `val_images` does not count unreadable ones.
         found = zip(positions, images, strict=True)
         readable = ((position, image) for position, image in found if not isinstance(image, ImageError))
-        to_embed, vectors = set(self._embedded), dict[int, NDArray[np.float32]]()
+        embeds, vectors = self._schedule.is_due(done), dict[int, NDArray[np.float32]]()
+        to_embed = set(self._embedded) if embeds else ()
         total = seen = 0.0
         for batch in batched(readable, self._batch_size):
             pixels = torch.from_numpy(np.stack([image for _, image in batch])).permute(0, 3, 1, 2)
@@ -93,7 +99,8 @@ class Validation:
         total, seen = self._world.sum([total, seen])
         if not seen:
             raise MaekitError("`val`: none of the held-out images can be read")
-        return {"val_loss": total / seen, "val_images": int(seen), **self._judge(*self._gather(vectors))}
+        row = {"val_loss": total / seen, "val_images": int(seen)}
+        return row | self._judge(*self._gather(vectors)) if embeds else row
 
     def _gather(self, vectors: dict[int, NDArray[np.float32]]) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
         """Return the embeddings of all ranks by position, `[n, D]`, and their classes, `[n]`; 0 for none."""
@@ -124,26 +131,53 @@ class Validation:
         is_judged = (classes != 0) & (counts[labels] > 1)  # the only one of its class can never be right
         if len(np.unique(labels[is_judged])) > 1:
             found["val_knn"] = leave_one_out_accuracy(vectors[is_judged], labels[is_judged])
-        # Ranks of another number of images, from before `val_images` was changed, do not compare.
-        before = [row["val_rank"] for row in self._run.metrics() if row.get("val_embeddings") == len(vectors)]
-        said = collapse([*before, found["val_rank"]], len(vectors))
+            whitened, _ = whiten_sample(vectors)
+            found["val_knn_whitened"] = leave_one_out_accuracy(whitened[is_judged], labels[is_judged])
+        said = collapse(found["val_rank"], len(vectors))
         if said and not self._is_told:
             self._progress.note(f"{said}; a lower `lr`, a longer warm-up or `clip_grad=1` usually help")
         self._is_told = said is not None
         return found
 
 
-def images_to_embed(config: PretrainConfig, samples: int) -> int:
-    """Return how many held-out images are embedded each time; at least 32, if there are as many.
+@dataclass(frozen=True)
+class EmbeddingSchedule:
+    """How many held-out images are embedded, and at which validations.
 
-    Args:
-        config: settings of the run.
-        samples: number of training images.
+    Attributes:
+        images: number of images, the same each time.
+        validate: steps between validations.
+        last: the last step, whose validation always embeds.
+        every: embed at each n-th validation.
     """
-    steps = total_steps(config, samples)
-    between = min(Intervals.of(config.run, steps).validate, steps) * config.batch_size
-    kept = (1 - config.model.mask_ratio) * config.model.masks_per_image
-    return max(_FEWEST, int(_SHARE * _FORWARD_PASSES * kept * between))
+
+    images: int
+    validate: int
+    last: int
+    every: int
+
+    def is_due(self, done: int) -> bool:
+        """Whether the validation after `done` steps embeds."""
+        return (-(-self.last // self.validate) + -done // self.validate) % self.every == 0
+
+    @classmethod
+    def of(cls, config: PretrainConfig, samples: int, held_out: int) -> "EmbeddingSchedule":
+        """Return the schedule that takes at most 2 % of a run's time.
+
+        Args:
+            config: settings of the run.
+            samples: number of training images.
+            held_out: number of held-out images that there are to embed.
+        """
+        last = total_steps(config, samples)
+        validate = Intervals.of(config.run, last).validate
+        validations = -(-last // validate)
+        kept = (1 - config.model.mask_ratio) * config.model.masks_per_image
+        budget = _SHARE * _FORWARD_PASSES * kept * last * config.batch_size  # images over the whole run
+        images = int(max(_FEWEST, budget / validations, min(budget, _ENOUGH)))
+        images = min(images, held_out)
+        times = max(1, min(validations, int(budget / images)))
+        return cls(images, validate, last, every=-(-validations // times))
 
 
 def _class_number(text: str) -> float:

@@ -193,7 +193,7 @@ class Engine:
             stop_workers(chunks)
             self.progress.stop()
 
-    def _follow(self, loop: Loop, first: int, validation: Callable[[], dict[str, Any]] | None) -> int:
+    def _follow(self, loop: Loop, first: int, validation: Callable[[int], dict[str, Any]] | None) -> int:
         """Log, save, validate and draw at the boundaries where each is due; return the steps done."""
         done = saved = first
         for boundary in loop.run(first, self.steps):
@@ -212,7 +212,7 @@ class Engine:
                 saved = done
             if validates and validation is not None:
                 # After the checkpoint: if a stop is requested during validation, everything is saved already.
-                self._log({"step": done, **validation()})
+                self._log({"step": done, **validation(done)})
                 loop.leave_out()
             if self.world.is_main and not boundary.must_save and self.intervals.draws(done):
                 self._draw(done)

@@ -52,8 +52,8 @@ class Task(abc.ABC):
         """Prepare the step that follows `done` steps, by default a no-op; called on every rank."""
         return None
 
-    def open_validation(self, micro_batch: int) -> Callable[[], dict[str, Any]] | None:
-        """Return a function that validates on held-out images, called on all ranks; None if there is no validation.
+    def open_validation(self, micro_batch: int) -> Callable[[int], dict[str, Any]] | None:
+        """Return a function that validates on held-out images after N steps, called on all ranks; None for none.
 
         Args:
             micro_batch: images that fit into memory in training.

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maekit.system.errors import InputError
+from maekit.vectors.nearest import Rows, unit
 
 # Directions below this share of the largest variance hold only rounding errors: the LayerNorm before the pooling leaves
 # one direction empty.
@@ -22,6 +23,8 @@ _NO_VARIANCE = 1e-7
 # Added to each variance, as a share of the largest: the faintest directions are the least certain, and the rounding
 # errors of fp16 and int8 would grow with 1 / sqrt(variance).
 _SHRINKAGE = 1e-4
+# Images per direction that a whitening needs; with as many directions as images, all would be equally dissimilar.
+PER_DIRECTION = 10
 
 
 @dataclass(frozen=True)
@@ -97,3 +100,17 @@ def fit_whitening(
         images=count,
         sample_sha256=digest.hexdigest() if digest else "",
     )
+
+
+def whiten_sample(rows: NDArray[np.float32]) -> tuple[Rows, int | None]:
+    """Whiten a sample by itself: -> rows of unit length, `[n, d]`, and the number d of directions, at least 2.
+
+    d is None, and the rows are only divided by their norm, if they hardly differ.
+    """
+    try:
+        made = fit_whitening([rows], None)
+    except InputError:
+        return unit(rows), None
+    kept = max(2, len(rows) // PER_DIRECTION)
+    whitened = unit(rows @ made.matrix[:kept].T + made.bias[:kept])
+    return whitened, whitened.shape[1]

@@ -114,7 +114,7 @@ CHEAP = ("model.depth=1", "model.width=48", "model.heads=2", "model.decoder_widt
 
 def test_the_recipes_are_these() -> None:
     imagenet = {f"imagenet1k-vit-{size}" for size in ("base", "large", "huge")}
-    assert set(RECIPES) == imagenet | {"cifar10", "small-data", "one-gpu-day"}
+    assert set(RECIPES) == imagenet | {"cifar10", "small-data", "one-gpu-day", "second-phase-448"}
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -155,8 +155,12 @@ def test_a_recipe_starts(name: str, make_shards, tmp_path: Path, monkeypatch: py
     small = ["--steps", "2", "--batch-size", "2", "--workers", "0", "--device", "cpu", "--set", "run.threads=1"]
     for setting in CHEAP:
         small += ["--set", setting]
-    arguments = ["pretrain", str(make_shards(5)), "--out", str(run), "--config", str(recipe), *small, "--json"]
-    done = CliRunner().invoke(app, arguments)
+    arguments = ["pretrain", str(make_shards(5)), *small, "--json", "--out"]
+    if name == "second-phase-448":
+        assert CliRunner().invoke(app, [*arguments, str(tmp_path / "first")]).exit_code == 0
+        small += ["--init-from", str(tmp_path / "first")]
+        arguments = [*arguments[:2], *small, "--json", "--out"]
+    done = CliRunner().invoke(app, [*arguments, str(run), "--config", str(recipe)])
     assert done.exit_code == 0, done.output
     result = json.loads(done.stdout.splitlines()[-1])
     assert (result["steps"], result["samples"]) == (2, 4)

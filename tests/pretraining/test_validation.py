@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 
 import maekit
 from maekit.cli.app import app
-from maekit.config import PretrainConfig
 from maekit.evaluation.features import TorchEncoder
 from maekit.pretrained.load import load_encoder
-from maekit.pretraining.validation import images_to_embed
+from maekit.pretraining.validation import EmbeddingSchedule
 from maekit.runs import RunDirectory
 from maekit.shards.read import ShardSet, open_shards
 from maekit.shards.spec import find_shards
@@ -25,6 +24,7 @@ from maekit.system.errors import MaekitError
 from maekit.system.progress import Silent
 from maekit.vectors.knn import leave_one_out_accuracy
 from maekit.vectors.rank import effective_rank
+from maekit.vectors.whitening import whiten_sample
 
 pytestmark = pytest.mark.whole
 
@@ -50,20 +50,23 @@ def open_all(folder: Path) -> ShardSet:
 def test_rank_and_neighbours_are_those_of_the_saved_encoder(tmp_path: Path) -> None:
     """Recomputed from the finished run, of the same images; and validating changes nothing in the training."""
     shards, held_out = plant(tmp_path / "shards", 0, 40, 8), plant(tmp_path / "val", 1000, 30, 27)
-    changes = {"data__val": [str(held_out)], "run__val_every": 20, "steps": 40, "batch_size": 8}
+    changes = {"data__val": [str(held_out)], "run__val_every": 20, "steps": 120, "batch_size": 32}
     result = maekit.pretrain(tiny_config(shards, tmp_path / "run", **changes))
-    first, last = validations(tmp_path / "run")
-    assert (first["step"], last["step"], last["val_images"], last["val_embeddings"]) == (20, 40, 57, 32)
+    *_, first, other, last = validations(tmp_path / "run")
+    # A hundredth of 3,840 images: once, at the end.
+    assert (last["step"], last["val_images"], last["val_embeddings"]) == (120, 57, 38)
+    assert set(first) == set(other) == {"step", "val_loss", "val_images"}
     found = open_all(held_out)
-    numbers = [57 * number // 32 for number in range(32)]
+    numbers = [57 * number // 38 for number in range(38)]
     trained = load_encoder(str(tmp_path / "run"))
     rows = TorchEncoder(trained, ("avg",), "cpu")(np.stack(list(found.images(numbers, trained.preprocess))))["avg"]
     labels = np.array([int(text) for text in found.labels(numbers)])
     assert last["val_rank"] == pytest.approx(effective_rank(rows), rel=1e-3)
     assert last["val_knn"] == pytest.approx(leave_one_out_accuracy(rows, labels))
-    assert last["val_knn"] > 0.5  # colours are plain to see
-    assert (result.val_rank, result.val_knn) == (last["val_rank"], last["val_knn"])
-    assert first["val_rank"] != last["val_rank"]
+    assert last["val_knn_whitened"] == pytest.approx(leave_one_out_accuracy(whiten_sample(rows)[0], labels))
+    assert last["val_knn_whitened"] > 0.5  # colours are plain to see
+    for name in ("val_loss", "val_rank", "val_knn", "val_knn_whitened"):
+        assert getattr(result, name) == last[name]
     without = maekit.pretrain(tiny_config(shards, tmp_path / "without", **changes | {"data__val": []}))
     assert (without.loss, without.val_rank, without.val_knn) == (result.loss, None, None)
 
@@ -75,10 +78,10 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path) -> None:
     config = tiny_config(shards, tmp_path / "two", **changes)
     assert finish(start(config, tmp_path / "log", world=2)) == [0, 0]
     maekit.pretrain(tiny_config(shards, tmp_path / "one", **changes))
-    for ours, theirs in zip(validations(tmp_path / "two"), validations(tmp_path / "one"), strict=True):
-        assert ours["val_rank"] == pytest.approx(theirs["val_rank"], rel=1e-3)
-        assert ours["val_knn"] == pytest.approx(theirs["val_knn"], abs=0.04)
-        assert ours["val_embeddings"] == theirs["val_embeddings"] == 32
+    ours, theirs = (validations(tmp_path / name)[-1] for name in ("two", "one"))
+    assert ours["val_rank"] == pytest.approx(theirs["val_rank"], rel=1e-3)
+    assert ours["val_knn"] == pytest.approx(theirs["val_knn"], abs=0.04)
+    assert ours["val_embeddings"] == theirs["val_embeddings"] == 32
 
 
 def test_images_without_labels_alone_of_their_class_or_unreadable(tmp_path: Path) -> None:
@@ -106,8 +109,11 @@ def test_images_without_labels_alone_of_their_class_or_unreadable(tmp_path: Path
         validate("broken", {"a": {"jpg": b"no image"}})
 
 
-def test_a_collapse_is_told_once_and_shown(tmp_path: Path, make_shards: MakeShards) -> None:
+def test_a_collapse_is_told_once_and_shown(
+    tmp_path: Path, make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of one image many times over, whatever the encoder: in a note, in the report, as curves of `inspect`."""
+    monkeypatch.setattr("maekit.pretraining.validation._SHARE", 10)  # at every validation
     shards = make_shards(12)
     write_shard(tmp_path / "val/0.tar", {f"{n:02}": {"jpg": jpeg(0, (40, 40)), "cls": b"1"} for n in range(12)})
     told = Told()
@@ -131,30 +137,43 @@ def test_the_report_shows_neighbours(tmp_path: Path, make_shards: MakeShards) ->
     config = tiny_config(shards, tmp_path / "run", steps=1, data__val=[str(plant(tmp_path / "val", 0, 12))])
     maekit.pretrain(config)
     rows = RunDirectory(tmp_path / "run").metrics()
-    more = {**rows[-1], "step": 3, "val_knn": 0.25, "val_rank": 1e-3 + rows[-1]["val_rank"]}
+    more = {**rows[-1], "step": 3, "val_knn": 0.25, "val_knn_whitened": 0.375}
     (tmp_path / "run/metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows, more]))
     maekit.report(maekit.ReportConfig(str(tmp_path / "run"), samples=4, device="cpu"))
     text = parse(tmp_path / "run/report.html").text
-    assert "Last kNN accuracy, held out 25.0%" in text
+    assert "Last kNN, held out 25.0%" in text
+    assert "Last kNN, held out, whitened 37.5%" in text
     assert "Collaps" not in text
 
 
 @pytest.mark.parametrize(
-    ("changes", "images"),
+    ("changes", "images", "times"),
     [
-        ({"steps": 1000, "batch_size": 256}, 256),  # a hundredth of the images between two of ten validations
-        ({"steps": 1000, "batch_size": 256, "run__val_every": 1000}, 2560),
-        ({"steps": 1000, "batch_size": 256, "run__val_every": 5000}, 2560),  # only after the last step
-        ({"steps": 1000, "batch_size": 256, "model__mask_ratio": 0.5}, 512),
-        ({"steps": 1000, "batch_size": 256, "model__masks_per_image": 2}, 512),
-        ({"steps": 100, "batch_size": 8}, 32),
-        ({"epochs": 10, "steps": None, "batch_size": 100}, 1000),
+        # A hundredth of 2.56 million images at ten validations of 2,000 at most; fewer if there are more validations.
+        ({}, 2000, 10),
+        ({"run__val_every": 500}, 1280, 20),
+        ({"run__val_every": 50}, 500, 50),  # enough of them, less often
+        ({"run__val_every": 20_000}, 2000, 1),
+        ({"model__mask_ratio": 0.5, "run__val_every": 200}, 1024, 50),
+        ({"model__masks_per_image": 2, "run__val_every": 500}, 2000, 20),
+        ({"steps": 1000, "batch_size": 64}, 500, 1),
+        ({"steps": 1100, "batch_size": 256}, 500, 5),
+        ({"steps": 600, "batch_size": 64}, 384, 1),
+        ({"steps": 10, "batch_size": 8}, 32, 1),
+        ({"epochs": 10, "steps": None, "batch_size": 100}, 1000, 10),
     ],
 )
-def test_images_by_the_time_between_validations(tmp_path: Path, changes: dict, images: int) -> None:
-    config = tiny_config(tmp_path, tmp_path / "run", run__checkpoint_every=None, model__mask_ratio=0.75)
+def test_images_by_the_time_between_validations(tmp_path: Path, changes: dict, images: int, times: int) -> None:
+    config = tiny_config(tmp_path, tmp_path / "run", run__checkpoint_every=None)
+    changes = {"steps": 10_000, "batch_size": 256, "model__mask_ratio": 0.75, **changes}
     for key, value in changes.items():
         section, _, name = key.rpartition("__")
         setattr(getattr(config, section) if section else config, name, value)
-    assert isinstance(config, PretrainConfig)
-    assert images_to_embed(config, 100_000) == images
+    schedule = EmbeddingSchedule.of(config, 100_000, 2000)
+    assert schedule.images == images
+    due = [done for done in range(1, schedule.last + 1) if done % schedule.validate == 0 or done == schedule.last]
+    embedded = [done for done in due if schedule.is_due(done)]
+    assert len(embedded) == times
+    assert embedded[-1] == schedule.last
+    kept = (1 - config.model.mask_ratio) * config.model.masks_per_image
+    assert times * images <= max(32, 0.04 * kept * schedule.last * config.batch_size)

@@ -7,6 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from maekit.vectors.knn import leave_one_out_accuracy
 from maekit.vectors.rank import collapse, effective_rank
+from maekit.vectors.whitening import whiten_sample
 
 
 @pytest.fixture
@@ -44,15 +45,9 @@ def test_what_has_no_rank() -> None:
 
 
 def test_a_collapse_in_words() -> None:
-    assert collapse([3.0, 60.0, 40.0], 500) is None
-    assert collapse([3.0, 60.0, 29.0], 500) == (
-        "collapsing: the effective rank of the embeddings of 500 held-out images fell from 60.0 to 29.0, so they use "
-        "ever fewer directions"
-    )
-    assert collapse([60.0, 1.02], 500) == (
-        "collapsed: 500 held-out images have about the same embedding, effective rank 1.02"
-    )
-    assert collapse([1.0], 1) is None  # of one image
+    assert collapse(2.1, 500) is None
+    assert collapse(1.02, 500) == "collapsed: 500 held-out images have about the same embedding, effective rank 1.02"
+    assert collapse(1.0, 1) is None  # of one image
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -63,8 +58,8 @@ def test_vectors_that_differ_by_rounding_only_are_a_collapse(precision: str, ran
     noisy = same * (
         1 + torch.from_numpy(random.uniform(-1, 1, (500, 384))) * torch.finfo(getattr(torch, precision)).eps
     )
-    assert collapse([effective_rank(noisy.numpy())], 500) is not None
-    assert collapse([effective_rank(random.normal(size=(500, 384)))], 500) is None
+    assert collapse(effective_rank(noisy.numpy()), 500) is not None
+    assert collapse(effective_rank(random.normal(size=(500, 384))), 500) is None
 
 
 @pytest.mark.parametrize("k", [1, 5, 20, 200])
@@ -88,3 +83,19 @@ def test_a_row_never_votes_for_itself() -> None:
     assert leave_one_out_accuracy(rows, np.zeros(50, np.int64), k=5) == 1
     with pytest.raises(ValueError, match="1 rows"):
         leave_one_out_accuracy(rows[:1], labels[:1])
+
+
+def test_a_sample_is_whitened_by_itself(random: np.random.Generator) -> None:
+    """To a tenth as many directions as rows, of unit length; with all directions that vary, where there are enough."""
+    rows = (random.normal(size=(300, 40)) * np.geomspace(1, 0.05, 40) + 5).astype(np.float32)
+    whitened, dim = whiten_sample(rows)
+    assert whitened.shape == (300, 30)
+    assert dim == 30
+    np.testing.assert_allclose(np.linalg.norm(whitened, axis=1), 1, rtol=1e-5)
+    assert effective_rank(whitened) > 29
+    assert effective_rank(rows) < 8
+    rows[:, 0] = 7  # a direction without variance, as of a LayerNorm
+    assert whiten_sample(np.tile(rows, (2, 1)))[1] == 39
+    same, dim = whiten_sample(np.ones((20, 4), np.float32))
+    np.testing.assert_allclose(same, 0.5)
+    assert dim is None
