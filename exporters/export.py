@@ -11,9 +11,9 @@ import onnx
 from maekit.config.export import ExportConfig
 from maekit.config.poolings import UNPOOLED
 from maekit.encoder_file import DIGEST, EMBEDDINGS, METADATA_KEY, TOKENS, metadata_digest
+from maekit.encoder_probe import probe_images, rows_to_json
 from maekit.exporters.graph import EmbeddingModule, check_exportable
 from maekit.exporters.parity import GATES, IMAGES, Parity, measure
-from maekit.exporters.probe import probe_images, rows_to_json
 from maekit.exporters.quantization import quantize
 from maekit.exporters.runtime import ExportedEncoder
 from maekit.exporters.sampling import Sample, sample_images

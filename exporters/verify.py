@@ -18,8 +18,8 @@ from maekit.encoder_file import (
     metadata_digest,
     read_model,
 )
+from maekit.encoder_probe import pooled_rows, probe_images, rows_from_json
 from maekit.exporters.parity import GATES, IMAGES, Embeddings, Gate, Parity, measure
-from maekit.exporters.probe import pooled_rows, probe_images, rows_from_json
 from maekit.exporters.runtime import ExportedEncoder
 from maekit.exporters.sampling import sample_images
 from maekit.exporters.whitening import MATRIX, read_whitening

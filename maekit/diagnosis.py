@@ -138,6 +138,8 @@ def doctor(config: DoctorConfig | None = None) -> Diagnosis:
     driver = _driver()
     runtime = [failure] if failure else _runtime(driver)
     findings = [*_machine(), *_gpus(driver), *runtime, _torch(driver), _shared_memory(), *_disks(), _open_files()]
+    if session is not None:
+        findings.append(Finding("model", f"runs in {session.version} on the CPU"))
     return Diagnosis(findings, _rates(session, shards, config.seconds) if session else {})
 
 
@@ -274,7 +276,20 @@ def _runtime(driver: _Driver) -> list[Finding]:
         _unless(len(installed) < 2, Finding("ONNX Runtime", value, problem, fix)),
         _provider("CPU provider", lambda model: providers.open_cpu(model, threads=1), cpu_fix),
         _cuda_provider(driver, onnxruntime.cuda_version),
+        _openvino(),
     ]
+
+
+def _openvino() -> Finding:
+    """Examine OpenVINO, which runs models on the CPU where it is installed."""
+    from maekit import openvino_runtime
+
+    if problem := openvino_runtime.problem():
+        found = Finding("OpenVINO", "does not work", problem.what, problem.fix)
+        return Finding("OpenVINO", f"not installed ({problem.fix})") if problem.is_absent else found
+    native = " ".join(name for name in openvino_runtime.capabilities() if name in ("FP32", "BF16", "FP16", "INT8"))
+    auto = "taken by `runtime=auto`" if openvino_runtime.is_faster() else "taken by `runtime=openvino` only"
+    return Finding("OpenVINO", f"{openvino_runtime.version().split()[1]}, native {native}; {auto}")
 
 
 def _cuda_provider(driver: _Driver, cuda: str) -> Finding:

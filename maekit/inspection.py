@@ -87,14 +87,20 @@ def _inspect_onnx(path: Path, *, providers: bool) -> dict[str, Any]:
 
 
 def _providers(path: Path) -> dict[str, Any]:
-    """Return, per provider, the nodes of the optimised graph that it runs on this machine, or why it does not work."""
-    from maekit.providers import CPU, CUDA, open_cpu, open_cuda
+    """Return, per provider, the nodes of the optimised graph that it runs on this machine, or why it does not work.
+
+    For OpenVINO, a runtime of its own, what it computes natively.
+    """
+    from maekit import openvino_runtime
+    from maekit.providers import CPU, CUDA, OPENVINO, open_cpu, open_cuda
 
     cpu = open_cpu(path, threads=cores())
     cuda = open_cuda(path, "cuda", threads=cores())
     problem = cuda.problem
     said = f"does not work here: {problem.what}; {problem.fix}" if problem else _by_provider(cuda)
-    return {CPU: _by_provider(cpu), CUDA: said}
+    absent = openvino_runtime.problem()
+    openvino = f"does not work here: {absent.what}; {absent.fix}" if absent else openvino_runtime.capabilities()
+    return {CPU: _by_provider(cpu), CUDA: said, OPENVINO: openvino}
 
 
 def _by_provider(opened: "Opened") -> dict[str, dict[str, int]]:

@@ -22,6 +22,7 @@ from maekit.system.errors import InputError
 from maekit.system.model_file import ModelFile
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+OPENVINO = "OpenVINO"  # no provider of ONNX Runtime but a runtime of its own; it runs on the CPU
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _CAPABILITY = (75, 76)  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
 _NO_KERNEL = "no kernel image"  # CUDA error 209, in words
@@ -69,6 +70,11 @@ class Opened:
     registered: tuple[str, ...] = ()
     nodes: dict[str, int] = field(default_factory=dict)
     problem: Problem | None = None
+
+
+def runs_on_cpu(provider: str) -> bool:
+    """Whether what runs the model shares the cores with decoding."""
+    return provider in (CPU, OPENVINO)
 
 
 def check_device(device: str) -> None:

@@ -17,6 +17,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _onnxruntime_by_default() -> Iterator[None]:
+    """Make `auto` ONNX Runtime in the tests' own process: once started there, OpenVINO hangs in its forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("maekit.openvino_runtime.is_faster", lambda: False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def rounds() -> Callable[[int, int], int]:
     """Return `rounds(few, many)`: few in `make test`, many in `make campaigns`."""

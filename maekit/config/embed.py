@@ -71,6 +71,16 @@ class EmbedConfig(Config):
         metavar="KEY=VALUE",
         parse=parse_provider_options,
     )
+    runtime: Literal["auto", "onnxruntime", "openvino"] = _hardware(
+        "auto",
+        "What runs the model on a CPU. auto: what `out` was made with; else OpenVINO if it is installed "
+        "(maekit[openvino]) and the processor has AVX-512; else ONNX Runtime.",
+    )
+    precision: Literal["fp32", "bf16"] = _hardware(
+        "fp32",
+        "fp32: as the file says, int8 included. bf16: everything up to the pooled vector in bf16, by OpenVINO, on "
+        "processors that have it.",
+    )
     format: Literal["parquet", "npy"] = _output(
         "parquet", "parquet: one file per shard. npy: img_emb/*.npy and metadata/*.parquet, as clip-retrieval writes."
     )
@@ -156,6 +166,8 @@ class EmbedConfig(Config):
             raise InputError(f"`device` = {self.device} and `devices` = {','.join(self.devices)}: give one of them")
         if "auto" in self.devices:
             raise InputError("`devices`: name each of them, such as 0,1")
+        if self.precision == "bf16" and self.runtime == "onnxruntime":
+            raise InputError("`precision` bf16 is computed by OpenVINO; leave out `runtime=onnxruntime`")
         if "device_id" in self.provider_options:
             raise InputError("`provider_options` device_id: choose the GPU by `device=cuda:N`")
         if "://" in self.model:

@@ -23,6 +23,7 @@ class OutputOptions:
         limit: embed only the first N samples of the input, or None.
         batch_size: images per run of the model; it changes the last bits of the arithmetic.
         image: which member of a sample is its image; None for the only one.
+        precision: `bf16`, or None for what the file says.
     """
 
     model: str
@@ -35,13 +36,12 @@ class OutputOptions:
     limit: int | None
     batch_size: int
     image: str | None = None
+    precision: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the options as JSON values; `image` is left out where it is not set, as it was before there was it."""
+        """Return the options as JSON values; `image` and `precision`, which came later, only where set."""
         options = {**asdict(self), "keep": list(self.keep)}
-        if self.image is None:
-            del options["image"]
-        return options
+        return {key: value for key, value in options.items() if value or key not in ("image", "precision")}
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ class CommitRecord:
         errors: keys without one.
         outputs: path below the output directory, SHA-256 and bytes of each file; empty if there is no row.
         unused: number of images, or of files in a folder, that are the image of no sample, by kind.
+        runtime: name and version of what ran the model; empty in records of earlier versions.
     """
 
     shard: str
@@ -79,10 +80,11 @@ class CommitRecord:
     errors: int
     outputs: list[dict[str, Any]]
     unused: dict[str, int] = field(default_factory=dict)
+    runtime: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON values; `unused` is left out where nothing is unused."""
-        return {key: value for key, value in asdict(self).items() if value or key != "unused"}
+        return {key: value for key, value in asdict(self).items() if value or key not in ("unused", "runtime")}
 
     @classmethod
     def from_json(cls, raw: dict[str, Any] | None, name: str) -> "CommitRecord | None":

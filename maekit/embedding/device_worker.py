@@ -17,10 +17,10 @@ from maekit.embedding.decode_pool import DecodePool
 from maekit.embedding.inputs import OpenPart, PlannedPart, content_of
 from maekit.embedding.output_directory import OutputDirectory
 from maekit.embedding.pipeline import EmbeddingPipeline, Timing
-from maekit.embedding.session import EncoderSession, OutOfMemory
+from maekit.embedding.session import EncoderSession, OutOfMemory, Precision, Runtime
 from maekit.embedding.writer import Writer
 from maekit.encoder_file import EncoderDescription
-from maekit.providers import CPU
+from maekit.providers import runs_on_cpu
 from maekit.shards.cache import RemoteCache
 from maekit.system.errors import MaekitError
 from maekit.system.locks import LockedError
@@ -98,6 +98,8 @@ class OneDevice:
         model: the ONNX file.
         name: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider_options: options of the CUDA provider.
+        runtime: `auto`, `onnxruntime` or `openvino`.
+        precision: `fp32` or `bf16`.
         cores: CPU cores that it may use.
         workers: decoding processes.
         remote: cache that fetches remote shards.
@@ -110,6 +112,8 @@ class OneDevice:
     name: str
     _: KW_ONLY
     provider_options: Mapping[str, str]
+    runtime: Runtime
+    precision: Precision
     cores: int
     workers: int
     remote: RemoteCache
@@ -122,11 +126,19 @@ class OneDevice:
         # Fork first: a child forked later would inherit the state of ONNX Runtime's threads without the threads.
         self._pool = DecodePool(self.workers)
         try:
-            session = EncoderSession(self.model, device=self.name, threads=1, provider_options=self.provider_options)
+            session = EncoderSession(
+                self.model,
+                device=self.name,
+                threads=1,
+                provider_options=self.provider_options,
+                runtime=self.runtime,
+                precision=self.precision,
+                calls=self.cores,
+            )
         except BaseException:
             self.__exit__()
             raise
-        concurrency = self.cores if session.provider == CPU else _GPU_CONCURRENCY
+        concurrency = self.cores if runs_on_cpu(session.provider) else _GPU_CONCURRENCY
         self.running = Running(session.description, session.provider, session.reason, session.nodes, concurrency)
         self._session = session
         return self
@@ -199,6 +211,7 @@ class OneDevice:
             errors=0,
             outputs=[],
             unused=part.images.unused,
+            runtime=self._session.version,
         )
 
     def _settle(self, part: OpenPart, record: CommitRecord | None, failure: str) -> None:

@@ -13,12 +13,13 @@ from maekit.embedding.commit_record import CommitRecord, OutputOptions
 from maekit.embedding.device_worker import Assignment, OneDevice, Outcome
 from maekit.embedding.devices import Devices, ManyDevices
 from maekit.embedding.inputs import FolderPart, Part, PlannedPart, Scope, TarPart, find_inputs
-from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names
+from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names, provider_of
+from maekit.embedding.session import Runtime
 from maekit.embedding.speed import Speed
 from maekit.embedding.splits import Split, find_split, unused_split
 from maekit.embedding.verify import Verdict, verify
 from maekit.images import Preprocess
-from maekit.providers import CPU, check_device, gpu_count
+from maekit.providers import CPU, OPENVINO, check_device, gpu_count, runs_on_cpu
 from maekit.shards.cache import RemoteCache
 from maekit.shards.index import load_index
 from maekit.system import files
@@ -166,11 +167,30 @@ def _devices(config: EmbedConfig, split: Split, remote: RemoteCache) -> Devices:
     names = config.devices or (device,)
     share = max(1, cores() // (split.local_count * len(names)))
     workers = max(1, config.workers // len(names)) if config.workers else share
-    model, options = Path(config.model), config.provider_options
     devices = [
-        OneDevice(model, name, provider_options=options, cores=share, workers=workers, remote=remote) for name in names
+        OneDevice(
+            Path(config.model),
+            name,
+            provider_options=config.provider_options,
+            runtime=_runtime(config),
+            precision=config.precision,
+            cores=share,
+            workers=workers,
+            remote=remote,
+        )
+        for name in names
     ]
     return ManyDevices(devices) if len(devices) > 1 else devices[0]
+
+
+def _runtime(config: EmbedConfig) -> Runtime:
+    """Return the runtime; `auto` is what the output was made with, if there is one."""
+    if config.runtime != "auto" or config.overwrite:
+        return config.runtime
+    made_with = provider_of(Path(config.out))
+    if made_with is None:
+        return "auto"
+    return "openvino" if made_with == OPENVINO else "onnxruntime"
 
 
 def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirectory:
@@ -186,6 +206,7 @@ def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirect
         select=config.select,
         limit=config.limit,
         image=config.image,
+        precision=config.precision if config.precision != "fp32" else None,
         batch_size=config.batch_size or earlier or _usual_batch_size(description.preprocess, running.provider),
     )
     return OutputDirectory(Path(config.out), description, options, split.name)
@@ -193,7 +214,7 @@ def _output(config: EmbedConfig, split: Split, devices: Devices) -> OutputDirect
 
 def _usual_batch_size(preprocess: Preprocess, provider: str) -> int:
     """Return images per batch: 8 on a CPU; on a GPU as many pixels as 256 images of 224 x 224 have."""
-    if provider == CPU:
+    if runs_on_cpu(provider):
         return _CPU_BATCH
     size = max(1, _GPU_BATCH * _USUAL_PIXELS // (preprocess.size[0] * preprocess.size[1]))
     return min(_LARGEST_GPU_BATCH, 1 << (size.bit_length() - 1))

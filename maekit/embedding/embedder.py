@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from maekit.embedding.pipeline import embed_padded
-from maekit.embedding.session import Embeddings, EncoderSession
+from maekit.embedding.session import Embeddings, EncoderSession, Precision, Runtime
 from maekit.images import Pixels, rgb_of
 from maekit.system.errors import ImageError, InputError, UnusableImage
 from maekit.system.machine import cores
@@ -56,15 +56,25 @@ class Embedder:
         path: the ONNX file that `maekit export` wrote.
         device: `auto`, `cpu`, `cuda` or `cuda:N`.
         provider_options: options of the CUDA provider that override the defaults.
+        runtime: `auto`, `onnxruntime` or `openvino`, as for `maekit embed`.
+        precision: `fp32`, as the file says; or `bf16`, in OpenVINO.
 
     Raises:
-        InputError: no such file, or the provider asked for does not work.
+        InputError: no such file, or the provider or runtime asked for does not work.
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, device: str = "auto", provider_options: Mapping[str, str] | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        provider_options: Mapping[str, str] | None = None,
+        runtime: Runtime = "auto",
+        precision: Precision = "fp32",
     ) -> None:
-        self._session = EncoderSession(Path(path), device=device, provider_options=provider_options)
+        self._session = EncoderSession(
+            Path(path), device=device, provider_options=provider_options, runtime=runtime, precision=precision
+        )
 
     @property
     def dim(self) -> int:
@@ -73,7 +83,7 @@ class Embedder:
 
     @property
     def provider(self) -> str:
-        """Execution provider that runs the model."""
+        """Execution provider of ONNX Runtime that runs the model, or `OpenVINO`."""
         return self._session.provider
 
     @property

@@ -126,10 +126,10 @@ class OutputDirectory:
         if not mark.is_file():
             files.create_whole(mark, json.dumps(wanted, indent=1).encode(), scratch=self.scratch)
         there = read_json(mark) or {}
-        for key, value in wanted.items():
-            if there.get(key) != value:
+        for key in {**there, **wanted}:  # one that is left out where it is not set may stand on one side only
+            if there.get(key) != wanted.get(key):
                 raise InputError(
-                    f"{self.path} was made with {key} = {there.get(key)}, and {value} is asked for now; "
+                    f"{self.path} was made with {key} = {there.get(key)}, and {wanted.get(key)} is asked for now; "
                     "choose another `out`, or `overwrite` to delete what is there"
                 )
         if self.options.format == "npy":
@@ -386,6 +386,12 @@ def batch_size_of(directory: Path) -> int | None:
     """Return the batch size that an output directory was made with; None if unknown."""
     size = (read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("batch_size")
     return size if isinstance(size, int) and size > 0 else None
+
+
+def provider_of(directory: Path) -> str | None:
+    """Return the provider, or OpenVINO, that an output directory was made with; None if unknown."""
+    provider = (read_json(directory / BOOKKEEPING / _OUTPUT) or {}).get("provider")
+    return provider if isinstance(provider, str) else None
 
 
 def check_output_names(layout: Layout, parts: Sequence[Part]) -> None:

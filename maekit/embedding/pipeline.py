@@ -20,7 +20,7 @@ from maekit.embedding.decode_pool import Chunk, Decoded, DecodePool, Rejected, R
 from maekit.embedding.inputs import Images, Location, OpenPart
 from maekit.embedding.session import Embeddings, EncoderSession
 from maekit.images import Pixels
-from maekit.providers import CPU
+from maekit.providers import runs_on_cpu
 from maekit.system.errors import ImageError
 
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 4, 32
@@ -126,7 +126,7 @@ class EmbeddingPipeline:
         self._decoding: deque[_Batch] = deque()
         self._running: deque[tuple[_Batch, list[Decoded], Future[Embeddings]]] = deque()
         self._timing = timing
-        pool.use(self._ring, session.description.preprocess, yielding=session.provider == CPU)
+        pool.use(self._ring, session.description.preprocess, yielding=runs_on_cpu(session.provider))
 
     def run(self, parts: Iterable[OpenPart | None]) -> Generator[Result | None, None, None]:
         """Yield the results of each part in order; a regular None gives the caller a chance to stop.

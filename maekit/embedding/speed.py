@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from maekit.embedding.devices import Devices
-from maekit.providers import CPU
+from maekit.providers import runs_on_cpu
 
 
 class Speed(NamedTuple):
@@ -32,7 +32,7 @@ class Speed(NamedTuple):
         rates = {"decode": decode, "model": model, "write": write}
         share, binds = 0.0, ""
         if decode and model:
-            share = whole / (1 / (1 / decode + 1 / model) if running.provider == CPU else min(decode, model))
+            share = whole / (1 / (1 / decode + 1 / model) if runs_on_cpu(running.provider) else min(decode, model))
             names = {"decode": "decoding", "model": "the model", "write": "writing"}
             binds = names[min((stage for stage in rates if rates[stage]), key=rates.__getitem__)]
         return cls(round(whole, 2), {stage: round(rate, 2) for stage, rate in rates.items()}, round(share, 4), binds)

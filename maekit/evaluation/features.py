@@ -192,11 +192,11 @@ class ExportedEncoder:
 
     def __init__(self, path: Path, device: str, name: str | None = None) -> None:
         from maekit.embedding.session import EncoderSession
-        from maekit.providers import CPU
+        from maekit.providers import runs_on_cpu
 
         self._session = EncoderSession(path, device=device)
         about = self._session.description
-        self._batch = _CPU_BATCH if self._session.provider == CPU else _GPU_BATCH
+        self._batch = _CPU_BATCH if runs_on_cpu(self._session.provider) else _GPU_BATCH
         self.preprocess, self.is_whitened = about.preprocess, about.whitened
         self.name = name or f"{about.pool}{', whitened,' if about.whitened else ''} as exported"
 

@@ -49,5 +49,12 @@ def timm_embeddings(folder: Path, data: list[bytes], pool: str = "avg") -> np.nd
 
 
 def embed_config(trained: Path, out: Path, **changes) -> EmbedConfig:
-    settings = {"shards": (str(trained / "shards"),), "device": "cpu", "batch_size": 8, **changes}
+    # Wherever a process starts, and whatever it started before, it writes the same bytes.
+    settings = {
+        "shards": (str(trained / "shards"),),
+        "device": "cpu",
+        "runtime": "onnxruntime",
+        "batch_size": 8,
+        **changes,
+    }
     return EmbedConfig(model=str(trained / "encoder.onnx"), out=str(out), **settings)

@@ -1,4 +1,4 @@
-"""Synthetic images and the embeddings an exported file recorded for them, so that any machine can re-check the file.
+"""Synthetic images and the embeddings an exported file recorded for them, so that any machine can re-check it.
 
 The images come from integer arithmetic: they are identical everywhere, and free of anyone's rights.
 """
@@ -7,11 +7,13 @@ import base64
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from maekit.exporters.parity import Embeddings
 from maekit.images import Pixels
 
 _IMAGES = 8
+
+Embeddings = NDArray[np.float32]
 
 
 def probe_images(size: tuple[int, int]) -> Pixels:
