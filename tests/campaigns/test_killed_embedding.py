@@ -109,20 +109,28 @@ def whole(trained: Path, shards: Path, tmp_path_factory: pytest.TempPathFactory)
     return {format_: folder / format_ for format_ in FORMATS}
 
 
-def test_killed_at_any_moment(trained: Path, shards: Path, whole, tmp_path: Path, rounds) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_killed_at_any_moment(trained: Path, shards: Path, whole, tmp_path: Path, rounds, runtime: str) -> None:
     """SIGKILL at random moments: the run that finishes leaves the files of an undisturbed one."""
     random_ = random.Random(0)
     before_all = segments()
-    config = config_of(trained, shards, tmp_path / "timed")
+    if runtime == "openvino":
+        pytest.importorskip("openvino")
+        whole = {format_: tmp_path / f"whole-{format_}" for format_ in FORMATS}
+        for format_, out in whole.items():
+            assert finish(
+                start(config_of(trained, shards, out, format=format_, runtime=runtime), tmp_path / "log")
+            ) == [0]
+    config = config_of(trained, shards, tmp_path / "timed", runtime=runtime)
     before = time.monotonic()
     assert finish(start(config, tmp_path / "log")) == [0]
     seconds = time.monotonic() - before
     kills = runs = 0
-    while kills < rounds(6, 300):
+    while kills < (rounds(6, 300) if runtime == "onnxruntime" else rounds(3, 100)):
         runs += 1
         format_ = FORMATS[runs % 2]
         out, trace = tmp_path / f"out{runs}", tmp_path / f"trace{runs}"
-        config = config_of(trained, shards, out, format=format_, workers=random_.choice((1, 2, 3)))
+        config = config_of(trained, shards, out, format=format_, workers=random_.choice((1, 2, 3)), runtime=runtime)
         while True:
             (process,) = start(config, tmp_path / "log", trace=trace)
             process.join(random_.uniform(0, 1.1 * seconds))
@@ -137,7 +145,7 @@ def test_killed_at_any_moment(trained: Path, shards: Path, whole, tmp_path: Path
         assert_same_end(out, whole[format_])
         assert max(redone(trace), default=0) <= 1
     assert segments() == before_all
-    print(f"\n{kills} SIGKILLs of embedding in {runs} runs")
+    print(f"\n{kills} SIGKILLs of embedding in {runs} runs of {runtime}")
 
 
 def test_killed_at_each_thing_done_to_the_disk(trained: Path, shards: Path, whole, tmp_path: Path, rounds) -> None:
