@@ -159,6 +159,8 @@ def _variants(
         for asked in (config.whiten_dims or (None,)) if whitens else ():
             whitened = (_whitened_pixels if name == RAW_PIXELS else _whitened)(rows, asked)
             dim = whitened[0].shape[1]
+            if asked is not None and dim < asked:
+                progress.note(f"{name}, whitened: the embeddings vary in {dim} directions; all of them are taken")
             if len(rows[0]) < PER_DIRECTION * dim:
                 progress.note(
                     f"{name}, whitened: {len(rows[0])} training images are few for {dim} directions; below "
@@ -180,10 +182,10 @@ def _whitened_pixels(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
 
 
 def _whitened(rows: Sequence[Rows], dim: int | None) -> list[Rows]:
-    """Return all rows whitened, with the whitening fitted to the first set, the training set."""
+    """Return all rows whitened to at most `dim` directions, with the whitening fitted to the training set."""
     blocks = (rows[0][start : start + _BLOCK] for start in range(0, len(rows[0]), _BLOCK))  # float64 takes memory
-    made = fit_whitening(blocks, dim)
-    return [part @ made.matrix.T + made.bias for part in rows]
+    made = fit_whitening(blocks, None)
+    return [part @ made.matrix[:dim].T + made.bias[:dim] for part in rows]
 
 
 def _rank(rows: Rows) -> float:

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -28,6 +29,7 @@ from maekit.evaluation.retrieval import retrieval_scores
 from maekit.exporters.export import export
 from maekit.system.errors import InputError, MaekitError
 from maekit.system.files import sha256_file
+from maekit.system.progress import Silent
 from maekit.vectors.knn import knn_accuracies
 from maekit.vectors.nearest import nearest
 
@@ -229,6 +231,24 @@ def test_baselines_and_whitening_stand_beside_it(judged: Path) -> None:
     assert again.rows == result.rows
 
 
+def test_poolings_of_several_lengths_are_whitened_as_far_as_they_go(judged: Path) -> None:
+    """One that has fewer directions than asked for is no reason to lose the others."""
+
+    class Told(Silent):
+        notes: ClassVar[list[str]] = []
+
+        def note(self, text: str) -> None:
+            self.notes.append(text)
+
+    options = dict(whiten_dims=(40,), pool=("avg", "avg+std"), baselines=False, **CPU)
+    result = maekit.evaluate(maekit.EvaluateConfig("knn", str(judged / "run"), **sets(judged), **options), Told())
+    dims = {row["name"]: row["dim"] for row in result.rows}
+    assert dims == {"avg": 32, "avg, whitened": 31, "avg+std": 64, "avg+std, whitened": 40}
+    assert [note for note in Told.notes if "directions; all" in note] == [
+        "avg, whitened: the embeddings vary in 31 directions; all of them are taken"
+    ]
+
+
 def test_layers_are_judged_in_one_pass(judged: Path, tmp_path: Path) -> None:
     """Each as the file that `export` makes of it; a whole pooling may name its own layers."""
     options = dict(baselines=False, whiten_dims=(5,), **CPU)
@@ -353,7 +373,6 @@ def test_a_part_of_the_images(judged: Path) -> None:
         ("run", {"pool": ("avg+avg",)}, "each once"),
         ("run", {"pool": ("tokens",)}, "--pool tokens: must be one of"),
         ("run", {"pool": ("",)}, "--pool : must be one of"),
-        ("run", {"whiten_dims": (999,)}, "--whiten-dim 999"),
         ("run", {"whiten": False, "whiten_dims": (9,)}, "does not go with --no-whiten"),
         ("run", {"layers": ("0",)}, "--layer 0: must be the number of a block"),
         ("run", {"layers": ("3",)}, "avg@3: this model has 2 blocks"),
