@@ -73,12 +73,12 @@ class EmbedConfig(Config):
     )
     runtime: Literal["auto", "onnxruntime", "openvino"] = _hardware(
         "auto",
-        "What runs the model on a CPU. auto: what `out` was made with; else OpenVINO if it is installed "
-        "(maekit[openvino]) and the processor has AVX-512; else ONNX Runtime.",
+        "What runs the model on a CPU: onnxruntime, openvino or auto. auto: what `out` was made with; else OpenVINO if "
+        "it is installed (the extra openvino) and the processor has AVX-512; else ONNX Runtime.",
     )
     precision: Literal["fp32", "bf16"] = _hardware(
         "fp32",
-        "fp32: as the file says, int8 included. bf16: everything up to the pooled vector in bf16, by OpenVINO, on "
+        "fp32 or bf16. fp32: as the file says, int8 included. bf16: everything up to the pooled vector in bf16, by OpenVINO, on "
         "processors that have it.",
     )
     format: Literal["parquet", "npy"] = _output(
