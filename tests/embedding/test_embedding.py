@@ -294,7 +294,7 @@ import maekit.embedding.session as session, time
 call = session.EncoderSession.__call__
 session.EncoderSession.__call__ = lambda self, images: (time.sleep(0.03), call(self, images))[1]
 try:
-    embed(EmbedConfig({model!r}, ({shards!r},), {out!r}, device="cpu", batch_size=4))
+    embed(EmbedConfig({model!r}, ({shards!r},), {out!r}, device="cpu", runtime="onnxruntime", batch_size=4))
 except Stopped:
     sys.exit(75)
 """
@@ -337,8 +337,9 @@ class Blocker:
             raise ImportError(f"{{name}} must not be imported for embedding")
 sys.meta_path.insert(0, Blocker())
 import maekit
-maekit.embed(maekit.EmbedConfig({str(trained / "encoder.onnx")!r}, ({str(trained / "shards")!r},),
-             {str(tmp_path / "without")!r}, device="cpu", batch_size=8))
+for runtime, out in (("onnxruntime", {str(tmp_path / "without")!r}), ("auto", {str(tmp_path / "auto")!r})):
+    maekit.embed(maekit.EmbedConfig({str(trained / "encoder.onnx")!r}, ({str(trained / "shards")!r},), out,
+                 device="cpu", runtime=runtime, batch_size=8))
 maekit.Embedder({str(trained / "encoder.onnx")!r}, device="cpu")
 assert "torch" not in sys.modules
 """
