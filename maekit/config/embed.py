@@ -78,8 +78,8 @@ class EmbedConfig(Config):
     )
     precision: Literal["fp32", "bf16"] = _hardware(
         "fp32",
-        "fp32 or bf16. fp32: as the file says, int8 included. bf16: everything up to the pooled vector in bf16, by OpenVINO, on "
-        "processors that have it.",
+        "fp32 or bf16. fp32: as the file says, int8 included. bf16: everything up to the pooled vector in bf16, by "
+        "OpenVINO, on processors that have it.",
     )
     format: Literal["parquet", "npy"] = _output(
         "parquet", "parquet: one file per shard. npy: img_emb/*.npy and metadata/*.parquet, as clip-retrieval writes."
