@@ -25,7 +25,8 @@ from maekit.system.model_file import ModelFile
 
 # Name of the constant in the graph; exporters/whitening.py writes it.
 WHITENING = "whitening.weight"
-_LOWEST = (2026, 1)  # the first that knows Attention of opset 23
+# Releases before 2026.1 do not know Attention of opset 23; 2026.1 and 2026.2 compute something else (cosine 0.7).
+_LOWEST = (2026, 3)
 Arithmetic = Literal["f32", "bf16"]
 Rows = NDArray[np.float32]
 
@@ -40,7 +41,7 @@ def problem(*, bf16: bool = False) -> Problem | None:
             "start it by spawn, or use `runtime=onnxruntime`",
         )
     if _release() < _LOWEST:
-        return Problem(f"{version()} does not know the operator Attention", "pip install -U 'maekit[openvino]'")
+        return Problem(f"{version()} does not compute Attention rightly", "pip install -U 'maekit[openvino]'")
     try:
         found = capabilities()
     except Exception as error:  # its libraries do not load, or it finds no CPU
