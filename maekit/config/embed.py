@@ -166,8 +166,6 @@ class EmbedConfig(Config):
             raise InputError(f"`device` = {self.device} and `devices` = {','.join(self.devices)}: give one of them")
         if "auto" in self.devices:
             raise InputError("`devices`: name each of them, such as 0,1")
-        if self.precision == "bf16" and self.runtime == "onnxruntime":
-            raise InputError("`precision` bf16 is computed by OpenVINO; leave out `runtime=onnxruntime`")
         if "device_id" in self.provider_options:
             raise InputError("`provider_options` device_id: choose the GPU by `device=cuda:N`")
         if "://" in self.model:

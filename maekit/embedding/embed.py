@@ -14,7 +14,7 @@ from maekit.embedding.device_worker import Assignment, OneDevice, Outcome
 from maekit.embedding.devices import Devices, ManyDevices
 from maekit.embedding.inputs import FolderPart, Part, PlannedPart, Scope, TarPart, find_inputs
 from maekit.embedding.output_directory import OutputDirectory, batch_size_of, check_output_names, provider_of
-from maekit.embedding.session import Runtime
+from maekit.embedding.session import Runtime, check_runtime
 from maekit.embedding.speed import Speed
 from maekit.embedding.splits import Split, find_split, unused_split
 from maekit.embedding.verify import Verdict, verify
@@ -148,6 +148,7 @@ def _check(config: EmbedConfig) -> Split:
     config.validate()
     for device in config.devices or (config.device,):
         check_device(device)
+        check_runtime(config.runtime, config.precision, device)
     files.require_utf8(Path(config.out))
     split = find_split(config.split, config.num_splits)
     if config.overwrite and split.count > 1:

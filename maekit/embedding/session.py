@@ -199,6 +199,8 @@ class EncoderSession:
         except (KeyError, ValueError, TypeError):
             expected = open_cpu(model, threads=cores()).session.run([EMBEDDINGS], {INPUT: images})[0]
         found = self(images)
+        if found.shape != expected.shape:
+            raise InputError(f"{path}: its {METADATA_KEY} metadata is damaged: embeddings of shape {expected.shape}")
         difference = float(np.abs(found - expected).max() / max(np.abs(expected).max(), 1e-12))
         norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
         cosine = float(((found * expected).sum(axis=1) / np.maximum(norms, 1e-12)).min())

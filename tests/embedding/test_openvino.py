@@ -230,6 +230,8 @@ def test_a_file_that_gives_something_else_there_is_refused(trained: Path, tmp_pa
     with raises(InputError, match="cosine at least -.*; use `precision=fp32`"):
         maekit.Embedder(save(probe=rows_to_json(-recorded)), precision="bf16")
     maekit.Embedder(wrong, runtime="onnxruntime")  # as before
+    with raises(InputError, match=r"metadata is damaged: embeddings of shape \(2, 31\)"):
+        maekit.Embedder(save(probe=rows_to_json(recorded[:, 1:])), runtime="openvino")
 
 
 def test_pickled_and_in_a_spawned_process(whitened) -> None:
